@@ -1,0 +1,133 @@
+"""Run configuration, and where things lie on disk.
+
+A :class:`RunConfig` is everything that decides a run's numbers; two runs with equal configurations give equal
+tables. Names of methods, models and tasks are checked by the registries that own them, ranges are checked here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+"""The checkout this package was imported from (the package is installed in editable mode)."""
+
+PROFILES = ("smoke", "mini", "full", "paper")
+
+
+class ConfigError(ValueError):
+    """A run, a notebook or a command was asked for something that cannot be done; the message says what can."""
+
+
+def data_dir() -> Path:
+    """Folder of base models and results; the environment variable ``FLUXLIB_DATA`` moves it."""
+    return Path(os.environ.get("FLUXLIB_DATA", REPO_ROOT / "data"))
+
+
+def results_dir(profile: str) -> Path:
+    """Folder of the result tables of ``profile``."""
+    return data_dir() / "results" / profile
+
+
+def figures_dir(profile: str) -> Path:
+    """Folder of the figures of ``profile``; the environment variable ``FLUXLIB_FIGURES`` moves its parent."""
+    return Path(os.environ.get("FLUXLIB_FIGURES", REPO_ROOT / "figures")) / profile
+
+
+class RunConfig(BaseModel):
+    """One federated run: who trains what, how, within which budget, and which clock counts the time.
+
+    Fractions are of all routed experts of the model. Times are in seconds, sizes in bytes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    method: str = "flux"
+    model: str = "mini-llama-moe"
+    task: str = "mini-gsm8k"
+    seed: int = Field(0, ge=0)
+    engine: Literal["local"] = "local"
+
+    rounds: int = Field(10, ge=1)
+    participants: int = Field(10, ge=1, le=100_000)
+    participants_per_round: int | None = Field(None, ge=1, description="None: every participant, every round")
+    min_replies_frac: float = Field(0.5, gt=0, le=1, description="fewer good replies than this share: the run fails")
+
+    partition: Literal["dirichlet", "iid", "label"] = "dirichlet"
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration: small = participants differ")
+    equal_sizes: bool = True
+    task_size: int | None = Field(None, ge=10, description="samples of the task before the 80/20 split; None: its own default")
+    data_path: str | None = Field(None, description="a local file or folder with the task's public schema")
+
+    local_steps: int = Field(4, ge=1)
+    batch_size: int = Field(16, ge=1)
+    max_tokens: int = Field(128, ge=8)
+    learning_rate: float = Field(3e-3, gt=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    eval_samples: int | None = Field(None, ge=1, description="test samples scored each round; None: all")
+    eval_every: int = Field(1, ge=1)
+
+    tune_fraction: float = Field(0.25, gt=0, le=1, description="B_tune as a share of all experts")
+    merge_fraction: float = Field(0.25, ge=0, le=1, description="B_non as a share of all experts")
+    budget_spread: float = Field(0.0, ge=0, lt=1, description="participants' budgets vary evenly by this share, up and down")
+
+    profile_bits: Literal[2, 3, 4, 8, 16] = 4
+    profile_batches: int = Field(2, ge=1)
+    stale_profile: bool = True
+    layer_budget: Literal["adaptive", "uniform", "single"] = "adaptive"
+    clustering: Literal["fused", "per_layer"] = "fused"
+    merge_weights: Literal["attention_frequency", "frequency", "uniform"] = "attention_frequency"
+    align_neurons: bool = False
+    epsilon: Literal["dynamic"] | float = "dynamic"
+    num_probes: int = Field(1, ge=1)
+    probe_samples: int = Field(8, ge=1)
+    probes_per_round: int | None = Field(8, ge=0, description="explored experts probed each round; None: all of them")
+
+    fleet: str = "paper"
+    link: str = "1gbps"
+    clock_model: str = "self"
+    clock_tokens_per_sample: int | None = Field(None, ge=1, description="None: the run's own token counts")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.participants_per_round is not None and self.participants_per_round > self.participants:
+            raise ValueError(
+                f"participants_per_round is {self.participants_per_round}, allowed is at most participants={self.participants}"
+            )
+        if isinstance(self.epsilon, float) and not 0 <= self.epsilon <= 1:
+            raise ValueError(f"epsilon is {self.epsilon}, allowed are 'dynamic' and 0 to 1")
+        if self.tune_fraction + self.merge_fraction > 1 and self.tune_fraction < 1:
+            raise ValueError(
+                f"tune_fraction + merge_fraction is {self.tune_fraction + self.merge_fraction:g}, allowed is at most 1 "
+                "(more slots than experts)"
+            )
+        return self
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run in the store: the four things that runs are compared by."""
+        model, task = (Path(name).name for name in (self.model, self.task))
+        return f"{self.method}-{model}-{task}-seed{self.seed}"
+
+
+def make_config(parameters: dict[str, Any]) -> RunConfig:
+    """Validate ``parameters`` into a :class:`RunConfig`.
+
+    Raises:
+        ConfigError: one line per bad parameter: its name, what is allowed and what came.
+    """
+    try:
+        return RunConfig(**parameters)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"]) or "configuration"
+    if item["type"] == "extra_forbidden":
+        return f"unknown parameter {name!r}; allowed are {', '.join(RunConfig.model_fields)}"
+    came = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+    return f"{name}: {item['msg'].removeprefix('Value error, ')}{came}"

@@ -1,0 +1,136 @@
+"""The one type that all methods share.
+
+A :class:`Method` is two functions. ``assign`` runs on the server: which experts does each participant tune and
+explore. ``train`` runs on the participant: state in, state and :class:`Update` out. Whatever else differs between
+FLUX and its baselines follows from these two, so comparing methods is one loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fluxlib.config import RunConfig
+from fluxlib.profiling import Profile
+from fluxlib.roles import Assignment, RoleState
+
+Batch = dict[str, Tensor]
+"""``input_ids``, ``attention_mask`` and ``labels``, each ``[B, T]`` long; label -100 is not scored."""
+
+ExpertKey = tuple[int, int]
+"""``(layer, expert)``, both counted over routed experts: layer 0 is the model's first MoE layer."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What fits on a participant: ``num_tuned`` experts with gradients, ``num_merged`` frozen merged slots."""
+
+    num_tuned: int
+    num_merged: int
+
+
+@dataclass(frozen=True)
+class Roles:
+    """One participant's experts of this round, as boolean masks ``[layers, experts]``."""
+
+    exploit: Tensor
+    explore: Tensor
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one participant did in one round, in units that do not depend on its device.
+
+    The device clock (:mod:`fluxlib.devices.clock`) turns this into seconds for any device and any model's shapes.
+    Counts of experts are over all layers; tokens are real tokens, padding excluded.
+    """
+
+    num_experts: int
+    """Routed experts of the whole model: the unit that fractions are taken of when shapes change."""
+    num_tuned: int = 0
+    """Experts with a gradient and an optimizer state."""
+    num_frozen: int = 0
+    """Frozen expert slots held beside them: merged groups and explored experts."""
+    num_merge_sources: int = 0
+    """Experts read to make the merged slots."""
+    train_steps: int = 0
+    train_samples: int = 0
+    train_tokens: int = 0
+    profile_samples: int = 0
+    profile_tokens: int = 0
+    profile_bits: int = 16
+    num_quantized: int = 0
+    """Experts quantised for the profile."""
+    probe_samples: int = 0
+    """Samples per forward pass of the probes, times the number of full-model-equivalent passes."""
+    probe_tokens: int = 0
+    """Tokens per forward pass of the probes, times the number of full-model-equivalent passes."""
+    weight_bits: int = 16
+    """Bits per weight of the experts while training (FMQ: 4)."""
+    offloaded: bool = False
+    """Whether experts may live in host memory and cross the bus (FMD)."""
+    num_downloaded: int = 0
+    num_uploaded: int = 0
+    first_profile: bool = False
+    """Whether the profile was made before training, in the round's critical path (round 1 or a fresh profile)."""
+
+
+@dataclass(frozen=True)
+class ParticipantState:
+    """What stays on the device between rounds besides the model it holds; immutable."""
+
+    profile: Profile | None = None
+    profile_round: int = 0
+
+
+@dataclass(frozen=True)
+class Update:
+    """What leaves the device: changes of exploited experts, utilities, counts, and an account of the work."""
+
+    deltas: dict[ExpertKey, dict[str, Tensor]]
+    """New minus old weights of each exploited expert, by tensor name."""
+    utilities: Tensor
+    """``[layers, experts]``, eq. 3; NaN where not measured this round."""
+    tokens: Tensor
+    """``[layers, experts]`` tokens routed to each expert during training."""
+    loss: float
+    num_samples: int
+    work: Work
+    phases_s: dict[str, float] = field(default_factory=dict)
+    """Measured seconds by phase: ``merge``, ``train``, ``probe``, ``profile`` …"""
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """What a participant trains and profiles on this round; batches are made by :mod:`fluxlib.tasks.batches`."""
+
+    train: Sequence[Batch]
+    profile: Sequence[Batch]
+    probe: Batch
+
+
+AssignFn = Callable[[RoleState, Sequence[Budget], float, torch.Generator], Assignment]
+TrainFn = Callable[
+    [torch.nn.Module, ParticipantState, Roles, Budget, LocalData, RunConfig, int, torch.Generator],
+    tuple[Update, ParticipantState],
+]
+ProfileFn = Callable[[torch.nn.Module, LocalData, RunConfig], tuple[Profile, dict[str, float], Work]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A federated fine-tuning method.
+
+    ``assign(role_state, budgets, epsilon, generator)`` gives boolean masks ``[participants, layers, experts]``.
+    ``train(model, state, roles, budget, data, config, round, generator)`` leaves ``model`` exactly as it found it.
+    ``profiles`` says whether participants profile the model they hold, before round 1 and after every round.
+    """
+
+    name: str
+    title: str
+    assign: AssignFn
+    train: TrainFn
+    profiles: bool
