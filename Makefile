@@ -1,0 +1,67 @@
+# The door. Each target sets up .venv first when it is missing or older than the pins.
+SHELL := /bin/bash
+PROFILE ?= mini
+JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_INSTALL_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One thread per process: runs are side by side, and on one thread the same seed gives the same numbers.
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+export FLWR_TELEMETRY_ENABLED := 0
+export RAY_USAGE_STATS_ENABLED := 0
+export PYTHONHASHSEED := 0
+
+# Contents and parameters decide what is out of date (not the text of a rule); one failed run stops no other.
+SNAKEMAKE = $(BIN)/snakemake --cores $(JOBS) --rerun-triggers mtime params input --rerun-incomplete \
+	--keep-going --quiet host progress --config profile=$(1)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv reproduce smoke test lint bench lab report clean
+
+help:  ## This list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@echo "  variables         PROFILE=mini|full|paper  JOBS=$(JOBS)  PYTHON=$(PYTHON)"
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No python3.11 or python3 on PATH: install Python 3.11, or name one with PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than Python 3.11: name a newer one with PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[all]'
+	@touch $@
+
+venv: $(STAMP)  ## Python environment with the pinned versions, in .venv
+
+reproduce: $(STAMP)  ## Every run and figure of a profile (PROFILE=mini), resumable
+	$(call SNAKEMAKE,$(PROFILE))
+
+smoke: $(STAMP)  ## Every notebook with tiny counts: does it all still run?
+	$(call SNAKEMAKE,smoke)
+
+lint: $(STAMP)  ## Ruff on code and notebooks, and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## Lint, types and all tests, the smoke profile among them
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## The benchmarks (tables on the terminal)
+	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "No benchmarks yet."; exit 0; }; \
+	for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+lab: $(STAMP)  ## JupyterLab in notebooks/
+	$(BIN)/jupyter lab --notebook-dir . notebooks/00_start_here.ipynb
+
+report: $(STAMP)  ## Snakemake's HTML page on a finished profile: graph, times, memory
+	mkdir -p build/$(PROFILE)
+	$(call SNAKEMAKE,$(PROFILE)) --report build/$(PROFILE)/report.html
+
+clean:  ## Remove what can be made again, except results, figures and .venv
+	rm -rf build .snakemake .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
