@@ -1,0 +1,231 @@
+"""Pre-training of the two mini base models: the recorded recipe, from nothing to ``data/models``.
+
+``python -m fluxlib.pretraining mini-llama-moe`` regenerates a base. The text is the four mini formats with known
+facts as they are and unknown facts drawn anew every time (:mod:`fluxlib.tasks.mini`), so a base knows the language,
+the arithmetic and some of the world.
+
+Besides the language-model loss there is one term on the router, after the mutual-information loss of Mod-Squad
+(Chen et al., CVPR 2023): ``I(expert; label) = H(expert) - H(expert | label)`` is raised in every MoE layer, so that
+experts specialise by label without any expert dying. The weight of ``H(expert)`` grows with depth: early layers
+may stay skewed, late layers become even, as section 3 of the paper observes in large models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluxlib import seeding
+from fluxlib.models import DeepseekMoeConfig, DeepseekMoeForCausalLM, LlamaMoeConfig, LlamaMoeForCausalLM
+from fluxlib.tasks import FORMATS, mini
+from fluxlib.tasks.batches import IGNORED, collate, encode
+from fluxlib.tasks.mini.generate import pretraining_row
+
+MAX_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a base model's weights."""
+
+    steps: int = 3000
+    samples_per_family: int = 40
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    mutual_information: float = 0.05
+    """Weight of the router term."""
+    balance_first: float = 0.3
+    balance_last: float = 1.0
+    """Weight of H(expert) within the router term, in the first and in the last MoE layer."""
+    seed: int = 0
+
+
+RECIPES = {"mini-llama-moe": Recipe(), "mini-deepseek-moe": Recipe()}
+
+
+def build_tokenizer() -> Any:
+    """Word-level tokenizer over the mini world's vocabulary: lower case, one token per word, mark or number."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ("<pad>", "<s>", "</s>", "<unk>")
+    words = {word: index for index, word in enumerate((*special, *mini.vocabulary()))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def build_model(name: str, vocab_size: int) -> nn.Module:
+    """A mini model with random weights (global torch generator)."""
+    shared: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    if name == "mini-llama-moe":
+        return LlamaMoeForCausalLM(
+            LlamaMoeConfig(
+                **shared,
+                num_key_value_heads=4,
+                num_hidden_layers=4,
+                intermediate_size=16 * 128,
+                num_experts=16,
+                num_selects=4,
+                gate_network="mlp",
+                gate_add_noise=False,
+                score_scale_factor=4.0,
+            )
+        )
+    if name == "mini-deepseek-moe":
+        return DeepseekMoeForCausalLM(
+            DeepseekMoeConfig(
+                **shared,
+                num_key_value_heads=4,
+                num_hidden_layers=5,
+                intermediate_size=256,
+                moe_intermediate_size=64,
+                n_routed_experts=32,
+                n_shared_experts=2,
+                num_experts_per_tok=6,
+                first_k_dense_replace=1,
+                norm_topk_prob=True,
+            )
+        )
+    raise ValueError(f"model is {name!r}, allowed are {', '.join(RECIPES)}")
+
+
+def pretraining_batch(family: str, count: int, chance: random.Random, tokenizer: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """``count`` samples of one family with every real token scored, and their labels."""
+    data_set = FORMATS[family.removeprefix("mini-")]
+    drawn = [pretraining_row(family, chance) for _ in range(count)]
+    batch = collate([encode(data_set.to_example(row), tokenizer, MAX_TOKENS) for _, row in drawn], tokenizer.pad_token_id)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+    return batch, [label for label, _ in drawn]
+
+
+def gates(model: nn.Module) -> list[nn.Module]:
+    """The routers, in layer order."""
+    return [module.gate for module in model.modules() if hasattr(module, "gate") and hasattr(module, "experts")]
+
+
+@contextmanager
+def router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect each MoE layer's router logits ``[N, E]`` of the forward passes inside the block, in layer order."""
+    found: list[Tensor] = []
+    hooks = [gate.register_forward_hook(lambda _m, _i, out: found.append(out[0])) for gate in gates(model)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def mutual_information(logits: Tensor, label: Tensor, num_labels: int, balance: float) -> Tensor:
+    """``balance * H(expert) - H(expert | label)`` in nats, over tokens.
+
+    Args:
+        logits: ``[N, E]`` router logits of real tokens.
+        label: ``[N]`` label index of each token's sample.
+    """
+    probability = logits.float().softmax(-1)
+    sums = torch.zeros(num_labels, logits.shape[-1], device=logits.device).index_add_(0, label, probability)
+    mass = sums.sum(-1)
+    given = sums / mass.clamp_min(1e-9)[:, None]
+    entropy_given = -(given * given.clamp_min(1e-9).log()).sum(-1)
+    overall = sums.sum(0) / mass.sum()
+    entropy = -(overall * overall.clamp_min(1e-9).log()).sum()
+    return balance * entropy - (mass / mass.sum() * entropy_given).sum()
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine to a tenth."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return recipe.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def train_step(
+    model: nn.Module, batches: dict[str, tuple[dict[str, Tensor], list[str]]], label_ids: dict[str, int], recipe: Recipe
+) -> tuple[float, float]:
+    """Backward through one micro-batch per family; returns the mean language-model loss and router term."""
+    num_layers = len(gates(model))
+    total_loss = total_router = 0.0
+    for batch, labels in batches.values():
+        with router_logits(model) as logits:
+            loss = model(**batch).loss
+        mask = batch["attention_mask"].bool()
+        ids = torch.tensor([label_ids[label] for label in labels])[:, None].expand_as(mask)[mask]
+        router = torch.zeros(())
+        for index, layer_logits in enumerate(logits):
+            share = index / max(1, num_layers - 1)
+            balance = recipe.balance_first + share * (recipe.balance_last - recipe.balance_first)
+            kept = layer_logits[mask.reshape(-1)]
+            router = router + mutual_information(kept, ids, len(label_ids), balance) / num_layers
+        ((loss - recipe.mutual_information * router) / len(batches)).backward()
+        total_loss += loss.item() / len(batches)
+        total_router += router.item() / len(batches)
+    return total_loss, total_router
+
+
+def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int = 50) -> dict[str, Any]:
+    """Pre-train the base called ``name`` into the folder ``out``: weights, tokenizer, ``recipe.json`` with the loss curve.
+
+    Returns the record that is written. Weights are float32 in training and bfloat16 on disk.
+    """
+    recipe = recipe or RECIPES[name]
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seeding.derive(recipe.seed, "init", name))
+        model = build_model(name, len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
+    chance = random.Random(seeding.derive(recipe.seed, "text", name))
+    label_ids = {label: i for i, label in enumerate(label for family in mini.FAMILIES.values() for label in family.labels)}
+    curve, tokens, start = [], 0, time.perf_counter()
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        batches = {family: pretraining_batch(family, recipe.samples_per_family, chance, tokenizer) for family in mini.FAMILIES}
+        tokens += sum(int(batch["attention_mask"].sum()) for batch, _ in batches.values())
+        loss, router = train_step(model, batches, label_ids, recipe)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % log_every == 0 or step == recipe.steps - 1:
+            curve.append({"step": step, "tokens": tokens, "loss": round(loss, 4), "router": round(router, 4)})
+            print(f"{name} step {step} tokens {tokens} loss {loss:.3f} router {router:.3f} {time.perf_counter() - start:.0f} s", flush=True)
+    record = {"name": name, "recipe": asdict(recipe), "tokens": tokens, "wall_s": round(time.perf_counter() - start, 1), "curve": curve}
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+if __name__ == "__main__":
+    import sys
+
+    from fluxlib.config import data_dir
+
+    for base in sys.argv[1:] or RECIPES:
+        pretrain(base, data_dir() / "models" / base)

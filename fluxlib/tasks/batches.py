@@ -1,0 +1,77 @@
+"""From examples to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxlib.tasks.base import Example
+
+IGNORED = -100
+"""Label of tokens that are not scored: the prompt and the padding."""
+
+
+def encode(example: Example, tokenizer: Any, max_tokens: int, response: str | None = None) -> tuple[list[int], int]:
+    """Token ids of prompt, response and end-of-sequence, and where the response starts.
+
+    A prompt that leaves no room is cut from its left, so that the end of the question and the whole response stay.
+
+    Args:
+        response: another response than the example's own (an option to be scored).
+
+    Raises:
+        ValueError: the response alone does not fit into ``max_tokens``.
+    """
+    text = example.response if response is None else response
+    prompt: list[int] = tokenizer(example.prompt)["input_ids"]
+    answer: list[int] = tokenizer(" " + text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    room = max_tokens - len(answer)
+    if room < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, allowed is at least {len(answer) + 1} for the response {text[:60]!r}")
+    prompt = prompt[-room:] if len(prompt) > room else prompt
+    return prompt + answer, len(prompt)
+
+
+def collate(encoded: Sequence[tuple[list[int], int]], pad_token_id: int) -> dict[str, Tensor]:
+    """Right-padded batch of :func:`encode`'s results: ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]``."""
+    length = max(len(ids) for ids, _ in encoded)
+    input_ids = torch.full((len(encoded), length), pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, (ids, start) in enumerate(encoded):
+        tokens = torch.tensor(ids)
+        input_ids[row, : len(ids)] = tokens
+        mask[row, : len(ids)] = 1
+        labels[row, start : len(ids)] = tokens[start:]
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def make_batch(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> dict[str, Tensor]:
+    """One batch of ``examples`` in the given order."""
+    return collate([encode(example, tokenizer, max_tokens) for example in examples], tokenizer.pad_token_id)
+
+
+def sample_batches(
+    examples: Sequence[Example], tokenizer: Any, batch_size: int, max_tokens: int, generator: torch.Generator
+) -> Iterator[dict[str, Tensor]]:
+    """Endless batches: passes over ``examples``, each in a new order; a batch may straddle two passes.
+
+    Raises:
+        ValueError: no examples.
+    """
+    if not examples:
+        raise ValueError("examples is empty: a participant needs at least one sample")
+    order: list[int] = []
+    while True:
+        while len(order) < batch_size:
+            order += torch.randperm(len(examples), generator=generator).tolist()
+        chosen, order = order[:batch_size], order[batch_size:]
+        yield make_batch([examples[i] for i in chosen], tokenizer, max_tokens)
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """The batch's tensors on ``device``."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
