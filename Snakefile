@@ -1,0 +1,89 @@
+# Which notebook, with which parameters, reads and writes what. `make reproduce` is the door; by hand:
+#     .venv/bin/snakemake --cores 2 --rerun-triggers mtime params input --config profile=mini
+# Profiles differ in config/<profile>.yaml only. All paths are relative to the working directory, so `--directory DIR`
+# moves results, figures and build together. Executed notebooks are logs: a failed one is kept, a missing one is not
+# a reason to run for hours again.
+import json
+import sys
+from pathlib import Path
+
+REPO = Path(workflow.basedir)
+sys.path.insert(0, str(REPO))
+
+from fluxlib import workflow as steps
+from fluxlib.config import ConfigError
+
+try:
+    PROFILE = steps.load_profile(steps.profile_path(config.get("profile", "mini")))
+    NAME = PROFILE.name
+    RESULTS, FIGURES, BUILD = f"data/results/{NAME}", f"figures/{NAME}", f"build/{NAME}"
+    for folder in (RESULTS, FIGURES, BUILD):
+        steps.check_writable(Path(folder))
+except ConfigError as error:
+    sys.exit(f"error: {error}")
+
+NOTEBOOKS = REPO / "notebooks"
+FEDERATED_RUN = NOTEBOOKS / "04_federated_run.ipynb"
+EXECUTE = f"{sys.executable} -m fluxlib.cli notebook"
+WORK = Path.cwd()
+
+
+wildcard_constraints:
+    run_id="|".join(map(re.escape, PROFILE.runs)),
+
+
+rule all:
+    input:
+        f"{BUILD}/notebooks/00_start_here.ipynb",
+        expand("{figures}/{figure}-{model}.{kind}",
+               figures=FIGURES, figure=["convergence", "time_to_accuracy"], model=PROFILE.models, kind=["pdf", "png", "csv"]),
+
+
+rule start_here:
+    input:
+        NOTEBOOKS / "00_start_here.ipynb",
+    output:
+        f"{BUILD}/notebooks/00_start_here.ipynb",
+    log:
+        f"{BUILD}/logs/00_start_here.log",
+    benchmark:
+        f"{BUILD}/benchmarks/00_start_here.tsv"
+    shell:
+        "{EXECUTE} {input} {output} > {log} 2>&1"
+
+
+# Parameters decide whether a run is out of date, contents included: the notebook's code and the base model's files.
+# The library's code does not (full takes hours); `--forcerun federated_run` is there for that.
+rule federated_run:
+    output:
+        rounds=f"{RESULTS}/rounds/{{run_id}}.parquet",
+        about=f"{RESULTS}/rounds/{{run_id}}.json",
+        participants=f"{RESULTS}/participants/{{run_id}}.parquet",
+    params:
+        run=lambda wildcards: json.dumps(steps.notebook_parameters(FEDERATED_RUN, PROFILE.runs[wildcards.run_id])),
+        code=steps.notebook_digest(FEDERATED_RUN),
+        base=lambda wildcards: steps.model_digest(PROFILE.runs[wildcards.run_id].model),
+    log:
+        text=f"{BUILD}/logs/04_federated_run/{{run_id}}.log",
+        notebook=f"{BUILD}/notebooks/04_federated_run-{{run_id}}.ipynb",
+    benchmark:
+        f"{BUILD}/benchmarks/04_federated_run/{{run_id}}.tsv"
+    shell:
+        "{EXECUTE} {FEDERATED_RUN} {log.notebook} --parameters {params.run:q} --set out={WORK}/{RESULTS} > {log.text} 2>&1"
+
+
+rule time_to_accuracy:
+    input:
+        notebook=NOTEBOOKS / "05_time_to_accuracy.ipynb",
+        rounds=expand(f"{RESULTS}/rounds/{{run_id}}.parquet", run_id=PROFILE.runs),
+    output:
+        expand("{figures}/{figure}-{model}.{kind}",
+               figures=FIGURES, figure=["convergence", "time_to_accuracy"], model=PROFILE.models, kind=["pdf", "png", "csv"]),
+    log:
+        text=f"{BUILD}/logs/05_time_to_accuracy.log",
+        notebook=f"{BUILD}/notebooks/05_time_to_accuracy.ipynb",
+    benchmark:
+        f"{BUILD}/benchmarks/05_time_to_accuracy.tsv"
+    shell:
+        "{EXECUTE} {input.notebook} {log.notebook} --set profile={NAME} --set results={WORK}/{RESULTS}"
+        " --set figures={WORK}/{FIGURES} > {log.text} 2>&1"

@@ -1,0 +1,194 @@
+"""What the pipeline needs beside Snakemake: a profile as a list of runs, and notebooks executed with care.
+
+- :func:`load_profile` reads ``config/<profile>.yaml`` and validates every run in it before any work.
+- :func:`execute` runs a notebook through papermill, refusing unknown parameters and unwritable folders first.
+- :func:`notebook_digest` and :func:`model_digest` say whether what a run depends on has changed, by content.
+
+Nothing here imports torch: Snakemake reads a profile once per job.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import itertools
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, data_dir, make_config
+
+GRID = {"methods": "method", "models": "model", "tasks": "task", "seeds": "seed"}
+SECTIONS = ("profile", "grid", "run", "per_model", "per_task", "per_method")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile of the pipeline: its name and its runs, by run id."""
+
+    name: str
+    runs: dict[str, RunConfig]
+
+    @property
+    def models(self) -> list[str]:
+        """Last parts of the models' names, in the order of the file."""
+        return list(dict.fromkeys(Path(run.model).name for run in self.runs.values()))
+
+
+def load_profile(path: Path) -> Profile:
+    """Read ``config/<profile>.yaml``: a grid of runs, common parameters, what differs per model, task or method.
+
+    A later section wins over an earlier one: ``run``, ``per_model``, ``per_task``, ``per_method``.
+
+    Raises:
+        ConfigError: an unknown section or a bad parameter, by name and run.
+    """
+    import yaml
+
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise ConfigError(f"no profile {path.stem!r} in {path.parent}; allowed are {known}")
+    content = yaml.safe_load(path.read_text())
+    _only("section", content, SECTIONS, path)
+    grid = content["grid"]
+    _only("grid", grid, tuple(GRID), path)
+    runs: dict[str, RunConfig] = {}
+    for values in itertools.product(*(grid[key] for key in GRID)):
+        run = _configure(content, dict(zip(GRID.values(), values, strict=True)), path)
+        runs[run.run_id] = run
+    return Profile(content["profile"], runs)
+
+
+def _configure(content: dict[str, Any], point: dict[str, Any], path: Path) -> RunConfig:
+    parameters = dict(content.get("run") or {})
+    for axis in ("model", "task", "method"):
+        parameters |= (content.get(f"per_{axis}") or {}).get(point[axis]) or {}
+    try:
+        return make_config(parameters | point)
+    except ConfigError as error:
+        raise ConfigError(f"{path}, run {point}:\n{error}") from None
+
+
+def _only(kind: str, content: dict[str, Any], allowed: tuple[str, ...], path: Path) -> None:
+    for name in content:
+        if name not in allowed:
+            raise ConfigError(f"{path}: unknown {kind} {name!r}; allowed are {', '.join(allowed)}")
+
+
+def cells(notebook: Path) -> list[dict[str, Any]]:
+    """The cells of ``notebook``; their sources are joined into one string each."""
+    content = json.loads(notebook.read_text())
+    return [cell | {"source": "".join(cell["source"])} for cell in content["cells"]]
+
+
+def declared_parameters(notebook: Path) -> dict[str, Any]:
+    """Names and defaults assigned in the cell tagged ``parameters``.
+
+    Raises:
+        ConfigError: there is not exactly one such cell, or a default is not a literal.
+    """
+    tagged = [cell for cell in cells(notebook) if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise ConfigError(f"{notebook.name} has {len(tagged)} cells tagged 'parameters', allowed is one")
+    found: dict[str, Any] = {}
+    for statement in ast.parse(tagged[0]["source"]).body:
+        target = (
+            statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
+        )
+        value = getattr(statement, "value", None)
+        if not isinstance(target, ast.Name) or value is None:
+            raise ConfigError(f"{notebook.name}: the parameters cell may only assign literals to names")
+        try:
+            found[target.id] = ast.literal_eval(value)
+        except ValueError:
+            raise ConfigError(f"{notebook.name}: default of {target.id!r} is not a literal") from None
+    return found
+
+
+def notebook_parameters(notebook: Path, run: RunConfig) -> dict[str, Any]:
+    """``run`` as parameters of ``notebook``: all that it declares by name, and in ``settings`` the rest.
+
+    ``settings`` holds only what is not the library's default. What is declared is always passed, since the
+    notebook's own defaults are those of the smoke profile.
+    """
+    declared, wanted = declared_parameters(notebook), run.model_dump(mode="json")
+    settings = {
+        name: value
+        for name, value in run.model_dump(mode="json", exclude_defaults=True).items()
+        if name not in declared
+    }
+    direct = {name: value for name, value in wanted.items() if name in declared}
+    return direct | ({"settings": settings} if settings else {})
+
+
+def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
+    """Refuse parameters that ``notebook`` does not declare (papermill itself would warn and go on).
+
+    Raises:
+        ConfigError: the unknown names and the allowed ones.
+    """
+    allowed = declared_parameters(notebook)
+    unknown = sorted(set(parameters) - set(allowed))
+    if unknown:
+        names = ", ".join(map(repr, unknown))
+        raise ConfigError(f"{notebook.name} has no parameter {names}; allowed are {', '.join(allowed)}")
+
+
+def check_writable(folder: Path) -> Path:
+    """Create ``folder`` and a file in it, before hours of work depend on it.
+
+    Raises:
+        ConfigError: naming the folder and the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from None
+
+
+def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
+    """Execute ``notebook`` with ``parameters`` and keep the executed copy at ``output``.
+
+    It runs where JupyterLab would run it, in the notebook's own folder: paths in ``parameters`` are absolute.
+
+    Raises:
+        ConfigError: unknown parameters, or nowhere to write; nothing has been executed then.
+        papermill.PapermillExecutionError: a cell failed; the copy at ``output`` shows which.
+    """
+    import papermill
+
+    check_parameters(notebook, parameters)
+    check_writable(output.resolve().parent)
+    papermill.execute_notebook(
+        notebook,
+        output,
+        parameters=parameters,
+        kernel_name="python3",
+        cwd=notebook.resolve().parent,
+        progress_bar=False,
+        log_output=True,
+    )
+
+
+def notebook_digest(notebook: Path) -> str:
+    """Digest of the code cells of ``notebook``: prose may change without any run becoming stale."""
+    code = [cell["source"] for cell in cells(notebook) if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
+
+
+def model_digest(name: str) -> str:
+    """Digest of an embedded base model's files; models from elsewhere are known by name only."""
+    folder = data_dir() / "models" / name
+    digest = hashlib.sha256(name.encode())
+    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def profile_path(name: str) -> Path:
+    """Where the profile called ``name`` is described."""
+    return REPO_ROOT / "config" / f"{name}.yaml"

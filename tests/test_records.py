@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import datetime
+import json
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from fluxlib import records
+
+VALUES = {"string": "x", "int64": 3, "float64": 0.5, "bool": True}
+
+
+def frame(table: str, rows: int = 2) -> pd.DataFrame:
+    return pd.DataFrame({c.name: [VALUES[c.dtype]] * rows for c in records.columns(table)})
+
+
+@pytest.mark.parametrize("table", records.TABLES)
+def test_what_is_written_is_read_back(table, tmp_path):
+    path = records.write(table, frame(table), tmp_path / table / "a.parquet", {"parameters": {"seed": 0}})
+    pd.testing.assert_frame_equal(records.read(table, path), frame(table))
+    assert json.loads(path.with_suffix(".json").read_text()) == {"table": table, "parameters": {"seed": 0}}
+
+
+def test_units_and_meanings_travel_in_the_file(tmp_path):
+    path = records.write("rounds", frame("rounds"), tmp_path / "a.parquet", {})
+    field = pq.read_schema(path).field("uplink_bytes")
+    assert field.metadata[b"unit"] == b"B"
+    assert b"participants" in field.metadata[b"description"]
+
+
+def test_a_folder_is_read_run_after_run(tmp_path):
+    for name in ("b", "a"):
+        records.write("rounds", frame("rounds").assign(run_id=name), tmp_path / f"{name}.parquet", {})
+    assert records.read("rounds", tmp_path)["run_id"].tolist() == ["a", "a", "b", "b"]
+
+
+def test_a_missing_optional_value_is_nan(tmp_path):
+    path = records.write(
+        "rounds", frame("rounds").assign(metric=[0.1, float("nan")]), tmp_path / "a.parquet", {}
+    )
+    assert records.read("rounds", path)["metric"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.drop(columns="loss"), "missing column 'loss'"),
+        (lambda f: f.assign(extra_s=1.0), "extra column 'extra_s'"),
+        (lambda f: f.assign(seed="zero"), "column 'seed' must be int64: got"),
+        (lambda f: f.assign(round=0.5), "column 'round' must be int64: got double"),
+        (lambda f: f.assign(method=1), "column 'method' must be string: got int64"),
+        (
+            lambda f: f.assign(wall_s=float("nan")),
+            "column 'wall_s' must be float64: 2 of 2 values are missing",
+        ),
+    ],
+)
+def test_a_wrong_table_is_refused_by_column_and_nothing_is_written(change, message, tmp_path):
+    with pytest.raises(records.TableError, match=message):
+        records.write("rounds", change(frame("rounds")), tmp_path / "a.parquet", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_problems_are_named_at_once():
+    with pytest.raises(records.TableError, match="missing column 'loss'; .*missing column 'wall_s'"):
+        records.validate("rounds", frame("rounds").drop(columns=["loss", "wall_s"]))
+
+
+def test_a_failing_write_leaves_the_old_table(tmp_path, monkeypatch):
+    path = records.write("rounds", frame("rounds"), tmp_path / "a.parquet", {})
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pq, "write_table", fail)
+    with pytest.raises(OSError, match="disk full"):
+        records.write("rounds", frame("rounds", 5), path, {})
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.parquet"]
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_text("not parquet")
+    with pytest.raises(records.TableError, match=r"a\.parquet"):
+        records.read("rounds", tmp_path)
+    with pytest.raises(records.TableError, match="no 'rounds' table at"):
+        records.read("rounds", tmp_path / "none")
+    with pytest.raises(records.TableError, match="unknown table 'round'; allowed are rounds, participants"):
+        records.read("round", tmp_path)
+
+
+def test_about_a_run_says_what_made_it():
+    about = records.about_run({"seed": 0}, datetime.datetime.now(datetime.UTC), device="cpu")
+    assert {"parameters", "versions", "commit", "machine", "start", "end", "device"} <= set(about)
+    assert about["versions"]["torch"]
+    assert about["start"] <= about["end"]
+    json.dumps(about)
+
+
+def test_every_column_is_in_the_data_dictionary():
+    text = records.data_dictionary()
+    for table in records.TABLES:
+        for column in records.columns(table):
+            assert f"| `{column.name}` | {column.dtype} |" in text
+            assert column.description
