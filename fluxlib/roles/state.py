@@ -1,0 +1,182 @@
+"""What the server remembers of utilities between rounds.
+
+:class:`RoleState` is frozen and saved with :meth:`RoleState.to_arrays`. :func:`update` is the only way to a
+new one: it bounds and reports what participants send. :func:`current_utilities` is what
+:func:`fluxlib.roles.assign` is given; :func:`uncertainty_bonus`, :func:`ages` and :func:`overdue` serve its
+options.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxlib.roles.utility import first_utilities
+
+NEVER = -1
+"""Round number of something that has not happened yet."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What :func:`update` did not take as it came: ``count`` values of one participant, ``worst`` among them.
+
+    ``kind`` is ``infinite`` or ``negative`` (ignored), ``huge`` (cut to the bound), ``unasked`` (ignored) or
+    ``missing`` (asked for, not delivered; the last utility stays).
+    """
+
+    participant: int
+    kind: str
+    count: int
+    worst: float
+
+
+@dataclass(frozen=True)
+class RoleState:
+    """What the server knows about utilities; frozen, saved with :meth:`to_arrays`.
+
+    ``measured [P, L, E]`` last reported utility, NaN = never; ``first [P, L, E]`` utilities before round 1;
+    ``measured_round [P, L, E]`` and ``tuned_round [L, E]``: last round in which it was measured, or tuned by
+    anybody (-1 = never); ``tuned_count [P, L, E]``; ``round``: rounds that were recorded; ``faults``: of the
+    last update.
+    """
+
+    measured: Tensor
+    first: Tensor
+    measured_round: Tensor
+    tuned_round: Tensor
+    tuned_count: Tensor
+    round: int = 0
+    faults: tuple[Fault, ...] = ()
+
+    @classmethod
+    def start(cls, frequency: Tensor) -> RoleState:
+        """State before round 1 from activation frequencies ``[P, L, E]``."""
+        first = first_utilities(frequency)
+        return cls(
+            measured=torch.full_like(first, math.nan),
+            first=first,
+            measured_round=torch.full(first.shape, NEVER, dtype=torch.long, device=first.device),
+            tuned_round=torch.full(first.shape[1:], NEVER, dtype=torch.long, device=first.device),
+            tuned_count=torch.zeros(first.shape, dtype=torch.long, device=first.device),
+        )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Numbers only, for safetensors or npz; the faults of the last update are not kept."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("round", "faults")}
+        return {name: value.cpu().numpy() for name, value in arrays.items()} | {"round": np.array(self.round)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> RoleState:
+        """Inverse of :meth:`to_arrays`; ValueError names a missing array."""
+        names = [f.name for f in fields(cls) if f.name != "faults"]
+        missing = sorted(set(names) - set(arrays))
+        if missing:
+            raise ValueError(f"arrays lacks {missing}; a saved RoleState has {names}")
+        tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in names if name != "round"}
+        return cls(**tensors, round=int(arrays["round"]))
+
+
+def current_utilities(state: RoleState) -> Tensor:
+    """``[P, L, E]`` utilities to assign by: the last measured ones; first ones where nothing was measured.
+
+    After the first measurement a participant's first utilities are scaled so that, over the experts it did
+    measure, they have the same mean as the measurements: both are then in one unit and neither always wins.
+    """
+    known = ~state.measured.isnan()
+    measured_sum = state.measured.nan_to_num().sum(dim=(1, 2), keepdim=True)
+    first_sum = (state.first * known).sum(dim=(1, 2), keepdim=True)
+    ratio = measured_sum / first_sum.clamp(min=torch.finfo(first_sum.dtype).tiny)
+    scale = torch.where(first_sum > 0, ratio, torch.ones_like(ratio))
+    return torch.where(known, state.measured, state.first * scale)
+
+
+def uncertainty_bonus(state: RoleState, weight: float = 0.1) -> Tensor:
+    """``[P, L, E]`` to be added to a utility: Oort's uncertainty bonus.
+
+    ``sqrt(weight * ln r * age / r)`` times the participant's mean utility, at round r, ``age`` rounds after
+    the measurement. Deviation: Oort divides by the round of the last measurement, and has no unit.
+    """
+    age = torch.where(state.measured_round == NEVER, state.round + 1, state.round - state.measured_round)
+    bonus = torch.sqrt(weight * math.log(max(state.round, 1)) * age / max(state.round, 1))
+    return bonus * current_utilities(state).mean(dim=(1, 2), keepdim=True)
+
+
+def ages(state: RoleState) -> Tensor:
+    """``[P, L, E]`` rounds since each utility was measured (never = longer than all others), for rotation."""
+    return torch.where(state.measured_round == NEVER, state.round + 1, state.round - state.measured_round)
+
+
+def overdue(state: RoleState, max_rounds: int) -> Tensor:
+    """Bool ``[L, E]``: experts that nobody has tuned for ``max_rounds`` rounds."""
+    return state.round - 1 - state.tuned_round >= max_rounds
+
+
+def update(
+    state: RoleState,
+    utilities: Tensor,
+    tuned: Tensor | None = None,
+    asked: Tensor | None = None,
+    bound: float = 1000.0,
+) -> RoleState:
+    """State after one round.
+
+    Args:
+        utilities: ``[P, L, E]`` as reported, NaN = not measured. All NaN for a participant that did not
+            answer.
+        tuned: bool ``[P, L, E]``: updates that were aggregated.
+        asked: bool ``[P, L, E]``: experts whose utility was to be measured; others are ignored and reported.
+        bound: a utility above ``bound`` times the median of all participants' known ones is cut to that,
+            since one lie must not outweigh everything an honest participant can ever report.
+
+    Returns:
+        The new state; its ``faults`` name what was ignored or cut. A utility that is ignored or missing keeps
+        its value.
+    """
+    if utilities.shape != state.measured.shape:
+        raise ValueError(f"utilities must be {tuple(state.measured.shape)}, got {tuple(utilities.shape)}")
+    values = utilities.to(state.measured)
+    faults = []
+    for kind, wrong in (("infinite", values.isinf()), ("negative", values < 0)):
+        faults += _faults(kind, wrong, values)
+        values = values.masked_fill(wrong, math.nan)
+    if asked is not None:
+        faults += _faults("missing", asked & utilities.isnan(), values)
+        faults += _faults("unasked", ~asked & ~values.isnan(), values)
+        values = values.masked_fill(~asked, math.nan)
+    cap = _cap(state, values, bound)
+    faults += _faults("huge", values > cap, values)
+    values = values.clamp(max=cap)
+    fresh = ~values.isnan()
+    tuned = torch.zeros_like(fresh) if tuned is None else tuned.to(fresh.device)
+    return replace(
+        state,
+        measured=torch.where(fresh, values, state.measured),
+        measured_round=torch.where(fresh, state.round, state.measured_round),
+        tuned_round=torch.where(tuned.any(dim=0), state.round, state.tuned_round),
+        tuned_count=state.tuned_count + tuned,
+        round=state.round + 1,
+        faults=tuple(faults),
+    )
+
+
+def _cap(state: RoleState, values: Tensor, bound: float) -> float:
+    """Largest utility that is believed; infinite while there is nothing to compare with."""
+    known = torch.cat([state.measured.flatten(), values.flatten()])
+    known = known[known > 0]
+    return bound * float(known.median()) if len(known) else math.inf
+
+
+def _faults(kind: str, wrong: Tensor, values: Tensor) -> list[Fault]:
+    found = []
+    for participant in wrong.flatten(1).any(dim=1).nonzero().flatten().tolist():
+        hits = values[participant][wrong[participant]]
+        found.append(
+            Fault(participant, kind, len(hits), float(hits[hits.abs().nan_to_num(nan=0.0).argmax()]))
+        )
+    return found
