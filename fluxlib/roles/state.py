@@ -79,7 +79,14 @@ class RoleState:
         if missing:
             raise ValueError(f"arrays lacks {missing}; a saved RoleState has {names}")
         tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in names if name != "round"}
-        return cls(**tensors, round=int(arrays["round"]))
+        return cls(
+            measured=tensors["measured"],
+            first=tensors["first"],
+            measured_round=tensors["measured_round"],
+            tuned_round=tensors["tuned_round"],
+            tuned_count=tensors["tuned_count"],
+            round=int(arrays["round"]),
+        )
 
 
 def current_utilities(state: RoleState) -> Tensor:
