@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PHASES = ("download", "merge", "quantize", "profile", "train", "probe", "pcie", "upload")
-"""What one participant does in a round, in this order; a profile for the NEXT round overlaps with the server."""
+"""What one participant does in a round; profiling for the NEXT round overlaps with the server."""
 
 PACKAGES = ("fluxlib", "torch", "transformers", "numpy", "flwr", "bitsandbytes", "pandas", "pyarrow")
 
@@ -183,7 +184,7 @@ _ACCEPTED = {"string": ("string",), "int64": ("int",), "float64": ("float", "int
 
 
 def write(table: str, frame: pd.DataFrame, path: Path, about: dict[str, Any]) -> Path:
-    """Write ``frame`` to ``path`` (``….parquet``) and ``about`` to the ``.json`` beside it, whole or not at all.
+    """Write ``frame`` to ``path`` (``….parquet``), ``about`` to the ``.json`` beside it, whole or not at all.
 
     Raises:
         TableError: ``frame`` does not fit the schema; nothing is written.
@@ -233,7 +234,7 @@ def read(table: str, path: Path) -> pd.DataFrame:
 
 
 def about_run(parameters: dict[str, Any], start: datetime.datetime, **more: Any) -> dict[str, Any]:
-    """What made a table: parameters, versions, commit, machine, ``start``, and now as the end (UTC, ISO 8601)."""
+    """What made a table: parameters, versions, commit, machine, ``start`` and now as the end (both UTC)."""
     return {
         "parameters": parameters,
         "versions": {"python": platform.python_version(), **_versions()},
@@ -278,3 +279,19 @@ def data_dictionary() -> str:
             parts.append(f"| `{c.name}` | {c.dtype} | {c.unit} | {c.description}{optional} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def describe_round(row: Mapping[str, Any]) -> str:
+    """One row of ``rounds`` as a line for people: score, loss, both clocks, traffic, refused replies."""
+    score = "not scored" if _missing(row["metric"]) else f"{row['metric_name']} {row['metric']:.3f}"
+    loss = "" if _missing(row["loss"]) else f"  loss {row['loss']:.3f}"
+    rejected = f"  {row['num_rejected']} rejected" if row["num_rejected"] else ""
+    return (
+        f"{row['run_id']}  round {row['round']:>3}  {score}{loss}  wall {row['wall_s']:.1f} s  "
+        f"device {row['device_s']:.1f} s  up {row['uplink_bytes'] / 1e6:.1f} MB  "
+        f"down {row['downlink_bytes'] / 1e6:.1f} MB{rejected}"
+    )
+
+
+def _missing(value: float | None) -> bool:
+    return value is None or value != value

@@ -38,7 +38,7 @@ class Profile:
 
 
 def load_profile(path: Path) -> Profile:
-    """Read ``config/<profile>.yaml``: a grid of runs, common parameters, what differs per model, task or method.
+    """Read ``config/<profile>.yaml``: a grid, common parameters, what differs per model, task or method.
 
     A later section wins over an earlier one: ``run``, ``per_model``, ``per_task``, ``per_method``.
 
@@ -94,12 +94,14 @@ def declared_parameters(notebook: Path) -> dict[str, Any]:
         raise ConfigError(f"{notebook.name} has {len(tagged)} cells tagged 'parameters', allowed is one")
     found: dict[str, Any] = {}
     for statement in ast.parse(tagged[0]["source"]).body:
-        target = (
-            statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
-        )
-        value = getattr(statement, "value", None)
-        if not isinstance(target, ast.Name) or value is None:
+        if isinstance(statement, ast.Assign):
+            target, value = statement.targets[0], statement.value
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            target, value = statement.target, statement.value
+        else:
             raise ConfigError(f"{notebook.name}: the parameters cell may only assign literals to names")
+        if not isinstance(target, ast.Name):
+            raise ConfigError(f"{notebook.name}: the parameters cell may only assign to plain names")
         try:
             found[target.id] = ast.literal_eval(value)
         except ValueError:

@@ -53,7 +53,7 @@ def test_a_missing_optional_value_is_nan(tmp_path):
         (lambda f: f.assign(method=1), "column 'method' must be string: got int64"),
         (
             lambda f: f.assign(wall_s=float("nan")),
-            "column 'wall_s' must be float64: 2 of 2 values are missing",
+            "column 'wall_s' must be float64: 2 of 2 values",
         ),
     ],
 )

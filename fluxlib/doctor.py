@@ -1,0 +1,183 @@
+"""What ``fluxlib doctor`` checks: is this machine ready, and if not, what to do. No network traffic is made.
+
+Each check is a function that yields :class:`Check` records; :func:`examine` calls them all. A ``problem`` stops the
+suite from running (exit code 1), a ``warning`` stops a part of it, both say what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from fluxlib.config import REPO_ROOT, ConfigError, data_dir, figures_dir, results_dir
+from fluxlib.workflow import check_writable
+
+GIB = 2**30
+MINI_MODELS = ("mini-llama-moe", "mini-deepseek-moe")
+CORE = ("torch", "transformers", "numpy", "safetensors", "pydantic", "pandas", "pyarrow")
+PARTS = {
+    "flwr": "federated runs",
+    "papermill": "headless notebooks",
+    "snakemake": "make reproduce",
+    "matplotlib": "figures",
+    "scikit-learn": "the reference clustering",
+    "rouge-score": "mini-dolly and dolly",
+    "ipywidgets": "live progress in JupyterLab",
+    "bitsandbytes": "the 4-bit comparison",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: ``status`` is ``ok``, ``warning`` or ``problem``; the latter two come with ``advice``."""
+
+    name: str
+    status: str
+    found: str
+    advice: str = ""
+
+
+def examine() -> list[Check]:
+    """All checks, in the order in which problems are best solved."""
+    groups = (_python(), _packages(), _memory(), _disk(), _devices(), _folders(), _models(), _network())
+    return [check for group in groups for check in group]
+
+
+def line(check: Check) -> str:
+    """``check`` as a line for people, the advice below it."""
+    advice = f"\n{'':10}-> {check.advice}" if check.advice else ""
+    return f"{check.status:<9} {check.name}: {check.found}{advice}"
+
+
+def exit_code(checks: list[Check]) -> int:
+    """0 unless there is a problem; warnings are no failure."""
+    return int(any(check.status == "problem" for check in checks))
+
+
+def _python() -> Iterator[Check]:
+    """The package cannot be installed on a Python that is too old; one that is too new only lacks tested pins."""
+    found = f"{platform.python_version()} at {sys.executable}"
+    if platform.python_version_tuple()[:2] == ("3", "11"):
+        yield Check("python", "ok", found)
+    else:
+        yield Check("python", "warning", f"{found}, tested with 3.11", "`make clean`, then PYTHON=python3.11")
+
+
+def pins(path: Path = REPO_ROOT / "constraints.txt") -> dict[str, str]:
+    """Pinned versions by distribution name in lower case; empty when the file is not there."""
+    if not path.is_file():
+        return {}
+    lines = (text.split("#")[0].strip() for text in path.read_text().splitlines())
+    return {name.lower(): version for name, _, version in (text.partition("==") for text in lines) if version}
+
+
+def _packages() -> Iterator[Check]:
+    pinned = pins()
+    for name in (*CORE, *PARTS):
+        needed_for = PARTS.get(name, "everything")
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            status = "problem" if name in CORE else "warning"
+            yield Check(name, status, f"not installed; needed for {needed_for}", "run `make venv`")
+            continue
+        wanted = pinned.get(name)
+        if wanted and version.split("+")[0] != wanted:
+            yield Check(
+                name, "warning", f"{version}, tested with {wanted}", "run `make venv` for the tested versions"
+            )
+        else:
+            yield Check(name, "ok", version)
+
+
+def _memory() -> Iterator[Check]:
+    """The mini profile needs about 1.5 GiB per run side by side."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    cores = os.cpu_count() or 1
+    found = f"{total:.1f} GiB, {cores} cores"
+    if total < 3:
+        yield Check(
+            "memory", "problem", found, "the mini profile needs 3 GiB: run it with JOBS=1 on a larger machine"
+        )
+    elif total < 1.5 * cores + 1:
+        yield Check("memory", "warning", found, f"run `make reproduce JOBS={max(1, int((total - 1) / 1.5))}`")
+    else:
+        yield Check("memory", "ok", found)
+
+
+def _disk() -> Iterator[Check]:
+    free = shutil.disk_usage(REPO_ROOT).free / GIB
+    status = "ok" if free >= 2 else "problem"
+    yield Check(
+        "disk",
+        status,
+        f"{free:.1f} GiB free",
+        "" if status == "ok" else "free at least 2 GiB, or `make clean`",
+    )
+
+
+def _devices() -> Iterator[Check]:
+    try:
+        import torch
+    except ImportError:
+        return
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield Check(f"cuda:{index}", "ok", f"{properties.name}, {properties.total_memory / GIB:.0f} GiB")
+    elif torch.version.cuda:
+        yield Check(
+            "gpu", "warning", "torch is built for CUDA but sees no GPU", "check the driver with `nvidia-smi`"
+        )
+    elif torch.backends.mps.is_available():
+        yield Check("gpu", "ok", "Apple MPS")
+    else:
+        yield Check("gpu", "ok", "none (smoke, mini and full need none; paper does)")
+
+
+def _folders() -> Iterator[Check]:
+    for folder in (results_dir("mini"), figures_dir("mini"), REPO_ROOT / "build"):
+        try:
+            yield Check("folder", "ok", f"{check_writable(folder)} is writable")
+        except ConfigError as error:
+            yield Check(
+                "folder", "problem", str(error), "give yourself the right to write there, or set FLUXLIB_DATA"
+            )
+
+
+def _models() -> Iterator[Check]:
+    for name in MINI_MODELS:
+        folder = data_dir() / "models" / name
+        if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
+            yield Check(name, "ok", str(folder))
+        else:
+            yield Check(
+                name,
+                "problem",
+                f"not complete in {folder}",
+                "get the files again: `git checkout -- data/models`",
+            )
+
+
+def _network() -> Iterator[Check]:
+    """Only what can be known without sending anything: the hub's switch, and the default route."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        yield Check("network", "ok", "the hub is switched off (HF_HUB_OFFLINE); only paper needs it")
+    elif not _has_default_route():
+        yield Check("network", "ok", "no default route: offline; only paper with hub models needs one")
+    else:
+        yield Check("network", "ok", "there is a default route (nothing was sent to try it)")
+
+
+def _has_default_route(table: Path = Path("/proc/net/route")) -> bool:
+    """Whether the kernel's IPv4 routing table has a default; assumed so where there is no such file."""
+    if not table.is_file():
+        return True
+    rows = (row.split() for row in table.read_text().splitlines()[1:])
+    return any(len(row) > 1 and row[1] == "00000000" for row in rows)
