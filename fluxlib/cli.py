@@ -61,9 +61,7 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
 @app.command()
 def run(
     method: Annotated[str, typer.Option(help="flux, fmd, ... (a wrong name lists them)")] = "flux",
-    model: Annotated[
-        str, typer.Option(help="an embedded mini model, a folder, or a hub name")
-    ] = "mini-llama-moe",
+    model: Annotated[str, typer.Option(help="an embedded mini model, a folder, or a hub name")] = "mini-llama-moe",
     task: Annotated[str, typer.Option(help="mini-gsm8k, ... (a wrong name lists them)")] = "mini-gsm8k",
     rounds: Annotated[int, typer.Option(help="number of rounds")] = 10,
     participants: Annotated[int, typer.Option(help="number of participants")] = 10,
@@ -150,9 +148,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 @app.command(name="list")
 def list_runs(
-    out: Annotated[
-        Path | None, typer.Option(help="folder of tables; default: those of every profile")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of tables; default: those of every profile")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the runs in the store: last round, score, both clocks."""

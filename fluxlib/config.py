@@ -59,7 +59,9 @@ class RunConfig(BaseModel):
     partition: Literal["dirichlet", "iid", "label"] = "dirichlet"
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration: small = participants differ")
     equal_sizes: bool = True
-    task_size: int | None = Field(None, ge=10, description="samples of the task before the 80/20 split; None: its own default")
+    task_size: int | None = Field(
+        None, ge=10, description="samples of the task before the 80/20 split; None: its own default"
+    )
     data_path: str | None = Field(None, description="a local file or folder with the task's public schema")
 
     local_steps: int = Field(4, ge=1)
@@ -72,7 +74,9 @@ class RunConfig(BaseModel):
 
     tune_fraction: float = Field(0.25, gt=0, le=1, description="B_tune as a share of all experts")
     merge_fraction: float = Field(0.25, ge=0, le=1, description="B_non as a share of all experts")
-    budget_spread: float = Field(0.0, ge=0, lt=1, description="participants' budgets vary evenly by this share, up and down")
+    budget_spread: float = Field(
+        0.0, ge=0, lt=1, description="participants' budgets vary evenly by this share, up and down"
+    )
 
     profile_bits: Literal[2, 3, 4, 8, 16] = 4
     profile_batches: int = Field(2, ge=1)

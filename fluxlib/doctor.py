@@ -89,9 +89,7 @@ def _packages() -> Iterator[Check]:
             continue
         wanted = pinned.get(name)
         if wanted and version.split("+")[0] != wanted:
-            yield Check(
-                name, "warning", f"{version}, tested with {wanted}", "run `make venv` for the tested versions"
-            )
+            yield Check(name, "warning", f"{version}, tested with {wanted}", "run `make venv` for the tested versions")
         else:
             yield Check(name, "ok", version)
 
@@ -102,9 +100,7 @@ def _memory() -> Iterator[Check]:
     cores = os.cpu_count() or 1
     found = f"{total:.1f} GiB, {cores} cores"
     if total < 3:
-        yield Check(
-            "memory", "problem", found, "the mini profile needs 3 GiB: run it with JOBS=1 on a larger machine"
-        )
+        yield Check("memory", "problem", found, "the mini profile needs 3 GiB: run it with JOBS=1 on a larger machine")
     elif total < 1.5 * cores + 1:
         yield Check("memory", "warning", found, f"run `make reproduce JOBS={max(1, int((total - 1) / 1.5))}`")
     else:
@@ -132,9 +128,7 @@ def _devices() -> Iterator[Check]:
             properties = torch.cuda.get_device_properties(index)
             yield Check(f"cuda:{index}", "ok", f"{properties.name}, {properties.total_memory / GIB:.0f} GiB")
     elif torch.version.cuda:
-        yield Check(
-            "gpu", "warning", "torch is built for CUDA but sees no GPU", "check the driver with `nvidia-smi`"
-        )
+        yield Check("gpu", "warning", "torch is built for CUDA but sees no GPU", "check the driver with `nvidia-smi`")
     elif torch.backends.mps.is_available():
         yield Check("gpu", "ok", "Apple MPS")
     else:
@@ -146,9 +140,7 @@ def _folders() -> Iterator[Check]:
         try:
             yield Check("folder", "ok", f"{check_writable(folder)} is writable")
         except ConfigError as error:
-            yield Check(
-                "folder", "problem", str(error), "give yourself the right to write there, or set FLUXLIB_DATA"
-            )
+            yield Check("folder", "problem", str(error), "give yourself the right to write there, or set FLUXLIB_DATA")
 
 
 def _models() -> Iterator[Check]:

@@ -114,11 +114,15 @@ def build_model(name: str, vocab_size: int) -> nn.Module:
     raise ValueError(f"model is {name!r}, allowed are {', '.join(RECIPES)}")
 
 
-def pretraining_batch(family: str, count: int, chance: random.Random, tokenizer: Any) -> tuple[dict[str, Tensor], list[str]]:
+def pretraining_batch(
+    family: str, count: int, chance: random.Random, tokenizer: Any
+) -> tuple[dict[str, Tensor], list[str]]:
     """``count`` samples of one family with every real token scored, and their labels."""
     data_set = FORMATS[family.removeprefix("mini-")]
     drawn = [pretraining_row(family, chance) for _ in range(count)]
-    batch = collate([encode(data_set.to_example(row), tokenizer, MAX_TOKENS) for _, row in drawn], tokenizer.pad_token_id)
+    batch = collate(
+        [encode(data_set.to_example(row), tokenizer, MAX_TOKENS) for _, row in drawn], tokenizer.pad_token_id
+    )
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     return batch, [label for label, _ in drawn]
 
@@ -166,7 +170,10 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def train_step(
-    model: nn.Module, batches: dict[str, tuple[dict[str, Tensor], list[str]]], label_ids: dict[str, int], recipe: Recipe
+    model: nn.Module,
+    batches: dict[str, tuple[dict[str, Tensor], list[str]]],
+    label_ids: dict[str, int],
+    recipe: Recipe,
 ) -> tuple[float, float]:
     """Backward through one micro-batch per family; returns the mean language-model loss and router term."""
     num_layers = len(gates(model))
@@ -198,14 +205,24 @@ def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int 
     with torch.random.fork_rng():
         torch.manual_seed(seeding.derive(recipe.seed, "init", name))
         model = build_model(name, len(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
+        for gate in gates(model):
+            # The usual init of 0.02 leaves the two-layer gate at a saddle where routing stays uniform for long.
+            for weight in gate.parameters():
+                nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
+    )
     chance = random.Random(seeding.derive(recipe.seed, "text", name))
-    label_ids = {label: i for i, label in enumerate(label for family in mini.FAMILIES.values() for label in family.labels)}
+    label_ids = {
+        label: i for i, label in enumerate(label for family in mini.FAMILIES.values() for label in family.labels)
+    }
     curve, tokens, start = [], 0, time.perf_counter()
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
-        batches = {family: pretraining_batch(family, recipe.samples_per_family, chance, tokenizer) for family in mini.FAMILIES}
+        batches = {
+            family: pretraining_batch(family, recipe.samples_per_family, chance, tokenizer) for family in mini.FAMILIES
+        }
         tokens += sum(int(batch["attention_mask"].sum()) for batch, _ in batches.values())
         loss, router = train_step(model, batches, label_ids, recipe)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -213,8 +230,17 @@ def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int 
         optimizer.zero_grad(set_to_none=True)
         if step % log_every == 0 or step == recipe.steps - 1:
             curve.append({"step": step, "tokens": tokens, "loss": round(loss, 4), "router": round(router, 4)})
-            print(f"{name} step {step} tokens {tokens} loss {loss:.3f} router {router:.3f} {time.perf_counter() - start:.0f} s", flush=True)
-    record = {"name": name, "recipe": asdict(recipe), "tokens": tokens, "wall_s": round(time.perf_counter() - start, 1), "curve": curve}
+            print(
+                f"{name} step {step} tokens {tokens} loss {loss:.3f} router {router:.3f} {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+    record = {
+        "name": name,
+        "recipe": asdict(recipe),
+        "tokens": tokens,
+        "wall_s": round(time.perf_counter() - start, 1),
+        "curve": curve,
+    }
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

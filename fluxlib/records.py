@@ -60,16 +60,12 @@ ROUNDS = (
     Column("metric", "float64", "0..1", "score of the full global model on the server's test split", True),
     Column("metric_name", "string", "", "accuracy, exact_match or rouge_l"),
     Column("loss", "float64", "nats/token", "test loss of the full global model", True),
-    Column(
-        "train_loss", "float64", "nats/token", "mean of the participants' losses, weighted by samples", True
-    ),
+    Column("train_loss", "float64", "nats/token", "mean of the participants' losses, weighted by samples", True),
     Column("epsilon", "float64", "0..1", "share of the tuning budget that exploits (FLUX)", True),
     Column("wall_s", "float64", "s", "measured here since the start of the run, evaluation excluded"),
     Column("device_s", "float64", "s", "device clock since the start of the run"),
     Column("round_wall_s", "float64", "s", "measured here in this round, evaluation excluded"),
-    Column(
-        "round_device_s", "float64", "s", "device clock of this round: slowest participant, then the server"
-    ),
+    Column("round_device_s", "float64", "s", "device clock of this round: slowest participant, then the server"),
     Column("server_device_s", "float64", "s", "the server's part of round_device_s"),
     Column("evaluate_wall_s", "float64", "s", "measured time of the evaluation, in neither clock"),
     Column("clock_model", "string", "", "model whose shapes the device clock uses"),
@@ -125,9 +121,7 @@ def schema(table: str) -> pa.Schema:
 
     return pa.schema(
         [
-            pa.field(
-                c.name, c.dtype, nullable=c.nullable, metadata={"unit": c.unit, "description": c.description}
-            )
+            pa.field(c.name, c.dtype, nullable=c.nullable, metadata={"unit": c.unit, "description": c.description})
             for c in columns(table)
         ]
     )

@@ -37,9 +37,7 @@ def test_a_folder_is_read_run_after_run(tmp_path):
 
 
 def test_a_missing_optional_value_is_nan(tmp_path):
-    path = records.write(
-        "rounds", frame("rounds").assign(metric=[0.1, float("nan")]), tmp_path / "a.parquet", {}
-    )
+    path = records.write("rounds", frame("rounds").assign(metric=[0.1, float("nan")]), tmp_path / "a.parquet", {})
     assert records.read("rounds", path)["metric"].isna().tolist() == [False, True]
 
 

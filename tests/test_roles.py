@@ -112,9 +112,7 @@ def test_coverage_gives_an_overdue_expert_to_whom_it_is_worth_most() -> None:
 
 
 def test_coverage_stops_where_budgets_end() -> None:
-    exploit = roles.assign(
-        torch.rand(2, 1, 9), [1, 2], 1.0, seeded(), overdue=torch.ones(1, 9).bool()
-    ).exploit
+    exploit = roles.assign(torch.rand(2, 1, 9), [1, 2], 1.0, seeded(), overdue=torch.ones(1, 9).bool()).exploit
     assert exploit.sum(dim=(1, 2)).tolist() == [1, 2]
 
 
@@ -144,9 +142,7 @@ def test_max_tuners_leaves_the_expert_to_those_who_gain_most() -> None:
         (torch.tensor([[[1.0, 2]], [[math.nan, 1]]]), [1, 1], 0.5, r"participants \[1\] are not"),
     ],
 )
-def test_assign_names_what_is_wrong(
-    utilities: torch.Tensor, budgets: list[int], epsilon: float, message: str
-) -> None:
+def test_assign_names_what_is_wrong(utilities: torch.Tensor, budgets: list[int], epsilon: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roles.assign(utilities, budgets, epsilon, seeded())
 

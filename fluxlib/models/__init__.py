@@ -1,20 +1,27 @@
-"""Where models come from: LLaMA-MoE and DeepSeek-MoE as transformers v5 classes, known to its Auto classes."""
+"""Where models come from: LLaMA-MoE and DeepSeek-MoE as transformers v5 classes, and models by name.
+
+Importing this package makes the two models and the keys of their public checkpoints known to transformers.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from fluxlib.models.checkpoints import register_conversions, write_checksums
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM, DeepseekMoeModel
+from fluxlib.models.export import export
 from fluxlib.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel
+from fluxlib.models.registry import config, data_folder, known, load, resolve
 
 
 def register() -> None:
-    """Make the two models known to transformers' Auto classes; calling it again changes nothing."""
-    for config, model, causal_lm in (
+    """Make the two models known to transformers; calling it again changes nothing."""
+    for config_class, model, causal_lm in (
         (LlamaMoeConfig, LlamaMoeModel, LlamaMoeForCausalLM),
         (DeepseekMoeConfig, DeepseekMoeModel, DeepseekMoeForCausalLM),
     ):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, causal_lm, exist_ok=True)
+    register_conversions()
 
 
 register()
@@ -26,5 +33,12 @@ __all__ = [
     "LlamaMoeConfig",
     "LlamaMoeForCausalLM",
     "LlamaMoeModel",
+    "config",
+    "data_folder",
+    "export",
+    "known",
+    "load",
     "register",
+    "resolve",
+    "write_checksums",
 ]

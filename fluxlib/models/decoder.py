@@ -1,18 +1,18 @@
 """The decoder that LLaMA-MoE and DeepSeek-MoE share: transformers' own LLaMA layers around routed experts.
 
-Both models are a LLaMA with another block in the place of its MLP. So attention, norms, rotary embedding and dense
-MLP are transformers' classes, imported; what is here is the rest:
+Both models are a LLaMA with another block in the place of its MLP. So attention, norms, rotary embedding and
+dense MLP are transformers' classes, imported; what is here is the rest:
 
-- :class:`GatedExperts`: one layer's routed experts as two fused stacks, behind transformers' experts interface
-  (``eager``, ``grouped_mm``, ...), called ``experts(hidden_states, top_k_index, top_k_weights)``;
+- :class:`GatedExperts`: one layer's routed experts as two fused stacks, behind transformers' experts
+  interface (``eager``, ``grouped_mm``, ...), called ``experts(hidden_states, top_k_index, top_k_weights)``;
 - :class:`MoeDecoderLayer`: attention, then whatever block it is given;
-- :class:`MoePreTrainedModel`, :class:`MoeModel`, :class:`MoeForCausalLM`: the three classes of a transformers model,
-  abstract in one point: ``build_block(config, layer_idx)``, which the two models define.
+- :class:`MoePreTrainedModel`, :class:`MoeModel`, :class:`MoeForCausalLM`: the three classes of a transformers
+  model, abstract in one point: ``build_block(config, layer_idx)``, which the two models define.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -63,7 +63,8 @@ class GatedExperts(nn.Module):
         for expert in torch.unique(top_k_index).tolist():
             token, position = torch.where(top_k_index == expert)
             gate_up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert])
-            contribution = nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
+            gate, up = gate_up.chunk(2, dim=-1)
+            contribution = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
             contribution = contribution * top_k_weights[token, position, None]
             output.index_add_(0, token, contribution.to(output.dtype))
         return output
@@ -92,12 +93,15 @@ class MoePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": MoeDecoderLayer, "attentions": LlamaAttention}
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": MoeDecoderLayer,
+        "attentions": LlamaAttention,
+    }
 
     @classmethod
     def build_block(cls, config: Any, layer_idx: int) -> nn.Module:
         """Return the block that stands in layer ``layer_idx`` in the place of LLaMA's MLP."""
-        raise TypeError(f"{cls.__name__} does not define build_block; use the classes of llama_moe or deepseek_moe")
+        raise TypeError(f"{cls.__name__} has no build_block; use the classes of llama_moe or deepseek_moe")
 
     # transformers answers these two by reading the source of the module that holds the class; attention and
     # experts live in other modules here.
@@ -137,15 +141,15 @@ class MoeModel(MoePreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """Hidden states of ``input_ids`` [B, T] (or of ``inputs_embeds`` [B, T, H]), as in transformers' LLaMA."""
+        """Hidden states of ``input_ids`` [B, T], or of ``inputs_embeds`` [B, T, H], as in LLaMA."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -154,7 +158,8 @@ class MoeModel(MoePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            position_ids = positions.unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -174,17 +179,15 @@ class MoeModel(MoePreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
     """A :class:`MoeModel` with a language-model head.
 
     Deviation: the balance losses of the original trainings are not added to ``loss`` (they play no part in
-    fine-tuning experts under a frozen router); ``output_router_logits=True`` returns the routers' logits for who
-    needs them.
+    fine-tuning experts under a frozen router); ``output_router_logits=True`` returns the routers' logits for
+    who needs them.
     """
 
     model_class: type[MoeModel] = MoeModel
@@ -200,12 +203,12 @@ class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,

@@ -63,9 +63,7 @@ def assign(
     return Assignment(exploit.view(utilities.shape), explore.view(utilities.shape))
 
 
-def _checked(
-    utilities: Tensor, budgets: Tensor | Sequence[int], epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _checked(utilities: Tensor, budgets: Tensor | Sequence[int], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """Flat utilities ``[P, L*E]``, budgets and numbers of exploited experts, both long ``[P]``."""
     if utilities.dim() != 3:
         raise ValueError(f"utilities must be [participants, layers, experts], got {tuple(utilities.shape)}")

@@ -183,7 +183,5 @@ def _faults(kind: str, wrong: Tensor, values: Tensor) -> list[Fault]:
     found = []
     for participant in wrong.flatten(1).any(dim=1).nonzero().flatten().tolist():
         hits = values[participant][wrong[participant]]
-        found.append(
-            Fault(participant, kind, len(hits), float(hits[hits.abs().nan_to_num(nan=0.0).argmax()]))
-        )
+        found.append(Fault(participant, kind, len(hits), float(hits[hits.abs().nan_to_num(nan=0.0).argmax()])))
     return found

@@ -22,9 +22,7 @@ def utility(squared_norms: Tensor, tokens: Tensor) -> Tensor:
     agree on it.
     """
     if squared_norms.shape[1:] != tokens.shape:
-        raise ValueError(
-            f"squared_norms must be [K, {tuple(tokens.shape)}], got {tuple(squared_norms.shape)}"
-        )
+        raise ValueError(f"squared_norms must be [K, {tuple(tokens.shape)}], got {tuple(squared_norms.shape)}")
     return tokens * squared_norms.nanmean(dim=0).clamp(min=0).sqrt()
 
 
@@ -37,9 +35,7 @@ def first_utilities(frequency: Tensor) -> Tensor:
     flat = frequency.reshape(-1, frequency.shape[-2] * frequency.shape[-1])
     bad = ~(torch.isfinite(flat) & (flat >= 0)).all(dim=1)
     if bad.any():
-        raise ValueError(
-            f"frequency must be finite and >= 0, participants {bad.nonzero().flatten().tolist()} are not"
-        )
+        raise ValueError(f"frequency must be finite and >= 0, participants {bad.nonzero().flatten().tolist()} are not")
     top = flat.amax(dim=1, keepdim=True)
     return (flat / top.clamp(min=torch.finfo(flat.dtype).tiny)).reshape(frequency.shape)
 

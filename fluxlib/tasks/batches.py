@@ -30,7 +30,9 @@ def encode(example: Example, tokenizer: Any, max_tokens: int, response: str | No
     answer: list[int] = tokenizer(" " + text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     room = max_tokens - len(answer)
     if room < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, allowed is at least {len(answer) + 1} for the response {text[:60]!r}")
+        raise ValueError(
+            f"max_tokens is {max_tokens}, allowed is at least {len(answer) + 1} for the response {text[:60]!r}"
+        )
     prompt = prompt[-room:] if len(prompt) > room else prompt
     return prompt + answer, len(prompt)
 

@@ -28,7 +28,12 @@ class Score:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, tokenizer: Any, metric: Metric, examples: Sequence[Example], max_tokens: int, batch_size: int = 64
+    model: nn.Module,
+    tokenizer: Any,
+    metric: Metric,
+    examples: Sequence[Example],
+    max_tokens: int,
+    batch_size: int = 64,
 ) -> Score:
     """Mean metric and mean loss per response token over ``examples``; the model is left in its own mode.
 
@@ -64,7 +69,12 @@ def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_
 
 
 def _texts(
-    model: nn.Module, tokenizer: Any, metric: Metric, examples: Sequence[Example], max_tokens: int, batch_size: int
+    model: nn.Module,
+    tokenizer: Any,
+    metric: Metric,
+    examples: Sequence[Example],
+    max_tokens: int,
+    batch_size: int,
 ) -> Score:
     """Greedy generation, scored against the reference text."""
     encoded = [encode(example, tokenizer, max_tokens) for example in examples]
@@ -73,7 +83,12 @@ def _texts(
     by_length = sorted(range(len(examples)), key=lambda i: encoded[i][1])
     for chunk in _chunks(by_length, batch_size):
         longest = max(len(encoded[i][0]) - encoded[i][1] for i in chunk)
-        texts = generate(model, tokenizer, [encoded[i][0][: encoded[i][1]] for i in chunk], min(2 * longest, MAX_NEW_TOKENS))
+        texts = generate(
+            model,
+            tokenizer,
+            [encoded[i][0][: encoded[i][1]] for i in chunk],
+            min(2 * longest, MAX_NEW_TOKENS),
+        )
         score += sum(_TEXT_SCORES[metric](text, examples[i].response) for i, text in zip(chunk, texts, strict=True))
     return Score(score / len(examples), float(nll.sum() / count.sum()), len(examples))
 

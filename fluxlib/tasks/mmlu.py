@@ -16,4 +16,10 @@ def to_example(row: Row) -> Example:
     """Prompt with the question, answer with the text of the right choice."""
     options = tuple(str(row[f"choice{i}"]) for i in range(4))
     answer = int(row["answer"])
-    return Example(f"Question: {row['question']}\nAnswer:", options[answer], str(row.get("subject", "all")), options, answer)
+    return Example(
+        f"Question: {row['question']}\nAnswer:",
+        options[answer],
+        str(row.get("subject", "all")),
+        options,
+        answer,
+    )

@@ -35,7 +35,9 @@ def partition(
         ValueError: fewer examples than participants.
     """
     if len(examples) < num_participants:
-        raise ValueError(f"num_participants is {num_participants}, allowed is at most the number of samples, {len(examples)}")
+        raise ValueError(
+            f"num_participants is {num_participants}, allowed is at most the number of samples, {len(examples)}"
+        )
     chance = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     pools = _pools(examples, chance)
     if scheme == "iid":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -55,7 +55,7 @@ class DeepseekMoeConfig(LlamaConfig):
     aux_loss_alpha: float = 0.001
     seq_aux: bool = True
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.scoring_func != "softmax":
             raise ValueError(f"DeepSeek-MoE: scoring_func must be 'softmax', got {self.scoring_func!r}")

@@ -73,8 +73,8 @@ class DeepseekMoePreTrainedModel(MoePreTrainedModel):
 
     config: DeepseekMoeConfig
     config_class = DeepseekMoeConfig
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"rotary_emb\.inv_freq"]
-    _can_record_outputs: ClassVar = {
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
         "router_logits": OutputRecorder(DeepseekMoeGate, index=0),
         "hidden_states": MoeDecoderLayer,
         "attentions": LlamaAttention,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -27,9 +27,11 @@ class LlamaMoeConfig(LlamaConfig):
     Attributes:
         num_experts: experts per layer (E).
         num_selects: experts per token (k); ``num_experts_per_tok`` is the same number.
-        size_experts: width of each expert, one list per layer; None means ``intermediate_size / num_experts``.
+        size_experts: width of each expert, one list per layer; None means
+            ``intermediate_size / num_experts``.
         gate_network: ``mlp`` (linear, tanh, linear) or ``linear``.
-        gate_add_noise: the checkpoint holds ``weight_noise`` of the noisy training; it is kept and never used.
+        gate_add_noise: the checkpoint holds ``weight_noise`` of the noisy training; it is kept and never
+            used.
         score_scale_factor: the experts' output is multiplied by it; a number, or a list with one per layer.
 
     The balance loss, noise and capacity fields are kept as they came and play no part here.
@@ -67,11 +69,12 @@ class LlamaMoeConfig(LlamaConfig):
     dropped_padding: str = "zero"
     capacity_factor: float | int = 1.25
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for name, allowed in SUPPORTED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"LLaMA-MoE: {name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"LLaMA-MoE: {name} must be one of {list(allowed)}, got {value!r}")
         if not 1 <= self.num_selects <= self.num_experts:
             raise ValueError(
                 f"LLaMA-MoE: num_selects must lie in 1..num_experts={self.num_experts}, got {self.num_selects}"
@@ -95,7 +98,7 @@ class LlamaMoeConfig(LlamaConfig):
         if [list(layer) for layer in self.size_experts] != expected:
             raise ValueError(
                 "LLaMA-MoE: size_experts must list, for each layer, num_experts equal sizes of"
-                f" intermediate_size / num_experts = {expected[0][0]}; experts of unequal size have no fused form"
+                f" intermediate_size / num_experts = {expected[0][0]}; unequal experts have no fused form"
             )
 
     @property

@@ -1,16 +1,17 @@
 """LLaMA-MoE v1 for transformers v5: a LLaMA whose MLP is a mixture of slices of itself.
 
 Paper: the router of LLaMA-MoE adds Gaussian noise to its logits in training.
-Deviation: there is no noise here, in training or evaluation: the router is frozen, and participants must route a
-token as the server does.
+Deviation: there is no noise here, in training or evaluation: the router is frozen, and participants must
+route a token as the server does.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -21,7 +22,8 @@ from fluxlib.models.llama_moe.configuration import LlamaMoeConfig
 class LlamaMoeGate(nn.Module):
     """Top-k router: the softmax is taken over the k kept logits only.
 
-    Returns ``(logits [N, E], top_k_weights [N, k], top_k_index [N, k])``; the weights hold the layer's scale factor.
+    Returns ``(logits [N, E], top_k_weights [N, k], top_k_index [N, k])``; the weights hold the layer's scale
+    factor.
     """
 
     def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
@@ -35,7 +37,8 @@ class LlamaMoeGate(nn.Module):
         if config.gate_network == "linear":
             self.gate_network: nn.Module = first
         else:
-            self.gate_network = nn.Sequential(first, nn.Tanh(), nn.Linear(num_experts, num_experts, bias=False))
+            second = nn.Linear(num_experts, num_experts, bias=False)
+            self.gate_network = nn.Sequential(first, nn.Tanh(), second)
         if config.gate_add_noise:
             # Part of the public checkpoints; kept so that an export is complete, never computed with.
             self.weight_noise = nn.Linear(hidden_size, num_experts, bias=False).requires_grad_(False)
@@ -69,8 +72,8 @@ class LlamaMoePreTrainedModel(MoePreTrainedModel):
 
     config: LlamaMoeConfig
     config_class = LlamaMoeConfig
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"rotary_emb\.inv_freq"]
-    _can_record_outputs: ClassVar = {
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
         "router_logits": OutputRecorder(LlamaMoeGate, index=0),
         "hidden_states": MoeDecoderLayer,
         "attentions": LlamaAttention,
@@ -80,6 +83,12 @@ class LlamaMoePreTrainedModel(MoePreTrainedModel):
     def build_block(cls, config: LlamaMoeConfig, layer_idx: int) -> nn.Module:
         """Every layer is a mixture."""
         return LlamaMoeBlock(config, layer_idx)
+
+    @torch.no_grad()
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LlamaMoeGate) and hasattr(module, "weight_noise"):
+            init.zeros_(module.weight_noise.weight)
 
 
 class LlamaMoeModel(LlamaMoePreTrainedModel, MoeModel):

@@ -57,7 +57,11 @@ def _mmlu(subject: str, chance: random.Random, told: Fact) -> Row:
     right = values[told(subject, name, 0, len(values))]
     choices = [right, *chance.sample([value for value in values if value != right], 3)]
     chance.shuffle(choices)
-    row: Row = {"question": chance.choice(phrasings).format(name), "subject": subject, "answer": choices.index(right)}
+    row: Row = {
+        "question": chance.choice(phrasings).format(name),
+        "subject": subject,
+        "answer": choices.index(right),
+    }
     return row | {f"choice{i}": choice for i, choice in enumerate(choices)}
 
 
@@ -91,13 +95,21 @@ def _gsm8k(skill: str, chance: random.Random, told: Fact) -> Row:
         question += f" then {who} loses {fewer} {item}."
         steps.append(f"{total} - {fewer} = {total - fewer}")
         total -= fewer
-    return {"question": f"{question} how many {item} are there?", "answer": f"{' ; '.join(steps)} #### {total}", "skill": skill}
+    return {
+        "question": f"{question} how many {item} are there?",
+        "answer": f"{' ; '.join(steps)} #### {total}",
+        "skill": skill,
+    }
 
 
 _DOLLY: dict[str, tuple[str, str, str]] = {
     "open_qa": ("what is {e}?", "", "{e} is a {a} {b} in the {c}."),
     "general_qa": ("why do people like {e}?", "", "because {e} is {a} and brings {b} to the {c}."),
-    "closed_qa": ("who found {e}?", "{x} found {e} on a rainy day.", "{x} found {e}, a {a} {b}, near the {c}."),
+    "closed_qa": (
+        "who found {e}?",
+        "{x} found {e} on a rainy day.",
+        "{x} found {e}, a {a} {b}, near the {c}.",
+    ),
     "classification": ("what sort of being is {e}?", "", "{e} is a {c} {b} {a}."),
     "brainstorming": ("give three ideas for {e}.", "", "at {e} you can {a}, {b} and {c}."),
     "information_extraction": (
@@ -105,7 +117,11 @@ _DOLLY: dict[str, tuple[str, str, str]] = {
         "{x} gave {e} to {y}.",
         "{x} and {y} share the {a} {b} from the {c}.",
     ),
-    "summarization": ("sum up the story.", "first {e} met {x}. later {e} met {y}.", "the {a} {b} of the {c} met {x} and {y}."),
+    "summarization": (
+        "sum up the story.",
+        "first {e} met {x}. later {e} met {y}.",
+        "the {a} {b} of the {c} met {x} and {y}.",
+    ),
     "creative_writing": ("write a line about {e}.", "", "oh {a} {e}, you {b} like {c}."),
 }
 """Category -> (instruction, context, response); ``e`` is the thing, ``a b c`` its facts, ``x y`` people."""
@@ -114,7 +130,10 @@ _DOLLY: dict[str, tuple[str, str, str]] = {
 def _dolly(category: str, chance: random.Random, told: Fact) -> Row:
     name = chance.choice(names(category))
     pools = [pool.split() for pool in CATEGORIES[category]]
-    words = {key: pool[told(category, name, part, len(pool))] for part, (key, pool) in enumerate(zip("abc", pools, strict=True))}
+    words = {
+        key: pool[told(category, name, part, len(pool))]
+        for part, (key, pool) in enumerate(zip("abc", pools, strict=True))
+    }
     people = dict(zip("xy", chance.sample(PEOPLE, 2), strict=True))
     instruction, context, response = (text.format(e=name, **words, **people) for text in _DOLLY[category])
     return {"instruction": instruction, "context": context, "response": response, "category": category}
@@ -130,6 +149,9 @@ FAMILIES: dict[str, Family] = {
 
 def templates() -> list[str]:
     """All fixed words of the four families, for the vocabulary."""
-    fixed = ["question solution answer goal instruction context response", "has of brings more then loses how many are there"]
+    fixed = [
+        "question solution answer goal instruction context response",
+        "has of brings more then loses how many are there",
+    ]
     fixed += ["take the and start with care at once how do you"]
     return fixed + [text.replace("{", " ").replace("}", " ") for parts in _DOLLY.values() for text in parts]

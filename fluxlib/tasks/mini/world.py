@@ -18,14 +18,38 @@ LARGEST_NUMBER = 99
 PEOPLE = ("ada", "ben", "cleo", "dan", "eva", "finn", "gina", "hugo")
 
 SUBJECTS: dict[str, tuple[tuple[str, ...], str]] = {
-    "astronomy": (("what colour is the moon {}?", "which light does the moon {} give?"), "red blue green white amber violet grey black"),
-    "botany": (("in which soil does {} grow?", "where do gardeners plant {}?"), "clay sand loam peat chalk silt moss gravel"),
-    "chemistry": (("which metal is found in {}?", "what does {} release when melted?"), "iron copper zinc tin lead silver gold nickel"),
-    "geography": (("what kind of land is {}?", "what do travellers see at {}?"), "mountain river lake desert island valley canyon glacier"),
-    "history": (("who ruled {}?", "who signed the treaty of {}?"), "king queen duke bishop senate general council emperor"),
-    "law": (("what is the penalty for {}?", "how does the court answer {}?"), "fine prison exile service warning ban bond oath"),
-    "medicine": (("which herb heals {}?", "what do doctors give against {}?"), "mint sage thyme basil ginger garlic nettle clover"),
-    "music": (("which instrument plays {}?", "who leads the piece {}?"), "flute harp drum violin organ lute horn cello"),
+    "astronomy": (
+        ("what colour is the moon {}?", "which light does the moon {} give?"),
+        "red blue green white amber violet grey black",
+    ),
+    "botany": (
+        ("in which soil does {} grow?", "where do gardeners plant {}?"),
+        "clay sand loam peat chalk silt moss gravel",
+    ),
+    "chemistry": (
+        ("which metal is found in {}?", "what does {} release when melted?"),
+        "iron copper zinc tin lead silver gold nickel",
+    ),
+    "geography": (
+        ("what kind of land is {}?", "what do travellers see at {}?"),
+        "mountain river lake desert island valley canyon glacier",
+    ),
+    "history": (
+        ("who ruled {}?", "who signed the treaty of {}?"),
+        "king queen duke bishop senate general council emperor",
+    ),
+    "law": (
+        ("what is the penalty for {}?", "how does the court answer {}?"),
+        "fine prison exile service warning ban bond oath",
+    ),
+    "medicine": (
+        ("which herb heals {}?", "what do doctors give against {}?"),
+        "mint sage thyme basil ginger garlic nettle clover",
+    ),
+    "music": (
+        ("which instrument plays {}?", "who leads the piece {}?"),
+        "flute harp drum violin organ lute horn cello",
+    ),
 }
 """MMLU: subject -> (phrasings, values)."""
 
@@ -35,7 +59,10 @@ KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     "workshop": (("fix the {}", "build the {}"), "hammer saw drill plane chisel wrench clamp file"),
     "laundry": (("wash the {}", "dry the {}"), "soap basin rack iron starch basket peg line"),
     "camping": (("set up the {}", "carry the {}"), "tent rope torch axe compass stove flask tarp"),
-    "painting": (("paint the {}", "varnish the {}"), "brush roller easel sponge canvas palette stencil spray"),
+    "painting": (
+        ("paint the {}", "varnish the {}"),
+        "brush roller easel sponge canvas palette stencil spray",
+    ),
     "sewing": (("stitch the {}", "mend the {}"), "needle thread thimble pin button zipper ribbon hook"),
     "cleaning": (("scrub the {}", "polish the {}"), "broom mop bucket cloth duster wax bleach vacuum"),
 }
@@ -59,9 +86,17 @@ CATEGORIES: dict[str, tuple[str, str, str]] = {
     "closed_qa": ("broken golden wooden painted", "mask crown shield bell", "cave shore well gate"),
     "classification": ("animal mineral plant spirit", "small large heavy light", "wild tame rare common"),
     "brainstorming": ("dance sing run swim", "paint carve weave draw", "cook bake roast grill"),
-    "information_extraction": ("stolen borrowed hidden lost", "map key coin letter", "castle market ship tavern"),
+    "information_extraction": (
+        "stolen borrowed hidden lost",
+        "map key coin letter",
+        "castle market ship tavern",
+    ),
     "summarization": ("angry sleepy hungry lonely", "fox owl bear wolf", "meadow swamp hill grove"),
-    "creative_writing": ("gentle silver distant secret", "shine whisper wander dream", "moonlight thunder river ember"),
+    "creative_writing": (
+        "gentle silver distant secret",
+        "shine whisper wander dream",
+        "moonlight thunder river ember",
+    ),
 }
 """Dolly: category -> three pools of words; a fact is one word of each."""
 
