@@ -1,0 +1,251 @@
+"""A participant's customised layer: tuned experts, merged experts, and a map from the originals to them.
+
+Paper: sections 5 and 6; ``customized_moe(model, exps_config)`` there, :func:`customize` here.
+
+- :class:`LayerPlan` -- what becomes of each expert of one layer,
+- :class:`CompactExperts` -- the layer: T tuned slots (parameters), M merged slots (frozen buffers),
+- :func:`merge` -- one merged expert, equation 2,
+- :func:`customize` and :func:`restore` -- a whole model, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import layers, routing
+from .kernels import Activation, StackSource, dense_choices, slot_pass, sort_pairs
+from .layers import ReplacedExperts, expert_tensors, permute_neurons, write_expert
+
+Permutations = tuple[tuple[Tensor | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of each expert of one MoE layer; ``tuned``, ``groups`` and ``dropped`` together hold each once.
+
+    Attributes:
+        tuned: Experts that get a slot of their own and are trained.
+        groups: Experts merged with one another: one frozen slot per group.
+        weights: Merge weight of each member of each group, not negative, normalised inside the group; a group
+            whose weights are all zero, or None, is merged uniformly.
+        permutations: For each member of each group the order of its neurons ``[I]`` before averaging, or None.
+        dropped: Experts that are taken out of the routing (FMES) and have no slot.
+
+    Raises:
+        ValueError: An expert in two places, an empty group, or weights that do not fit the groups.
+    """
+
+    tuned: tuple[int, ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
+    weights: tuple[tuple[float, ...], ...] | None = None
+    permutations: Permutations | None = field(default=None, compare=False)
+    dropped: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        everyone = self.experts
+        twice = sorted({e for e in everyone if everyone.count(e) > 1})
+        if twice:
+            raise ValueError(f"plan: tuned, groups and dropped must be disjoint; experts {twice} are in two places")
+        if any(not group for group in self.groups):
+            raise ValueError("groups: every group needs at least one expert, got an empty one")
+        for name, value in (("weights", self.weights), ("permutations", self.permutations)):
+            if value is not None and [len(row) for row in value] != [len(group) for group in self.groups]:
+                shape = [len(group) for group in self.groups]
+                raise ValueError(f"{name}: expected one per member, sizes {shape}, got {[len(row) for row in value]}")
+        for row in self.weights or ():
+            if any(not 0 <= weight < float("inf") for weight in row):
+                raise ValueError(f"weights: expected finite numbers that are not negative, got {row}")
+
+    @property
+    def experts(self) -> list[int]:
+        """All experts that the plan names."""
+        return [*self.tuned, *(e for group in self.groups for e in group), *self.dropped]
+
+    def check(self, num_experts: int) -> None:
+        """Raise ValueError unless the plan covers experts 0..num_experts-1 exactly."""
+        missing = sorted(set(range(num_experts)) - set(self.experts))
+        unknown = sorted(set(self.experts) - set(range(num_experts)))
+        if missing or unknown:
+            raise ValueError(
+                f"plan: must cover experts 0..{num_experts - 1}; left out {missing}, not in this layer {unknown}"
+            )
+
+
+class CompactExperts(ReplacedExperts):
+    """Experts of one layer as T tuned and M merged slots.
+
+    A token's choices are mapped to slots; choices that fall on one slot are computed once with the sum of their gate
+    weights. Merged slots are frozen: the backward pass goes through them and computes no weight gradient.
+
+    Deviation: Llama-4 multiplies the gate weight into the expert's input, so choices on one slot stay separate there.
+
+    Args:
+        original: The experts module to stand in for.
+        plan: What becomes of each expert.
+        dtype: Type of the tuned parameters (float32 beside a 16-bit model); None takes the original's.
+
+    Attributes:
+        slot_of: ``[E]`` long, the slot of each expert, -1 for dropped ones. Tuned slots come first.
+        num_tuned: T.
+        num_merged: M.
+    """
+
+    slot_of: Tensor
+
+    def __init__(self, original: nn.Module, plan: LayerPlan, dtype: torch.dtype | None = None) -> None:
+        super().__init__(original)
+        plan.check(self.num_experts)
+        self.plan, self.num_tuned, self.num_merged = plan, len(plan.tuned), len(plan.groups)
+        self.activation = Activation(original)
+        slot_of = torch.full((self.num_experts,), -1, dtype=torch.long)
+        for slot, members in enumerate([*[(e,) for e in plan.tuned], *plan.groups]):
+            slot_of[list(members)] = slot
+        self.register_buffer("slot_of", slot_of.to(original.down_proj.device), persistent=False)
+        self._joins = any(len(group) > 1 for group in plan.groups)
+        merged = [merge(original, plan, group) for group in range(self.num_merged)]
+        for name in self.layout.names:
+            stack = getattr(original, name).detach()
+            tuned = stack[list(plan.tuned)].to(dtype or stack.dtype)
+            setattr(self, f"tuned_{name}", nn.Parameter(tuned, requires_grad=True))
+            frozen = torch.stack([tensors[name] for tensors in merged]) if merged else stack[:0].clone()
+            self.register_buffer(f"merged_{name}", frozen, persistent=False)
+
+    def tuned_stacks(self) -> dict[str, Tensor]:
+        """Trainable stacks ``[T, ...]`` by name."""
+        return {name: getattr(self, f"tuned_{name}") for name in self.layout.names}
+
+    def merged_stacks(self) -> dict[str, Tensor]:
+        """Frozen stacks ``[M, ...]`` by name."""
+        return {name: getattr(self, f"merged_{name}") for name in self.layout.names}
+
+    def tuned_tensors(self, expert: int) -> dict[str, Tensor]:
+        """Tensors of a tuned expert, as views into the trainable stacks."""
+        slot = self._tuned_slot(expert)
+        return {name: stack.detach()[slot] for name, stack in self.tuned_stacks().items()}
+
+    def grads(self, expert: int) -> dict[str, Tensor]:
+        """Gradients of a tuned expert, by the names of :meth:`tuned_tensors`; zeros before the first backward."""
+        slot = self._tuned_slot(expert)
+        stacks = self.tuned_stacks().items()
+        return {n: torch.zeros_like(p[slot]).detach() if p.grad is None else p.grad[slot] for n, p in stacks}
+
+    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
+        """Views of the tensors that stand for an expert: its own if tuned, those of its group if merged."""
+        layers._check_expert(expert, self.num_experts)
+        slot = int(self.slot_of[expert])
+        if slot < 0:
+            raise ValueError(f"expert: {expert} is dropped and has no slot")
+        stacks = self.tuned_stacks() if slot < self.num_tuned else self.merged_stacks()
+        return {
+            n: stack.detach()[slot if slot < self.num_tuned else slot - self.num_tuned] for n, stack in stacks.items()
+        }
+
+    def write_back(self) -> None:
+        """Write the tuned experts into the original."""
+        for expert in self.plan.tuned:
+            write_expert(self.original, expert, self.tuned_tensors(expert))
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """``hidden_states [N, H]``, ``top_k_index [N, k]``, ``top_k_weights [N, k]`` -> ``[N, H]``.
+
+        Llama-4 gives ``hidden_states [E * N, H]`` alone, scaled by the gate, zero where an expert was not chosen.
+        """
+        index, weights, joins = top_k_index, top_k_weights, self._joins
+        if self.layout.is_dense:
+            index, weights = dense_choices(hidden_states, self.num_experts)
+            joins = False
+        slot = torch.where(index >= 0, self.slot_of[index.clamp(min=0)], -1)
+        num_slots = self.num_tuned + self.num_merged
+        return self._slots(hidden_states, *sort_pairs(slot, weights, num_slots, joins))
+
+    def _slots(self, hidden: Tensor, token: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        cut = sum(counts[: self.num_tuned])
+        out = None
+        if self.num_tuned:
+            stacks, part = self.tuned_stacks(), counts[: self.num_tuned]
+            source = StackSource(self.layout, stacks)
+            out = slot_pass(hidden, token[:cut], weight[:cut], part, source, self.activation, stacks)
+        if self.num_merged or out is None:
+            source = StackSource(self.layout, self.merged_stacks())
+            part = counts[self.num_tuned :]
+            merged = slot_pass(hidden, token[cut:], weight[cut:], part, source, self.activation)
+            out = merged if out is None else out + merged
+        return out
+
+    def _tuned_slot(self, expert: int) -> int:
+        if expert not in self.plan.tuned:
+            raise ValueError(f"expert: expected a tuned one, {list(self.plan.tuned)}, got {expert}")
+        return self.plan.tuned.index(expert)
+
+
+@torch.no_grad()
+def merge(experts: nn.Module, plan: LayerPlan, group: int) -> dict[str, Tensor]:
+    """Weighted sum of a group's experts, accumulated in float32 (float64 for a float64 model). Paper: equation 2."""
+    members = plan.groups[group]
+    weights = plan.weights[group] if plan.weights is not None else (1.0,) * len(members)
+    total = float(sum(weights))
+    shares = [weight / total for weight in weights] if total > 0 else [1 / len(members)] * len(members)
+    orders = plan.permutations[group] if plan.permutations is not None else (None,) * len(members)
+    out: dict[str, Tensor] = {}
+    for expert, share, order in zip(members, shares, orders, strict=True):
+        tensors = expert_tensors(experts, expert)
+        if order is not None:
+            tensors = permute_neurons(tensors, order, layers.read_layout(experts))
+        for name, tensor in tensors.items():
+            wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+            out[name] = out[name].add_(wide, alpha=share) if name in out else wide * share
+    return {name: tensor.to(expert_tensors(experts, members[0])[name].dtype) for name, tensor in out.items()}
+
+
+def customize(model: nn.Module, plans: Sequence[LayerPlan], dtype: torch.dtype | None = None) -> nn.Module:
+    """Put a :class:`CompactExperts` at every MoE layer, in place, and freeze everything but the tuned slots.
+
+    Args:
+        model: A model of any handled layout, with its original experts.
+        plans: One per MoE layer.
+        dtype: Type of the tuned parameters; None takes the model's.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The plans are not for this model, or its experts were replaced before.
+    """
+    found = layers.find(model)
+    if len(plans) != len(found):
+        raise ValueError(f"plans: expected one per MoE layer, {len(found)}, got {len(plans)}")
+    for layer, plan in zip(found, plans, strict=True):
+        if isinstance(layer.experts, ReplacedExperts):
+            raise ValueError(f"model: experts of {layer.name} were replaced before; call restore(model) first")
+        try:
+            plan.check(layer.num_experts)
+            routing.check(layer, plan.dropped)
+        except ValueError as error:
+            raise ValueError(f"plans[{layer.index}]: {error}") from error
+    layers.freeze(model)
+    for layer, plan in zip(found, plans, strict=True):
+        compact = CompactExperts(layer.experts, plan, dtype)
+        if plan.dropped:
+            compact.on_restore.append(routing.mask(layer, plan.dropped))
+        layers.replace(model, layer, compact)
+    return model
+
+
+def restore(model: nn.Module, write: bool = True) -> nn.Module:
+    """Put the original experts, routing and ``requires_grad`` flags back; see :func:`fluxlib.moe.layers.restore`.
+
+    Args:
+        model: A customised (or quantized, or offloaded) model; one that is not stays as it is.
+        write: Write the tuned slots into the originals first.
+
+    Returns:
+        The model.
+    """
+    layers.restore(model, write)
+    return model
