@@ -1,0 +1,201 @@
+"""What a model routed where, and how much attention each token received.
+
+Hooks only, all removed afterwards. Attention weights exist for one layer at a time: a hook reduces them to one number
+per token as soon as the attention module returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layers, routing
+from .layers import MoELayer
+
+ATTENTION_NAMES = ("self_attn", "attention", "attn")
+
+
+@dataclass
+class LayerCapture:
+    """What one MoE layer saw: one entry per forward pass.
+
+    Attributes:
+        top_k_index: ``[N, k]`` long, the experts chosen; N = B * T in row-major order, padding included.
+        top_k_weights: ``[N, k]`` gate weights.
+        attention: ``[B, T]`` float32, attention received; empty unless asked for. 0 at padding.
+        inputs: ``[N, H]``, hidden states given to the experts; empty unless asked for.
+        outputs: ``[N, H]``, what the experts returned; empty unless asked for.
+    """
+
+    top_k_index: list[Tensor] = field(default_factory=list)
+    top_k_weights: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Capture:
+    """What :func:`capture` collects.
+
+    Attributes:
+        layers: One :class:`LayerCapture` per MoE layer.
+        attention_mask: ``[B, T]`` bool per forward pass, True at tokens.
+    """
+
+    layers: list[LayerCapture]
+    attention_mask: list[Tensor] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget everything collected so far; call it between batches to keep memory flat."""
+        self.attention_mask.clear()
+        for layer in self.layers:
+            for part in vars(layer).values():
+                part.clear()
+
+
+@contextmanager
+def capture(
+    model: nn.Module, attention: bool = False, inputs: bool = False, outputs: bool = False
+) -> Iterator[Capture]:
+    """Record the routing of every MoE layer while the context is open.
+
+    Attention received by a token: the mean over heads and over the queries that can see it (itself and later ones,
+    within the layer's window; padding is neither a query nor a token) of the weight they give it. Section 5.3.
+
+    Args:
+        model: A transformers causal LM; its experts may be original or replaced.
+        attention: Also record attention received. The model runs with eager attention meanwhile.
+        inputs: Also keep what the experts were given.
+        outputs: Also keep what the experts returned.
+
+    Raises:
+        ValueError: The model has no MoE layer, or a layer's attention module cannot be found.
+    """
+    found = layers.find(model)
+    result = Capture([LayerCapture() for _ in found])
+    with ExitStack() as stack:
+        handle = model.register_forward_pre_hook(_record_mask(result), with_kwargs=True)
+        stack.callback(handle.remove)
+        for layer, record in zip(found, result.layers, strict=True):
+            for handle in _watch_experts(layer, record, inputs, outputs):
+                stack.callback(handle.remove)
+        if attention:
+            modules = [find_attention(model, layer) for layer in found]
+            stack.enter_context(_eager(model))
+            for module, record in zip(modules, result.layers, strict=True):
+                for handle in _watch_attention(module, record, result):
+                    stack.callback(handle.remove)
+        yield result
+
+
+def find_attention(model: nn.Module, layer: MoELayer) -> nn.Module:
+    """Attention module of the decoder layer that a MoE layer belongs to.
+
+    Raises:
+        ValueError: There is none under a known name.
+    """
+    path = layer.name
+    while path:
+        path = path.rpartition(".")[0]
+        parent = model.get_submodule(path)
+        for name in ATTENTION_NAMES:
+            if isinstance(module := getattr(parent, name, None), nn.Module):
+                return module
+    raise ValueError(f"layer {layer.name}: found no attention module named one of {ATTENTION_NAMES} above it")
+
+
+def received(weights: Tensor, visible: Tensor) -> Tensor:
+    """Attention received per token, ``[B, T]`` float32.
+
+    Args:
+        weights: ``[B, heads, Q, T]`` attention weights.
+        visible: ``[B, Q, T]`` bool, whether a query (a token, not padding) can see a key (likewise).
+    """
+    total = torch.einsum("bhqt,bqt->bt", weights.float(), visible.float()) / weights.shape[1]
+    return total / visible.sum(1).clamp(min=1)
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _record_mask(result: Capture) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+        result.attention_mask.append(mask.bool())
+
+    return hook
+
+
+def _watch_experts(layer: MoELayer, record: LayerCapture, inputs: bool, outputs: bool) -> Iterator[Any]:
+    """Hooks on one experts module; Llama-4's choices are read from its router's scores."""
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = [*args, *kwargs.values()]
+        if inputs:
+            record.inputs.append(values[0].detach())
+        if len(values) > 1:
+            index, weights = values[1:3] if not values[1].is_floating_point() else (values[2], values[1])
+            record.top_k_index.append(index.detach())
+            record.top_k_weights.append(weights.detach())
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        record.outputs.append(output.detach())
+
+    def scores(_module: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        weights, index = output[0].detach().topk(layer.top_k, dim=-1)
+        record.top_k_index.append(index)
+        record.top_k_weights.append(weights)
+
+    yield layer.experts.register_forward_pre_hook(before, with_kwargs=True)
+    if outputs:
+        yield layer.experts.register_forward_hook(after)
+    if layers.read_layout(layer.experts).is_dense:
+        yield routing.find_router(layer).register_forward_hook(scores)
+
+
+def _watch_attention(module: nn.Module, record: LayerCapture, result: Capture) -> Iterator[Any]:
+    """Hooks on one attention module: the mask it is given, then its weights, reduced and let go."""
+    seen: list[Tensor | None] = []
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        candidates = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
+        seen[:] = [mask if mask is not None else (candidates[-1] if candidates else None)]
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        weights = next((o for o in output if isinstance(o, Tensor) and o.dim() == 4), None)
+        if weights is None:
+            raise ValueError(f"model: {type(_module).__name__} returns no attention weights with eager attention")
+        token = result.attention_mask[-1].to(weights.device)
+        record.attention.append(received(weights.detach(), _visible(seen[0], token, weights)))
+        return tuple(None if o is weights else o for o in output)
+
+    yield module.register_forward_pre_hook(before, with_kwargs=True)
+    yield module.register_forward_hook(after)
+
+
+def _visible(mask: Tensor | None, token: Tensor, weights: Tensor) -> Tensor:
+    """``[B, Q, T]`` bool: which queries can see which keys, padding excluded on both sides."""
+    batch, _, queries, keys = weights.shape
+    if mask is None:
+        visible = torch.ones(queries, keys, dtype=torch.bool, device=weights.device).tril(keys - queries)[None]
+    else:
+        visible = mask[:, 0, :, :keys] if mask.dtype == torch.bool else mask[:, 0, :, :keys] == 0
+    token = token[:, -keys:]
+    return visible.expand(batch, queries, keys) & token[:, None, :] & token[:, -queries:, None]
