@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from fluxlib.models.checkpoints import register_conversions, write_checksums
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM, DeepseekMoeModel
-from fluxlib.models.export import export
+from fluxlib.models.exporting import export
 from fluxlib.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel
 from fluxlib.models.registry import config, data_folder, known, load, resolve
 

@@ -19,6 +19,10 @@ from fluxlib.models.decoder import GatedExperts, MoeDecoderLayer, MoeForCausalLM
 from fluxlib.models.llama_moe.configuration import LlamaMoeConfig
 
 
+class GateNoise(nn.Linear):
+    """Width of the noise of the original training: part of the public checkpoints, never computed with."""
+
+
 class LlamaMoeGate(nn.Module):
     """Top-k router: the softmax is taken over the k kept logits only.
 
@@ -40,8 +44,8 @@ class LlamaMoeGate(nn.Module):
             second = nn.Linear(num_experts, num_experts, bias=False)
             self.gate_network = nn.Sequential(first, nn.Tanh(), second)
         if config.gate_add_noise:
-            # Part of the public checkpoints; kept so that an export is complete, never computed with.
-            self.weight_noise = nn.Linear(hidden_size, num_experts, bias=False).requires_grad_(False)
+            # Kept so that an export is complete.
+            self.weight_noise = GateNoise(hidden_size, num_experts, bias=False).requires_grad_(False)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route ``hidden_states`` [N, H]."""
@@ -86,9 +90,10 @@ class LlamaMoePreTrainedModel(MoePreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
-        super()._init_weights(module)
-        if isinstance(module, LlamaMoeGate) and hasattr(module, "weight_noise"):
-            init.zeros_(module.weight_noise.weight)
+        if isinstance(module, GateNoise):
+            init.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
 
 
 class LlamaMoeModel(LlamaMoePreTrainedModel, MoeModel):

@@ -1,0 +1,265 @@
+"""The public checkpoint formats of the two models: their keys, and what a folder on disk holds.
+
+A public checkpoint has one tensor per expert and matrix; the models hold two fused stacks per layer
+(:class:`fluxlib.models.decoder.GatedExperts`). The table ``FORMATS`` is the only place that knows the names:
+
+- :func:`register_conversions` hands them to transformers, so ``from_pretrained`` fuses while it reads and
+  ``save_pretrained`` splits again;
+- :func:`original_tensors` walks a model in the public keys, without copying;
+- :func:`stored_tensors` reads a folder's keys, shapes and types from the files' headers;
+- :func:`check` compares the two before a weight is read: transformers warns of a missing key and goes on with
+  random numbers, and a missing expert reaches it as a stack of the wrong shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    SplitModulelist,
+    WeightConverter,
+)
+
+GATE_UP = "mlp.experts.gate_up_proj"
+DOWN = "mlp.experts.down_proj"
+# Present in older LLaMA-MoE checkpoints: recomputed from the config.
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+# Of the noisy training: nothing is computed with it, so a checkpoint may come without it.
+OPTIONAL = re.compile(r"mlp\.gate\.weight_noise\.weight$")
+# In the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+CHECKSUMS = "checksums.json"
+
+
+@dataclass(frozen=True)
+class ExpertKeys:
+    """Names of one expert's matrices within a layer; ``*`` stands for the expert's number."""
+
+    gate: str
+    up: str
+    down: str
+
+    def of(self, expert: int) -> tuple[str, str, str]:
+        """Return the three names for one expert."""
+        number = str(expert)
+        return (
+            self.gate.replace("*", number),
+            self.up.replace("*", number),
+            self.down.replace("*", number),
+        )
+
+
+FORMATS: dict[str, ExpertKeys] = {
+    "llama_moe": ExpertKeys(
+        gate="mlp.calculator.experts.weight_gate.*",
+        up="mlp.calculator.experts.weight_up.*",
+        down="mlp.calculator.experts.weight_down.*",
+    ),
+    "deepseek": ExpertKeys(
+        gate="mlp.experts.*.gate_proj.weight",
+        up="mlp.experts.*.up_proj.weight",
+        down="mlp.experts.*.down_proj.weight",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file's header says of one tensor."""
+
+    shape: tuple[int, ...]
+    file: str
+
+
+class MergeExperts(MergeModulelist):
+    """Stack a layer's per-expert matrices; its reverse gives them their full names."""
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """What ``save_pretrained`` does instead."""
+        return SplitExperts(self.dim)
+
+
+class SplitExperts(SplitModulelist):
+    """Split a stack into per-expert matrices named with their layer.
+
+    transformers puts the layer's name before the results only where the expert's number is followed by a dot; of
+    ``weight_up.3`` in every layer it would silently keep the last layer's.
+    """
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Split each stack in ``input_dict``; ``full_layer_name`` tells the layer."""
+        target = kwargs["target_patterns"][0]
+        layer = kwargs["full_layer_name"].removesuffix(target)
+        matrices = super().convert(input_dict, *args, **kwargs)
+        return {layer + name: matrix for name, matrix in matrices.items()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """What ``from_pretrained`` does."""
+        return MergeExperts(self.dim)
+
+
+def register_conversions() -> None:
+    """Teach transformers the public keys of both models; calling it again changes nothing."""
+    for model_type, keys in FORMATS.items():
+        fuse = [MergeExperts(dim=0), Concatenate(dim=1)]
+        conversions = [
+            WeightConverter([keys.gate, keys.up], GATE_UP, operations=fuse),
+            WeightConverter(keys.down, DOWN, operations=[MergeExperts(dim=0)]),
+        ]
+        register_checkpoint_conversion_mapping(model_type, conversions, overwrite=True)
+
+
+def original_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of ``model`` under its public key.
+
+    Experts are views into the stacks, [I, H] (gate, up) and [H, I] (down): nothing is copied.
+
+    Args:
+        model: one of the project's two causal language models, with its own experts in place.
+    """
+    keys = FORMATS[model.config.model_type]
+    for name, tensor in model.state_dict().items():
+        if name.endswith(GATE_UP):
+            layer = name.removesuffix(GATE_UP)
+            for expert, matrix in enumerate(tensor):
+                gate, up = matrix.chunk(2, dim=0)
+                yield layer + keys.of(expert)[0], gate
+                yield layer + keys.of(expert)[1], up
+        elif name.endswith(DOWN):
+            for expert, matrix in enumerate(tensor):
+                yield name.removesuffix(DOWN) + keys.of(expert)[2], matrix
+        elif not (model.config.tie_word_embeddings and name == "lm_head.weight"):
+            yield name, tensor
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold ``folder``'s weights, an index's shards in order.
+
+    Raises:
+        OSError: no weights at all, an unreadable index, or shards that the index lists and the folder lacks.
+    """
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise OSError(f"no weights in {folder}: expected one of {', '.join(WEIGHT_FILES)}")
+    if found.suffix != ".json":
+        return [found]
+    try:
+        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise OSError(f"{found} is not a readable weight index ({error!r}): fetch it again") from error
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        listed = f"{len(absent)} of the {len(shards)} shards that {found.name} lists"
+        raise OSError(f"{folder} lacks {listed}: {', '.join(absent)}")
+    return [folder / shard for shard in shards]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return what ``folder``'s weight files hold, read from their headers alone.
+
+    Raises:
+        OSError: as :func:`weight_files`, or a file that cannot be read, by name.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        for key, shape in _shapes(file).items():
+            stored[key] = StoredTensor(shape, file.name)
+    return stored
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return {key: tuple(opened.get_slice(key).get_shape()) for key in list(opened.keys())}
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"{file} cannot be read ({error}): it is cut short or damaged") from error
+    try:
+        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    except Exception as error:
+        # Besides a damaged archive: weights_only refuses whatever is not a tensor with an error of its own.
+        raise OSError(f"{file} cannot be read as a file of plain tensors: {error}") from error
+
+
+def check(folder: Path, config: Any) -> None:
+    """Compare a folder in a public format with what ``config`` asks for, before any weight is read.
+
+    Raises:
+        OSError: missing or unreadable files, by name.
+        ValueError: missing, extra and misshapen keys, by name.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {key: tuple(tensor.shape) for key, tensor in original_tensors(model)}
+    stored = {key: found for key, found in stored_tensors(folder).items() if not IGNORED.search(key)}
+    if config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)
+    missing = [key for key in expected if key not in stored]
+    extra = [key for key in stored if key not in expected]
+    misshapen = [
+        f"{key} is {list(stored[key].shape)} instead of {list(shape)} in {stored[key].file}"
+        for key, shape in expected.items()
+        if key in stored and stored[key].shape != shape
+    ]
+    refuse(folder, {"missing keys": missing, "extra keys": extra, "misshapen": misshapen})
+
+
+def refuse(folder: Path, problems: dict[str, list[str]]) -> None:
+    """Raise a ValueError that names each kind's first problems; do nothing where there is none."""
+    lines = []
+    for kind, found in problems.items():
+        found = [entry for entry in found if not OPTIONAL.search(entry)]
+        if found:
+            rest = f" and {len(found) - 6} more" if len(found) > 6 else ""
+            lines.append(f"{kind}: {', '.join(found[:6])}{rest}")
+    if lines:
+        raise ValueError(f"{folder} does not hold the weights its config.json describes. {'; '.join(lines)}")
+
+
+def write_checksums(folder: Path) -> Path:
+    """Write the SHA-256 of every weight file of ``folder`` to ``checksums.json``; return its path."""
+    path = folder / CHECKSUMS
+    path.write_text(json.dumps({file.name: _sha256(file) for file in weight_files(folder)}, indent=2) + "\n")
+    return path
+
+
+def verify_checksums(folder: Path) -> None:
+    """Compare the weight files with ``checksums.json`` where the folder has one.
+
+    Raises:
+        OSError: a file whose contents changed since the sums were written, by name.
+    """
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return
+    for name, expected in json.loads(path.read_text()).items():
+        if not (folder / name).is_file():
+            raise OSError(f"{folder} lacks {name}, which its {CHECKSUMS} lists")
+        if _sha256(folder / name) != expected:
+            raise OSError(f"{folder / name} is corrupted: its SHA-256 is not the one in {CHECKSUMS}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,192 @@
+"""Models by name: the embedded mini models, the public ones, and any folder or hub id.
+
+:func:`load` gives a model and its tokenizer, :func:`config` only the configuration (what the memory planner
+needs), :func:`resolve` the folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from fluxlib.models import checkpoints
+from fluxlib.models.deepseek_moe import DeepseekMoeConfig
+from fluxlib.models.llama_moe import LlamaMoeConfig
+
+MINI = ("mini-llama-moe", "mini-deepseek-moe")
+# Short name -> (hub id, configuration). The configurations are those of the hub, so that planning needs no
+# network.
+PUBLIC: dict[str, tuple[str, type, dict[str, Any]]] = {
+    "llama-moe-3.0b": (
+        "llama-moe/LLaMA-MoE-v1-3_0B-2_16",
+        LlamaMoeConfig,
+        {"num_experts": 16, "num_selects": 2, "score_scale_factor": 8.0},
+    ),
+    "llama-moe-3.5b": (
+        "llama-moe/LLaMA-MoE-v1-3_5B-4_16",
+        LlamaMoeConfig,
+        {"num_experts": 16, "num_selects": 4, "score_scale_factor": 4.0},
+    ),
+    "llama-moe-3.5b-2-8": (
+        "llama-moe/LLaMA-MoE-v1-3_5B-2_8",
+        LlamaMoeConfig,
+        {"num_experts": 8, "num_selects": 2, "score_scale_factor": 4.0},
+    ),
+    "deepseek-moe-16b": ("deepseek-ai/deepseek-moe-16b-base", DeepseekMoeConfig, {}),
+    "deepseek-moe-16b-chat": ("deepseek-ai/deepseek-moe-16b-chat", DeepseekMoeConfig, {}),
+}
+QUIET_BELOW_BYTES = 2**30
+
+
+def data_folder() -> Path:
+    """Return the folder of embedded data: ``$FLUXLIB_DATA``, or ``data`` beside the library."""
+    given = os.environ.get("FLUXLIB_DATA")
+    return Path(given) if given else Path(__file__).resolve().parents[2] / "data"
+
+
+def known() -> list[str]:
+    """Return the names that :func:`load` understands besides folders and hub ids."""
+    return [*MINI, *PUBLIC]
+
+
+def config(name_or_path: str | Path) -> Any:
+    """Return the configuration of a model without its weights; the public models' without a network.
+
+    Raises:
+        OSError: an unknown name, or a folder without a readable ``config.json``.
+        ValueError: a model type that needs code from the hub, which is never run.
+    """
+    name = str(name_or_path)
+    for short, (hub_id, config_class, fields) in PUBLIC.items():
+        if name in (short, hub_id):
+            return config_class(**fields)
+    if name in MINI or Path(name).exists():
+        return _read_config(_local_folder(name))
+    return _from_hub(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """Return the local folder of a model: embedded, given, or fetched from the hub (never any code).
+
+    Raises:
+        OSError: unknown name, missing folder, or a hub that cannot be reached.
+    """
+    name = str(name_or_path)
+    if name in MINI or Path(name).exists():
+        return _local_folder(name)
+    hub_id = PUBLIC[name][0] if name in PUBLIC else name
+    return _from_hub(name, lambda: _download(hub_id))
+
+
+def load(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Return ``(model, tokenizer)``; the model in evaluation mode, all its parameters of type ``dtype``.
+
+    The checkpoint is compared with its configuration before a weight is read; experts are fused layer by
+    layer as the files are read, so that host memory stays near the size of the model in ``dtype``. No code
+    from the hub is run and no file is unpickled into anything but tensors.
+
+    Args:
+        name_or_path: a name of :func:`known`, a folder, or a hub id of any causal model of transformers.
+        dtype: type of the parameters, whatever the files hold.
+
+    Raises:
+        OSError: missing or unreadable files, missing shards, by name.
+        ValueError: missing, extra or misshapen keys, by name.
+    """
+    folder = resolve(name_or_path)
+    settings = _read_config(folder)
+    checkpoints.verify_checksums(folder)
+    if settings.model_type in checkpoints.FORMATS:
+        checkpoints.check(folder, settings)
+    with _quiet_if_small(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=settings, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    _check_loaded(folder, info)
+    return model.eval(), _load_tokenizer(folder)
+
+
+def _local_folder(name: str) -> Path:
+    folder = data_folder() / "models" / name if name in MINI else Path(name)
+    if not folder.is_dir():
+        hint = "; FLUXLIB_DATA must name the repository's data folder" if name in MINI else ""
+        raise OSError(f"{name}: {folder} is not a folder{hint}")
+    return folder
+
+
+def _from_hub(name: str, fetch: Callable[[], Any]) -> Any:
+    try:
+        return fetch()
+    except OSError as error:
+        raise OSError(
+            f"{name!r} is no folder, no known name ({', '.join(known())})"
+            f" and could not be fetched from the hub: {error}"
+        ) from error
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    weights = "*.safetensors"
+    try:
+        if not any(name.endswith(".safetensors") for name in HfApi().list_repo_files(hub_id)):
+            weights = "pytorch_model*.bin"
+    except HFValidationError as error:
+        raise OSError(str(error)) from error
+    except Exception:
+        # Offline: whatever an earlier call chose lies in the cache.
+        weights = "*"
+    patterns = ["*.json", "tokenizer*", "*.model", weights]
+    return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*.py"]))
+
+
+def _read_config(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise OSError(f"{folder} has no config.json")
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise OSError(f"{folder} has no tokenizer that can be read: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
+    """Turn what transformers only warns of into an error."""
+    checkpoints.refuse(
+        folder,
+        {
+            "missing keys": sorted(info["missing_keys"]),
+            "extra keys": sorted(info["unexpected_keys"]),
+            "misshapen": [str(entry) for entry in info["mismatched_keys"]],
+            "errors": [str(error) for error in info.get("error_msgs", [])],
+        },
+    )
+
+
+@contextmanager
+def _quiet_if_small(folder: Path) -> Iterator[None]:
+    """No progress bar for a load that takes a moment."""
+    size = sum(file.stat().st_size for file in checkpoints.weight_files(folder))
+    hide = size < QUIET_BELOW_BYTES and transformers_logging.is_progress_bar_enabled()
+    if hide:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,238 @@
+"""Public checkpoints: load, compute as the plain model does, tune, export, and refuse what is not whole."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fluxlib import models
+
+
+def exported_tensors(folder):
+    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_loads_the_public_format_and_computes_as_the_plain_model(
+    tmp_path, public_config, tensors_of, write, plain, input_ids, kind, num_shards
+):
+    tensors = tensors_of(public_config)
+    folder = write(tmp_path / "public", public_config, tensors, kind, num_shards)
+    model, tokenizer = models.load(folder, dtype=torch.float64)
+    assert not model.training and model.dtype == torch.float64
+    assert tokenizer.padding_side == "right" and tokenizer.pad_token_id == tokenizer.eos_token_id
+    model.set_experts_implementation("eager")  # grouped_mm has no float64
+    with torch.no_grad():
+        expected = plain(public_config, tensors)(input_ids).logits
+        torch.testing.assert_close(model(input_ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("llama_moe", {"gate_network": "linear", "score_scale_factor": 8.0}),
+        ("llama_moe", {"size_experts": None}),
+        ("deepseek", {"norm_topk_prob": True}),
+        ("deepseek", {"first_k_dense_replace": 2}),
+    ],
+)
+def test_variants_of_the_configuration(tmp_path, tensors_of, write, plain, input_ids, configs, kind, change):
+    config = configs[kind] | change
+    tensors = tensors_of(config)
+    model, _ = models.load(write(tmp_path / "public", config, tensors), dtype=torch.float64)
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        expected = plain(config, tensors)(input_ids).logits
+        torch.testing.assert_close(model(input_ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_export_changes_only_the_tuned_expert(tmp_path, public_config, tensors_of, write, input_ids):
+    tensors = tensors_of(public_config)
+    folder = write(tmp_path / "public", public_config, tensors)
+    model, tokenizer = models.load(folder)
+    experts = model.model.layers[2].mlp.experts
+    expert = 4
+    before = experts.down_proj[expert].detach().clone()
+    model(input_ids, labels=input_ids).loss.backward()
+    with torch.no_grad():
+        experts.down_proj[expert] -= experts.down_proj.grad[expert]
+        experts.gate_up_proj[expert] -= experts.gate_up_proj.grad[expert]
+    assert not torch.equal(before, experts.down_proj[expert])
+    out = models.export(model, tmp_path / "out", tokenizer, dtype=torch.bfloat16, max_shard_bytes=40_000)
+    assert (out / "model.safetensors.index.json").is_file()
+    written = exported_tensors(out)
+    assert written.keys() == tensors.keys()
+    changed = {key for key in tensors if not torch.equal(written[key], tensors[key])}
+    names = (
+        [f"model.layers.2.mlp.calculator.experts.weight_{m}.4" for m in ("gate", "up", "down")]
+        if public_config["model_type"] == "llama_moe"
+        else [f"model.layers.2.mlp.experts.4.{m}_proj.weight" for m in ("gate", "up", "down")]
+    )
+    assert changed == set(names)
+    reloaded, _ = models.load(out, dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(reloaded.state_dict()[name], tensor.to(torch.bfloat16)), name
+
+
+def test_exported_config_is_what_the_models_own_code_reads(tmp_path, public_config, tensors_of, write):
+    folder = write(tmp_path / "public", public_config, tensors_of(public_config))
+    model, _ = models.load(folder, dtype=torch.bfloat16)
+    fields = json.loads((models.export(model, tmp_path / "out") / "config.json").read_text())
+    for name, value in public_config.items():
+        if name not in ("transformers_version", "auto_map"):
+            assert fields[name] == value, name
+    assert fields["rope_theta"] == 10000
+
+
+def test_save_pretrained_writes_the_public_keys_and_reloads(tmp_path, public_config, tensors_of, write, input_ids):
+    tensors = tensors_of(public_config)
+    model, _ = models.load(write(tmp_path / "public", public_config, tensors), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
+    written = exported_tensors(tmp_path / "saved")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[key], tensors[key]) for key in tensors)
+    reloaded = type(model).from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(reloaded(input_ids).logits, model(input_ids).logits)
+
+
+def test_old_rotary_buffers_and_absent_noise_are_tolerated(tmp_path, public_config, tensors_of, write):
+    tensors = {key: t for key, t in tensors_of(public_config).items() if "weight_noise" not in key}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    model, _ = models.load(write(tmp_path / "public", public_config, tensors))
+    for name, parameter in model.named_parameters():
+        if "weight_noise" in name:
+            assert not parameter.any()
+
+
+def victim(config):
+    llama = config["model_type"] == "llama_moe"
+    return f"model.layers.1.mlp.{'calculator.experts.weight_up.3' if llama else 'experts.3.up_proj.weight'}"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_names_a_missing_key(tmp_path, public_config, tensors_of, write, kind):
+    tensors = tensors_of(public_config)
+    del tensors[victim(public_config)]
+    with pytest.raises(ValueError, match=rf"missing keys: {victim(public_config)}"):
+        models.load(write(tmp_path / "public", public_config, tensors, kind))
+
+
+def test_names_an_extra_key(tmp_path, public_config, tensors_of, write):
+    tensors = tensors_of(public_config) | {"model.layers.9.mlp.surprise": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"extra keys: model\.layers\.9\.mlp\.surprise"):
+        models.load(write(tmp_path / "public", public_config, tensors))
+
+
+def test_names_a_misshapen_key(tmp_path, public_config, tensors_of, write):
+    tensors = tensors_of(public_config) | {victim(public_config): torch.ones(7, 32)}
+    with pytest.raises(ValueError, match=rf"{victim(public_config)} is \[7, 32\] instead of \[8, 32\]"):
+        models.load(write(tmp_path / "public", public_config, tensors))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_names_a_missing_shard(tmp_path, public_config, tensors_of, write, kind):
+    folder = write(tmp_path / "public", public_config, tensors_of(public_config), kind)
+    shard = next(folder.glob("*00002-of*"))
+    shard.unlink()
+    with pytest.raises(OSError, match=rf"lacks 1 of the 3 shards .*{shard.name}"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_names_a_file_cut_short(tmp_path, public_config, tensors_of, write, kind):
+    folder = write(tmp_path / "public", public_config, tensors_of(public_config), kind)
+    shard = next(folder.glob("*00003-of*"))
+    shard.write_bytes(shard.read_bytes()[:-2000])
+    with pytest.raises(OSError, match=rf"{shard.name} cannot be read"):
+        models.load(folder)
+
+
+def test_names_a_changed_file_where_sums_were_written(tmp_path, public_config, tensors_of, write):
+    folder = write(tmp_path / "public", public_config, tensors_of(public_config), num_shards=1)
+    models.write_checksums(folder)
+    models.load(folder)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(OSError, match=r"model\.safetensors is corrupted"):
+        models.load(folder)
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+def test_refuses_a_bin_file_that_is_more_than_tensors(tmp_path, public_config, tensors_of, write, capsys):
+    folder = write(tmp_path / "public", public_config, tensors_of(public_config), "bin", 1)
+    torch.save({"model.norm.weight": Payload()}, folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"pytorch_model\.bin cannot be read as a file of plain tensors"):
+        models.load(folder)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_refuses_to_export_over_weights_or_with_foreign_experts(tmp_path, public_config, tensors_of, write):
+    folder = write(tmp_path / "public", public_config, tensors_of(public_config))
+    model, _ = models.load(folder)
+    with pytest.raises(ValueError, match="holds model weights already"):
+        models.export(model, folder)
+    model.model.layers[1].mlp.experts = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="put the original experts back first"):
+        models.export(model, tmp_path / "out")
+
+
+def test_unknown_names_list_the_known_ones(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OSError, match=r"mini-llama-moe.*deepseek-moe-16b"):
+        models.load("no/such/model/at/all")
+    monkeypatch.setenv("FLUXLIB_DATA", str(tmp_path))
+    with pytest.raises(OSError, match=r"mini-llama-moe.*FLUXLIB_DATA"):
+        models.load("mini-llama-moe")
+    with pytest.raises(OSError, match=r"has no config\.json"):
+        models.load(tmp_path)
+
+
+def test_mini_models_come_from_the_data_folder(monkeypatch, tmp_path, public_config, tensors_of, write):
+    monkeypatch.setenv("FLUXLIB_DATA", str(tmp_path))
+    write(tmp_path / "models" / "mini-llama-moe", public_config, tensors_of(public_config))
+    model, _ = models.load("mini-llama-moe")
+    assert model.config.model_type == public_config["model_type"]
+    assert models.config("mini-llama-moe").hidden_size == 32
+
+
+def test_public_configurations_need_no_network():
+    parameters = {"llama-moe-3.5b": 6.74, "llama-moe-3.5b-2-8": 6.74, "deepseek-moe-16b": 16.38}
+    for name, billions in parameters.items():
+        with torch.device("meta"):
+            model = models.LlamaMoeForCausalLM if "llama" in name else models.DeepseekMoeForCausalLM
+            count = sum(p.numel() for p in model(models.config(name)).parameters())
+        assert count / 1e9 == pytest.approx(billions, abs=0.005)
+    assert models.config("llama-moe/LLaMA-MoE-v1-3_0B-2_16").score_scale_factor == 8.0
+
+
+def test_a_model_of_transformers_loads_too(tmp_path, write, input_ids):
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    config = OlmoeConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
+        num_experts=4, num_experts_per_tok=2, eos_token_id=2,
+    )  # fmt: skip
+    original = OlmoeForCausalLM(config).eval()
+    write(tmp_path, {}, {"x": torch.ones(1)}, num_shards=1)
+    (tmp_path / "model.safetensors").unlink()
+    original.save_pretrained(tmp_path)
+    model, _ = models.load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids).logits, original(input_ids).logits)
+    out = models.export(model, tmp_path / "out", dtype=torch.bfloat16)
+    with safe_open(out / "model.safetensors", "pt") as opened:
+        assert opened.get_tensor("model.layers.0.mlp.experts.1.up_proj.weight").dtype == torch.bfloat16
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.gate.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing keys: model\.layers\.1\.mlp\.gate\.weight"):
+        models.load(tmp_path)
