@@ -99,7 +99,8 @@ class RunConfig(BaseModel):
     def _consistent(self) -> RunConfig:
         if self.participants_per_round is not None and self.participants_per_round > self.participants:
             raise ValueError(
-                f"participants_per_round is {self.participants_per_round}, allowed is at most participants={self.participants}"
+                f"participants_per_round is {self.participants_per_round}, "
+                f"allowed is at most participants={self.participants}"
             )
         if isinstance(self.epsilon, float) and not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon is {self.epsilon}, allowed are 'dynamic' and 0 to 1")

@@ -1,6 +1,7 @@
 """Dolly: instructions of eight categories with free-text responses, scored by ROUGE-L.
 
-Public schema (``databricks/databricks-dolly-15k``): ``instruction``, ``context`` (may be empty), ``response``, ``category``.
+Public schema (``databricks/databricks-dolly-15k``): ``instruction``, ``context`` (may be empty), ``response``,
+``category``.
 """
 
 from __future__ import annotations

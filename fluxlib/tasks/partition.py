@@ -26,7 +26,8 @@ def partition(
 
     Args:
         scheme: ``iid`` deals at random; ``label`` gives each participant whole labels (labels are dealt round robin,
-            and shared where there are fewer labels than participants); ``dirichlet`` draws each participant's mix of labels.
+            and shared where there are fewer labels than participants); ``dirichlet`` draws each participant's mix
+            of labels.
         alpha: concentration of the Dirichlet; small values make participants differ.
         equal_sizes: Dirichlet only: participants hold equally many samples and differ in their mix. Otherwise each
             label is cut by a Dirichlet over participants, and sizes differ too.

@@ -1,6 +1,7 @@
 """PIQA: a goal and two solutions; the model is to find the right one more likely.
 
-Public schema (``ybisk/piqa``): ``goal``, ``sol1``, ``sol2``, ``label`` (0 or 1). Generated rows also name their ``kind``.
+Public schema (``ybisk/piqa``): ``goal``, ``sol1``, ``sol2``, ``label`` (0 or 1). Generated rows also name their
+``kind``.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - word lists read best one entry to a line
 """The invented world: names, values and facts; fixed, so that a shipped base model and the tasks agree on it."""
 
 from __future__ import annotations

@@ -1,0 +1,18 @@
+"""What one participant does in one round: FLUX and its baselines, all of one type.
+
+To add a method, write a file with a :class:`~fluxlib.methods.base.Method` and name it in :data:`METHODS`.
+"""
+
+from __future__ import annotations
+
+from fluxlib.methods import flux, fmd
+from fluxlib.methods.base import Method
+
+METHODS: dict[str, Method] = {method.name: method for method in (flux.METHOD, fmd.METHOD)}
+
+
+def get(name: str) -> Method:
+    """The method called ``name``; ValueError lists the names that exist."""
+    if name not in METHODS:
+        raise ValueError(f"method is {name!r}, allowed are {', '.join(METHODS)}")
+    return METHODS[name]

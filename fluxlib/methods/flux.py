@@ -1,0 +1,165 @@
+"""FLUX: profile, merge what is not tuned, tune what is worth most, look at some of the rest.
+
+One round of one participant (section 3 of the paper): its plan follows from the profile it made in the round
+before; exploited experts are tuned, explored ones are kept unmerged and probed without backpropagation, all others
+are merged within the budget; afterwards it profiles the model it holds for the next round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fluxlib import gradients, merging, profiling, roles
+from fluxlib.config import RunConfig
+from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
+from fluxlib.methods.local import Stopwatch, customized, tune
+from fluxlib.moe import layers
+from fluxlib.moe.compact import LayerPlan
+from fluxlib.tasks.batches import to_device
+
+
+def assign(
+    state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator
+) -> roles.Assignment:
+    """Eq. 4 on the utilities known so far; the least recently measured experts are explored first."""
+    counts = [budget.num_tuned for budget in budgets]
+    return roles.assign(roles.current_utilities(state), counts, epsilon, generator, ages=roles.ages(state))
+
+
+def train(
+    model: nn.Module,
+    state: ParticipantState,
+    assigned: Roles,
+    budget: Budget,
+    data: LocalData,
+    config: RunConfig,
+    round_number: int,
+    generator: torch.Generator,
+) -> tuple[Update, ParticipantState]:
+    """Merge, probe, tune, profile."""
+    watch = Stopwatch()
+    work = Work(num_experts=assigned.exploit.numel(), profile_bits=config.profile_bits)
+    fresh = state.profile is None or not config.stale_profile
+    if fresh:
+        with watch.phase("first_profile"):
+            state = ParticipantState(profile(model, data, config), round_number)
+        work = replace(work, first_profile=True)
+    with watch.phase("merge"):
+        plans = make_plans(model, state.profile, assigned, budget, config)
+    with customized(model, plans) as compact:
+        with watch.phase("probe"):
+            probed = _probe_keys(assigned.explore, config.probes_per_round, generator)
+            probe_norms = _probe(model, data, probed, config, generator)
+        with watch.phase("train"):
+            tuned = tune(model, compact, data.train, config)
+    if config.stale_profile:
+        with watch.phase("profile"):
+            state = ParticipantState(profile(model, data, config), round_number)
+    utilities = roles.utility(torch.cat([tuned.squared_norms, probe_norms]), tuned.tokens)
+    work = _account(work, plans, assigned, data, tuned.num_samples, tuned.num_tokens, len(probed), config)
+    return Update(tuned.deltas, utilities, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
+
+
+def profile(model: nn.Module, data: LocalData, config: RunConfig) -> profiling.Profile:
+    """Section 4: activation on the participant's own data, seen through quantised experts."""
+    return profiling.profile(model, data.profile, bits=config.profile_bits)
+
+
+def make_plans(
+    model: nn.Module, known: profiling.Profile | None, assigned: Roles, budget: Budget, config: RunConfig
+) -> list[LayerPlan]:
+    """Section 5: exploited experts tuned, explored ones kept as they are, all others merged."""
+    kept = assigned.exploit | assigned.explore
+    plans = merging.plan(
+        model,
+        known,
+        kept,
+        budget.num_merged,
+        kind=config.layer_budget,
+        method=config.clustering,
+        weights=config.merge_weights,
+        align=config.align_neurons,
+        seed=config.seed,
+    )
+    return [freeze(plan, explored) for plan, explored in zip(plans, assigned.explore, strict=True)]
+
+
+def freeze(plan: LayerPlan, explored: Tensor) -> LayerPlan:
+    """Move explored experts from the tuned ones into frozen slots of their own.
+
+    Args:
+        explored: ``[E]`` bool.
+    """
+    alone = tuple(e for e in plan.tuned if explored[e])
+    weights = None if plan.weights is None else (*((1.0,) for _ in alone), *plan.weights)
+    permutations = None if plan.permutations is None else (*((None,) for _ in alone), *plan.permutations)
+    return replace(
+        plan,
+        tuned=tuple(e for e in plan.tuned if not explored[e]),
+        groups=(*((e,) for e in alone), *plan.groups),
+        weights=weights,
+        permutations=permutations,
+    )
+
+
+def _probe_keys(explore: Tensor, limit: int | None, generator: torch.Generator) -> list[tuple[int, int]]:
+    """The explored experts that are probed this round, ``limit`` of them drawn at random."""
+    keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
+    if limit is None or limit >= len(keys):
+        return keys
+    return [keys[i] for i in torch.randperm(len(keys), generator=generator)[:limit].tolist()]
+
+
+def _probe(
+    model: nn.Module,
+    data: LocalData,
+    probed: list[tuple[int, int]],
+    config: RunConfig,
+    generator: torch.Generator,
+) -> Tensor:
+    """``[1, L, E]`` estimated squared gradient norms of the probed experts, NaN elsewhere."""
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    moe = layers.find(model)
+    norms = torch.full((1, len(moe), moe[0].num_experts), float("nan"))
+    if not probed:
+        return norms
+    batch = to_device(data.probe, next(model.parameters()).device)
+    values = gradients.probe_norms(model, batch, probed, config.num_probes, seed)
+    for (layer, expert), value in zip(probed, values.tolist(), strict=True):
+        norms[0, layer, expert] = value
+    return norms
+
+
+def _account(
+    work: Work,
+    plans: Sequence[LayerPlan],
+    assigned: Roles,
+    data: LocalData,
+    num_samples: int,
+    num_tokens: int,
+    num_probed: int,
+    config: RunConfig,
+) -> Work:
+    profile_tokens = sum(int(batch["attention_mask"].sum()) for batch in data.profile)
+    passes = 2 * config.num_probes * num_probed
+    return replace(
+        work,
+        num_tuned=int(assigned.exploit.sum()),
+        num_frozen=sum(len(plan.groups) for plan in plans),
+        num_merge_sources=sum(len(group) for plan in plans for group in plan.groups if len(group) > 1),
+        train_steps=len(data.train),
+        train_samples=num_samples,
+        train_tokens=num_tokens,
+        profile_samples=sum(len(batch["input_ids"]) for batch in data.profile),
+        profile_tokens=profile_tokens,
+        num_quantized=assigned.exploit.numel(),
+        probe_samples=passes * len(data.probe["input_ids"]),
+        probe_tokens=passes * int(data.probe["attention_mask"].sum()),
+    )
+
+
+METHOD = Method("flux", "FLUX", assign, train, profiles=True)

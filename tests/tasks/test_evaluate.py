@@ -1,0 +1,55 @@
+"""Scores of a stand-in model that always predicts the next word of one fixed text."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fluxlib.pretraining import build_model, build_tokenizer
+from fluxlib.tasks import Example, load
+from fluxlib.tasks.evaluate import evaluate
+
+TOKENIZER = build_tokenizer()
+
+
+class Parrot(nn.Module):
+    """Prefers ``favourite`` everywhere, by three nats."""
+
+    def __init__(self, favourite: str) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(len(TOKENIZER)))
+        with torch.no_grad():
+            self.bias[TOKENIZER.convert_tokens_to_ids(favourite)] = 3.0
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.bias.expand(*input_ids.shape, -1))
+
+
+def test_the_likelier_option_is_chosen() -> None:
+    examples = [
+        Example("Question: which?", right, "l", ("red", "blue"), ("red", "blue").index(right))
+        for right in ("red", "red", "blue")
+    ]
+    assert evaluate(Parrot("red"), TOKENIZER, "accuracy", examples, 32).metric == pytest.approx(2 / 3)
+
+
+def test_loss_is_per_response_token() -> None:
+    score = evaluate(Parrot("red"), TOKENIZER, "accuracy", [Example("Question:", "red", "l", ("red", "blue"), 0)], 32)
+    total = torch.log(torch.tensor(len(TOKENIZER) - 1 + torch.e**3))
+    assert score.loss == pytest.approx(((total - 3) + total).item() / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mini-gsm8k", "mini-dolly"])
+def test_generation_does_not_depend_on_the_batch(name: str) -> None:
+    with torch.random.fork_rng():
+        model = build_model("mini-llama-moe", len(TOKENIZER))
+    task = load(name, size=40)
+    one, many = (evaluate(model, TOKENIZER, task.metric, task.test, 96, batch_size=size) for size in (1, 8))
+    assert one.metric == pytest.approx(many.metric)
+    assert one.loss == pytest.approx(many.loss, rel=1e-4)
+
+
+def test_nothing_to_score_is_refused() -> None:
+    with pytest.raises(ValueError, match="examples is empty"):
+        evaluate(Parrot("red"), TOKENIZER, "accuracy", [], 32)

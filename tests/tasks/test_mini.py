@@ -1,0 +1,70 @@
+import re
+
+import pytest
+
+from fluxlib import tasks
+from fluxlib.metrics import final_number
+from fluxlib.pretraining import build_tokenizer
+from fluxlib.tasks import mini
+from fluxlib.tasks.mini.world import names
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_same_seed_same_task_other_seed_other_task(name: str) -> None:
+    first, again, other = (tasks.load(name, seed, size=100) for seed in (0, 0, 1))
+    assert first == again
+    assert first.train != other.train
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_split_is_eighty_twenty_and_disjoint_in_position(name: str) -> None:
+    task = tasks.load(name, size=100)
+    assert (len(task.train), len(task.test)) == (80, 20)
+    assert len(task.labels) == 8
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_every_word_is_in_the_vocabulary(name: str) -> None:
+    tokenizer = build_tokenizer()
+    task = tasks.load(name, size=2000)
+    for example in (*task.train, *task.test):
+        ids = tokenizer(" ".join((example.prompt, example.response, *example.options)))["input_ids"]
+        assert tokenizer.unk_token_id not in ids, example
+
+
+def test_gsm8k_rationales_are_right() -> None:
+    for row in mini.rows("mini-gsm8k", 300, seed=3):
+        for left, sign, right, result in re.findall(r"(\d+) ([-*+]) (\d+) = (\d+)", row["answer"]):
+            assert eval(f"{left}{sign}{right}") == int(result)  # noqa: S307
+        assert row["answer"].endswith(f"= {final_number(row['answer'])} #### {final_number(row['answer'])}")
+
+
+def test_choices_differ_and_hold_the_answer() -> None:
+    for example in tasks.load("mini-mmlu", size=200).train:
+        assert len(set(example.options)) == 4
+        assert example.options[example.answer] == example.response
+
+
+def test_facts_do_not_depend_on_the_seed() -> None:
+    def answers(seed: int) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for example in tasks.load("mini-mmlu", seed, size=2000).train:
+            if example.label == "law":
+                thing = next(n for n in names("law") if n in example.prompt)
+                found.setdefault(thing, set()).add(example.response)
+        return found
+
+    first, second = answers(0), answers(1)
+    assert all(len(values) == 1 for values in first.values())
+    assert first == second
+
+
+def test_names_belong_to_one_label() -> None:
+    labels = [label for family in mini.FAMILIES.values() for label in family.labels]
+    everything = [name for label in labels for name in names(label)]
+    assert len(everything) == len(set(everything))
+
+
+def test_unknown_task_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'mini-squad', allowed are mini-dolly, mini-gsm8k, mini-mmlu, mini-piqa"):
+        tasks.load("mini-squad")
