@@ -1,0 +1,303 @@
+"""The device clock: how long a participant's work would take on its device, for the shapes of a given model.
+
+What is modelled, per participant and phase of :data:`fluxlib.records.PHASES`:
+
+- arithmetic and memory traffic as a roofline: the longer of the two, at the achieved rates of the device;
+- training: forward through all kept slots, backward through them for the activations, weight gradients for the
+  tuned share of them, and the optimizer's traffic over tuned weights (AdamW in 32 bit);
+- offloading: as many experts as fit stay on the device with their training state, the others cross the bus twice
+  per step and their gradients once, and their optimizer runs on the host, both behind the device's arithmetic as far
+  as that reaches (:func:`offload_seconds`; ZeRO-Offload, Ren et al. 2021);
+- merging and quantising: reading the full model from where the participant keeps it (host memory, or its own
+  memory where that is unified and large enough), and writing the result;
+- down- and upload: bytes of experts over the link, plus its latency;
+- the server: reading every upload and writing the mean, in its host memory.
+
+Not modelled: kernel launches and Python, padding, an expert that no token of a step reaches, the search for a
+neuron alignment, contention between participants for the server's network, stragglers and failures.
+
+Numbers of experts are carried over from the run as shares: a quarter of the mini model's experts tuned is a quarter
+of LLaMA-MoE's. Tokens are the run's own, or ``samples * tokens_per_sample``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fluxlib import models
+from fluxlib.devices.catalogue import SERVER, Device, Link
+from fluxlib.methods.base import Work
+from fluxlib.moe import layers
+from fluxlib.records import PHASES
+
+WEIGHT_BYTES = 2
+"""Frozen and working weights, activations and everything on the wire: 16 bit."""
+TRAIN_STATE_BYTES = 16
+"""A tuned parameter on its device: 16-bit copy and gradient, 32-bit master weight and two moments."""
+OPTIMIZER_TRAFFIC_BYTES = 26
+"""AdamW, per parameter and step: reads gradient (2), master and moments (12), writes those (12)."""
+ACTIVATION_BYTES = 34
+"""Per token, layer and unit of width: Korthikanti et al. 2022, table 2, without the attention scores."""
+BACKWARD_SHARE = 2 / 3
+"""Share of a step's arithmetic that lies in its backward pass when every expert is tuned."""
+RESERVE_FRAC = 0.1
+"""Share of a device's memory that is not the suite's to use: runtime, fragmentation, workspaces."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the clock needs to know of a model. Parameters are counts, per expert or over the whole model."""
+
+    name: str
+    num_layers: int
+    num_experts: int
+    """Routed experts over all layers."""
+    top_k_sum: int
+    """Routed experts that one token passes through, over all layers."""
+    hidden_size: int
+    expert_parameters: int
+    """Parameters of one routed expert."""
+    other_parameters: int
+    """All parameters outside routed experts."""
+    embedding_parameters: int
+    """Those of the input embedding, which is looked up, not multiplied (0 when it is also the output head)."""
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the model."""
+        return self.other_parameters + self.num_experts * self.expert_parameters
+
+    def dense_flops(self, tokens: float, tokens_per_sample: float) -> float:
+        """Forward FLOPs outside routed experts: matrices, and causal attention over half of the positions."""
+        matrices = 2.0 * (self.other_parameters - self.embedding_parameters)
+        return tokens * (matrices + 2.0 * tokens_per_sample * self.hidden_size * self.num_layers)
+
+    def expert_flops(self, tokens: float) -> float:
+        """Forward FLOPs of the routed experts."""
+        return tokens * 2.0 * self.top_k_sum * self.expert_parameters
+
+
+@lru_cache(maxsize=8)
+def shapes(name: str) -> Shapes:
+    """Shapes of a model by name (see :func:`fluxlib.models.known`), from its configuration alone."""
+    from transformers import AutoModelForCausalLM
+
+    settings = models.config(name)
+    with torch.device("meta"):
+        return shapes_of(name, AutoModelForCausalLM.from_config(settings))
+
+
+def shapes_of(name: str, model: torch.nn.Module) -> Shapes:
+    """Shapes of a model in memory; its weights may be on the meta device."""
+    moe = layers.find(model)
+    experts = sum(layer.num_experts for layer in moe)
+    in_experts = sum(p.numel() for layer in moe for p in layer.experts.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is embedding
+    return Shapes(
+        name=name,
+        num_layers=model.config.num_hidden_layers,
+        num_experts=experts,
+        top_k_sum=sum(layer.top_k for layer in moe),
+        hidden_size=moe[0].hidden_size,
+        expert_parameters=in_experts // experts,
+        other_parameters=total - in_experts,
+        embedding_parameters=0 if tied else embedding.numel(),
+    )
+
+
+def phase_seconds(
+    work: Work,
+    shapes: Shapes,
+    device: Device,
+    link: Link,
+    tokens_per_sample: int | None = None,
+    wire_bits: int = 16,
+) -> dict[str, float]:
+    """Seconds of each phase of one participant's round, one entry per name in :data:`fluxlib.records.PHASES`.
+
+    Args:
+        work: what was done, in units that do not depend on the device.
+        shapes: the model whose sizes are charged; shares of ``work.num_experts`` become shares of its experts.
+        tokens_per_sample: counts samples as this many tokens each; None: the tokens that were counted.
+        wire_bits: bits per weight on the link, both ways.
+
+    ``pcie`` is what offloading adds to ``train``: the part of the bus traffic, or of the optimizer's work on the
+    host, that no arithmetic hides.
+    """
+    load = _Load(work, shapes, tokens_per_sample)
+    expert_wire_bytes = shapes.expert_parameters * wire_bits / 8
+    merged = load.experts(work.num_merge_sources) * shapes.expert_parameters * WEIGHT_BYTES
+    quantized = load.experts(work.num_quantized) * shapes.expert_parameters
+    step = train_step_seconds(load, device)
+    return {
+        "download": _transfer(load.experts(work.num_downloaded) * expert_wire_bytes, link.down_bytes_per_s, link),
+        "merge": max(merged / _held_rate(shapes, device), 3 * merged / device.memory_rate),
+        "quantize": max(
+            quantized * WEIGHT_BYTES / _held_rate(shapes, device),
+            quantized * (WEIGHT_BYTES + work.profile_bits / 8) / device.memory_rate,
+        ),
+        "profile": forward_seconds(load, work.profile_samples, work.profile_tokens, work.profile_bits, device),
+        "train": work.train_steps * step,
+        "probe": forward_seconds(load, work.probe_samples, work.probe_tokens, 8 * WEIGHT_BYTES, device, kept=True),
+        "pcie": work.train_steps * offload_seconds(load, device, hidden_s=step),
+        "upload": _transfer(load.experts(work.num_uploaded) * expert_wire_bytes, link.up_bytes_per_s, link),
+    }
+
+
+class _Load:
+    """One participant's work at the clock model's shapes."""
+
+    def __init__(self, work: Work, shapes: Shapes, tokens_per_sample: int | None) -> None:
+        self.work, self.shapes = work, shapes
+        counted = work.train_tokens / work.train_samples if work.train_samples else 0.0
+        self.tokens_per_sample = float(tokens_per_sample or counted)
+        self._given = tokens_per_sample
+        self.batch_size = work.train_samples / work.train_steps if work.train_steps else 0.0
+
+    def experts(self, count: int) -> float:
+        """``count`` of the run's experts as that share of the clock model's."""
+        return count / self.work.num_experts * self.shapes.num_experts
+
+    def tokens(self, samples: int, counted: int) -> float:
+        return float(samples * self._given) if self._given else float(counted)
+
+    @property
+    def step_tokens(self) -> float:
+        return self.batch_size * self.tokens_per_sample
+
+    @property
+    def kept(self) -> float:
+        """Expert slots in the customised model: all of them when nothing was merged away."""
+        return self.experts(self.work.num_tuned + self.work.num_frozen)
+
+    @property
+    def tuned_parameters(self) -> float:
+        return self.experts(self.work.num_tuned) * self.shapes.expert_parameters
+
+
+def train_step_seconds(load: _Load, device: Device) -> float:
+    """One optimizer step on the device.
+
+    Arithmetic: forward, activation gradients (the same again), and weight gradients for the share of routed
+    traffic that goes to tuned experts, taken as their share of all experts. Memory: every kept weight read twice,
+    weight gradients written, activations written and read. The optimizer follows and overlaps with nothing.
+    """
+    shapes, work = load.shapes, load.work
+    tokens = load.step_tokens
+    dense = shapes.dense_flops(tokens, load.tokens_per_sample)
+    routed = shapes.expert_flops(tokens)
+    tuned_share = work.num_tuned / work.num_experts
+    flops = 2 * (dense + routed) + tuned_share * routed
+    weights = shapes.other_parameters * WEIGHT_BYTES + load.kept * _slot_bytes(load, work.weight_bits)
+    activations = ACTIVATION_BYTES * tokens * shapes.num_layers * shapes.hidden_size
+    traffic = 2 * weights + load.tuned_parameters * WEIGHT_BYTES + 2 * activations
+    resident = load.tuned_parameters * (resident_frac(load, device) if work.offloaded else 1.0)
+    optimizer = resident * (OPTIMIZER_TRAFFIC_BYTES + 2 * work.weight_bits / 8)
+    return max(flops / device.flops_per_s, traffic / device.memory_rate) + optimizer / device.memory_rate
+
+
+def _slot_bytes(load: _Load, bits: int) -> float:
+    """Traffic of reading one expert once; below 16 bit it is unpacked: written and read again in 16 bit."""
+    unpacked = 0 if bits >= 8 * WEIGHT_BYTES else 2 * WEIGHT_BYTES
+    return load.shapes.expert_parameters * (bits / 8 + unpacked)
+
+
+def resident_frac(load: _Load, device: Device) -> float:
+    """Share of the tuned experts that stays on the device with its training state, when the rest is offloaded.
+
+    Memory left after a reserve, the other weights and the activations of a step, over what the experts need.
+    """
+    shapes = load.shapes
+    activations = ACTIVATION_BYTES * load.step_tokens * shapes.num_layers * shapes.hidden_size
+    left = device.memory_bytes * (1 - RESERVE_FRAC) - shapes.other_parameters * WEIGHT_BYTES - activations
+    needed = load.tuned_parameters * TRAIN_STATE_BYTES
+    return min(1.0, max(0.0, left / needed)) if needed else 1.0
+
+
+def offload_seconds(load: _Load, device: Device, hidden_s: float) -> float:
+    """What offloading adds to a step whose own time on the device is ``hidden_s``.
+
+    An offloaded expert comes over the bus for the forward and again for the backward pass, its gradient goes back;
+    the two directions overlap with each other and with the arithmetic. Its optimizer streams the state on the host
+    while the backward pass of earlier layers goes on.
+    """
+    if not load.work.offloaded:
+        return 0.0
+    away = load.tuned_parameters * (1 - resident_frac(load, device))
+    bus = 2 * away * WEIGHT_BYTES / device.bus_rate
+    host = away * (OPTIMIZER_TRAFFIC_BYTES + 2 * WEIGHT_BYTES) / device.host_rate
+    return max(0.0, bus - hidden_s, host - BACKWARD_SHARE * hidden_s)
+
+
+def forward_seconds(
+    load: _Load, samples: int, counted_tokens: int, bits: int, device: Device, kept: bool = False
+) -> float:
+    """Forward passes over ``samples`` in batches of the training's size, experts held in ``bits``.
+
+    ``kept``: through the customised model (tuned and merged slots); otherwise through all experts.
+    """
+    if not samples:
+        return 0.0
+    shapes = load.shapes
+    tokens = load.tokens(samples, counted_tokens)
+    passes = samples / load.batch_size if load.batch_size else 1.0
+    flops = shapes.dense_flops(tokens, tokens / samples) + shapes.expert_flops(tokens)
+    slots = load.kept if kept else shapes.num_experts
+    weights = shapes.other_parameters * WEIGHT_BYTES + slots * _slot_bytes(load, bits)
+    return max(flops / device.flops_per_s, passes * weights / device.memory_rate)
+
+
+def _held_rate(shapes: Shapes, device: Device) -> float:
+    """Bytes/s at which a participant reads the full 16-bit model that it holds."""
+    fits = shapes.parameters * WEIGHT_BYTES <= device.memory_bytes * (1 - RESERVE_FRAC)
+    return device.memory_rate if device.unified and fits else device.bus_rate
+
+
+def _transfer(num_bytes: float, rate: float, link: Link) -> float:
+    """Seconds of one message; nothing is sent when there is nothing to say."""
+    return num_bytes / rate + link.latency_s if num_bytes else 0.0
+
+
+@dataclass(frozen=True)
+class RoundTime:
+    """A round on the device clock: ``total_s``, the server's part of it, and who was slowest."""
+
+    total_s: float
+    server_s: float
+    slowest: int
+
+
+def server_seconds(works: Sequence[Work], shapes: Shapes, device: Device = SERVER) -> float:
+    """Aggregation: every upload read, every mean read and written, in the server's host memory."""
+    uploaded = sum(work.num_uploaded / work.num_experts for work in works) * shapes.num_experts
+    changed = max((work.num_uploaded / work.num_experts for work in works), default=0.0) * shapes.num_experts
+    return (uploaded + 2 * changed) * shapes.expert_parameters * WEIGHT_BYTES / device.host_rate
+
+
+def round_seconds(phases: Sequence[dict[str, float]], first_profile: Sequence[bool], server_s: float) -> RoundTime:
+    """When the round is over: the server has aggregated and every profile for the next round is done.
+
+    A participant's phases follow one another. A stale profile needs nothing of this round's result: it starts when
+    the participant's arithmetic ends and runs beside its upload and the server. A first profile stands before
+    training (``first_profile``).
+
+    Raises:
+        ValueError: no participants.
+    """
+    if not phases:
+        raise ValueError("phases is empty: a round needs at least one participant")
+    uploaded, profiled = [], []
+    for seconds, first in zip(phases, first_profile, strict=True):
+        profile = seconds["quantize"] + seconds["profile"]
+        busy = sum(seconds[name] for name in PHASES if name not in ("quantize", "profile", "upload"))
+        busy += profile if first else 0.0
+        uploaded.append(busy + seconds["upload"])
+        profiled.append(busy + (0.0 if first else profile))
+    arrived = max(uploaded)
+    return RoundTime(max(arrived + server_s, max(profiled)), server_s, uploaded.index(arrived))

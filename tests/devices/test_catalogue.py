@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+
+from fluxlib.devices import catalogue
+
+
+@pytest.mark.parametrize("device", catalogue.DEVICES.values(), ids=lambda device: device.name)
+def test_every_number_has_a_source_and_no_rate_exceeds_its_peak(device):
+    assert {"memory", "peak_flops", "fractions"} <= set(device.sources)
+    assert "bus" in device.sources if device.unified else "host" in device.sources
+    assert 0 < device.flops_per_s < device.peak_flops
+    assert 0 < device.memory_rate < device.memory_bytes_per_s
+    assert device.bus_rate <= device.memory_rate
+
+
+def test_participants_take_the_devices_of_a_fleet_in_turn():
+    names = [device.name for device in catalogue.fleet("mixed", 7)]
+    assert names == [*catalogue.FLEETS["mixed"], "l20", "rtx-4090"]
+    assert [device.name for device in catalogue.fleet("paper", 3)] == ["l20"] * 3
+    assert [device.name for device in catalogue.fleet("rtx-3060", 2)] == ["rtx-3060"] * 2
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match="unknown fleet 'strong'; allowed are paper, mixed, weak, l20"):
+        catalogue.fleet("strong", 1)
+    with pytest.raises(ValueError, match="unknown link '5g'; allowed are 1gbps, 100mbps, lte"):
+        catalogue.link("5g")

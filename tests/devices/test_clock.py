@@ -1,0 +1,181 @@
+"""The clock on a model and a device whose numbers are round: every expected value is worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fluxlib.devices import clock
+from fluxlib.devices.catalogue import DEVICES, LINKS, Device, Link
+from fluxlib.devices.clock import Shapes, phase_seconds, round_seconds
+from fluxlib.methods.base import Work
+from fluxlib.records import PHASES
+
+SHAPES = Shapes(
+    name="round",
+    num_layers=1,
+    num_experts=10,
+    top_k_sum=2,
+    hidden_size=0,
+    expert_parameters=1_000,
+    other_parameters=3_000,
+    embedding_parameters=1_000,
+)
+DEVICE = Device(
+    name="round",
+    title="1 GFLOP/s, 1 GB/s everywhere",
+    memory_bytes=10**9,
+    unified=False,
+    peak_flops=1e9,
+    memory_bytes_per_s=1e9,
+    bus_bytes_per_s=1e9,
+    host_bytes_per_s=1e9,
+    host_memory_bytes=10**12,
+    compute_frac=1.0,
+    bandwidth_frac=1.0,
+)
+LINK = Link("round", "1 kB/s up, 2 kB/s down", 1e3, 2e3, 0.0)
+WORK = Work(num_experts=100, train_steps=2, train_samples=20, train_tokens=200_000)
+
+
+def seconds(work: Work, device: Device = DEVICE, link: Link = LINK, **more) -> dict[str, float]:
+    return phase_seconds(work, SHAPES, device, link, **more)
+
+
+def test_every_phase_is_named_and_nothing_done_takes_no_time():
+    assert seconds(Work(num_experts=100)) == dict.fromkeys(PHASES, 0.0)
+
+
+def test_a_transfer_is_bytes_over_rate_and_half_as_long_on_twice_the_link():
+    # A tenth of the run's experts is one expert here: 1,000 parameters of 2 bytes.
+    work = replace(WORK, num_uploaded=10, num_downloaded=30)
+    found = seconds(work)
+    assert found["upload"] == pytest.approx(2.0)
+    assert found["download"] == pytest.approx(3.0)
+    faster = replace(LINK, up_bytes_per_s=2e3, down_bytes_per_s=4e3)
+    assert seconds(work, link=faster)["upload"] == pytest.approx(1.0)
+    assert seconds(work, wire_bits=4)["upload"] == pytest.approx(0.5)
+    assert seconds(work, link=replace(LINK, latency_s=5.0))["upload"] == pytest.approx(7.0)
+
+
+def test_a_compute_bound_forward_pass_is_flops_over_peak():
+    work = replace(WORK, profile_samples=10, profile_tokens=100_000)
+    # 2 x (2,000 dense + 2 experts of 1,000) FLOPs per token.
+    assert seconds(work)["profile"] == pytest.approx(100_000 * 8_000 / 1e9)
+    assert seconds(work, replace(DEVICE, compute_frac=0.5))["profile"] == pytest.approx(1.6)
+
+
+def test_a_memory_bound_forward_pass_is_weights_over_bandwidth():
+    work = replace(WORK, profile_samples=10, profile_tokens=10)
+    slow = replace(DEVICE, memory_bytes_per_s=1e3)
+    # One batch of ten: 3,000 others and 10 experts of 1,000, 2 bytes each.
+    assert seconds(work, slow)["profile"] == pytest.approx(26.0)
+    # In 4 bits an expert is read (0.5 bytes a weight), written and read again in 16 bits.
+    assert seconds(replace(work, profile_bits=4), slow)["profile"] == pytest.approx(6.0 + 10 * 4.5)
+    # Twenty samples are two batches.
+    assert seconds(replace(work, profile_samples=20), slow)["profile"] == pytest.approx(52.0)
+
+
+def test_training_arithmetic_is_two_passes_and_the_weight_gradients_of_the_tuned_share():
+    fast_memory = replace(DEVICE, memory_bytes_per_s=1e15)
+    tokens = 200_000
+    frozen = seconds(replace(WORK, num_frozen=100), fast_memory)["train"]
+    half = seconds(replace(WORK, num_frozen=50, num_tuned=50), fast_memory)["train"]
+    full = seconds(replace(WORK, num_tuned=100), fast_memory)["train"]
+    assert frozen == pytest.approx(tokens * 16_000 / 1e9)
+    assert half == pytest.approx(tokens * 18_000 / 1e9)
+    assert full == pytest.approx(tokens * 20_000 / 1e9)
+
+
+def test_training_traffic_is_kept_weights_twice_then_gradients_then_the_optimizer():
+    slow = replace(DEVICE, memory_bytes_per_s=1e3)
+    work = replace(WORK, num_tuned=20, num_frozen=30)
+    # Kept: 3,000 others + 5 experts, 2 bytes, twice; gradients of 2 experts; 30 bytes per tuned parameter.
+    step = 2 * (6_000 + 5 * 2_000) + 2 * 2_000 + 2_000 * 30
+    assert seconds(work, slow)["train"] == pytest.approx(2 * step / 1e3)
+
+
+def test_fewer_kept_experts_never_take_longer():
+    device, link = DEVICES["l20"], LINKS["1gbps"]
+    shapes = clock.shapes("llama-moe-3.5b")
+    times = [
+        sum(phase_seconds(replace(WORK, num_tuned=n, num_uploaded=n), shapes, device, link).values())
+        for n in (10, 25, 50, 100)
+    ]
+    assert times == sorted(times)
+
+
+def test_tokens_are_counted_or_assumed_per_sample():
+    work = replace(WORK, profile_samples=10, profile_tokens=100_000)
+    assert seconds(work, tokens_per_sample=20_000)["profile"] == pytest.approx(2 * seconds(work)["profile"])
+
+
+def test_offloading_costs_nothing_where_everything_fits():
+    work = replace(WORK, num_tuned=100, offloaded=True)
+    assert seconds(work)["pcie"] == 0.0
+    assert seconds(work) == seconds(replace(work, offloaded=False))
+
+
+def test_what_does_not_fit_crosses_the_bus_twice_behind_the_arithmetic():
+    # 90 % of the memory, less 6,000 bytes of others, holds 5 of the 10 experts with 16 bytes per parameter.
+    small = replace(DEVICE, memory_bytes=(6_000 + 5 * 16_000) / 0.9, memory_bytes_per_s=1e15)
+    work = replace(WORK, num_tuned=100, offloaded=True)
+    slow_bus = replace(small, bus_bytes_per_s=1e3, host_bytes_per_s=1e15)
+    step = seconds(work, slow_bus)["train"] / 2
+    assert seconds(work, slow_bus)["pcie"] == pytest.approx(2 * (2 * 5_000 * 2 / 1e3 - step))
+    slow_host = replace(small, bus_bytes_per_s=1e15, host_bytes_per_s=1e3)
+    assert seconds(work, slow_host)["pcie"] == pytest.approx(2 * (5_000 * 30 / 1e3 - step * 2 / 3))
+    assert seconds(work, small)["pcie"] == 0.0
+
+
+def test_merging_reads_its_sources_from_where_the_full_model_lies():
+    work = replace(WORK, num_merge_sources=50)
+    assert seconds(work, replace(DEVICE, bus_bytes_per_s=1e3))["merge"] == pytest.approx(5 * 2_000 / 1e3)
+    unified = replace(DEVICE, unified=True, bus_bytes_per_s=1e3)
+    assert seconds(work, unified)["merge"] == pytest.approx(3 * 5 * 2_000 / 1e9)
+    too_small = replace(unified, memory_bytes=20_000)
+    assert seconds(work, too_small)["merge"] == pytest.approx(5 * 2_000 / 1e3)
+
+
+def phases(**named: float) -> dict[str, float]:
+    return dict.fromkeys(PHASES, 0.0) | named
+
+
+def test_a_round_waits_for_the_slowest_participant_then_for_the_server():
+    times = [phases(train=3.0, upload=1.0), phases(train=1.0, upload=2.5)]
+    found = round_seconds(times, [False, False], server_s=0.5)
+    assert (found.total_s, found.server_s, found.slowest) == (4.5, 0.5, 0)
+
+
+def test_a_stale_profile_runs_beside_the_upload_and_a_first_one_does_not():
+    times = phases(train=3.0, quantize=0.5, profile=1.0, upload=1.0)
+    assert round_seconds([times], [False], 1.0).total_s == 5.0
+    assert round_seconds([times], [True], 1.0).total_s == 6.5
+    long_profile = times | {"profile": 5.0}
+    assert round_seconds([long_profile], [False], 1.0).total_s == 8.5
+
+
+def test_a_round_without_participants_is_refused():
+    with pytest.raises(ValueError, match="at least one participant"):
+        round_seconds([], [], 0.0)
+
+
+def test_the_server_reads_every_upload_and_writes_the_mean():
+    works = [Work(num_experts=100, num_uploaded=n) for n in (10, 20)]
+    # (3 experts read + 2 experts read and written) x 1,000 x 2 bytes.
+    assert clock.server_seconds(works, SHAPES, DEVICE) == pytest.approx((3 + 4) * 2_000 / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "expert_millions", "experts", "top_k_sum"),
+    [
+        ("llama-moe-3.5b", 6.74, 8.454, 512, 32 * 4),
+        ("deepseek-moe-16b", 16.38, 8.651, 27 * 64, 27 * 6),
+    ],
+)
+def test_shapes_of_the_public_models_are_what_their_authors_state(name, billions, expert_millions, experts, top_k_sum):
+    found = clock.shapes(name)
+    assert found.parameters / 1e9 == pytest.approx(billions, abs=0.005)
+    assert found.expert_parameters / 1e6 == pytest.approx(expert_millions, abs=0.001)
+    assert (found.num_experts, found.top_k_sum) == (experts, top_k_sum)
