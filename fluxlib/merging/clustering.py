@@ -1,0 +1,188 @@
+"""Which experts of a layer are merged with one another (section 5.2).
+
+:func:`cluster` has two methods with the same objective: ``fused``, one K-Means over the experts of all layers
+at once, and ``per_layer``, scikit-learn's K-Means layer by layer, which is the reference and the slow one.
+:func:`inertia` is what both minimise.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_ITERATIONS = 20
+
+
+def cluster(features: Sequence[Tensor], budgets: Sequence[int], method: str = "fused", seed: int = 0) -> list[Tensor]:
+    """Cluster each layer's experts; no cluster spans two layers.
+
+    Args:
+        features: per layer ``[n_l, dim]``; n_l may differ, dim may not.
+        budgets: clusters of each layer, 1..n_l (0 where n_l is 0).
+        method: ``fused`` or ``per_layer``.
+
+    Returns:
+        Per layer labels ``[n_l]`` long: every label of 0..budget-1 occurs, in the order of its first expert.
+
+    Raises:
+        ValueError: a budget that is not allowed, features that are not finite, an unknown method; names the
+            layer.
+    """
+    if method not in ("fused", "per_layer"):
+        raise ValueError(f"method must be 'fused' or 'per_layer', got {method!r}")
+    points, real = _padded(features, budgets)
+    if method == "fused":
+        member = _fused(points, real, np.asarray(budgets), np.random.default_rng(seed))
+    else:
+        member = _per_layer(points, real, budgets, seed)
+    labels = torch.from_numpy(_in_order_of_appearance(member))
+    return [labels[layer, : len(rows)] for layer, rows in enumerate(features)]
+
+
+def inertia(features: Sequence[Tensor], labels: Sequence[Tensor]) -> float:
+    """Sum over all experts of the squared distance to the mean of their cluster."""
+    total = 0.0
+    for points, found in zip(features, labels, strict=True):
+        if len(points):
+            members = torch.nn.functional.one_hot(found).T.to(points)
+            means = members @ points / members.sum(dim=1, keepdim=True)
+            total += float((points - means[found]).square().sum())
+    return total
+
+
+def _padded(features: Sequence[Tensor], budgets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Experts of all layers as ``[L, n, dim + 1]`` and which of them are real, ``[L, n]``.
+
+    The last column is 1 for real experts: it counts members when clusters are summed, and takes the
+    centroids' norms when similarities are computed. Padding is 0.
+    """
+    if len(features) != len(budgets):
+        raise ValueError(f"budgets must have one entry for each of {len(features)} layers, got {len(budgets)}")
+    counts, k = np.array([len(rows) for rows in features]), np.asarray(budgets)
+    for layer in np.nonzero((k < np.minimum(counts, 1)) | (k > counts))[0]:
+        allowed = f"{min(counts[layer], 1)}..{counts[layer]}"
+        raise ValueError(f"budgets[{layer}] must be in {allowed} (experts to merge), got {budgets[layer]}")
+    points = np.zeros((len(features), counts.max(), features[0].shape[1] + 1), np.float32)
+    for layer, rows in enumerate(features):
+        points[layer, : counts[layer], :-1] = rows.detach().cpu().float().numpy()
+    real = np.arange(points.shape[1]) < counts[:, None]
+    points[:, :, -1] = real
+    if not np.isfinite(points).all():
+        layer, expert = np.argwhere(~np.isfinite(points).all(axis=2))[0]
+        raise ValueError(f"features must be finite, those of layer {layer}, expert {expert} are not")
+    return points, real
+
+
+def _fused(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One K-Means over all layers: membership bool ``[L, k_max, n]``.
+
+    Paper: one similarity matrix of all experts and all centroids, entries between layers masked. Here only
+    the blocks that the mask leaves are computed, batched and padded to the longest layer; unused centroids
+    have similarity -inf. Deviation: similarity is ``x c - |c|^2 / 2``, the one whose argmax is the nearest
+    centroid: features have unit length, centroids do not.
+    """
+    experts = np.ascontiguousarray(points.transpose(0, 2, 1))
+    unused = np.arange(k.max()) >= k[:, None]
+    centroids = points[np.arange(len(points))[:, None], _plus_plus(points, real, k, rng)]
+    member = np.zeros((*unused.shape, points.shape[1]), bool)
+    for _ in range(MAX_ITERATIONS):
+        centroids[:, :, -1] = -0.5 * np.einsum("lkd,lkd->lk", centroids[:, :, :-1], centroids[:, :, :-1])
+        similarity = centroids @ experts
+        similarity[unused] = -np.inf
+        before, member = member, similarity == similarity.max(axis=1, keepdims=True)
+        sums = member.astype(np.float32) @ points
+        sizes = sums[:, :, -1:]
+        if (sizes[:, :, 0] + unused == 0).any() or sizes.sum() != points[:, :, -1].sum():
+            member = _repaired(similarity, real, k)
+            sums = member.astype(np.float32) @ points
+            sizes = sums[:, :, -1:]
+        if np.array_equal(before, member):
+            break
+        centroids = sums / np.maximum(sizes, 1)
+    return member & real[:, None, :]
+
+
+def _plus_plus(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Greedy k-means++ in all layers at once: the experts ``[L, k_max]`` that start as centroids.
+
+    One search draws for all layers: the cumulated distances of layer l are scaled into l..l+1.
+    """
+    (num_layers, n, _), most = points.shape, int(k.max())
+    trials, rows = 2 + int(np.log(max(most, 1))), np.arange(num_layers)
+    distance = _squared_distances(points[:, :, :-1], real).reshape(num_layers * n, n)
+    chosen = np.zeros((num_layers, most), np.int64)
+    chosen[:, 0] = rows * n + (rng.random(num_layers) * real.sum(axis=1)).astype(np.int64)
+    nearest = distance[chosen[:, 0]]
+    draws = rng.random((most, num_layers, trials)) + rows[:, None]
+    for step in range(1, most):
+        edges = nearest.cumsum(axis=1, dtype=np.float64)
+        edges /= np.maximum(edges[:, -1:], np.finfo(np.float32).tiny)
+        edges += rows[:, None]
+        found = np.searchsorted(edges.ravel(), draws[step].ravel(), side="right")
+        candidates = np.minimum(found, np.repeat(rows * n + n - 1, trials))
+        after = np.minimum(nearest[:, None, :], distance[candidates].reshape(num_layers, trials, n))
+        best = rows * trials + after.sum(axis=2).argmin(axis=1)
+        chosen[:, step] = candidates[best]
+        nearest = after.reshape(num_layers * trials, n)[best]
+    return chosen - rows[:, None] * n
+
+
+def _squared_distances(x: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """``[L, n, n]`` between the experts of a layer, 0 to padding so that it is never drawn."""
+    square = np.einsum("lnd,lnd->ln", x, x)
+    out = x @ x.transpose(0, 2, 1)
+    out *= -2
+    out += square[:, :, None]
+    out += square[:, None, :]
+    np.maximum(out, 0, out=out)
+    return out if real.all() else out * real[:, None, :]
+
+
+def _repaired(similarity: np.ndarray, real: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Membership where an expert had two equally near centroids, or a centroid no expert."""
+    labels, served = similarity.argmax(axis=1), similarity.max(axis=1)
+    for layer in range(len(labels)):
+        labels[layer] = _fill_empty(labels[layer], served[layer], real[layer], k[layer])
+    return (labels[:, None, :] == np.arange(similarity.shape[1])[:, None]) & real[:, None, :]
+
+
+def _fill_empty(labels: np.ndarray, served: np.ndarray, real: np.ndarray, k: int) -> np.ndarray:
+    """Each empty cluster gets the worst-served expert among those that are not alone."""
+    labels = labels.copy()
+    for empty in range(k):
+        sizes = np.bincount(labels[real], minlength=k)
+        if sizes[empty] == 0:
+            candidates = real & (sizes[np.where(real, labels, 0)] > 1)
+            labels[np.where(candidates, served, np.inf).argmin()] = empty
+    return labels
+
+
+def _per_layer(points: np.ndarray, real: np.ndarray, budgets: Sequence[int], seed: int) -> np.ndarray:
+    """Reference: scikit-learn's K-Means, one layer after the other; membership as in :func:`_fused`."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    member = np.zeros((len(points), max(budgets), points.shape[1]), bool)
+    for layer, k in enumerate(budgets):
+        if k == 0:
+            continue
+        rows = points[layer, real[layer], :-1]
+        with warnings.catch_warnings():
+            # Equal experts: fewer distinct points than clusters, repaired below.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found = KMeans(k, n_init=1, max_iter=MAX_ITERATIONS, random_state=seed).fit(rows)
+        served = -np.square(rows - found.cluster_centers_[found.labels_]).sum(axis=1)
+        labels = _fill_empty(found.labels_.astype(np.int64), served, np.ones(len(rows), bool), k)
+        member[layer, labels, np.arange(len(rows))] = True
+    return member
+
+
+def _in_order_of_appearance(member: np.ndarray) -> np.ndarray:
+    """Labels ``[L, n]`` from membership ``[L, k, n]``, clusters numbered by their first expert."""
+    first = np.where(member.any(axis=2), member.argmax(axis=2), member.shape[2])
+    rank = first.argsort(axis=1).argsort(axis=1)
+    return np.take_along_axis(rank, member.argmax(axis=1), axis=1)

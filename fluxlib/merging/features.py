@@ -1,0 +1,108 @@
+"""What experts are compared by (section 5.2) and how their neurons are matched before averaging.
+
+An expert has millions of parameters and a layer a few dozen experts, so nothing is ever computed in the space
+of parameters: principal components come from the n x n Gram matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fluxlib.moe import layers
+
+MAX_EXACT_NEURONS = 1024
+"""Widest expert whose neurons are matched exactly (cubic time); wider ones are matched greedily."""
+
+
+def features(experts: nn.Module | Tensor | Sequence[Tensor], dim: int = 32) -> Tensor:
+    """First principal components of a layer's experts, at unit length.
+
+    Args:
+        experts: an experts module (all of its experts), or one row of parameters per expert: ``[n, ...]``.
+        dim: length of a feature vector; components beyond n - 1 are 0.
+
+    Returns:
+        ``[n, dim]`` float32, each row of length 1 (or 0 if all experts are equal).
+
+    Raises:
+        ValueError: an expert holds NaN or infinity.
+    """
+    grams = gram(experts) if isinstance(experts, nn.Module) else _rows_gram(experts)
+    return from_gram(grams, dim)
+
+
+def gram(experts: nn.Module) -> Tensor:
+    """``[E, E]`` scalar products of a module's experts, each flattened: ``[gate, up, down]`` (and biases).
+
+    The order in which parameters are flattened does not matter for them, so the stacks are used as they lie.
+    """
+    if isinstance(experts, layers.ReplacedExperts):
+        raise ValueError(
+            f"experts must be a model's own, got a {type(experts).__name__}; call moe.compact.restore first"
+        )
+    stacks = [getattr(experts, name) for name in layers.read_layout(experts).names]
+    return torch.stack([_rows_gram(stack) for stack in stacks]).sum(dim=0)
+
+
+def from_gram(grams: Tensor, dim: int) -> Tensor:
+    """Features ``[n, dim]`` from the experts' scalar products ``[n, n]``: centred, PCA, unit length."""
+    bad = (~torch.isfinite(grams.diagonal())).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"experts must be finite, {bad} hold NaN or infinity")
+    if len(grams) == 0:
+        return torch.zeros(0, dim)
+    centred = grams.double().cpu()
+    centred = centred - centred.mean(dim=0, keepdim=True)
+    centred = centred - centred.mean(dim=1, keepdim=True)
+    values, vectors = torch.linalg.eigh((centred + centred.T) / 2)
+    # Directions below rounding are noise of equal experts, not features.
+    values = values.where(values > 1e-6 * values.amax().clamp(min=1e-30), 0)
+    top = (vectors * values.sqrt()).flip(1)[:, :dim]
+    top = torch.nn.functional.pad(top, (0, dim - top.shape[1]))
+    return torch.nn.functional.normalize(top, dim=1).float()
+
+
+def match_neurons(
+    anchor: Mapping[str, Tensor], other: Mapping[str, Tensor], layout: layers.Layout, exact: bool | None = None
+) -> Tensor:
+    """Order ``[I]`` of the other expert's neurons in which they resemble the anchor's most.
+
+    Maximises the sum of scalar products of matched neurons, which minimises the distance between the two
+    experts.
+
+    Args:
+        anchor: tensors of the heaviest expert, as from :func:`fluxlib.moe.layers.expert_tensors`.
+        exact: Hungarian assignment, or else best pairs first; None: exact up to 1,024 neurons.
+    """
+    first, second = (layers.neurons(tensors, layout).float() for tensors in (anchor, other))
+    similarity = (first @ second.T).cpu().numpy()
+    if exact is None:
+        exact = len(similarity) <= MAX_EXACT_NEURONS
+    if not exact:
+        return torch.from_numpy(_greedy_match(similarity))
+    from scipy.optimize import linear_sum_assignment
+
+    return torch.from_numpy(linear_sum_assignment(similarity, maximize=True)[1])
+
+
+def _rows_gram(experts: Tensor | Sequence[Tensor]) -> Tensor:
+    stacked = experts if isinstance(experts, Tensor) else torch.stack(list(experts))
+    rows = stacked.detach().flatten(1).float()
+    return rows @ rows.T
+
+
+def _greedy_match(similarity: np.ndarray) -> np.ndarray:
+    """Repeatedly pair all rows and columns that prefer each other among those left."""
+    left = similarity.astype(np.float32, copy=True)
+    order = np.full(len(left), -1)
+    while (order < 0).any():
+        best_column, best_row = left.argmax(axis=1), left.argmax(axis=0)
+        rows = np.nonzero((order < 0) & (best_row[best_column] == np.arange(len(left))))[0]
+        order[rows] = best_column[rows]
+        left[rows] = -np.inf
+        left[:, order[rows]] = -np.inf
+    return order

@@ -1,0 +1,131 @@
+"""From a profile to what becomes of every expert (section 5), and its share of a merged slot (eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fluxlib.merging.budgets import layer_budgets
+from fluxlib.merging.clustering import cluster
+from fluxlib.merging.features import from_gram, gram, match_neurons
+from fluxlib.moe import layers
+from fluxlib.moe.compact import LayerPlan
+from fluxlib.profiling import Profile, check_fits
+
+WEIGHTS = ("attention_frequency", "frequency", "uniform")
+
+
+def merge_weights(profile: Profile, kind: str = "attention_frequency") -> Tensor:
+    """``[L, E]`` importance of each expert in its slot, not yet normalised.
+
+    Args:
+        kind: ``attention_frequency`` (eq. 2: ``f * a``), ``frequency`` or ``uniform``.
+
+    A slot whose members all weigh 0 is merged uniformly (:class:`fluxlib.moe.compact.LayerPlan`).
+    """
+    if kind == "attention_frequency":
+        return profile.frequency * profile.attention.nan_to_num()
+    if kind == "frequency":
+        return profile.frequency
+    if kind == "uniform":
+        return torch.ones_like(profile.frequency)
+    raise ValueError(f"weights must be one of {WEIGHTS}, got {kind!r}")
+
+
+def plan(
+    model: nn.Module,
+    profile: Profile,
+    tuned: Tensor,
+    num_merged: int,
+    *,
+    kind: str = "adaptive",
+    rounding: str = "largest_remainder",
+    method: str = "fused",
+    weights: str = "attention_frequency",
+    align: bool = False,
+    dim: int = 32,
+    seed: int = 0,
+) -> list[LayerPlan]:
+    """What becomes of every expert: its own slot, or a share of a merged one.
+
+    Args:
+        model: with its own experts, as the profile saw it (or a round later).
+        profile: of the participant's data, from :func:`fluxlib.profiling.profile`.
+        tuned: bool ``[L, E]``, experts that are not merged.
+        num_merged: ``B_non``, slots for merged experts over all layers.
+        kind, rounding: layer budgets, see :func:`layer_budgets`. With ``rounding="floor"`` a layer that would
+        get no
+            slot gets one all the same.
+        method: clustering, see :func:`cluster`.
+        weights: see :func:`merge_weights`.
+        align: match neurons to the slot's heaviest expert before averaging (beyond the paper).
+        dim: length of the features.
+        seed: of the clustering.
+
+    Returns:
+        One plan per MoE layer. Layers are read one at a time; nothing as large as an expert is kept.
+
+    Raises:
+        ValueError: a profile of another model, a mask of another shape, fewer slots than layers with experts
+            to merge, or an expert with NaN or infinity; names the layer.
+    """
+    found = layers.find(model)
+    check_fits(profile, model)
+    if tuned.shape != profile.frequency.shape:
+        raise ValueError(f"tuned must be {tuple(profile.frequency.shape)}, got {tuple(tuned.shape)}")
+    rest = [(~row).nonzero().flatten() for row in tuned.cpu().bool()]
+    budgets = layer_budgets(profile.frequency, tuned.sum(dim=1), num_merged, kind, rounding)
+    budgets = [min(max(slots, 1), len(members)) for slots, members in zip(budgets, rest, strict=True)]
+    points = [_features(layer, members, dim) for layer, members in zip(found, rest, strict=True)]
+    labels = cluster(points, budgets, method, seed)
+    alpha = merge_weights(profile, weights).cpu()
+    return [
+        _layer_plan(layer, members, label, alpha[layer.index], align)
+        for layer, members, label in zip(found, rest, labels, strict=True)
+    ]
+
+
+def discard(profile: Profile, tuned: Tensor) -> list[LayerPlan]:
+    """The comparison: what is not tuned is dropped from the routing (FMES)."""
+    masks = tuned.cpu().bool()
+    if masks.shape != profile.frequency.shape:
+        raise ValueError(f"tuned must be {tuple(profile.frequency.shape)}, got {tuple(masks.shape)}")
+    return [LayerPlan(tuned=_numbers(row.nonzero()), dropped=_numbers((~row).nonzero())) for row in masks]
+
+
+def _features(layer: layers.MoELayer, members: Tensor, dim: int) -> Tensor:
+    try:
+        return from_gram(gram(layer.experts)[members][:, members], dim)
+    except ValueError as error:
+        raise ValueError(f"model: layer {layer.index} ({layer.name}): {error}") from error
+
+
+def _layer_plan(layer: layers.MoELayer, members: Tensor, labels: Tensor, alpha: Tensor, align: bool) -> LayerPlan:
+    num_slots = int(labels.max()) + 1 if len(labels) else 0
+    groups = [_numbers(members[labels == slot]) for slot in range(num_slots)]
+    shares = [_numbers(alpha[list(group)]) for group in groups]
+    merged = set(_numbers(members))
+    return LayerPlan(
+        tuned=tuple(expert for expert in range(layer.num_experts) if expert not in merged),
+        groups=tuple(groups),
+        weights=tuple(shares),
+        permutations=tuple(_orders(layer, *pair) for pair in zip(groups, shares, strict=True)) if align else None,
+    )
+
+
+def _orders(layer: layers.MoELayer, group: Sequence[int], shares: Sequence[float]) -> tuple[Tensor | None, ...]:
+    """Order of the neurons of each member, None for the heaviest, which the others follow."""
+    anchor = group[max(range(len(group)), key=shares.__getitem__)]
+    layout = layers.read_layout(layer.experts)
+    target = layers.expert_tensors(layer.experts, anchor)
+    orders: list[Tensor | None] = []
+    for expert in group:
+        other = layers.expert_tensors(layer.experts, expert)
+        orders.append(None if expert == anchor else match_neurons(target, other, layout))
+    return tuple(orders)
+
+
+def _numbers(values: Tensor) -> tuple:
+    return tuple(values.flatten().tolist())
