@@ -86,4 +86,4 @@ rule time_to_accuracy:
         f"{BUILD}/benchmarks/05_time_to_accuracy.tsv"
     shell:
         "{EXECUTE} {input.notebook} {log.notebook} --set profile={NAME} --set results={WORK}/{RESULTS}"
-        " --set figures={WORK}/{FIGURES} > {log.text} 2>&1"
+        " --set figures_folder={WORK}/{FIGURES} > {log.text} 2>&1"

@@ -143,7 +143,7 @@ def validate(table: str, frame: pd.DataFrame) -> pa.Table:
         if column.name in frame.columns:
             try:
                 arrays.append(_to_arrow(frame[column.name], column))
-            except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TableError) as error:
+            except (pa.ArrowException, TableError) as error:
                 problems.append(f"column {column.name!r} must be {column.dtype}: {error}")
     if problems:
         raise TableError(f"table {table!r}: " + "; ".join(problems))
@@ -204,27 +204,35 @@ def _replace(path: Path, save: Any) -> None:
 
 
 def read(table: str, path: Path) -> pd.DataFrame:
-    """Read ``path``: one Parquet file, or all of a folder (runs one below the other, by file name).
+    """Read one Parquet file.
 
     Raises:
-        TableError: no such file, an empty folder, or a file that does not fit the schema, by name.
+        TableError: no such file, or one that does not fit the schema, by name.
     """
-    import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns(table)
-    path = Path(path)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
+    if not Path(path).is_file():
         raise TableError(f"no {table!r} table at {path}")
-    frames = []
-    for file in files:
-        try:
-            frames.append(validate(table, pq.read_table(file).to_pandas()).to_pandas())
-        except (TableError, pa.ArrowInvalid) as error:
-            raise TableError(f"{file}: {error}") from None
-    return pd.concat(frames, ignore_index=True)
+    try:
+        return validate(table, pq.read_table(path).to_pandas()).to_pandas()
+    except (TableError, pa.ArrowException) as error:
+        raise TableError(f"{path}: {error}") from None
+
+
+def read_all(table: str, folder: Path) -> pd.DataFrame:
+    """Read ``<folder>/<table>/*.parquet``, the runs one below the other in the order of their names.
+
+    Raises:
+        TableError: nothing to read, or a file that does not fit the schema, by name.
+    """
+    import pandas as pd
+
+    files = sorted((Path(folder) / table).glob("*.parquet"))
+    if not files:
+        raise TableError(f"no {table!r} tables in {Path(folder) / table}: run something first")
+    return pd.concat([read(table, file) for file in files], ignore_index=True)
 
 
 def about_run(parameters: dict[str, Any], start: datetime.datetime, **more: Any) -> dict[str, Any]:

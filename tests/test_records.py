@@ -32,8 +32,8 @@ def test_units_and_meanings_travel_in_the_file(tmp_path):
 
 def test_a_folder_is_read_run_after_run(tmp_path):
     for name in ("b", "a"):
-        records.write("rounds", frame("rounds").assign(run_id=name), tmp_path / f"{name}.parquet", {})
-    assert records.read("rounds", tmp_path)["run_id"].tolist() == ["a", "a", "b", "b"]
+        records.write("rounds", frame("rounds").assign(run_id=name), tmp_path / "rounds" / f"{name}.parquet", {})
+    assert records.read_all("rounds", tmp_path)["run_id"].tolist() == ["a", "a", "b", "b"]
 
 
 def test_a_missing_optional_value_is_nan(tmp_path):
@@ -81,11 +81,14 @@ def test_a_failing_write_leaves_the_old_table(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_no_table_is_named(tmp_path):
-    (tmp_path / "a.parquet").write_text("not parquet")
+    (tmp_path / "rounds").mkdir()
+    (tmp_path / "rounds" / "a.parquet").write_text("not parquet")
     with pytest.raises(records.TableError, match=r"a\.parquet"):
-        records.read("rounds", tmp_path)
+        records.read_all("rounds", tmp_path)
     with pytest.raises(records.TableError, match="no 'rounds' table at"):
-        records.read("rounds", tmp_path / "none")
+        records.read("rounds", tmp_path / "none.parquet")
+    with pytest.raises(records.TableError, match="no 'participants' tables in"):
+        records.read_all("participants", tmp_path)
     with pytest.raises(records.TableError, match="unknown table 'round'; allowed are rounds, participants"):
         records.read("round", tmp_path)
 

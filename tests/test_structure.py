@@ -1,0 +1,178 @@
+"""What the design fixes about the shape of the code and of the notebooks."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fluxlib import workflow
+from fluxlib.config import REPO_ROOT, make_config
+
+PACKAGE = REPO_ROOT / "fluxlib"
+NOTEBOOKS = sorted((REPO_ROOT / "notebooks").glob("*.ipynb"))
+PROFILES = sorted((REPO_ROOT / "config").glob("*.yaml"))
+
+# A module may import from its own layer's earlier names and from every layer above it.
+LAYERS = (
+    ("config", "seeding", "records", "metrics"),
+    ("moe",),
+    ("models",),
+    ("tasks",),
+    ("profiling", "merging", "gradients", "roles"),
+    ("methods", "pretraining"),
+    ("devices",),
+    ("federation",),
+    ("style", "figures", "widgets", "workflow", "doctor", "cli"),
+)
+ORDER = [name for layer in LAYERS for name in layer]
+CORE = [name for layer in LAYERS[:7] for name in layer]
+
+MAX_CELL_LINES = 25
+
+
+def top_name(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def library_files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """First parts below ``fluxlib`` that ``path`` imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            pytest.fail(f"{path}: relative import, line {node.lineno}")
+        found |= {name.split(".")[1] for name in names if name.startswith("fluxlib.")}
+    return found
+
+
+def test_every_part_of_the_library_has_its_place():
+    assert sorted({top_name(path) for path in library_files()} - set(ORDER)) == []
+
+
+@pytest.mark.parametrize("path", library_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downwards_only(path):
+    place = ORDER.index(top_name(path))
+    wrong = [name for name in imported_parts(path) if name in ORDER and ORDER.index(name) > place]
+    assert not wrong, f"{path.relative_to(REPO_ROOT)} imports {wrong}, which come later in LAYERS"
+
+
+def test_the_numerical_core_needs_torch_transformers_and_numpy_alone():
+    """Import it with everything else made unimportable, in an interpreter of its own."""
+    modules = [name for name in CORE if (PACKAGE / name).exists() or (PACKAGE / f"{name}.py").exists()]
+    blocked = ["flwr", "bitsandbytes", "papermill", "ipywidgets", "matplotlib", "pandas", "pyarrow", "sklearn"]
+    code = (
+        "import sys, importlib\n"
+        f"sys.modules.update(dict.fromkeys({blocked!r}))\n"
+        f"for name in {modules!r}: importlib.import_module('fluxlib.' + name)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("path", library_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_is_left_over_or_pickled(path):
+    text = path.read_text()
+    for pattern in (r"\b(TODO|FIXME|XXX|HACK)\b", r"NotImplementedError", r"import pickle"):
+        assert not re.search(pattern, text), pattern
+    assert not re.search(r"torch\.load\((?!.*weights_only=True)", text)
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)
+def notebook(request) -> dict:
+    return json.loads(request.param.read_text()) | {"path": request.param}
+
+
+def test_a_notebook_stores_no_outputs(notebook):
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs") and not cell.get("execution_count")
+    assert "widgets" not in notebook["metadata"]
+
+
+def test_a_notebook_names_a_kernel_that_papermill_finds(notebook):
+    kernel = notebook["metadata"]["kernelspec"]
+    assert (kernel["name"], kernel["language"]) == ("python3", "python")
+
+
+def test_a_notebook_has_one_cell_of_literal_parameters_early_on(notebook):
+    assert workflow.declared_parameters(notebook["path"])
+    tagged = [i for i, c in enumerate(notebook["cells"]) if "parameters" in c["metadata"].get("tags", [])]
+    assert tagged[0] <= 4
+
+
+def test_every_parameter_says_what_it_is(notebook):
+    cell = next(c for c in workflow.cells(notebook["path"]) if "parameters" in c["metadata"].get("tags", []))
+    for line in cell["source"].splitlines():
+        if re.match(r"\w+.*=", line):
+            assert "#" in line, f"no comment with unit or choices: {line}"
+
+
+def test_code_cells_are_short_and_define_nothing(notebook):
+    for cell in workflow.cells(notebook["path"]):
+        if cell["cell_type"] == "code":
+            assert len(cell["source"].splitlines()) <= MAX_CELL_LINES, cell["source"][:80]
+            assert not re.search(r"^(def|class|async def) ", cell["source"], re.M), cell["source"][:80]
+
+
+def test_a_notebook_is_half_prose_and_begins_with_a_title(notebook):
+    kinds = [cell["cell_type"] for cell in notebook["cells"]]
+    assert kinds[0] == "markdown"
+    assert "".join(notebook["cells"][0]["source"]).startswith("# ")
+    assert kinds.count("markdown") >= 0.35 * len(kinds)
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_profile_names_runs_that_exist(path):
+    from fluxlib import methods, models, tasks
+    from fluxlib.devices import catalogue
+
+    profile = workflow.load_profile(path)
+    assert profile.name == path.stem
+    assert len(profile.runs) == len({run.model_dump_json() for run in profile.runs.values()})
+    for run in profile.runs.values():
+        assert run.method in methods.METHODS
+        assert run.task in (*tasks.TASKS, *tasks.FORMATS)
+        assert models.config(run.model).model_type in ("llama_moe", "deepseek")
+        assert run.clock_model == "self" or run.clock_model in models.known()
+        assert catalogue.fleet(run.fleet, run.participants) and catalogue.link(run.link)
+
+
+def test_every_profile_fits_the_notebook_that_runs_it():
+    notebook = REPO_ROOT / "notebooks" / "04_federated_run.ipynb"
+    for path in PROFILES:
+        for run in workflow.load_profile(path).runs.values():
+            parameters = workflow.notebook_parameters(notebook, run)
+            workflow.check_parameters(notebook, parameters)
+            settings = parameters.pop("settings", {})
+            assert make_config(parameters | settings) == run
+
+
+def test_defaults_of_the_run_notebook_are_the_smoke_profile():
+    notebook = REPO_ROOT / "notebooks" / "04_federated_run.ipynb"
+    first = next(iter(workflow.load_profile(workflow.profile_path("smoke")).runs.values()))
+    wanted = workflow.notebook_parameters(notebook, first)
+    declared = workflow.declared_parameters(notebook)
+    wanted["settings"].pop("clock_model")
+    assert {name: declared[name] for name in wanted} == wanted
+
+
+def test_tracked_files_are_small_and_no_pins_stand_elsewhere():
+    listed = subprocess.run(["git", "ls-files"], cwd=REPO_ROOT, capture_output=True, text=True, check=False)
+    for name in listed.stdout.split():
+        path = REPO_ROOT / name
+        assert not path.is_file() or path.stat().st_size <= 12_000_000, name
+    assert "==" not in (REPO_ROOT / "environment.yml").read_text()
+    assert "==" not in (REPO_ROOT / "pyproject.toml").read_text()
