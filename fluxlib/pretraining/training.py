@@ -1,14 +1,4 @@
-"""Pre-training of the two mini base models: the recorded recipe, from nothing to ``data/models``.
-
-``python -m fluxlib.pretraining mini-llama-moe`` regenerates a base. The text is the four mini formats with known
-facts as they are and unknown facts drawn anew every time (:mod:`fluxlib.tasks.mini`), so a base knows the language,
-the arithmetic and some of the world.
-
-Besides the language-model loss there is one term on the router, after the mutual-information loss of Mod-Squad
-(Chen et al., CVPR 2023): ``I(expert; label) = H(expert) - H(expert | label)`` is raised in every MoE layer, so that
-experts specialise by label without any expert dying. The weight of ``H(expert)`` grows with depth: early layers
-may stay skewed, late layers become even, as section 3 of the paper observes in large models.
-"""
+"""The recipe and the training loop."""
 
 from __future__ import annotations
 
@@ -26,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib import seeding
-from fluxlib.models import DeepseekMoeConfig, DeepseekMoeForCausalLM, LlamaMoeConfig, LlamaMoeForCausalLM
+from fluxlib.pretraining.bases import NAMES, build_model, build_tokenizer
 from fluxlib.tasks import FORMATS, mini
 from fluxlib.tasks.batches import IGNORED, collate, encode
 from fluxlib.tasks.mini.generate import pretraining_row
@@ -39,11 +29,11 @@ class Recipe:
     """Everything that decides a base model's weights."""
 
     steps: int = 3000
-    samples_per_family: int = 40
+    samples_per_family: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.01
-    mutual_information: float = 0.05
+    mutual_information: float = 0.1
     """Weight of the router term."""
     balance_first: float = 0.3
     balance_last: float = 1.0
@@ -51,67 +41,7 @@ class Recipe:
     seed: int = 0
 
 
-RECIPES = {"mini-llama-moe": Recipe(), "mini-deepseek-moe": Recipe()}
-
-
-def build_tokenizer() -> Any:
-    """Word-level tokenizer over the mini world's vocabulary: lower case, one token per word, mark or number."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = ("<pad>", "<s>", "</s>", "<unk>")
-    words = {word: index for index, word in enumerate((*special, *mini.vocabulary()))}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def build_model(name: str, vocab_size: int) -> nn.Module:
-    """A mini model with random weights (global torch generator)."""
-    shared: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": 128,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-    }
-    if name == "mini-llama-moe":
-        return LlamaMoeForCausalLM(
-            LlamaMoeConfig(
-                **shared,
-                num_key_value_heads=4,
-                num_hidden_layers=4,
-                intermediate_size=16 * 128,
-                num_experts=16,
-                num_selects=4,
-                gate_network="mlp",
-                gate_add_noise=False,
-                score_scale_factor=4.0,
-            )
-        )
-    if name == "mini-deepseek-moe":
-        return DeepseekMoeForCausalLM(
-            DeepseekMoeConfig(
-                **shared,
-                num_key_value_heads=4,
-                num_hidden_layers=5,
-                intermediate_size=256,
-                moe_intermediate_size=64,
-                n_routed_experts=32,
-                n_shared_experts=2,
-                num_experts_per_tok=6,
-                first_k_dense_replace=1,
-                norm_topk_prob=True,
-            )
-        )
-    raise ValueError(f"model is {name!r}, allowed are {', '.join(RECIPES)}")
+RECIPES = {name: Recipe() for name in NAMES}
 
 
 def pretraining_batch(
@@ -245,12 +175,3 @@ def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int 
     tokenizer.save_pretrained(out)
     (out / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
     return record
-
-
-if __name__ == "__main__":
-    import sys
-
-    from fluxlib.config import data_dir
-
-    for base in sys.argv[1:] or RECIPES:
-        pretrain(base, data_dir() / "models" / base)
