@@ -154,7 +154,9 @@ def _to_arrow(values: pd.Series, column: Column) -> pa.Array:
     import pyarrow as pa
 
     found = pa.Array.from_pandas(values)
-    if len(values) and not pa.types.is_null(found.type) and _kind(found.type) not in _ACCEPTED[column.dtype]:
+    # pandas has no integers with gaps: they come as floats, and the cast below refuses fractions.
+    accepted = (*_ACCEPTED[column.dtype], "float") if column.nullable else _ACCEPTED[column.dtype]
+    if len(values) and not pa.types.is_null(found.type) and _kind(found.type) not in accepted:
         raise TableError(f"got {found.type}")
     if found.null_count and not column.nullable:
         raise TableError(f"{found.null_count} of {len(values)} values are missing")

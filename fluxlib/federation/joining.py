@@ -1,0 +1,85 @@
+"""Who is there: every node says which participant it is and what it holds, before the first round."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
+
+from fluxlib.config import RunConfig
+from fluxlib.federation import messages
+from fluxlib.federation.messages import Instruction, JoinReport
+from fluxlib.federation.outcome import RunFailed
+from fluxlib.federation.replies import DAMAGED
+from fluxlib.federation.sync import Delta, ExpertStore
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Member:
+    """A participant's node, and the version and digest of what it holds."""
+
+    node_id: int
+    version: int
+    digest: str
+
+
+def join(grid: Grid, config: RunConfig, store: ExpertStore, timeout_s: float) -> dict[int, Member]:
+    """All participants of the run, by number; waits until enough nodes are connected.
+
+    Raises:
+        RunFailed: a participant is missing after ``timeout_s``, two nodes claim the same part of the data, or a node
+            has another base model.
+    """
+    found: dict[int, Member] = {}
+    problems: list[str] = []
+    asked: set[int] = set()
+    deadline = time.monotonic() + timeout_s
+    while len(found) < config.participants:
+        nodes = [node for node in grid.get_node_ids() if node not in asked]
+        asked.update(nodes)
+        for reply in grid.send_and_receive(_invitations(nodes, config, store), timeout=timeout_s):
+            _take(reply, config, store, found, problems)
+        if len(found) >= config.participants or (problems and not nodes) or time.monotonic() > deadline:
+            break
+        time.sleep(POLL_S)
+    if len(found) < config.participants:
+        missing = [str(number) for number in range(config.participants) if number not in found]
+        listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        reason = f"; {problems[0]}" if problems else ""
+        raise RunFailed(
+            f"{len(found)} of participants={config.participants} joined within {timeout_s:g} s; "
+            f"missing: {listed}{reason}"
+        )
+    return found
+
+
+def _invitations(nodes: list[int], config: RunConfig, store: ExpertStore) -> Iterator[Message]:
+    nothing = Delta(ArrayRecord(), 0, 0, store.digest_of_version[0], 0, 0)
+    instruction = Instruction(config.model_dump_json(), 0, -1, store.wire, nothing)
+    return (Message(instruction.to_records(), node, messages.JOIN, group_id="0") for node in nodes)
+
+
+def _take(reply: Message, config: RunConfig, store: ExpertStore, found: dict[int, Member], problems: list[str]) -> None:
+    node = reply.metadata.src_node_id
+    try:
+        if reply.has_error():
+            raise ValueError(reply.error.reason)
+        report = JoinReport.from_records(reply.content)
+        if report.frozen_digest != store.frozen_digest:
+            raise ValueError(f"participant {report.participant} has another base model than the server")
+        if report.participant in found:
+            raise ValueError(f"participant {report.participant} joined twice; each needs a partition-id of its own")
+    except DAMAGED as error:
+        problems.append(f"node {node}: {error}")
+        log.warning("node %d cannot take part: %s", node, error)
+        return
+    if report.participant < config.participants:
+        found[report.participant] = Member(node, report.version, report.digest)

@@ -1,0 +1,243 @@
+"""What travels between server and participants, and how it is written into Flower records.
+
+Every message holds one ``ArrayRecord`` ("arrays": experts, or changes of experts), one ``ConfigRecord`` ("config")
+and, in replies, one ``MetricRecord`` ("metrics"), which is the form that Flower's own mods expect.
+
+* :class:`Instruction`   server to participant: the run, the round, a delta, and for training roles and a budget
+* :class:`JoinReport`    what a participant holds, before round 1
+* :class:`ProfileReport` activation frequencies, before a participant's first round
+* :class:`TrainReport`   changes of the exploited experts, utilities, tokens and an account of the work
+
+Nothing else leaves a participant: no sample, no text, no profile beyond the frequencies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fluxlib.config import RunConfig
+from fluxlib.federation import wire as wires
+from fluxlib.federation.sync import Delta, Experts
+from fluxlib.federation.wire import WireError, WireType
+from fluxlib.methods.base import Budget, ExpertKey, Roles, Update, Work
+
+JOIN, PROFILE, TRAIN = "query.join", "query.profile", "train"
+"""Message types."""
+
+DONE, RESYNC = "done", "resync"
+"""Status of a reply: the work was done, or the participant needs every expert anew."""
+
+
+@lru_cache(maxsize=64)
+def parse_config(text: str) -> RunConfig:
+    """The run configuration in a message."""
+    return RunConfig.model_validate_json(text)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What a participant is to do. ``roles`` and ``budget`` only for training."""
+
+    config: str
+    round: int
+    participant: int
+    wire: WireType
+    delta: Delta
+    roles: Roles | None = None
+    budget: Budget | None = None
+
+    def to_records(self) -> RecordDict:
+        """As message content."""
+        values: dict[str, Any] = {
+            "run": self.config,
+            "round": self.round,
+            "participant": self.participant,
+            "wire": self.wire,
+            "from_version": self.delta.from_version,
+            "version": self.delta.version,
+            "digest": self.delta.digest,
+            "num_experts": self.delta.num_experts,
+        }
+        if self.roles is not None and self.budget is not None:
+            values["shape"] = list(self.roles.exploit.shape)
+            values["exploit"] = _pack(self.roles.exploit)
+            values["explore"] = _pack(self.roles.explore)
+            values["num_tuned"] = self.budget.num_tuned
+            values["num_merged"] = self.budget.num_merged
+        return RecordDict({"arrays": self.delta.arrays, "config": ConfigRecord(values)})
+
+    @classmethod
+    def from_records(cls, content: RecordDict) -> Instruction:
+        """Inverse of :meth:`to_records`."""
+        values, arrays = content["config"], content["arrays"]
+        roles = budget = None
+        if "exploit" in values:
+            shape = tuple(values["shape"])
+            roles = Roles(_unpack(values["exploit"], shape), _unpack(values["explore"], shape))
+            budget = Budget(values["num_tuned"], values["num_merged"])
+        delta = Delta(
+            arrays,
+            values["from_version"],
+            values["version"],
+            values["digest"],
+            values["num_experts"],
+            wires.record_bytes(arrays),
+        )
+        return cls(values["run"], values["round"], values["participant"], values["wire"], delta, roles, budget)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What every reply says: who, in which round, holding what."""
+
+    participant: int
+    round: int
+    version: int
+    digest: str
+
+    def header(self, **more: Any) -> ConfigRecord:
+        return ConfigRecord(
+            {
+                "participant": self.participant,
+                "round": self.round,
+                "version": self.version,
+                "digest": self.digest,
+                **more,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class JoinReport(_Report):
+    """What a participant holds; ``frozen_digest`` is that of the weights which are never exchanged."""
+
+    frozen_digest: str = ""
+
+    def to_records(self) -> RecordDict:
+        """As message content."""
+        return RecordDict({"config": self.header(status=DONE, frozen_digest=self.frozen_digest)})
+
+    @classmethod
+    def from_records(cls, content: RecordDict) -> JoinReport:
+        """Inverse of :meth:`to_records`."""
+        values = content["config"]
+        return cls(*_header(values), frozen_digest=values["frozen_digest"])
+
+
+@dataclass(frozen=True)
+class ProfileReport(_Report):
+    """Activation frequencies ``[layers, experts]`` of the model a participant holds, and the work of measuring."""
+
+    frequency: Tensor
+    work: Work
+    phases_s: Mapping[str, float] = field(default_factory=dict)
+
+    def to_records(self) -> RecordDict:
+        """As message content."""
+        more = {"status": DONE, "shape": list(self.frequency.shape), "frequency": _floats(self.frequency)}
+        account = {"work": json.dumps(asdict(self.work)), "phases": json.dumps(dict(self.phases_s))}
+        return RecordDict({"config": self.header(**more, **account)})
+
+    @classmethod
+    def from_records(cls, content: RecordDict) -> ProfileReport:
+        """Inverse of :meth:`to_records`."""
+        values = content["config"]
+        work, phases = Work(**json.loads(values["work"])), json.loads(values["phases"])
+        frequency = _from_floats(values["frequency"], tuple(values["shape"]))
+        return cls(*_header(values), frequency=frequency, work=work, phases_s=phases)
+
+
+@dataclass(frozen=True)
+class TrainReport(_Report):
+    """One participant's update and an account of what it cost."""
+
+    update: Update
+    num_bytes: int = 0
+
+    def to_records(self, wire: WireType) -> RecordDict:
+        """As message content; changes are rounded to ``wire``."""
+        update, arrays = self.update, ArrayRecord()
+        for key, tensors in update.deltas.items():
+            for name, tensor in tensors.items():
+                arrays[wires.key_name(key, name)] = wires.encode(tensor, wire)
+        config = self.header(
+            status=DONE,
+            shape=list(update.tokens.shape),
+            utilities=_floats(update.utilities),
+            tokens=_floats(update.tokens),
+            work=json.dumps(asdict(update.work)),
+            phases=json.dumps(dict(update.phases_s)),
+        )
+        metrics = MetricRecord({"loss": float(update.loss), "num-examples": int(update.num_samples)})
+        return RecordDict({"arrays": arrays, "config": config, "metrics": metrics})
+
+    @classmethod
+    def from_records(cls, content: RecordDict, wire: WireType) -> TrainReport:
+        """Inverse of :meth:`to_records`.
+
+        Raises:
+            WireError, KeyError, TypeError, ValueError: not the records of a reply.
+        """
+        values, metrics, arrays = content["config"], content["metrics"], content["arrays"]
+        shape = tuple(values["shape"])
+        update = Update(
+            deltas=_experts(arrays, wire),
+            utilities=_from_floats(values["utilities"], shape),
+            tokens=_from_floats(values["tokens"], shape),
+            loss=float(metrics["loss"]),
+            num_samples=int(metrics["num-examples"]),
+            work=Work(**json.loads(values["work"])),
+            phases_s=json.loads(values["phases"]),
+        )
+        return cls(*_header(values), update=update, num_bytes=wires.record_bytes(arrays))
+
+
+def resync_request(participant: int, round_index: int, version: int, digest: str) -> RecordDict:
+    """Content of the reply of a participant that cannot get from what it holds to what it should hold."""
+    return RecordDict({"config": _Report(participant, round_index, version, digest).header(status=RESYNC)})
+
+
+def asks_for_resync(content: RecordDict) -> bool:
+    """Whether a reply is a :func:`resync_request`."""
+    return "config" in content and content["config"].get("status") == RESYNC
+
+
+def _header(values: ConfigRecord) -> tuple[int, int, int, str]:
+    return int(values["participant"]), int(values["round"]), int(values["version"]), str(values["digest"])
+
+
+def _experts(arrays: ArrayRecord, wire: WireType) -> Experts:
+    found: dict[ExpertKey, dict[str, Tensor]] = {}
+    for name, array in arrays.items():
+        key, tensor = wires.parse_name(name)
+        found.setdefault(key, {})[tensor] = wires.decode(array, wire)
+    return found
+
+
+def _pack(mask: Tensor) -> bytes:
+    return np.packbits(mask.cpu().numpy()).tobytes()
+
+
+def _unpack(data: bytes, shape: tuple[int, ...]) -> Tensor:
+    count = int(np.prod(shape))
+    return torch.from_numpy(np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool).reshape(shape))
+
+
+def _floats(values: Tensor) -> bytes:
+    return values.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
+
+
+def _from_floats(data: bytes, shape: tuple[int, ...]) -> Tensor:
+    values = np.frombuffer(data, np.float32)
+    if len(values) != int(np.prod(shape)):
+        raise WireError(f"{len(values)} numbers do not fill a table of shape {shape}")
+    return torch.from_numpy(values.reshape(shape).copy())

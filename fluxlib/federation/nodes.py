@@ -1,0 +1,84 @@
+"""Participants' states of the in-process grid, to and from tensors: what a checkpoint keeps of them.
+
+The experts a participant holds are left out (see :mod:`fluxlib.federation.checkpoint`); all its other records are kept
+as they are, arrays as tensors and everything else as the bytes of a JSON text.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fluxlib.federation import wire as wires
+from fluxlib.federation.local_grid import LocalGrid
+from fluxlib.federation.sync import ExpertStore, Held
+
+EXPERTS = "experts"
+_RECORDS = "records"
+
+
+def collect(grid: LocalGrid, nodes: Iterable[int]) -> dict[str, Tensor]:
+    """The states of ``nodes`` as tensors, named ``"<node>/<record>/<key>"``."""
+    tensors: dict[str, Tensor] = {}
+    for node in nodes:
+        plain: dict[str, Any] = {}
+        for name, record in grid.context(node).state.items():
+            if name == EXPERTS:
+                continue
+            if isinstance(record, ArrayRecord):
+                for key, array in record.items():
+                    tensors[f"{node}/{name}/{key}"] = torch.from_numpy(array.numpy())
+            else:
+                kind = "metric" if isinstance(record, MetricRecord) else "config"
+                plain[name] = [kind, {key: _to_json(value) for key, value in record.items()}]
+        text = json.dumps(plain).encode()
+        tensors[f"{node}/{_RECORDS}"] = torch.from_numpy(np.frombuffer(text, np.uint8).copy())
+    return tensors
+
+
+def restore(tensors: Mapping[str, Tensor], nodes: Iterable[str], grid: LocalGrid, store: ExpertStore) -> None:
+    """Inverse of :func:`collect` for ``nodes``; their experts come from ``store``."""
+    wanted = set(nodes)
+    states: dict[str, RecordDict] = {node: RecordDict() for node in wanted}
+    for name, tensor in tensors.items():
+        node, _, rest = name.partition("/")
+        if node not in wanted:
+            continue
+        state = states[node]
+        if rest == _RECORDS:
+            for record, (kind, values) in json.loads(tensor.numpy().tobytes()).items():
+                made = {key: _from_json(value) for key, value in values.items()}
+                state[record] = MetricRecord(made) if kind == "metric" else ConfigRecord(made)
+        else:
+            record, _, key = rest.partition("/")
+            state.setdefault(record, ArrayRecord())[key] = Array(tensor.numpy())
+    for node, state in states.items():
+        if "held" in state:
+            held = Held(int(state["held"]["version"]), str(state["held"]["digest"]), _experts(state, store))
+            held.save(state)
+        grid.context(int(node)).state = state
+
+
+def _experts(state: RecordDict, store: ExpertStore) -> ArrayRecord:
+    """Experts that had changed by the held version and not since; the others come with the next delta."""
+    version, arrays = int(state["held"]["version"]), ArrayRecord()
+    for key in store.changed():
+        if store.changed_at[key] <= version:
+            for name, array in store.arrays(key).items():
+                arrays[wires.key_name(key, name)] = array
+    return arrays
+
+
+def _to_json(value: Any) -> Any:
+    return {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+
+
+def _from_json(value: Any) -> Any:
+    return base64.b64decode(value["bytes"]) if isinstance(value, dict) else value

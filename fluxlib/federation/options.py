@@ -1,0 +1,107 @@
+"""What a run is asked for besides its configuration, what comes out, and what can be refused before any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from fluxlib import methods, models, tasks
+from fluxlib.config import ConfigError, RunConfig
+from fluxlib.devices import catalogue
+from fluxlib.federation.budgets import make_budgets
+from fluxlib.federation.tables import Row
+from fluxlib.federation.wire import WireType
+from fluxlib.moe import layers
+
+OnRound = Callable[[Row], "bool | None"]
+"""Called with each new row of ``rounds``; returning True ends the run after that round."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run's numbers do not depend on (``wire`` aside, which rounds what is sent).
+
+    ``out`` is the folder of tables and checkpoints, ``None`` to write nothing. ``round_timeout_s`` is the time a
+    participant may take for one message; ``join_timeout_s`` the time to wait for all participants to be there.
+    """
+
+    out: Path | None = None
+    on_round: OnRound | None = None
+    wire: WireType = "float32"
+    round_timeout_s: float | None = None
+    join_timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run's tables, where they were written, and the tuned global model."""
+
+    run_id: str
+    rounds: pd.DataFrame
+    participants: pd.DataFrame
+    path: Path | None
+    model: Any
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The table files by name; empty when nothing was written."""
+        if self.path is None:
+            return {}
+        return {name: table_path(self.path, name, self.run_id) for name in ("rounds", "participants")}
+
+
+def table_path(out: Path, table: str, run_id: str) -> Path:
+    """Where a run's table lies in the folder ``out``."""
+    return out / table / f"{run_id}.parquet"
+
+
+def check(config: RunConfig, out: Path | None = None) -> None:
+    """Refuse what cannot be run, before any work: names, budgets, an output folder that cannot be written.
+
+    Raises:
+        ConfigError: naming the parameter, what is allowed and what came.
+    """
+    try:
+        methods.get(config.method)
+        if config.task not in tasks.TASKS:
+            raise ValueError(f"task is {config.task!r}, allowed are {', '.join(tasks.TASKS)}")
+        catalogue.fleet(config.fleet, config.participants)
+        catalogue.link(config.link)
+        settings = models.config(config.model)
+        if config.clock_model not in ("self", config.model):
+            models.config(config.clock_model)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    make_budgets(config, *_moe_shape(settings))
+    if out is not None:
+        check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Create ``out`` and a file in it.
+
+    Raises:
+        ConfigError: naming the folder and the reason.
+    """
+    probe = out / f".writable-{os.getpid()}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"out is {str(out)!r}, it cannot be written: {error.strerror or error}") from None
+
+
+def _moe_shape(settings: Any) -> tuple[int, int]:
+    """MoE layers and experts per layer of a model, from its configuration alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        found = layers.find(AutoModelForCausalLM.from_config(settings))
+    return len(found), max(layer.num_experts for layer in found)

@@ -1,0 +1,205 @@
+"""What one participant does with a message: catch up, train or profile, remember, reply.
+
+State between rounds lies in the node's Flower context, as records, so that every engine carries it: the experts
+that differ from the base (:class:`~fluxlib.federation.sync.Held`) and the profile of the model it held. The base
+model and the task are read once per process.
+
+Paper: section 3, steps of a participant. The profile is made of the model that was downloaded for this round, while
+the server aggregates, and used in the next (stale by one).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+
+from flwr.app import Context, Message
+
+from fluxlib import methods, models, profiling, seeding, tasks
+from fluxlib.config import RunConfig
+from fluxlib.federation import messages
+from fluxlib.federation.messages import Instruction
+from fluxlib.federation.state import load_state, save_state
+from fluxlib.federation.sync import Held, ResyncNeeded, Workspace
+from fluxlib.federation.wire import WireType
+from fluxlib.methods.base import Batch, LocalData, ParticipantState, Work
+from fluxlib.tasks.batches import sample_batches
+from fluxlib.tasks.partition import partition
+
+PARTITION = "partition-id"
+"""Entry of a node's configuration that says which part of the data is its own."""
+
+
+class ParticipantError(RuntimeError):
+    """A node cannot do what it is asked; it becomes an error reply that names the reason."""
+
+
+@lru_cache(maxsize=1)
+def workspace(model: str, wire: WireType, device: str = "cpu") -> Workspace:
+    """The process's one model in memory, shared by all participants that run in it."""
+    loaded, tokenizer = models.load(model)
+    return Workspace(loaded.to(device), tokenizer, wire)
+
+
+def forget_workspace() -> None:
+    """Drop the model in memory; the next message loads the base anew."""
+    workspace.cache_clear()
+
+
+def join(message: Message, context: Context) -> Message:
+    """Reply with the version and digest of what this participant holds."""
+    instruction = Instruction.from_records(message.content)
+    space = _workspace(instruction, context)
+    held = Held.load(context.state, space.base_digest)
+    participant = _partition_id(context)
+    report = messages.JoinReport(
+        participant, instruction.round, held.version, held.digest, frozen_digest=space.frozen_digest
+    )
+    return Message(report.to_records(), reply_to=message)
+
+
+def profile(message: Message, context: Context) -> Message:
+    """Catch up, profile the model that is held now, keep the profile, reply with the frequencies."""
+    instruction = Instruction.from_records(message.content)
+    config = messages.parse_config(instruction.config)
+    participant = _expect(instruction, config, context)
+    space = _workspace(instruction, context)
+    try:
+        held = Held.load(context.state, space.base_digest).updated(instruction.delta, space.base)
+    except ResyncNeeded:
+        return _ask_for_resync(message, instruction, context)
+    held.save(context.state)
+    space.load(held)
+    data = local_data(config, space, participant, instruction.round)
+    start = time.perf_counter()
+    found = profiling.profile(space.model, data.profile, bits=config.profile_bits)
+    seconds = time.perf_counter() - start
+    save_state(context.state, ParticipantState(found, instruction.round))
+    report = messages.ProfileReport(
+        participant,
+        instruction.round,
+        held.version,
+        held.digest,
+        frequency=found.frequency,
+        work=profile_work(data, found.frequency.numel(), config),
+        phases_s={"profile": seconds},
+    )
+    return Message(report.to_records(), reply_to=message)
+
+
+def train(message: Message, context: Context) -> Message:
+    """Catch up, do the method's part of the round, keep its state, reply with the update."""
+    instruction = Instruction.from_records(message.content)
+    config = messages.parse_config(instruction.config)
+    participant = _expect(instruction, config, context)
+    space = _workspace(instruction, context)
+    try:
+        held = Held.load(context.state, space.base_digest).updated(instruction.delta, space.base)
+    except ResyncNeeded:
+        return _ask_for_resync(message, instruction, context)
+    held.save(context.state)
+    space.load(held)
+    if instruction.roles is None or instruction.budget is None:
+        raise ParticipantError("a training message needs roles and a budget")
+    try:
+        update, state = methods.get(config.method).train(
+            space.model,
+            load_state(context.state),
+            instruction.roles,
+            instruction.budget,
+            local_data(config, space, participant, instruction.round),
+            config,
+            instruction.round,
+            seeding.generator(config.seed, "train", instruction.round, participant),
+        )
+    except Exception:
+        forget_workspace()  # the model may have been left half customised
+        raise
+    save_state(context.state, state)
+    work = replace(update.work, num_downloaded=instruction.delta.num_experts, num_uploaded=len(update.deltas))
+    report = messages.TrainReport(
+        participant, instruction.round, held.version, held.digest, update=replace(update, work=work)
+    )
+    return Message(report.to_records(instruction.wire), reply_to=message)
+
+
+def local_data(config: RunConfig, space: Workspace, participant: int, round_index: int) -> LocalData:
+    """This round's batches of ``participant``; they depend on seed, round and participant alone."""
+    task, parts = load_task(config)
+    examples = [task.train[index] for index in parts[participant]]
+
+    def draw(name: str, count: int, size: int) -> list[Batch]:
+        chance = seeding.generator(config.seed, name, round_index, participant)
+        return list(islice(sample_batches(examples, space.tokenizer, size, config.max_tokens, chance), count))
+
+    return LocalData(
+        train=draw("batches", config.local_steps, config.batch_size),
+        profile=draw("profile", config.profile_batches, config.batch_size),
+        probe=draw("probe", 1, config.probe_samples)[0],
+    )
+
+
+def load_task(config: RunConfig) -> tuple[tasks.Task, list[list[int]]]:
+    """The run's task and the training samples of each participant, by index; read once per process."""
+    return _load_task(
+        config.task,
+        config.seed,
+        config.task_size,
+        config.participants,
+        config.partition,
+        config.alpha,
+        config.equal_sizes,
+    )
+
+
+@lru_cache(maxsize=4)
+def _load_task(
+    name: str, seed: int, size: int | None, num_participants: int, scheme: str, alpha: float, equal_sizes: bool
+) -> tuple[tasks.Task, list[list[int]]]:
+    task = tasks.load(name, seed=seed, size=size)
+    chance = seeding.generator(seed, "partition")
+    return task, partition(task.train, num_participants, chance, scheme, alpha, equal_sizes)  # type: ignore[arg-type]
+
+
+def profile_work(data: LocalData, num_experts: int, config: RunConfig) -> Work:
+    """The account of a profile made before training, in the round's critical path."""
+    return Work(
+        num_experts=num_experts,
+        profile_samples=sum(len(batch["input_ids"]) for batch in data.profile),
+        profile_tokens=sum(int(batch["attention_mask"].sum()) for batch in data.profile),
+        profile_bits=config.profile_bits,
+        num_quantized=num_experts,
+        first_profile=True,
+    )
+
+
+def _workspace(instruction: Instruction, context: Context) -> Workspace:
+    config = messages.parse_config(instruction.config)
+    return workspace(config.model, instruction.wire, str(context.node_config.get("torch-device", "cpu")))
+
+
+def _partition_id(context: Context) -> int:
+    if PARTITION not in context.node_config:
+        raise ParticipantError(f"node configuration lacks {PARTITION!r}; it has {sorted(context.node_config)}")
+    return int(context.node_config[PARTITION])
+
+
+def _expect(instruction: Instruction, config: RunConfig, context: Context) -> int:
+    """This participant's number, once it is sure that the message is meant for it."""
+    participant = _partition_id(context)
+    if participant != instruction.participant:
+        raise ParticipantError(f"message is for participant {instruction.participant}, this is {participant}")
+    if participant >= config.participants:
+        raise ParticipantError(f"{PARTITION} is {participant}, allowed is 0 to {config.participants - 1}")
+    return participant
+
+
+def _ask_for_resync(message: Message, instruction: Instruction, context: Context) -> Message:
+    """Forget what was held, so that a full delta is accepted whatever its version."""
+    for name in ("held", "experts"):
+        if name in context.state:
+            del context.state[name]
+    content = messages.resync_request(instruction.participant, instruction.round, 0, "")
+    return Message(content, reply_to=message)

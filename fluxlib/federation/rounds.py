@@ -1,0 +1,157 @@
+"""The course of a run on the server: join, evaluate, and round after round until the last; see :func:`serve`."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from collections.abc import Iterator
+
+import pandas as pd
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from fluxlib import methods, models, records
+from fluxlib.config import ConfigError, RunConfig
+from fluxlib.federation.budgets import make_budgets
+from fluxlib.federation.checkpoint import Checkpoints
+from fluxlib.federation.joining import join
+from fluxlib.federation.options import Options, RunResult, check, table_path
+from fluxlib.federation.outcome import RunFailed
+from fluxlib.federation.participant import load_task
+from fluxlib.federation.strategy import FluxStrategy
+from fluxlib.federation.sync import ExpertStore
+from fluxlib.federation.tables import Row, RowMaker, Totals
+from fluxlib.tasks.evaluate import Score, evaluate
+from fluxlib.tasks.partition import histogram
+
+log = logging.getLogger(__name__)
+
+
+def serve(grid: Grid, config: RunConfig, options: Options) -> RunResult:
+    """Run all rounds on ``grid``, from the first or from where a checkpoint of the same configuration ends.
+
+    Raises:
+        ConfigError: something that :func:`~fluxlib.federation.options.check` refuses, or a model that cannot be loaded.
+        RunFailed: too few participants, or too few good replies; what was complete before is written.
+        CheckpointError: there is a checkpoint of this configuration, and it is damaged.
+    """
+    check(config, options.out)
+    return _Run(grid, config, options).go()
+
+
+class _Run:
+    """One run in progress."""
+
+    def __init__(self, grid: Grid, config: RunConfig, options: Options) -> None:
+        self.grid, self.config, self.options = grid, config, options
+        self.start = datetime.datetime.now(datetime.UTC)
+        try:
+            self.model, self.tokenizer = models.load(config.model)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
+        self.task, self.parts = load_task(config)
+        store = ExpertStore(self.model, options.wire)
+        self.strategy = FluxStrategy(config, methods.get(config.method), store, make_budgets(config, *store.shape))
+        self.row_maker = RowMaker(config, self.model, self.task.metric, len(store.keys))
+        self.rows: dict[str, list[Row]] = {"rounds": [], "participants": []}
+        self.totals = Totals()
+        self.checkpoints = Checkpoints(options.out, config, options.wire) if options.out else None
+
+    def go(self) -> RunResult:
+        """All rounds; tables are written however the run ends, the checkpoint stays unless it is complete."""
+        done = self._resume()
+        self.strategy.enrol(join(self.grid, self.config, self.strategy.store, self.options.join_timeout_s))
+        self.strategy.summary()
+        stopped = self._first_row() if done == 0 else False
+        try:
+            while not stopped and done < self.config.rounds:
+                done += 1
+                stopped = self._round(done)
+        except RunFailed as error:
+            self._write("failed", str(error))
+            raise
+        complete = done == self.config.rounds
+        self._write("complete" if complete else "stopped", "")
+        if self.checkpoints and complete:
+            self.checkpoints.remove()
+        frames = {table: self._frame(table) for table in self.rows}
+        return RunResult(self.config.run_id, **frames, path=self.options.out, model=self.model)
+
+    def _resume(self) -> int:
+        """Rounds that are done already."""
+        found = self.checkpoints.resume(self.strategy, self.grid) if self.checkpoints else None
+        if found is None:
+            return 0
+        self.totals = found.totals
+        self.rows = {table: getattr(found, table).to_dict(orient="records") for table in ("rounds", "participants")}
+        log.info("%s goes on after round %d", self.config.run_id, found.round)
+        return found.round
+
+    def _first_row(self) -> bool:
+        score, seconds = self._evaluate()
+        self.rows["rounds"].append(self.row_maker.base(score, seconds))
+        return self._tell()
+
+    def _round(self, number: int) -> bool:
+        """One round: profiles that are missing, training, aggregation, evaluation, rows, checkpoint."""
+        start, strategy, timeout = time.perf_counter(), self.strategy, self.options.round_timeout_s
+        requests = strategy.configure_profile(number, strategy.sample(number))
+        strategy.aggregate_profile(number, self.grid.send_and_receive(requests, timeout=timeout))
+        try:
+            strategy.aggregate_train(number, self._replies(number))
+        except RunFailed:
+            assert strategy.last is not None
+            self.rows["participants"] += self.row_maker.participants(strategy.last)
+            raise
+        wall_s = time.perf_counter() - start
+        assert strategy.last is not None
+        due = number % self.config.eval_every == 0 or number == self.config.rounds
+        score, seconds = self._evaluate() if due else (None, 0.0)
+        row, self.totals = self.row_maker.round(strategy.last, score, seconds, wall_s, self.totals)
+        self.rows["rounds"].append(row)
+        self.rows["participants"] += self.row_maker.participants(strategy.last)
+        if self.checkpoints and number < self.config.rounds:
+            self.checkpoints.save(number, strategy, self.grid, self._frame, self.totals)
+        return self._tell()
+
+    def _replies(self, number: int) -> Iterator[Message]:
+        """Replies to the round's requests; who asks for every expert anew is asked once more, with every expert."""
+        strategy, timeout = self.strategy, self.options.round_timeout_s
+        requests = strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.grid)
+        replies = self.grid.send_and_receive(requests, timeout=timeout)
+        yield from strategy.notice_resync(strategy.in_order(replies))
+        again = self.grid.send_and_receive(strategy.configure_resync(number), timeout=timeout)
+        yield from strategy.in_order(again)
+
+    def _evaluate(self) -> tuple[Score, float]:
+        """Score of the full global model on the server's test split, and the seconds it took."""
+        config, start = self.config, time.perf_counter()
+        examples = self.task.test[: config.eval_samples]
+        score = evaluate(self.model, self.tokenizer, self.task.metric, examples, config.max_tokens)
+        return score, time.perf_counter() - start
+
+    def _tell(self) -> bool:
+        """Show the newest row to who asked for it; whether the run is to stop."""
+        return bool(self.options.on_round and self.options.on_round(dict(self.rows["rounds"][-1])))
+
+    def _frame(self, table: str) -> pd.DataFrame:
+        """The rows so far, checked against the schema, as they will be read back."""
+        names = [column.name for column in records.columns(table)]
+        return records.validate(table, pd.DataFrame(self.rows[table], columns=names)).to_pandas()
+
+    def _write(self, status: str, failure: str) -> None:
+        out = self.options.out
+        if out is None:
+            return
+        shares = histogram(self.task.train, self.parts) if len(self.parts) <= 1000 else []
+        about = records.about_run(
+            self.config.model_dump(mode="json"),
+            self.start,
+            status=status,
+            failure=failure,
+            wire=self.options.wire,
+            labels_by_participant=shares,
+        )
+        for table in self.rows:
+            records.write(table, self._frame(table), table_path(out, table, self.config.run_id), about)

@@ -1,0 +1,57 @@
+"""One federated run on the engine that its configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+
+from fluxlib.config import ConfigError, RunConfig
+from fluxlib.federation import client_app, options, participant, server_app
+from fluxlib.federation.local_grid import LocalGrid
+from fluxlib.federation.options import OnRound, Options, RunResult
+from fluxlib.federation.wire import WIRE_TYPES, WireType
+
+
+def run(
+    config: RunConfig,
+    on_round: OnRound | None = None,
+    out: Path | str | None = None,
+    wire: WireType = "float32",
+    round_timeout_s: float | None = None,
+) -> RunResult:
+    """Run ``config`` and give its tables and the tuned model.
+
+    Args:
+        config: everything that decides the numbers.
+        on_round: called with each row of ``rounds`` as it comes, round 0 (the base model) first; returning True
+            stops the run after that round.
+        out: folder for ``rounds/<run_id>.parquet``, ``participants/<run_id>.parquet`` (a ``.json`` beside each) and,
+            while the run lasts, ``checkpoints/<run_id>/``. The same configuration and folder go on from a checkpoint.
+        wire: type in which experts and changes travel.
+        round_timeout_s: time one participant may take for one message; a later reply counts as missing.
+
+    Raises:
+        ConfigError: before any work, naming the parameter, what is allowed and what came.
+        RunFailed: too few good replies in a round; what was complete before is written.
+        CheckpointError: a checkpoint of this configuration that cannot be read.
+    """
+    if wire not in WIRE_TYPES:
+        raise ConfigError(f"wire is {wire!r}, allowed are {', '.join(WIRE_TYPES)}")
+    folder = Path(out) if out is not None else None
+    options.check(config, folder)
+    return ENGINES[config.engine](config, Options(folder, on_round, wire, round_timeout_s))
+
+
+def run_local(config: RunConfig, chosen: Options) -> RunResult:
+    """The in-process engine: the server app against a :class:`LocalGrid` of the client app."""
+    results: list[RunResult] = []
+    app = server_app.make_app(config, chosen, results.append)
+    participant.forget_workspace()  # the base model on disk may be another by now
+    with LocalGrid(client_app.app, config.participants).identity() as grid:
+        app(grid, Context(grid.run.run_id, 0, {}, RecordDict(), {}))
+    return results[0]
+
+
+ENGINES = {"local": run_local}
+"""What runs the apps, by the name in ``RunConfig.engine``."""

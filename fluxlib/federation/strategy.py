@@ -1,0 +1,312 @@
+"""The server's part of a round as a Flower :class:`flwr.serverapp.strategy.Strategy`.
+
+``configure_train`` assigns roles and makes one message per sampled participant, with the delta that participant
+lacks. ``aggregate_train`` takes replies one at a time, refuses what must not be aggregated, adds the rest into a
+running mean per expert and applies it to the global model. Neither holds more than one reply or one message at a
+time, so the server's memory does not grow with the number of participants.
+
+Paper: section 3, steps of the server; section 6, per-expert aggregation.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fluxlib import roles, seeding
+from fluxlib.config import RunConfig
+from fluxlib.federation import messages
+from fluxlib.federation import wire as wires
+from fluxlib.federation.aggregation import ExpertMean
+from fluxlib.federation.joining import Member
+from fluxlib.federation.messages import Instruction, ProfileReport
+from fluxlib.federation.outcome import Outcome, RoundOutcome
+from fluxlib.federation.replies import DAMAGED, Expected, Rejected, read_reply
+from fluxlib.federation.sync import NOTHING, Delta, ExpertStore
+from fluxlib.methods.base import Budget, Method, Roles, Work
+
+log = logging.getLogger(__name__)
+
+
+class FluxStrategy(Strategy):
+    """Per-expert federated averaging with role assignment and delta synchronisation.
+
+    Args:
+        config: the run.
+        method: what assigns roles; participants run the method of the same name.
+        store: the global model.
+        budgets: one per participant.
+
+    :meth:`enrol` says which node each participant is, before anything is sent.
+    """
+
+    def __init__(self, config: RunConfig, method: Method, store: ExpertStore, budgets: Sequence[Budget]) -> None:
+        self.config = config
+        self.method = method
+        self.store = store
+        self.budgets = list(budgets)
+        self.nodes: dict[int, int] = {}
+        self.participant_of: dict[int, int] = {}
+        self.held: dict[int, tuple[int, str]] = {}
+        self.profiled: set[int] = set()
+        self.role_state = roles.RoleState.start(torch.ones(config.participants, *store.shape))
+        self.last: RoundOutcome | None = None
+        self._config_text = config.model_dump_json()
+        self._current: dict[int, Outcome] = {}
+        self._resync: list[int] = []
+        self._profiles: dict[int, tuple[int, int, Work | None]] = {}
+
+    def enrol(self, members: Mapping[int, Member]) -> None:
+        """Node, version and digest of every participant."""
+        self.nodes = {participant: member.node_id for participant, member in members.items()}
+        self.participant_of = {node: participant for participant, node in self.nodes.items()}
+        self.held = {participant: (member.version, member.digest) for participant, member in members.items()}
+
+    # Before a round: who takes part, and what the server must know of them first.
+
+    def sample(self, server_round: int) -> list[int]:
+        """Participants of this round, in increasing order."""
+        count = self.config.participants_per_round or self.config.participants
+        chance = seeding.generator(self.config.seed, "sample", server_round)
+        return sorted(torch.randperm(self.config.participants, generator=chance)[:count].tolist())
+
+    def epsilon(self, server_round: int) -> float:
+        """Share of the budget that exploits in this round (counted from 1)."""
+        return roles.epsilon_schedule(server_round - 1, self.config.rounds, self.config.epsilon)
+
+    def configure_profile(self, server_round: int, participants: Iterable[int]) -> Iterator[Message]:
+        """Ask participants of whom no utilities are known for a profile, if the method uses one."""
+        for participant in participants:
+            if self.method.profiles and participant not in self.profiled:
+                message, delta = self._message(messages.PROFILE, server_round, participant)
+                self._profiles[participant] = (delta.num_bytes, delta.num_experts, None)
+                yield message
+
+    def aggregate_profile(self, server_round: int, replies: Iterable[Message]) -> None:
+        """First utilities from the replies; a participant that fails here keeps uniform ones for now."""
+        first = self.role_state.first.clone()
+        for reply in replies:
+            participant = self.participant_of.get(reply.metadata.src_node_id)
+            if participant is None or participant not in self._profiles:
+                continue
+            try:
+                if reply.has_error():
+                    raise ValueError(reply.error.reason)
+                if messages.asks_for_resync(reply.content):
+                    self._forget(participant)
+                    continue
+                report = ProfileReport.from_records(reply.content)
+                known = roles.first_utilities(report.frequency.reshape(self.store.shape))
+            except DAMAGED as error:
+                log.warning("profile of participant %d refused: %s", participant, error)
+                continue
+            self._confirm(participant, report.version, report.digest)
+            first[participant] = known
+            self.profiled.add(participant)
+            num_bytes, num_experts, _ = self._profiles[participant]
+            self._profiles[participant] = (num_bytes, num_experts, report.work)
+        self.role_state = replace(self.role_state, first=first)
+
+    # Training.
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterator[Message]:
+        """One message per sampled participant, made when it is sent; ``arrays`` is not used, the store is."""
+        participants = self.sample(server_round)
+        assigned = self.method.assign(
+            select(self.role_state, participants),
+            [self.budgets[participant] for participant in participants],
+            self.epsilon(server_round),
+            seeding.generator(self.config.seed, "assign", server_round),
+        )
+        self._current, self._resync = {}, []
+        for row, participant in enumerate(participants):
+            part = Roles(assigned.exploit[row], assigned.explore[row])
+            outcome = Outcome(participant, part, self.budgets[participant])
+            if (known := self._profiles.pop(participant, None)) is not None:
+                outcome.downlink_bytes, outcome.num_downloaded, outcome.first_profile = known
+            self._current[participant] = outcome
+        return (self._train_message(server_round, participant) for participant in participants)
+
+    def configure_resync(self, server_round: int) -> Iterator[Message]:
+        """The same request again, with every expert, to those who asked for it."""
+        asked, self._resync = self._resync, []
+        return (self._train_message(server_round, participant) for participant in asked)
+
+    def notice_resync(self, replies: Iterable[Message]) -> Iterator[Message]:
+        """Pass replies on, except those that ask for every expert anew; :meth:`configure_resync` answers these."""
+        for reply in replies:
+            participant = self.participant_of.get(reply.metadata.src_node_id)
+            if reply.has_content() and messages.asks_for_resync(reply.content) and participant in self._current:
+                assert participant is not None
+                self._forget(participant)
+                self._resync.append(participant)
+            else:
+                yield reply
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take replies in, refuse bad ones by name, apply the mean change of each expert.
+
+        Returns the new values of the experts that changed, and the round's metrics.
+
+        Raises:
+            RunFailed: fewer good replies than ``min_replies_frac`` of those asked; nothing is applied.
+        """
+        mean = ExpertMean()
+        utilities = torch.full_like(self.role_state.measured, math.nan)
+        extra: list[tuple[int, str]] = []
+        for reply in self.in_order(replies):
+            self._accept(server_round, reply, mean, utilities, extra)
+        changes = mean.result()
+        self.last = RoundOutcome(
+            server_round, self.epsilon(server_round), tuple(self._current.values()), tuple(extra), len(changes)
+        )
+        self.last.require(self.config.min_replies_frac)
+        self.store.apply(changes)
+        self._remember_utilities(utilities)
+        arrays = ArrayRecord()
+        for key in changes:
+            for name, array in self.store.arrays(key).items():
+                arrays[wires.key_name(key, name)] = array
+        num_samples = sum(outcome.num_samples for outcome in self.last.accepted)
+        return arrays, MetricRecord({"train_loss": self.last.train_loss, "num-examples": num_samples})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing: the full global model is evaluated on the server."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing, see :meth:`configure_evaluate`."""
+        return None
+
+    def summary(self) -> None:
+        """Log what this run is."""
+        layers, experts = self.store.shape
+        tuned = sorted({budget.num_tuned for budget in self.budgets})
+        log.info(
+            "%s: %d participants, %d MoE layers of %d experts, budgets of %s tuned experts",
+            self.config.run_id, self.config.participants, layers, experts,
+            f"{tuned[0]} to {tuned[-1]}" if len(tuned) > 1 else tuned[0],
+        )  # fmt: skip
+
+    def in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
+        """Replies by participant where all are at hand: the order of addition decides the last bits of a mean.
+
+        An engine that gives replies as they are made (the in-process one) gives them in this order already.
+        """
+        if isinstance(replies, list):
+            return sorted(replies, key=lambda reply: self.participant_of.get(reply.metadata.src_node_id, -1))
+        return replies
+
+    # Details.
+
+    def _message(
+        self, kind: str, server_round: int, participant: int, outcome: Outcome | None = None
+    ) -> tuple[Message, Delta]:
+        delta = self.store.delta(*self.held.get(participant, (NOTHING, "")))
+        part = (outcome.roles, outcome.budget) if outcome else (None, None)
+        instruction = Instruction(self._config_text, server_round, participant, self.store.wire, delta, *part)
+        content, group = instruction.to_records(), str(server_round)
+        return Message(content, self.nodes[participant], kind, group_id=group), delta
+
+    def _train_message(self, server_round: int, participant: int) -> Message:
+        outcome = self._current[participant]
+        message, delta = self._message(messages.TRAIN, server_round, participant, outcome)
+        outcome.downlink_bytes += delta.num_bytes
+        outcome.num_downloaded += delta.num_experts
+        return message
+
+    def _accept(
+        self,
+        server_round: int,
+        reply: Message,
+        mean: ExpertMean,
+        utilities: Tensor,
+        extra: list[tuple[int, str]],
+    ) -> None:
+        participant = self.participant_of.get(reply.metadata.src_node_id, -1)
+        outcome = self._current.get(participant)
+        if outcome is None or outcome.rejected != "missing":
+            reason = "unknown" if outcome is None else "duplicate"
+            extra.append((participant, reason))
+            log.warning("round %d: reply of participant %d refused: %s", server_round, participant, reason)
+            return
+        try:
+            report = read_reply(reply, self._expected(server_round, outcome))
+        except Rejected as error:
+            outcome.rejected, outcome.detail = error.reason, error.detail
+            if error.reason == "stale":
+                self._forget(participant)
+            outcome.uplink_bytes += _payload(reply)
+            log.warning("round %d: reply of participant %d refused: %s", server_round, participant, error)
+            return
+        update = report.update
+        outcome.accept(update, report.num_bytes)
+        self._confirm(participant, report.version, report.digest)
+        mean.add(update.deltas, update.tokens)
+        utilities[participant] = update.utilities
+
+    def _expected(self, server_round: int, outcome: Outcome) -> Expected:
+        store = self.store
+        return Expected(
+            outcome.participant,
+            server_round,
+            store.version,
+            store.digest,
+            store.wire,
+            outcome.roles.exploit,
+            store.shapes,
+        )
+
+    def _remember_utilities(self, utilities: Tensor) -> None:
+        asked = torch.zeros_like(utilities, dtype=torch.bool)
+        tuned = torch.zeros_like(asked)
+        assert self.last is not None
+        for outcome in self.last.accepted:
+            asked[outcome.participant] = outcome.roles.exploit | outcome.roles.explore
+            tuned[outcome.participant] = outcome.roles.exploit
+        self.role_state = roles.update(self.role_state, utilities, tuned=tuned, asked=asked)
+        # Explored experts may exceed the number of probes of a round: what was not probed is not a fault.
+        faults = tuple(fault for fault in self.role_state.faults if fault.kind != "missing")
+        for fault in faults:
+            log.warning("participant %d: %d %s utilities", fault.participant, fault.count, fault.kind)
+        self.last = replace(self.last, faults=faults)
+
+    def _confirm(self, participant: int, version: int, digest: str) -> None:
+        self.held[participant] = (version, digest)
+
+    def _forget(self, participant: int) -> None:
+        self.held[participant] = (NOTHING, "")
+
+
+def select(state: roles.RoleState, participants: Sequence[int]) -> roles.RoleState:
+    """The role state of some participants, in the given order."""
+    rows = torch.as_tensor(participants)
+    return replace(
+        state,
+        measured=state.measured[rows],
+        first=state.first[rows],
+        measured_round=state.measured_round[rows],
+        tuned_count=state.tuned_count[rows],
+    )
+
+
+def _payload(reply: Message) -> int:
+    """Bytes of a refused reply, as far as it can be read."""
+    try:
+        return wires.record_bytes(reply.content["arrays"])
+    except DAMAGED:
+        return 0

@@ -1,0 +1,281 @@
+"""Who holds which version of which expert, and the smallest message that brings a participant up to date.
+
+The server's model has a version number, raised once per aggregated round; version 0 is the base model, which every
+participant loads by itself. What changed since then travels as whole experts, never as differences of differences,
+so applying a message twice, or one that starts earlier than needed, gives the same model.
+
+* :class:`ExpertStore`   the server's side: the global experts, when each last changed, and messages for a version
+* :class:`Delta`         one such message
+* :class:`Held`          a participant's side: its version and the experts that differ from the base
+* :class:`Workspace`     a model in memory that becomes any participant's, writing only what differs
+
+Both sides name a state by a digest: SHA-256 over the SHA-256 of each expert in its wire form. An expert is hashed
+once when it changes. A participant whose digest is not the expected one gets every expert anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor, nn
+
+from fluxlib.federation import wire as wires
+from fluxlib.federation.wire import WireError, WireType
+from fluxlib.methods.base import ExpertKey
+from fluxlib.moe import layers
+
+Experts = Mapping[ExpertKey, Mapping[str, Tensor]]
+
+NOTHING = -1
+"""Version of a participant of whom nothing is known: it gets everything."""
+
+
+class ResyncNeeded(WireError):
+    """A delta does not lead from what a participant holds to what it should hold."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Experts that changed after ``from_version``, as they are in ``version``; ``from_version`` -1: all of them."""
+
+    arrays: ArrayRecord
+    from_version: int
+    version: int
+    digest: str
+    num_experts: int
+    num_bytes: int
+
+
+class Digests:
+    """One digest per expert of a model, and their digest; an expert is hashed again only when it changes."""
+
+    def __init__(self, parts: Mapping[ExpertKey, bytes]) -> None:
+        self.parts = dict(parts)
+        self._order = sorted(self.parts)
+
+    def with_changes(self, changes: Mapping[ExpertKey, bytes]) -> Digests:
+        """A copy with some experts' digests replaced."""
+        return Digests({**self.parts, **changes})
+
+    def total(self) -> str:
+        """Digest of all experts in order of layer and expert, as 64 hexadecimal digits."""
+        return hashlib.sha256(b"".join(self.parts[key] for key in self._order)).hexdigest()
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """Digest of everything that is not a routed expert: what no message can bring up to date."""
+    experts = tuple(layer.name + "." for layer in layers.find(model))
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(experts):
+            total.update(f"{name}{tuple(tensor.shape)}".encode())
+            total.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+class ExpertStore:
+    """The global model's experts with their history; ``model`` is changed in place by :meth:`apply`.
+
+    Args:
+        model: the full model, at version 0.
+        wire: type in which experts travel; the model itself keeps its own type.
+    """
+
+    def __init__(self, model: nn.Module, wire: WireType = "float32") -> None:
+        self.model = model
+        self.wire = wire
+        self.version = 0
+        self._layers = layers.find(model)
+        self.keys = [(layer.index, expert) for layer in self._layers for expert in range(layer.num_experts)]
+        self.shapes = {
+            key: {name: tuple(tensor.shape) for name, tensor in self.tensors(key).items()} for key in self.keys
+        }
+        self.changed_at = dict.fromkeys(self.keys, 0)
+        self._digests = Digests({key: wires.tensors_digest(self.tensors(key), wire) for key in self.keys})
+        self.digest_of_version = [self._digests.total()]
+        self._arrays: dict[ExpertKey, dict[str, Array]] = {}
+        self.frozen_digest = frozen_digest(model)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """MoE layers and experts per layer (of the largest layer)."""
+        return len(self._layers), max(layer.num_experts for layer in self._layers)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the current version."""
+        return self.digest_of_version[-1]
+
+    def tensors(self, key: ExpertKey) -> dict[str, Tensor]:
+        """One expert's tensors: views into the model."""
+        return layers.expert_tensors(self._layers[key[0]].experts, key[1])
+
+    @torch.no_grad()
+    def apply(self, changes: Experts) -> None:
+        """Add ``changes`` to the model and raise the version by one; experts not named stay bit for bit."""
+        for key, tensors in changes.items():
+            target = self.tensors(key)
+            for name, change in tensors.items():
+                target[name].add_(change.to(target[name]))
+        self._record(list(changes))
+
+    @torch.no_grad()
+    def set(self, experts: Experts, changed_at: Mapping[ExpertKey, int], digests: list[str]) -> None:
+        """Put a saved state in place of the base: ``digests`` are those of versions 0 to the saved one.
+
+        Raises:
+            WireError: the base model is another one, or the result's digest is not the last of ``digests``.
+        """
+        if digests[0] != self.digest_of_version[0]:
+            raise WireError("it belongs to another base model (digests of version 0 differ)")
+        for key, tensors in experts.items():
+            layers.write_expert(self._layers[key[0]].experts, key[1], tensors)
+        self._record(list(experts))
+        if self.digest != digests[-1]:
+            raise WireError(f"it is damaged (digest is {self.digest[:12]}, it should be {digests[-1][:12]})")
+        self.version, self.digest_of_version = len(digests) - 1, list(digests)
+        self.changed_at |= changed_at
+
+    def delta(self, version: int = NOTHING, digest: str = "") -> Delta:
+        """What a participant that holds ``version`` with ``digest`` lacks; everything if that is not a known state."""
+        known = 0 <= version <= self.version and self.digest_of_version[version] == digest
+        since = version if known else NOTHING
+        keys = [key for key in self.keys if self.changed_at[key] > since]
+        record = ArrayRecord()
+        for key in keys:
+            for name, array in self.arrays(key).items():
+                record[wires.key_name(key, name)] = array
+        return Delta(record, since, self.version, self.digest, len(keys), wires.record_bytes(record))
+
+    def arrays(self, key: ExpertKey) -> dict[str, Array]:
+        """One expert in wire form; kept until it changes, unless it is still the base's."""
+        if key in self._arrays:
+            return self._arrays[key]
+        arrays = {name: wires.encode(tensor, self.wire) for name, tensor in self.tensors(key).items()}
+        if self.changed_at[key] > 0:
+            self._arrays[key] = arrays
+        return arrays
+
+    def changed(self) -> list[ExpertKey]:
+        """Experts that are no longer the base's."""
+        return [key for key in self.keys if self.changed_at[key] > 0]
+
+    def _record(self, keys: list[ExpertKey]) -> None:
+        self.version += 1
+        for key in keys:
+            self.changed_at[key] = self.version
+            self._arrays.pop(key, None)
+        changed = {key: wires.digest(self.arrays(key)) for key in keys}
+        self._digests = self._digests.with_changes(changed)
+        self.digest_of_version.append(self._digests.total())
+
+
+@dataclass
+class Held:
+    """The experts a participant holds: those of the base, except ``arrays`` (keys ``"<layer>.<expert>.<name>"``).
+
+    It lives in the participant's Flower context as two records, so every engine carries it between rounds.
+    """
+
+    version: int = 0
+    digest: str = ""
+    arrays: ArrayRecord = field(default_factory=ArrayRecord)
+
+    @classmethod
+    def load(cls, state: RecordDict, base_digest: str) -> Held:
+        """What ``state`` holds; the base model when it holds nothing."""
+        if "held" not in state:
+            return cls(0, base_digest, ArrayRecord())
+        header = state["held"]
+        return cls(int(header["version"]), str(header["digest"]), state["experts"])
+
+    def save(self, state: RecordDict) -> None:
+        """Write into ``state``."""
+        state["held"] = ConfigRecord({"version": self.version, "digest": self.digest})
+        state["experts"] = self.arrays
+
+    def updated(self, delta: Delta, base: Digests) -> Held:
+        """What is held after ``delta``.
+
+        Raises:
+            ResyncNeeded: ``delta`` starts later than, or ends before, what is held, or the result's digest is wrong.
+        """
+        if not (delta.from_version <= self.version <= delta.version):
+            raise ResyncNeeded(f"holds version {self.version}, the delta is {delta.from_version} to {delta.version}")
+        kept = ArrayRecord() if delta.from_version == NOTHING else self.arrays.copy()
+        for name, array in delta.arrays.items():
+            kept[name] = array
+        held = Held(delta.version, delta.digest, kept)
+        found = base.with_changes(held.expert_digests()).total()
+        if found != delta.digest:
+            raise ResyncNeeded(f"digest is {found[:12]} after the delta, it should be {delta.digest[:12]}")
+        return held
+
+    def experts(self) -> dict[ExpertKey, dict[str, Array]]:
+        """The held arrays by expert."""
+        grouped: dict[ExpertKey, dict[str, Array]] = {}
+        for name, array in self.arrays.items():
+            key, tensor = wires.parse_name(name)
+            grouped.setdefault(key, {})[tensor] = array
+        return grouped
+
+    def expert_digests(self) -> dict[ExpertKey, bytes]:
+        """Digest of each expert that differs from the base."""
+        return {key: wires.digest(arrays) for key, arrays in self.experts().items()}
+
+
+class Workspace:
+    """A model in memory that stands for whichever participant is at work.
+
+    The base is loaded once. :meth:`load` writes the experts that differ between what the model holds and what the
+    participant holds; participants at the same version cost no write at all.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, wire: WireType = "float32") -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.wire = wire
+        self._layers = layers.find(model)
+        keys = [(layer.index, expert) for layer in self._layers for expert in range(layer.num_experts)]
+        self.base = Digests({key: wires.tensors_digest(self._tensors(key), wire) for key in keys})
+        self.base_digest = self.base.total()
+        self.frozen_digest = frozen_digest(model)
+        self._base_tensors: dict[ExpertKey, dict[str, Tensor]] = {}
+        self._loaded: dict[ExpertKey, bytes] = {}
+        self._digest = self.base_digest
+
+    def load(self, held: Held) -> int:
+        """Make the model that of ``held``; number of experts that had to be written."""
+        if held.digest == self._digest:
+            return 0
+        wanted = held.experts()
+        digests = {key: wires.digest(arrays) for key, arrays in wanted.items()}
+        written = 0
+        self._digest = ""  # stays so if writing fails half-way
+        for key in self._loaded.keys() | digests.keys():
+            target = digests.get(key, self.base.parts[key])
+            if self._loaded.get(key, self.base.parts[key]) != target:
+                self._write(key, wanted.get(key))
+                self._loaded[key] = target
+                written += 1
+        self._digest = held.digest
+        return written
+
+    def _write(self, key: ExpertKey, arrays: Mapping[str, Array] | None) -> None:
+        experts = self._layers[key[0]].experts
+        if key not in self._base_tensors:
+            self._base_tensors[key] = {name: tensor.clone() for name, tensor in self._tensors(key).items()}
+        if arrays is None:
+            layers.write_expert(experts, key[1], self._base_tensors[key])
+        else:
+            layers.write_expert(
+                experts, key[1], {name: wires.decode(array, self.wire) for name, array in arrays.items()}
+            )
+
+    def _tensors(self, key: ExpertKey) -> dict[str, Tensor]:
+        return layers.expert_tensors(self._layers[key[0]].experts, key[1])

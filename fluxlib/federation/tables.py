@@ -1,0 +1,182 @@
+"""Rows of the ``rounds`` and ``participants`` tables, and the device clock's reading of a round."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fluxlib.config import RunConfig
+from fluxlib.devices import catalogue, clock
+from fluxlib.federation.outcome import Outcome, RoundOutcome
+from fluxlib.methods.base import Work
+from fluxlib.records import PHASES
+from fluxlib.tasks.evaluate import Score
+
+Row = dict[str, Any]
+
+# Methods time these blocks; the table's phases split or join them.
+_WALL_PHASES = {"first_profile": "profile"}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Both clocks since the start of the run, seconds; evaluation is in neither."""
+
+    wall_s: float = 0.0
+    device_s: float = 0.0
+
+
+class RowMaker:
+    """Makes table rows of one run; ``model`` gives the shapes when the clock is to use the run's own.
+
+    The clock charges 16 bits per weight on the link, as the real models would travel, whatever the run's wire type.
+    """
+
+    def __init__(self, config: RunConfig, model: torch.nn.Module, metric_name: str, num_experts: int) -> None:
+        self.config = config
+        self.metric_name = metric_name
+        self.num_experts = num_experts
+        self.fleet = catalogue.fleet(config.fleet, config.participants)
+        self.link = catalogue.link(config.link)
+        own = config.clock_model in ("self", config.model)
+        self.shapes = clock.shapes_of(config.model, model) if own else clock.shapes(config.clock_model)
+
+    def base(self, score: Score, evaluate_wall_s: float) -> Row:
+        """Row of round 0: the base model."""
+        return self._row(0, score, evaluate_wall_s, Totals(), Totals())
+
+    def round(
+        self, outcome: RoundOutcome, score: Score | None, evaluate_wall_s: float, wall_s: float, before: Totals
+    ) -> tuple[Row, Totals]:
+        """The round's row, and the clocks after it."""
+        seconds = {o.participant: self._phases(o) for o in outcome.accepted}
+        time = self._round_time(outcome, seconds)
+        here = Totals(wall_s, time.total_s)
+        after = Totals(before.wall_s + wall_s, before.device_s + time.total_s)
+        row = self._row(outcome.round, score, evaluate_wall_s, here, after)
+        row |= {
+            "train_loss": outcome.train_loss,
+            "epsilon": outcome.epsilon,
+            "server_device_s": time.server_s,
+            "uplink_bytes": sum(o.uplink_bytes for o in outcome.participants),
+            "downlink_bytes": sum(o.downlink_bytes for o in outcome.participants),
+            "num_participants": len(outcome.participants),
+            "num_rejected": outcome.num_rejected,
+            "num_tuned": outcome.num_tuned,
+        }
+        return row, after
+
+    def participants(self, outcome: RoundOutcome) -> list[Row]:
+        """One row per participant that was asked, refused ones with the reason."""
+        return [
+            self._participant(outcome.round, o, self._phases(o) if not o.rejected else None)
+            for o in outcome.participants
+        ]
+
+    def _row(self, number: int, score: Score | None, evaluate_wall_s: float, here: Totals, after: Totals) -> Row:
+        config = self.config
+        return {
+            "run_id": config.run_id,
+            "method": config.method,
+            "model": config.model,
+            "task": config.task,
+            "seed": config.seed,
+            "engine": config.engine,
+            "round": number,
+            "metric": score.metric if score else math.nan,
+            "metric_name": self.metric_name,
+            "loss": score.loss if score else math.nan,
+            "train_loss": math.nan,
+            "epsilon": math.nan,
+            "wall_s": after.wall_s,
+            "device_s": after.device_s,
+            "round_wall_s": here.wall_s,
+            "round_device_s": here.device_s,
+            "server_device_s": 0.0,
+            "evaluate_wall_s": evaluate_wall_s,
+            "clock_model": config.clock_model,
+            "link": config.link,
+            "uplink_bytes": 0,
+            "downlink_bytes": 0,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "device_memory_bytes": None,
+            "num_participants": 0,
+            "num_rejected": 0,
+            "num_tuned": 0,
+            "num_experts": self.num_experts,
+        }
+
+    def _participant(self, number: int, outcome: Outcome, seconds: _Seconds | None) -> Row:
+        work = outcome.work or Work(num_experts=self.num_experts)
+        wall = dict.fromkeys(PHASES, math.nan)
+        for name, value in outcome.phases_s.items():
+            phase = _WALL_PHASES.get(name, name)
+            if phase in wall:
+                wall[phase] = value + (0.0 if math.isnan(wall[phase]) else wall[phase])
+        device = seconds.all() if seconds else dict.fromkeys(PHASES, math.nan)
+        return {
+            "run_id": self.config.run_id,
+            "round": number,
+            "participant": outcome.participant,
+            "device": self.fleet[outcome.participant].name,
+            "num_samples": outcome.num_samples,
+            "num_train_tokens": work.train_tokens,
+            "num_tuned": int(outcome.roles.exploit.sum()),
+            "num_explored": int(outcome.roles.explore.sum()),
+            "num_merged": outcome.budget.num_merged,
+            "loss": outcome.loss,
+            "uplink_bytes": outcome.uplink_bytes,
+            "downlink_bytes": outcome.downlink_bytes,
+            "rejected": outcome.rejected,
+            **{f"{phase}_device_s": device[phase] for phase in PHASES},
+            **{f"{phase}_wall_s": wall[phase] for phase in PHASES},
+        }
+
+    def _phases(self, outcome: Outcome) -> _Seconds:
+        assert outcome.work is not None
+        device = self.fleet[outcome.participant]
+        tokens = self.config.clock_tokens_per_sample
+        # Experts that came with the profile request crossed the link before this one.
+        work = replace(outcome.work, num_downloaded=outcome.num_downloaded)
+        main = clock.phase_seconds(work, self.shapes, device, self.link, tokens)
+        first = None
+        if outcome.first_profile is not None:
+            found = clock.phase_seconds(outcome.first_profile, self.shapes, device, self.link, tokens)
+            first = {name: found[name] for name in ("quantize", "profile")}
+        return _Seconds(main, first)
+
+    def _round_time(self, outcome: RoundOutcome, seconds: dict[int, _Seconds]) -> clock.RoundTime:
+        works = [o.work for o in outcome.accepted if o.work is not None]
+        server_s = clock.server_seconds(works, self.shapes)
+        return clock.round_seconds(
+            [seconds[o.participant].serial() for o in outcome.accepted], [w.first_profile for w in works], server_s
+        )
+
+
+@dataclass(frozen=True)
+class _Seconds:
+    """Device seconds of one participant: its round, and a profile made before it (round 1 only)."""
+
+    main: dict[str, float]
+    first: dict[str, float] | None
+
+    def all(self) -> dict[str, float]:
+        """Seconds by phase, both profiles together."""
+        return {name: value + (self.first or {}).get(name, 0.0) for name, value in self.main.items()}
+
+    def serial(self) -> dict[str, float]:
+        """Seconds by phase with the first profile where it stands: before merging, in the critical path."""
+        return self.main | {"merge": self.main["merge"] + sum((self.first or {}).values())}
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory so far: of the GPU where there is one in use, of the process otherwise."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,133 @@
+"""A tiny random OLMoE on disk, a tiny run, and a method that changes experts without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from fluxlib import methods, roles
+from fluxlib.config import RunConfig
+from fluxlib.federation import participant
+from fluxlib.federation.sync import ExpertStore
+from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
+from fluxlib.moe import layers
+
+LAYERS, EXPERTS = 2, 4
+
+
+def build_model(seed: int = 0) -> nn.Module:
+    config = tf.OlmoeConfig(
+        vocab_size=64, hidden_size=8, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        intermediate_size=4, num_experts=EXPERTS, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config)
+    chance = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3, generator=chance)
+    return model.eval()
+
+
+def write_model(folder: Path, seed: int = 0) -> Path:
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?:+-*=()' \n"
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {letter: i for i, letter in enumerate(letters, start=3)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    build_model(seed).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "tiny-olmoe")
+
+
+def assign(
+    state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator
+) -> roles.Assignment:
+    counts = [budget.num_tuned for budget in budgets]
+    return roles.assign(roles.current_utilities(state), counts, epsilon, generator)
+
+
+def train(
+    model: nn.Module,
+    state: ParticipantState,
+    assigned: Roles,
+    budget: Budget,
+    data: LocalData,
+    config: RunConfig,
+    round_number: int,
+    generator: torch.Generator,
+) -> tuple[Update, ParticipantState]:
+    """Changes that depend on the model that is held, on chance and on the state that was kept."""
+    found = layers.find(model)
+    deltas, tokens = {}, torch.zeros(assigned.exploit.shape)
+    for layer, expert in assigned.exploit.nonzero().tolist():
+        tensors = layers.expert_tensors(found[layer].experts, expert)
+        deltas[layer, expert] = {
+            name: 0.1 * t + 0.01 * torch.randn(t.shape, generator=generator) + 0.001 * state.profile_round
+            for name, t in tensors.items()
+        }
+        tokens[layer, expert] = float(torch.randint(1, 9, (), generator=generator))
+    utilities = torch.rand(assigned.exploit.shape, generator=generator)
+    measured = assigned.exploit | assigned.explore
+    update = Update(
+        deltas=deltas,
+        utilities=torch.where(measured, utilities, torch.nan),
+        tokens=tokens,
+        loss=float(utilities.mean()),
+        num_samples=len(data.train) * config.batch_size,
+        work=Work(assigned.exploit.numel(), num_tuned=len(deltas), train_steps=1, train_samples=2, train_tokens=20),
+        phases_s={"train": 0.001},
+    )
+    return update, replace(state, profile_round=round_number)
+
+
+FAKE = Method("fake", "Fake", assign, train, profiles=False)
+FAKE_PROFILING = Method("fake-profiling", "Fake with profiles", assign, train, profiles=True)
+
+
+@pytest.fixture(autouse=True)
+def fake_methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for method in (FAKE, FAKE_PROFILING):
+        monkeypatch.setitem(methods.METHODS, method.name, method)
+    yield
+    participant.forget_workspace()
+
+
+@pytest.fixture
+def make_config(model_folder: Path) -> Callable[..., RunConfig]:
+    def make(**changes: Any) -> RunConfig:
+        small = {
+            "method": "fake", "model": str(model_folder), "task": "mini-piqa", "task_size": 60, "rounds": 3,
+            "participants": 3, "local_steps": 1, "batch_size": 2, "max_tokens": 200, "eval_samples": 4,
+            "tune_fraction": 0.5, "merge_fraction": 0.25, "profile_batches": 1, "probe_samples": 1,
+        }  # fmt: skip
+        return RunConfig(**(small | changes))
+
+    return make
+
+
+@pytest.fixture
+def store() -> ExpertStore:
+    return ExpertStore(build_model())
+
+
+@pytest.fixture
+def tiny() -> SimpleNamespace:
+    return SimpleNamespace(build_model=build_model, write_model=write_model, LAYERS=LAYERS, EXPERTS=EXPERTS)
