@@ -1,0 +1,118 @@
+"""What every figure shares: the canvas, the files it becomes, and intervals over seeds."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fluxlib import style
+
+P = ParamSpec("P")
+CONFIDENCE = 0.95
+
+
+class Picture(Figure):
+    """A figure that shows itself in a notebook; it lives outside pyplot, so nothing global refers to it."""
+
+    def _repr_png_(self) -> bytes:
+        return _render(self, "png")
+
+
+def drawn(function: Callable[P, Picture]) -> Callable[P, Picture]:
+    """Call ``function`` within the project's style, leaving matplotlib's settings as they were."""
+
+    @wraps(function)
+    def draw(*args: P.args, **kwargs: P.kwargs) -> Picture:
+        with mpl.rc_context(style.RC):
+            return function(*args, **kwargs)
+
+    return draw
+
+
+def save(figure: Figure, slug: str, folder: Path | str, data: pd.DataFrame) -> dict[str, Path]:
+    """Write ``<folder>/<slug>.{pdf,png,csv}``: the figure twice, and the numbers it shows.
+
+    The same figure gives the same bytes: no date is stored. Files appear whole or not at all.
+
+    Raises:
+        ValueError: ``slug`` is not lower-case letters, digits, ``_``, ``-`` and ``.``.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
+        raise ValueError(f"slug is {slug!r}, allowed are letters, digits, '_', '-' and '.'")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "pdf": _render(figure, "pdf"),
+        "png": _render(figure, "png"),
+        "csv": data.to_csv(index=False, lineterminator="\n").encode(),
+    }
+    paths = {}
+    for kind, content in contents.items():
+        paths[kind] = folder / f"{slug}.{kind}"
+        temporary = folder / f".{slug}.{kind}.{os.getpid()}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, paths[kind])
+    return paths
+
+
+def _render(figure: Figure, kind: str) -> bytes:
+    metadata = {"CreationDate": None} if kind == "pdf" else {}
+    buffer = io.BytesIO()
+    with mpl.rc_context(style.RC):
+        figure.savefig(buffer, format=kind, metadata=metadata)
+    return buffer.getvalue()
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """Mean, low and high of ``values`` over seeds.
+
+    From three values on a 95 % t interval, for two their minimum and maximum, for one the value itself; see
+    :func:`interval_name`. (A bootstrap over three seeds covers 74 %, not 95.)
+    """
+    found = np.asarray([value for value in values if value == value], dtype=float)
+    if not len(found):
+        return np.nan, np.nan, np.nan
+    mean = float(found.mean())
+    if len(found) < 3:
+        return mean, float(found.min()), float(found.max())
+    from scipy import stats
+
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found)))
+    return mean, mean - half, mean + half
+
+
+def interval_name(num_seeds: int) -> str:
+    """What a band or an error bar shows, for the caption."""
+    if num_seeds == 1:
+        return "1 seed: no band"
+    return f"{num_seeds} seeds: mean and " + ("min to max" if num_seeds == 2 else "95 % t interval")
+
+
+def caption(figure: Figure, *parts: str) -> None:
+    """Write the small print below ``figure``: clock, model, seeds."""
+    figure.supxlabel(" · ".join(part for part in parts if part), fontsize=7, color="#444444")
+
+
+def unique(frame: pd.DataFrame, column: str) -> str:
+    """The values of ``column``, joined: what a caption says of it."""
+    return ", ".join(str(value) for value in pd.unique(frame[column]))
+
+
+def num_seeds(frame: pd.DataFrame) -> int:
+    """Seeds that every curve of ``frame`` has: the smallest number over model, task and method."""
+    return int(frame.groupby(["model", "task", "method"])["seed"].nunique().min())
+
+
+def axes_grid(figure: Figure, rows: int, columns: int, **kwargs: Any) -> np.ndarray:
+    """``[rows, columns]`` axes, an array even when there is one."""
+    return np.asarray(figure.subplots(rows, columns, squeeze=False, **kwargs))

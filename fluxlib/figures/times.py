@@ -1,0 +1,136 @@
+"""Time to target: how long a method takes to a share of the reference method's final quality. Tables, no drawing.
+
+The target of a model and task is ``target_fraction`` times the reference's final metric, averaged over seeds: the
+same target for every method and seed (the paper's own targets are absolute and belong to other models).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from fluxlib import style
+from fluxlib.figures.canvas import interval, interval_name
+
+CLOCKS = tuple(style.CLOCKS)
+"""Columns of ``rounds`` in which time may be counted: both clocks, and rounds."""
+
+
+def time_to_target(times: Sequence[float], metrics: Sequence[float], target: float) -> float:
+    """When ``metrics`` first reaches ``target``, linear between two scored rounds; NaN when it never does.
+
+    Rounds that were not scored (NaN) are passed over. A first value at or above the target counts from its own time.
+
+    Raises:
+        ValueError: different lengths, or times that go backwards.
+    """
+    if len(times) != len(metrics):
+        raise ValueError(f"times has {len(times)} values and metrics {len(metrics)}; they belong together")
+    points = [(float(t), float(m)) for t, m in zip(times, metrics, strict=True) if m == m]
+    if any(later < earlier for (earlier, _), (later, _) in zip(points, points[1:], strict=False)):
+        raise ValueError("times must not go backwards")
+    for index, (time, metric) in enumerate(points):
+        if metric >= target:
+            if index == 0:
+                return time
+            before, low = points[index - 1]
+            return before + (target - low) / (metric - low) * (time - before)
+    return math.nan
+
+
+def times_to_target(
+    rounds: pd.DataFrame, target_fraction: float = 0.95, reference: str = "fmd", final_rounds: int = 1
+) -> pd.DataFrame:
+    """Time to target of every run in ``rounds``, one row per model, task, method and seed.
+
+    Args:
+        rounds: the ``rounds`` table of any number of runs.
+        target_fraction: share of the reference's final metric.
+        reference: the method whose final metric sets the target, and whose mean time the speed-ups refer to.
+        final_rounds: the final metric is the mean of this many last scored rounds.
+
+    Returns:
+        Identity, ``target``, ``final_metric``, ``final_frac`` (of the reference's), time to target on each clock
+        (``device_s``, ``wall_s``, ``round``; NaN: not reached) and ``speedup_<clock>``: the reference's mean time over
+        this run's, NaN where either was not reached.
+
+    Raises:
+        ValueError: the reference is missing for a model and task, or ``target_fraction`` is not within (0, 1].
+    """
+    if not 0 < target_fraction <= 1:
+        raise ValueError(f"target_fraction is {target_fraction}, allowed is above 0 and at most 1")
+    rows = []
+    for (model, task), runs in rounds.groupby(["model", "task"], sort=False):
+        finals = runs.groupby(["method", "seed"], sort=False).apply(_final, final_rounds, include_groups=False)
+        if reference not in finals.index.get_level_values("method"):
+            have = ", ".join(style.order(runs["method"]))
+            raise ValueError(f"reference {reference!r} has no run for {model} and {task}; there are {have}")
+        best = float(finals[reference].mean())
+        for (method, seed), run in runs.groupby(["method", "seed"], sort=False):
+            final = float(finals[method, seed])
+            target = target_fraction * best
+            rows.append(
+                {
+                    "model": model,
+                    "task": task,
+                    "method": method,
+                    "seed": seed,
+                    "metric_name": run["metric_name"].iloc[0],
+                    "clock_model": run["clock_model"].iloc[0],
+                    "link": run["link"].iloc[0],
+                    "target_fraction": target_fraction,
+                    "target": target,
+                    "final_metric": final,
+                    "final_frac": final / best if best else math.nan,
+                }
+                | {clock: time_to_target(run[clock].tolist(), run["metric"].tolist(), target) for clock in CLOCKS}
+            )
+    return _with_speedups(pd.DataFrame(rows), reference)
+
+
+def _final(run: pd.DataFrame, final_rounds: int) -> float:
+    return float(run.sort_values("round")["metric"].dropna().tail(final_rounds).mean())
+
+
+def _with_speedups(times: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Every seed of the reference must have reached the target, or there is no time to compare with."""
+    of_reference = times[times["method"] == reference].groupby(["model", "task"])
+    for clock in CLOCKS:
+        mean = of_reference[clock].mean(skipna=False)
+        base = np.array([mean[key] for key in zip(times["model"], times["task"], strict=True)])
+        own = times[clock].to_numpy(dtype=float)
+        times[f"speedup_{clock}"] = np.divide(base, own, out=np.full(len(own), math.nan), where=own > 0)
+    return times
+
+
+def describe_times(times: pd.DataFrame, reference: str = "fmd") -> str:
+    """``times`` (of :func:`times_to_target`) in words, as Markdown: one sentence per model, task and other method."""
+    title = style.method(reference).title
+    share = f"{times['target_fraction'].iloc[0]:.0%}".replace("%", " %")
+    lines = [f"Target: {share} of {title}'s final score on the same model and task.", ""]
+    for (model, task, method), runs in times.groupby(["model", "task", "method"], sort=False):
+        if method != reference:
+            name = style.method(method).title
+            lines.append(f"- **{model}, {task}.** {name} {_verdict(runs, title)}.")
+    return "\n".join(lines)
+
+
+def _verdict(runs: pd.DataFrame, reference: str) -> str:
+    seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+    final = f"ends at {runs['final_frac'].mean():.0%} of {reference}'s score".replace("%", " %")
+    missed = int(runs["device_s"].isna().sum())
+    if missed:
+        return f"did not reach the target in {missed} of {len(runs)} runs; it {final} ({seeds})"
+    speedup, low, high = interval(runs["speedup_device_s"].to_numpy())
+    if speedup != speedup:
+        return f"reached the target, {reference} itself did not in every run; it {final} ({seeds})"
+    spread = f" ({interval_name(len(runs)).split(' and ')[-1]}: {low:.2f} to {high:.2f})" if len(runs) > 1 else ""
+    clock = f"device clock of {runs['clock_model'].iloc[0]} ({runs['link'].iloc[0]})"
+    wall, rounds = runs["speedup_wall_s"].mean(), runs["round"].mean()
+    return (
+        f"is {speedup:.2f}x as fast to the target{spread} on the {clock}, {wall:.2f}x as measured here, "
+        f"in {rounds:.1f} rounds; it {final} ({seeds})"
+    )
