@@ -8,7 +8,8 @@ A public checkpoint has one tensor per expert and matrix; the models hold two fu
 - :func:`original_tensors` walks a model in the public keys, without copying;
 - :func:`stored_tensors` reads a folder's keys, shapes and types from the files' headers;
 - :func:`check` compares the two before a weight is read: transformers warns of a missing key and goes on with
-  random numbers, and a missing expert reaches it as a stack of the wrong shape.
+  random numbers, and a missing expert reaches it as a stack of the wrong shape;
+- :func:`fill` copies a folder into a model, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -223,6 +224,27 @@ def check(folder: Path, config: Any) -> None:
         if key in stored and stored[key].shape != shape
     ]
     refuse(folder, {"missing keys": missing, "extra keys": extra, "misshapen": misshapen})
+
+
+@torch.no_grad()
+def fill(model: Any, folder: Path) -> None:
+    """Copy a folder in a public format into ``model``, one tensor at a time, casting to the model's type.
+
+    The target of every tensor is a view into the model (:func:`original_tensors`), so beside the model itself no
+    more than the pages of one open file are in memory. Call :func:`check` before.
+    """
+    targets = dict(original_tensors(model))
+    for key in [key for key in targets if OPTIONAL.search(key)]:
+        targets[key].zero_()
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                for key in set(opened.keys()) & targets.keys():
+                    targets[key].copy_(opened.get_tensor(key))
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            for key in tensors.keys() & targets.keys():
+                targets[key].copy_(tensors.pop(key))
 
 
 def refuse(folder: Path, problems: dict[str, list[str]]) -> None:

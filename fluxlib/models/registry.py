@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from fluxlib.models import checkpoints
@@ -85,16 +86,20 @@ def resolve(name_or_path: str | Path) -> Path:
     return _from_hub(name, lambda: _download(hub_id))
 
 
-def load(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load(
+    name_or_path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[Any, Any]:
     """Return ``(model, tokenizer)``; the model in evaluation mode, all its parameters of type ``dtype``.
 
-    The checkpoint is compared with its configuration before a weight is read; experts are fused layer by
-    layer as the files are read, so that host memory stays near the size of the model in ``dtype``. No code
-    from the hub is run and no file is unpickled into anything but tensors.
+    A checkpoint in one of the public formats is compared with its configuration before a weight is read, then
+    copied into the fused experts tensor by tensor, so that host memory stays near the size of the model in
+    ``dtype`` (and near nothing where ``device`` is a GPU). No code from the hub is run and no file is unpickled
+    into anything but tensors.
 
     Args:
         name_or_path: a name of :func:`known`, a folder, or a hub id of any causal model of transformers.
         dtype: type of the parameters, whatever the files hold.
+        device: where the model is built.
 
     Raises:
         OSError: missing or unreadable files, missing shards, by name.
@@ -104,13 +109,26 @@ def load(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     settings = _read_config(folder)
     checkpoints.verify_checksums(folder)
     if settings.model_type in checkpoints.FORMATS:
-        checkpoints.check(folder, settings)
-    with _quiet_if_small(folder):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=settings, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-    _check_loaded(folder, info)
+        model = _load_public_format(folder, settings, dtype, device)
+    else:
+        with _quiet_if_small(folder):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, config=settings, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
+        _check_loaded(folder, info)
+        model.to(device)
     return model.eval(), _load_tokenizer(folder)
+
+
+def _load_public_format(folder: Path, settings: Any, dtype: torch.dtype, device: str | torch.device) -> Any:
+    checkpoints.check(folder, settings)
+    with no_init_weights(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    checkpoints.fill(model, folder)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def _local_folder(name: str) -> Path:

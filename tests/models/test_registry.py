@@ -94,7 +94,8 @@ def test_save_pretrained_writes_the_public_keys_and_reloads(tmp_path, public_con
     written = exported_tensors(tmp_path / "saved")
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[key], tensors[key]) for key in tensors)
-    reloaded = type(model).from_pretrained(tmp_path / "saved")
+    reloaded, report = type(model).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         assert torch.equal(reloaded(input_ids).logits, model(input_ids).logits)
 
