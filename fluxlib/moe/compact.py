@@ -160,6 +160,7 @@ class CompactExperts(ReplacedExperts):
         if self.layout.is_dense:
             index, weights = dense_choices(hidden_states, self.num_experts)
             joins = False
+        weights = weights.to(torch.promote_types(weights.dtype, hidden_states.dtype))
         slot = torch.where(index >= 0, self.slot_of[index.clamp(min=0)], -1)
         num_slots = self.num_tuned + self.num_merged
         return self._slots(hidden_states, *sort_pairs(slot, weights, num_slots, joins))

@@ -135,10 +135,13 @@ def sort_pairs(slot: Tensor, weight: Tensor, num_slots: int, joins: bool) -> tup
         num_slots: Number of slots, S.
         joins: Whether two choices of a token may fall on one slot; their weights are then summed.
 
+    Weights come out in at least float32, so that sums over a slot's experts are exact enough.
+
     Returns:
         ``token [P]``, ``weight [P]`` and the number of pairs of each slot (S of them, adding up to P).
     """
     keep = slot >= 0
+    weight = weight.to(wide_dtype(weight.dtype))
     if joins and slot.shape[1] > 1:
         same = slot.unsqueeze(2) == slot.unsqueeze(1)
         weight = (same * weight.unsqueeze(1)).sum(2)
@@ -148,6 +151,11 @@ def sort_pairs(slot: Tensor, weight: Tensor, num_slots: int, joins: bool) -> tup
     counts = torch.bincount(key, minlength=num_slots + 1)[:num_slots].tolist()
     order = order[: sum(counts)]
     return order // slot.shape[1], weight.flatten()[order], counts
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type in which sums over experts are kept: float32 for 16-bit types."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def dense_choices(scaled: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -238,8 +246,7 @@ class _SlotPass(torch.autograd.Function):
         anchor: Tensor | None,
         *stacks: Tensor,
     ) -> Tensor:
-        half = hidden.dtype in (torch.bfloat16, torch.float16)
-        out = torch.zeros(hidden.shape, device=hidden.device, dtype=torch.float32 if half else hidden.dtype)
+        out = torch.zeros(hidden.shape, device=hidden.device, dtype=wide_dtype(hidden.dtype))
         busy = _busy(counts)
         kept: list[Tensor] = []
         needs_backward = any(ctx.needs_input_grad)
@@ -271,8 +278,7 @@ class _SlotPass(torch.autograd.Function):
         if stacks:
             sink = StackSource(source.layout, stacks)
         wants_weights = needs[7] or any(needs[8:])
-        half = hidden.dtype in (torch.bfloat16, torch.float16)
-        wide = torch.float32 if half else hidden.dtype
+        wide = wide_dtype(hidden.dtype)
         hidden_gradient = torch.zeros(hidden.shape, device=hidden.device, dtype=wide) if needs[0] else None
         weight_gradient = torch.empty_like(weight) if needs[1] else None
         busy = _busy(ctx.counts)

@@ -9,6 +9,12 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from fluxlib.models import DeepseekMoeConfig, DeepseekMoeForCausalLM, LlamaMoeConfig, LlamaMoeForCausalLM
+from fluxlib.moe import layers
+from fluxlib.moe.compact import LayerPlan, merge
+from fluxlib.moe.kernels import Activation
+from fluxlib.moe.layers import expert_tensors
+
 SHARED = {
     "vocab_size": 61,
     "hidden_size": 16,
@@ -19,6 +25,19 @@ SHARED = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+
+OWN = {
+    "llama_moe": {"num_experts": 6, "num_selects": 2, "size_experts": [[12] * 6] * 2, "intermediate_size": 72},
+    "deepseek": {
+        "num_hidden_layers": 3,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 12,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "first_k_dense_replace": 1,
+    },
 }
 
 
@@ -83,7 +102,12 @@ def configs() -> dict[str, tf.PretrainedConfig]:
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """Tiny random model; every parameter and bias is random and far from zero."""
     generator = torch.Generator().manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(configs()[name])
+    own = {"llama_moe": (LlamaMoeConfig, LlamaMoeForCausalLM), "deepseek": (DeepseekMoeConfig, DeepseekMoeForCausalLM)}
+    if name in own:
+        kind, model_class = own[name]
+        model = model_class(kind(**{**SHARED, **OWN[name]}))
+    else:
+        model = tf.AutoModelForCausalLM.from_config(configs()[name])
     for parameter in model.parameters():
         matrix = parameter.dim() > 1
         parameter.data.normal_(std=0.25 if matrix else 0.1, generator=generator).add_(0.0 if matrix else 1.0)
@@ -102,6 +126,42 @@ def batch(tokens: int = 12, rows: int = 2, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask == 1, ids, -100)}
 
 
+class PlainExperts(nn.Module):
+    """Reference: every slot on every token, plain autograd, a slot's gate weight the sum over its experts."""
+
+    def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
+        super().__init__()
+        self.layout, self.activation = layers.read_layout(original), Activation(original)
+        slots = [expert_tensors(original, e) for e in plan.tuned]
+        slots += [merge(original, plan, group) for group in range(len(plan.groups))]
+        self.slots = nn.ModuleList(
+            nn.ParameterDict({n: nn.Parameter(t.clone(), requires_grad=i < len(plan.tuned)) for n, t in s.items()})
+            for i, s in enumerate(slots)
+        )
+        self.slot_of = {e: i for i, e in enumerate(plan.tuned)}
+        self.slot_of |= {e: len(plan.tuned) + i for i, group in enumerate(plan.groups) for e in group}
+
+    def _one(self, slot: int, x: Tensor) -> Tensor:
+        tensors, flip = self.slots[slot], not self.layout.is_transposed
+        up, down = tensors[self.layout.up_name], tensors["down_proj"]
+        x = x @ (up.T if flip else up)
+        if self.layout.has_bias:
+            x = x + tensors[f"{self.layout.up_name}_bias"]
+        x = self.activation.function(x) @ (down.T if flip else down)
+        if self.layout.has_bias:
+            x = x + tensors["down_proj_bias"]
+        return self.activation.post_norm(x) if self.activation.post_norm is not None else x
+
+    def forward(self, x: Tensor, index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        if index is None:
+            parts = x.view(max(self.slot_of) + 1, -1, x.shape[-1])
+            return torch.cat([self._one(self.slot_of[e], part) for e, part in enumerate(parts)])
+        out = torch.zeros_like(x)
+        for expert, slot in self.slot_of.items():
+            out = out + self._one(slot, x) * ((index == expert) * weights).sum(1, keepdim=True)
+        return out
+
+
 ARCHITECTURES = (
     "mixtral",
     "olmoe",
@@ -113,6 +173,8 @@ ARCHITECTURES = (
     "phimoe",
     "gpt_oss",
     "llama4",
+    "llama_moe",
+    "deepseek",
 )
 
 
@@ -123,4 +185,4 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def tiny() -> SimpleNamespace:
-    return SimpleNamespace(build=build, batch=batch)
+    return SimpleNamespace(build=build, batch=batch, PlainExperts=PlainExperts)
