@@ -14,13 +14,19 @@ from fluxlib import workflow as steps
 from fluxlib.config import ConfigError
 
 try:
-    PROFILE = steps.load_profile(steps.profile_path(config.get("profile", "mini")))
+    PROFILE = steps.load_profile(REPO / "config" / f"{config.get('profile', 'mini')}.yaml")
     NAME = PROFILE.name
     RESULTS, FIGURES, BUILD = f"data/results/{NAME}", f"figures/{NAME}", f"build/{NAME}"
     for folder in (RESULTS, FIGURES, BUILD):
         steps.check_writable(Path(folder))
 except ConfigError as error:
     sys.exit(f"error: {error}")
+
+if strangers := steps.strangers(Path(RESULTS), PROFILE):
+    sys.exit(
+        f"error: {RESULTS} holds tables of runs that are not in config/{NAME}.yaml, which the figures would show too: "
+        f"{', '.join(path.stem for path in strangers)}; move them away"
+    )
 
 NOTEBOOKS = REPO / "notebooks"
 FEDERATED_RUN = NOTEBOOKS / "04_federated_run.ipynb"

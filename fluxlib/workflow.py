@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, data_dir, make_config
+from fluxlib.config import ConfigError, RunConfig, data_dir, make_config
 
 GRID = {"methods": "method", "models": "model", "tasks": "task", "seeds": "seed"}
 SECTIONS = ("profile", "grid", "run", "per_model", "per_task", "per_method")
@@ -191,6 +191,7 @@ def model_digest(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def profile_path(name: str) -> Path:
-    """Where the profile called ``name`` is described."""
-    return REPO_ROOT / "config" / f"{name}.yaml"
+def strangers(results: Path, profile: Profile) -> list[Path]:
+    """Tables in ``results`` of runs that ``profile`` does not list (any more): they would be drawn with the others."""
+    found = sorted(results.glob("rounds/*.parquet"))
+    return [path for path in found if path.stem not in profile.runs]

@@ -162,7 +162,7 @@ def test_every_profile_fits_the_notebook_that_runs_it():
 
 def test_defaults_of_the_run_notebook_are_the_smoke_profile():
     notebook = REPO_ROOT / "notebooks" / "04_federated_run.ipynb"
-    first = next(iter(workflow.load_profile(workflow.profile_path("smoke")).runs.values()))
+    first = next(iter(workflow.load_profile(REPO_ROOT / "config" / "smoke.yaml").runs.values()))
     wanted = workflow.notebook_parameters(notebook, first)
     declared = workflow.declared_parameters(notebook)
     wanted["settings"].pop("clock_model")

@@ -87,7 +87,7 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
         ax.set_ylabel(f"time to target, {style.CLOCKS[clock]}")
         ax.set_ylim(bottom=0)
         ax.grid(axis="x", visible=False)
-    axes[0, -1].legend()
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside right upper")
     share = f"{times['target_fraction'].iloc[0]:.0%}".replace("%", " %")
     caption(
         figure,

@@ -1,0 +1,222 @@
+"""The pipeline: what is refused before any work, and what Snakemake re-runs, on notebooks that do next to nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fluxlib import workflow
+from fluxlib.config import REPO_ROOT, ConfigError
+
+PROFILE = {
+    "profile": "mini",
+    "grid": {"methods": ["flux", "fmd"], "models": ["m"], "tasks": ["t"], "seeds": [0]},
+    "run": {"rounds": 3, "learning_rate": 1e-3},
+    "per_method": {"flux": {"learning_rate": 2e-3}},
+}
+RUN_CODE = """\
+from pathlib import Path
+name = f"{method}-{model}-{task}-seed{seed}"
+assert settings.get("local_steps") != 13, "unlucky"
+for table in ("rounds", "participants"):
+    path = Path(out) / table / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".parquet").write_text(f"{rounds} {settings}")
+    path.with_suffix(".json").write_text("{}")
+"""
+DRAW_CODE = """\
+from pathlib import Path
+for figure in ("convergence", "time_to_accuracy"):
+    for kind in ("pdf", "png", "csv"):
+        Path(figures_folder).mkdir(parents=True, exist_ok=True)
+        (Path(figures_folder) / f"{figure}-m.{kind}").write_text(figure)
+"""
+
+
+def notebook(path: Path, parameters: str, *code: str) -> Path:
+    sources = [(parameters, ["parameters"]), *((text, []) for text in code)]
+    empty = {"cell_type": "code", "outputs": [], "execution_count": None}
+    cells = [
+        empty | {"id": f"c{i}", "metadata": {"tags": tags}, "source": text} for i, (text, tags) in enumerate(sources)
+    ]
+    kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    content = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def profile(path: Path, **changes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(PROFILE | changes))
+    return path
+
+
+def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
+    more = {"per_task": {"t": {"rounds": 5}}, "per_model": {"m": {"rounds": 4, "participants": 7}}}
+    found = workflow.load_profile(profile(tmp_path / "mini.yaml", **more))
+    assert list(found.runs) == ["flux-m-t-seed0", "fmd-m-t-seed0"]
+    flux, fmd = found.runs.values()
+    assert (flux.learning_rate, fmd.learning_rate) == (2e-3, 1e-3)
+    assert (flux.rounds, flux.participants) == (5, 7)
+    assert found.models == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runs": {}}, "unknown section 'runs'; allowed are profile, grid, run"),
+        ({"grid": {"method": []}}, "unknown grid 'method'; allowed are methods, models, tasks, seeds"),
+        ({"run": {"round": 3}}, "unknown parameter 'round'; allowed are .*rounds"),
+        ({"run": {"rounds": 0}}, "rounds: .* got 0"),
+    ],
+)
+def test_a_wrong_profile_is_refused_by_name(change, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        workflow.load_profile(profile(tmp_path / "mini.yaml", **change))
+
+
+def test_an_unknown_profile_lists_the_known_ones(tmp_path):
+    profile(tmp_path / "mini.yaml")
+    with pytest.raises(ConfigError, match="no profile 'maxi' in .*; allowed are mini"):
+        workflow.load_profile(tmp_path / "maxi.yaml")
+
+
+def test_what_a_notebook_declares_is_passed_by_name_the_rest_in_settings(tmp_path):
+    path = notebook(tmp_path / "a.ipynb", "method = 'fmd'  # which\nrounds: int = 1\nsettings = {}")
+    run = workflow.load_profile(profile(tmp_path / "mini.yaml")).runs["flux-m-t-seed0"]
+    assert workflow.declared_parameters(path) == {"method": "fmd", "rounds": 1, "settings": {}}
+    assert workflow.notebook_parameters(path, run) == {
+        "method": "flux",
+        "rounds": 3,
+        "settings": {"model": "m", "task": "t", "learning_rate": 2e-3},
+    }
+
+
+@pytest.mark.parametrize("code", ["import os", "a = os.getcwd()", "a, b = 1, 2"])
+def test_the_parameters_cell_holds_literals_only(code, tmp_path):
+    with pytest.raises(ConfigError, match=r"a\.ipynb"):
+        workflow.declared_parameters(notebook(tmp_path / "a.ipynb", code))
+
+
+def test_an_unknown_notebook_parameter_is_refused_before_any_work(tmp_path):
+    path = notebook(tmp_path / "a.ipynb", "rounds = 1", "open('ran', 'w')")
+    with pytest.raises(ConfigError, match=r"a\.ipynb has no parameter 'round'; allowed are rounds"):
+        workflow.execute(path, tmp_path / "out.ipynb", {"round": 3})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ipynb"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write to the output folder .*file/sub: Not a directory"):
+        workflow.check_writable(tmp_path / "file" / "sub")
+    assert workflow.check_writable(tmp_path / "new" / "folder").is_dir()
+
+
+def test_prose_does_not_make_a_run_stale_and_code_does(tmp_path):
+    path = notebook(tmp_path / "a.ipynb", "rounds = 1", "print(rounds)")
+    before = workflow.notebook_digest(path)
+    content = json.loads(path.read_text())
+    content["cells"].append({"cell_type": "markdown", "id": "x", "metadata": {}, "source": ["more"]})
+    path.write_text(json.dumps(content))
+    assert workflow.notebook_digest(path) == before
+    assert workflow.notebook_digest(notebook(path, "rounds = 1", "print(2)")) != before
+
+
+class Pipeline:
+    """A repository of its own: the project's Snakefile, a profile of two runs, notebooks that do next to nothing."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        shutil.copy(REPO_ROOT / "Snakefile", root)
+        names = "method='flux'\nmodel='m'\ntask='t'\nseed=0\nrounds=1\nsettings={}\nout=''"
+        notebook(root / "notebooks" / "00_start_here.ipynb", "seed = 0")
+        notebook(root / "notebooks" / "04_federated_run.ipynb", names, RUN_CODE)
+        notebook(
+            root / "notebooks" / "05_time_to_accuracy.ipynb", "profile=''\nresults=''\nfigures_folder=''", DRAW_CODE
+        )
+        self.configure()
+
+    def configure(self, **changes) -> None:
+        profile(self.root / "config" / "mini.yaml", **changes)
+
+    def make(self) -> tuple[int, dict[str, float], str]:
+        """Exit code, modification times of the results by name, and what was said."""
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--keep-going", "--rerun-incomplete"]
+        command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "host", "--config", "profile=mini"]
+        environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
+        result = subprocess.run(
+            command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        files = [*self.root.glob("data/results/mini/rounds/*.parquet"), *self.root.glob("figures/mini/*.pdf")]
+        return result.returncode, {path.name: path.stat().st_mtime for path in files}, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Pipeline:
+    """A pipeline that ran once from nothing."""
+    pipeline = Pipeline(tmp_path_factory.mktemp("repository"))
+    code, files, said = pipeline.make()
+    assert code == 0, said
+    assert sorted(files) == [
+        "convergence-m.pdf",
+        "flux-m-t-seed0.parquet",
+        "fmd-m-t-seed0.parquet",
+        "time_to_accuracy-m.pdf",
+    ]
+    assert (pipeline.root / "build/mini/notebooks/04_federated_run-flux-m-t-seed0.ipynb").is_file()
+    assert (pipeline.root / "build/mini/benchmarks/04_federated_run/flux-m-t-seed0.tsv").is_file()
+    return pipeline
+
+
+def test_a_second_run_does_no_work(finished):
+    _, before, _ = finished.make()
+    code, after, said = finished.make()
+    assert (code, after) == (0, before)
+    assert "Nothing to be done" in said
+
+
+def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
+    _, before, _ = finished.make()
+    finished.configure(per_method={"flux": {"learning_rate": 5e-3}})
+    code, after, said = finished.make()
+    assert code == 0, said
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"flux-m-t-seed0.parquet", "convergence-m.pdf", "time_to_accuracy-m.pdf"}
+
+
+def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path):
+    pipeline = Pipeline(tmp_path)
+    pipeline.configure(per_method={"flux": {"local_steps": 13}})
+    code, files, _ = pipeline.make()
+    assert code != 0
+    assert list(files) == ["fmd-m-t-seed0.parquet"]
+    log = (tmp_path / "build/mini/logs/04_federated_run/flux-m-t-seed0.log").read_text()
+    assert "AssertionError: unlucky" in log
+    assert (tmp_path / "build/mini/notebooks/04_federated_run-flux-m-t-seed0.ipynb").is_file()
+
+
+def test_results_that_cannot_be_written_are_refused_first(tmp_path):
+    pipeline = Pipeline(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "results").write_text("a file, where a folder should be")
+    code, files, said = pipeline.make()
+    assert code != 0 and not files
+    assert "error: cannot write to the output folder data/results/mini" in said
+
+
+def test_tables_of_other_runs_are_not_drawn_by_accident(tmp_path):
+    pipeline = Pipeline(tmp_path)
+    stray = tmp_path / "data" / "results" / "mini" / "rounds" / "old-m-t-seed0.parquet"
+    stray.parent.mkdir(parents=True)
+    stray.write_text("")
+    code, _, said = pipeline.make()
+    assert code != 0
+    assert "old-m-t-seed0; move them away" in said
