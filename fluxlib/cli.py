@@ -87,7 +87,11 @@ def run(
 
     from fluxlib import federation
 
-    result = federation.run(config, on_round=None if as_json else _print_round, out=out)
+    try:
+        result = federation.run(config, on_round=None if as_json else _print_round, out=out)
+    except (federation.RunFailed, federation.CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     if as_json:
         print(json.dumps({"run_id": result.run_id, "path": str(result.path), "last": _last(result.rounds)}))
     else:

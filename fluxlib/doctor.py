@@ -144,17 +144,18 @@ def _folders() -> Iterator[Check]:
 
 
 def _models() -> Iterator[Check]:
+    """Every file there, and the contents those that were published (their checksums)."""
+    from fluxlib.models import checkpoints
+
+    advice = "get the files again: `git checkout -- data/models`"
     for name in MINI_MODELS:
         folder = data_dir() / "models" / name
-        if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
+        try:
+            checkpoints.weight_files(folder)
+            checkpoints.verify_checksums(folder)
             yield Check(name, "ok", str(folder))
-        else:
-            yield Check(
-                name,
-                "problem",
-                f"not complete in {folder}",
-                "get the files again: `git checkout -- data/models`",
-            )
+        except OSError as error:
+            yield Check(name, "problem", str(error), advice)
 
 
 def _network() -> Iterator[Check]:

@@ -274,14 +274,18 @@ def _commit() -> str:
 
 
 def data_dictionary() -> str:
-    """All tables as Markdown: the section on tables of ``data/README.md``."""
-    parts = []
+    """All tables as Markdown: the page ``docs/tables.md``."""
+    parts = [
+        "# Tables",
+        "",
+        "Generated from `fluxlib.records`. `data/results/<profile>/<table>/<run_id>.parquet`, one row per observation;",
+        "`<run_id>.json` beside each file says what made it.",
+    ]
     for table in TABLES:
-        parts.append(f"### `{table}`\n\n| column | type | unit | meaning |\n|---|---|---|---|")
+        parts += ["", f"## `{table}`", "", "| column | type | unit | meaning |", "|---|---|---|---|"]
         for c in columns(table):
             optional = " (may be empty)" if c.nullable else ""
             parts.append(f"| `{c.name}` | {c.dtype} | {c.unit} | {c.description}{optional} |")
-        parts.append("")
     return "\n".join(parts)
 
 

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fluxlib import records
+from fluxlib.config import REPO_ROOT
 
 VALUES = {"string": "x", "int64": 3, "float64": 0.5, "bool": True}
 
@@ -107,3 +108,9 @@ def test_every_column_is_in_the_data_dictionary():
         for column in records.columns(table):
             assert f"| `{column.name}` | {column.dtype} |" in text
             assert column.description
+
+
+def test_the_page_of_tables_is_up_to_date():
+    page = (REPO_ROOT / "docs" / "tables.md").read_text()
+    command = 'python -c "from fluxlib import records; print(records.data_dictionary())" > docs/tables.md'
+    assert page.strip() == records.data_dictionary().strip(), f"run: {command}"

@@ -46,15 +46,16 @@ def library_files() -> list[Path]:
 
 def imported_parts(path: Path) -> set[str]:
     """First parts below ``fluxlib`` that ``path`` imports, at its top or inside a function."""
-    found = set()
+    found: set[str] = set()
+    package = path.relative_to(REPO_ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            pytest.fail(f"{path}: relative import, line {node.lineno}")
+            base = list(package[: len(package) + 1 - node.level]) if node.level else []
+            base += [node.module] if node.module else []
+            names = [".".join([*base, alias.name]) for alias in node.names]
         found |= {name.split(".")[1] for name in names if name.startswith("fluxlib.")}
     return found
 

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from fluxlib import cli, doctor, records
+from fluxlib.config import ConfigError
+
+DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line; gives exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fluxlib", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def rounds() -> pd.DataFrame:
+    rows = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * 2 for c in records.ROUNDS})
+    return rows.assign(run_id="flux-m-t-seed0", round=[0, 1], metric=[float("nan"), 0.25], metric_name="accuracy")
+
+
+@pytest.fixture
+def engine(monkeypatch, rounds):
+    """Stands for the engine; remembers the configuration it was given."""
+    from fluxlib import federation
+
+    seen = SimpleNamespace(config=None, error=None)
+
+    def run(config, on_round=None, out=None):
+        seen.config, seen.out = config, out
+        if seen.error:
+            raise seen.error
+        for row in rounds.to_dict("records") if on_round else []:
+            on_round(row)
+        return SimpleNamespace(run_id=config.run_id, rounds=rounds, participants=None, path=out)
+
+    monkeypatch.setattr(federation, "run", run)
+    return seen
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported():
+    code = "import sys, fluxlib.cli; print([m for m in ('torch', 'pandas', 'matplotlib', 'flwr') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_run_prints_a_line_per_round(call, engine, tmp_path):
+    code, out, err = call(
+        "run", "--rounds", 3, "--seed", 7, "--out", tmp_path, "--set", "alpha=0.1", "--set", "epsilon=dynamic"
+    )
+    assert (code, err) == (0, "")
+    assert (engine.config.rounds, engine.config.seed, engine.config.alpha, engine.config.epsilon) == (
+        3,
+        7,
+        0.1,
+        "dynamic",
+    )
+    first, second, last = out.splitlines()
+    assert "round   0  not scored" in first
+    assert "round   1  accuracy 0.250  loss 0.500" in second and "1 rejected" in second
+    assert last == f"flux-mini-llama-moe-mini-gsm8k-seed7: tables in {tmp_path}"
+
+
+def test_run_can_answer_a_machine(call, engine, tmp_path):
+    code, out, _ = call("run", "--out", tmp_path, "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert (answer["path"], answer["last"]["metric"]) == (str(tmp_path), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "error: rounds: Input should be greater than or equal to 1, got 0"),
+        (["--engine", "moon"], "error: engine: Input should be 'local'"),
+        (["--set", "epsilom=1"], "error: unknown parameter 'epsilom'; allowed are method, model"),
+        (["--set", "alpha"], "error: --set takes NAME=VALUE, got 'alpha'"),
+        (["--set", "alpha=1", "--set", "alpha=2"], "error: --set alpha is given twice"),
+        (["--set", "rounds=3"], "error: rounds is an option of its own: --rounds VALUE"),
+        (["--set", "learning_rate=fast"], "error: learning_rate: Input should be a valid number"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(call, engine, tmp_path, arguments, message):
+    code, out, err = call("run", "--out", tmp_path / "new", *arguments)
+    assert code == 2 and out == ""
+    assert err.startswith(message)
+    assert "Traceback" not in err
+    assert engine.config is None, "refused before any work"
+
+
+def test_names_are_refused_by_those_who_know_them(call, tmp_path):
+    code, _, err = call("run", "--out", tmp_path, "--method", "fluxx")
+    assert code == 2
+    assert "'fluxx'" in err and "flux" in err and "fmd" in err
+    code, _, err = call("run", "--out", tmp_path, "--task", "gsm9k")
+    assert code == 2
+    assert "task is 'gsm9k', allowed are mini-dolly, mini-gsm8k" in err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(call, engine, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = call("run", "--out", tmp_path / "file" / "runs")
+    assert code == 2 and engine.config is None
+    assert err == f"error: cannot write to the output folder {tmp_path / 'file' / 'runs'}: Not a directory\n"
+
+
+def test_a_failing_run_is_one_message_and_exit_code_1(call, engine, tmp_path):
+    engine.error = OSError("model.safetensors is corrupted")
+    assert call("run", "--out", tmp_path) == (1, "", "error: model.safetensors is corrupted\n")
+
+
+def test_values_are_read_as_yaml_where_they_can_be():
+    assert cli.parse_settings(["a=1", "b=1.5e-3", "c=null", "d=dynamic", "e=[1, 2]", "f=a=b", "g="]) == {
+        "a": 1, "b": 1.5e-3, "c": None, "d": "dynamic", "e": [1, 2], "f": "a=b", "g": None,
+    }  # fmt: skip
+    # YAML wants a dot in front of an exponent; configurations turn such text into numbers.
+    assert float(cli.parse_settings(["b=1e-3"])["b"]) == 1e-3
+    with pytest.raises(ConfigError, match="NAME=VALUE"):
+        cli.parse_settings(["=1"])
+
+
+def test_list_shows_the_last_round_of_every_run(call, rounds, tmp_path):
+    records.write("rounds", rounds, tmp_path / "rounds" / "flux-m-t-seed0.parquet", {})
+    code, out, _ = call("list", "--out", tmp_path)
+    assert code == 0
+    assert "flux-m-t-seed0  round   1  accuracy 0.250" in out and str(tmp_path) in out
+    assert json.loads(call("list", "--out", tmp_path, "--json")[1])[0]["run_id"] == "flux-m-t-seed0"
+    assert "no runs in" in call("list", "--out", tmp_path / "none")[1]
+
+
+def test_an_unknown_notebook_lists_those_beside_it(call, tmp_path):
+    (tmp_path / "a.ipynb").write_text("{}")
+    code, _, err = call("notebook", tmp_path / "b.ipynb", tmp_path / "out.ipynb")
+    assert code == 2
+    assert err == f"error: no notebook {tmp_path / 'b.ipynb'}; in its folder: a.ipynb\n"
+
+
+def test_doctor_says_what_is_wrong_and_what_to_do(call, monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check("disk", "problem", "0 GiB", "free some")])
+    code, out, _ = call("doctor")
+    assert code == 1
+    assert out.splitlines() == ["problem   disk: 0 GiB", "          -> free some"]
+    assert json.loads(call("doctor", "--json")[1]) == [
+        {"name": "disk", "status": "problem", "found": "0 GiB", "advice": "free some"}
+    ]
+    assert doctor.exit_code([doctor.Check("a", "ok", ""), doctor.Check("b", "warning", "", "do")]) == 0
+
+
+def test_every_finding_of_the_doctor_that_is_not_ok_comes_with_advice(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLUXLIB_DATA", str(tmp_path / "file" / "data"))
+    (tmp_path / "file").write_text("")
+    found = {check.name: check for check in doctor.examine()}
+    assert found["mini-llama-moe"].status == "problem"
+    assert found["folder"].status in ("ok", "problem")
+    assert all(check.advice for check in found.values() if check.status != "ok")
+    assert found["torch"].status == "ok"
+
+
+def test_the_doctor_compares_with_the_pins(monkeypatch, tmp_path):
+    (tmp_path / "constraints.txt").write_text("# a comment\nTorch==0.1  # old\nnumpy>=2\n")
+    assert doctor.pins(tmp_path / "constraints.txt") == {"torch": "0.1"}
+    assert doctor.pins(tmp_path / "none.txt") == {}
+    monkeypatch.setattr(doctor, "pins", lambda: {"torch": "0.1"})
+    found = {check.name: check for check in doctor.examine()}
+    assert found["torch"].status == "warning"
+    assert "tested with 0.1" in found["torch"].found
+
+
+def test_a_missing_package_is_a_problem_in_the_core_and_a_warning_elsewhere(monkeypatch):
+    from importlib import metadata
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", missing)
+    found = {check.name: check.status for check in doctor._packages()}
+    assert (found["torch"], found["flwr"]) == ("problem", "warning")
+
+
+def test_whether_there_is_a_network_is_read_not_tried(tmp_path, monkeypatch):
+    table = tmp_path / "route"
+    table.write_text("Iface Destination Gateway\neth0 0000A8C0 00000000\n")
+    assert not doctor._has_default_route(table)
+    table.write_text("Iface Destination Gateway\neth0 00000000 0100A8C0\n")
+    assert doctor._has_default_route(table)
+    assert doctor._has_default_route(tmp_path / "none")
