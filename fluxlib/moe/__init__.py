@@ -6,7 +6,7 @@
 - :mod:`~fluxlib.moe.offloaded` -- experts in host memory, a few of them on the device,
 - :mod:`~fluxlib.moe.routing` -- dropped experts leave the top-k,
 - :mod:`~fluxlib.moe.capture` -- what was routed where, and how much attention it received,
-- :mod:`~fluxlib.moe.kernels` -- the sorted pass they all share.
+- :mod:`~fluxlib.moe.passes`, :mod:`~fluxlib.moe.grouped`, :mod:`~fluxlib.moe.kernels` -- the sorted pass they share.
 
 The router never changes and never learns: top-k is over the original experts, then indices are mapped.
 """

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from . import layers, routing
-from .kernels import Activation, StackSource, dense_choices, slot_pass, sort_pairs
+from .kernels import Activation, dense_choices, sort_pairs
 from .layers import ReplacedExperts, expert_tensors, permute_neurons, write_expert
+from .passes import stack_pass
 
 Permutations = tuple[tuple[Tensor | None, ...], ...]
 
@@ -92,6 +93,7 @@ class CompactExperts(ReplacedExperts):
         slot_of: ``[E]`` long, the slot of each expert, -1 for dropped ones. Tuned slots come first.
         num_tuned: T.
         num_merged: M.
+        method: How slots are computed; see :func:`fluxlib.moe.passes.stack_pass`.
     """
 
     slot_of: Tensor
@@ -105,6 +107,7 @@ class CompactExperts(ReplacedExperts):
         for slot, members in enumerate([*[(e,) for e in plan.tuned], *plan.groups]):
             slot_of[list(members)] = slot
         self.register_buffer("slot_of", slot_of.to(original.down_proj.device), persistent=False)
+        self.method = "auto"
         self._joins = any(len(group) > 1 for group in plan.groups)
         merged = [merge(original, plan, group) for group in range(self.num_merged)]
         for name in self.layout.names:
@@ -166,18 +169,19 @@ class CompactExperts(ReplacedExperts):
         return self._slots(hidden_states, *sort_pairs(slot, weights, num_slots, joins))
 
     def _slots(self, hidden: Tensor, token: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        """Tuned slots, whose weights get gradients, and merged slots, whose weights don't, apart."""
         cut = sum(counts[: self.num_tuned])
-        out = None
-        if self.num_tuned:
-            stacks, part = self.tuned_stacks(), counts[: self.num_tuned]
-            source = StackSource(self.layout, stacks)
-            out = slot_pass(hidden, token[:cut], weight[:cut], part, source, self.activation, stacks)
-        if self.num_merged or out is None:
-            source = StackSource(self.layout, self.merged_stacks())
-            part = counts[self.num_tuned :]
-            merged = slot_pass(hidden, token[cut:], weight[cut:], part, source, self.activation)
-            out = merged if out is None else out + merged
-        return out
+        out: Tensor | None = None
+        for stacks, pairs, part in (
+            (self.tuned_stacks(), slice(0, cut), counts[: self.num_tuned]),
+            (self.merged_stacks(), slice(cut, None), counts[self.num_tuned :]),
+        ):
+            if part:
+                made = stack_pass(
+                    hidden, token[pairs], weight[pairs], part, self.layout, stacks, self.activation, self.method
+                )
+                out = made if out is None else out + made
+        return torch.zeros_like(hidden) if out is None else out
 
     def _tuned_slot(self, expert: int) -> int:
         if expert not in self.plan.tuned:

@@ -23,7 +23,9 @@ def _plans(model: nn.Module) -> list[LayerPlan]:
         experts = list(range(layer.num_experts))
         cut = 1 + layer.index
         weights = ((3.0, 1.0), tuple(float(e) for e in range(len(experts) - cut - 2)))
-        plans.append(LayerPlan(tuple(experts[:cut]), (tuple(experts[cut : cut + 2]), tuple(experts[cut + 2 :])), weights))
+        plans.append(
+            LayerPlan(tuple(experts[:cut]), (tuple(experts[cut : cut + 2]), tuple(experts[cut + 2 :])), weights)
+        )
     return plans
 
 
@@ -134,12 +136,12 @@ def test_training_changes_tuned_slots_only(tiny: SimpleNamespace, architecture: 
 
 
 def test_merged_slots_do_no_weight_gradient_work(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fluxlib.moe import kernels
+    from fluxlib.moe import passes
 
     model, batch = tiny.build("mixtral"), tiny.batch()
     calls: list[int] = []
-    original = kernels._weight_gradients
-    monkeypatch.setattr(kernels, "_weight_gradients", lambda *a: calls.append(1) or original(*a))
+    original = passes._weight_gradients
+    monkeypatch.setattr(passes, "_weight_gradients", lambda *a: calls.append(1) or original(*a))
     compact.customize(model, [LayerPlan((0,), ((1, 2, 3, 4, 5),))] * 2)
     model(**batch).loss.backward()
     assert len(calls) == 2
