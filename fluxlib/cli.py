@@ -14,7 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help=__doc__,
+)
 
 SetOption = Annotated[
     list[str] | None,
@@ -148,6 +154,33 @@ def doctor(as_json: JsonOption = False) -> None:
         for check in results:
             print(checks.line(check))
     raise SystemExit(checks.exit_code(results))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="a known model, a folder, or a hub name")] = "llama-moe-3.5b",
+    method: Annotated[str, typer.Option(help="flux, fmd, fmq or fmes")] = "flux",
+    memory: Annotated[str | None, typer.Option(help="of the participant's device, such as 24GiB")] = None,
+    device: Annotated[str | None, typer.Option(help="a device of the catalogue, instead of --memory")] = None,
+    batch: Annotated[int, typer.Option(help="sequences per step")] = 16,
+    tokens: Annotated[int, typer.Option(help="tokens per sequence, padding included")] = 512,
+    checkpointing: Annotated[bool, typer.Option(help="recompute activations in the backward pass")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict a participant's peak memory, and the experts that fit: B_tune and B_non. Needs no weights."""
+    from fluxlib.config import ConfigError
+
+    if memory and device:
+        raise ConfigError("--memory and --device say the same thing: give one of them")
+    from fluxlib.devices import catalogue
+    from fluxlib.devices import memory as planner
+
+    try:
+        size = catalogue.fleet(device, 1)[0].memory_bytes if device else memory
+        found = planner.plan(model, size, method, batch=batch, tokens=tokens, checkpointing=checkpointing)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    print(json.dumps(found.to_dict()) if as_json else found.table())
 
 
 @app.command(name="list")

@@ -54,7 +54,7 @@ CLOCKS = {
     "round": "round",
 }
 
-RC: dict[str, Any] = {
+RC: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
     "savefig.dpi": 150,

@@ -137,6 +137,30 @@ def test_values_are_read_as_yaml_where_they_can_be():
         cli.parse_settings(["=1"])
 
 
+def test_plan_says_what_fits_on_a_device(call):
+    code, out, _ = call("plan", "--model", "llama-moe-3.5b", "--device", "l20", "--batch", 2, "--tokens", 128)
+    assert code == 0
+    assert "B_tune" in out and "peak of a step" in out
+    answer = json.loads(call("plan", "--memory", "48GiB", "--batch", 2, "--tokens", 128, "--json")[1])
+    assert answer["fits"] and 0 < answer["num_tuned"] < answer["num_experts"] == 512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "1GiB", "--device", "l20"], "error: --memory and --device say the same thing"),
+        (["--device", "l21"], "error: unknown fleet 'l21'; allowed are paper, mixed, weak, l20"),
+        (["--memory", "lots"], "error: memory: expected a size such as 24GiB"),
+        (["--memory", "1GiB"], "error: memory: "),
+        (["--method", "fluxx"], "error: method: expected one of flux"),
+    ],
+)
+def test_an_impossible_plan_is_one_message_and_exit_code_2(call, arguments, message):
+    code, out, err = call("plan", *arguments, "--batch", 1, "--tokens", 16)
+    assert (code, out) == (2, "")
+    assert err.startswith(message)
+
+
 def test_list_shows_the_last_round_of_every_run(call, rounds, tmp_path):
     records.write("rounds", rounds, tmp_path / "rounds" / "flux-m-t-seed0.parquet", {})
     code, out, _ = call("list", "--out", tmp_path)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from transformers import PreTrainedModel
 
 from fluxlib import models
 from fluxlib.devices.catalogue import SERVER, Device, Link
@@ -91,7 +92,7 @@ def shapes(name: str) -> Shapes:
         return shapes_of(name, AutoModelForCausalLM.from_config(settings))
 
 
-def shapes_of(name: str, model: torch.nn.Module) -> Shapes:
+def shapes_of(name: str, model: PreTrainedModel) -> Shapes:
     """Shapes of a model in memory; its weights may be on the meta device."""
     moe = layers.find(model)
     experts = sum(layer.num_experts for layer in moe)

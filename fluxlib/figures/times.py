@@ -64,14 +64,13 @@ def times_to_target(
         raise ValueError(f"target_fraction is {target_fraction}, allowed is above 0 and at most 1")
     rows = []
     for (model, task), runs in rounds.groupby(["model", "task"], sort=False):
-        finals = runs.groupby(["method", "seed"], sort=False).apply(_final, final_rounds, include_groups=False)
-        if reference not in finals.index.get_level_values("method"):
+        finals = {key: _final(run, final_rounds) for key, run in runs.groupby(["method", "seed"], sort=False)}
+        of_reference = [final for (method, _), final in finals.items() if method == reference]
+        if not of_reference:
             have = ", ".join(style.order(runs["method"]))
             raise ValueError(f"reference {reference!r} has no run for {model} and {task}; there are {have}")
-        best = float(finals[reference].mean())
+        best = float(np.mean(of_reference))
         for (method, seed), run in runs.groupby(["method", "seed"], sort=False):
-            final = float(finals[method, seed])
-            target = target_fraction * best
             rows.append(
                 {
                     "model": model,
@@ -82,11 +81,11 @@ def times_to_target(
                     "clock_model": run["clock_model"].iloc[0],
                     "link": run["link"].iloc[0],
                     "target_fraction": target_fraction,
-                    "target": target,
-                    "final_metric": final,
-                    "final_frac": final / best if best else math.nan,
+                    "target": target_fraction * best,
+                    "final_metric": finals[method, seed],
+                    "final_frac": finals[method, seed] / best if best else math.nan,
                 }
-                | {clock: time_to_target(run[clock].tolist(), run["metric"].tolist(), target) for clock in CLOCKS}
+                | {c: time_to_target(run[c].tolist(), run["metric"].tolist(), target_fraction * best) for c in CLOCKS}
             )
     return _with_speedups(pd.DataFrame(rows), reference)
 
@@ -113,7 +112,7 @@ def describe_times(times: pd.DataFrame, reference: str = "fmd") -> str:
     lines = [f"Target: {share} of {title}'s final score on the same model and task.", ""]
     for (model, task, method), runs in times.groupby(["model", "task", "method"], sort=False):
         if method != reference:
-            name = style.method(method).title
+            name = style.method(str(method)).title
             lines.append(f"- **{model}, {task}.** {name} {_verdict(runs, title)}.")
     return "\n".join(lines)
 
