@@ -122,7 +122,7 @@ def received(weights: Tensor, visible: Tensor) -> Tensor:
 
 
 @contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
+def _eager(model: Any) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -133,7 +133,7 @@ def _eager(model: nn.Module) -> Iterator[None]:
 
 def _record_mask(result: Capture) -> Any:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        ids: Any = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers, routing
-from .kernels import Activation, dense_choices, sort_pairs
+from .kernels import Activation, choices, sort_pairs
 from .layers import ReplacedExperts, expert_tensors, permute_neurons, write_expert
 from .passes import stack_pass
 
@@ -103,10 +103,11 @@ class CompactExperts(ReplacedExperts):
         plan.check(self.num_experts)
         self.plan, self.num_tuned, self.num_merged = plan, len(plan.tuned), len(plan.groups)
         self.activation = Activation(original)
-        slot_of = torch.full((self.num_experts,), -1, dtype=torch.long)
+        device = expert_tensors(original, 0)["down_proj"].device
+        slot_of = torch.full((self.num_experts,), -1, dtype=torch.long, device=device)
         for slot, members in enumerate([*[(e,) for e in plan.tuned], *plan.groups]):
             slot_of[list(members)] = slot
-        self.register_buffer("slot_of", slot_of.to(original.down_proj.device), persistent=False)
+        self.register_buffer("slot_of", slot_of, persistent=False)
         self.method = "auto"
         self._joins = any(len(group) > 1 for group in plan.groups)
         merged = [merge(original, plan, group) for group in range(self.num_merged)]
@@ -138,7 +139,7 @@ class CompactExperts(ReplacedExperts):
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """Views of the tensors that stand for an expert: its own if tuned, those of its group if merged."""
-        layers._check_expert(expert, self.num_experts)
+        layers.check_expert(expert, self.num_experts)
         slot = int(self.slot_of[expert])
         if slot < 0:
             raise ValueError(f"expert: {expert} is dropped and has no slot")
@@ -159,11 +160,8 @@ class CompactExperts(ReplacedExperts):
 
         Llama-4 gives ``hidden_states [E * N, H]`` alone, scaled by the gate, zero where an expert was not chosen.
         """
-        index, weights, joins = top_k_index, top_k_weights, self._joins
-        if self.layout.is_dense:
-            index, weights = dense_choices(hidden_states, self.num_experts)
-            joins = False
-        weights = weights.to(torch.promote_types(weights.dtype, hidden_states.dtype))
+        joins = self._joins and not self.layout.is_dense
+        index, weights = choices(self, hidden_states, top_k_index, top_k_weights)
         slot = torch.where(index >= 0, self.slot_of[index.clamp(min=0)], -1)
         num_slots = self.num_tuned + self.num_merged
         return self._slots(hidden_states, *sort_pairs(slot, weights, num_slots, joins))
@@ -222,12 +220,10 @@ def customize(model: nn.Module, plans: Sequence[LayerPlan], dtype: torch.dtype |
     Raises:
         ValueError: The plans are not for this model, or its experts were replaced before.
     """
-    found = layers.find(model)
+    found = layers.check_original(model)
     if len(plans) != len(found):
         raise ValueError(f"plans: expected one per MoE layer, {len(found)}, got {len(plans)}")
     for layer, plan in zip(found, plans, strict=True):
-        if isinstance(layer.experts, ReplacedExperts):
-            raise ValueError(f"model: experts of {layer.name} were replaced before; call restore(model) first")
         try:
             plan.check(layer.num_experts)
             routing.check(layer, plan.dropped)

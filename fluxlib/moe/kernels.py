@@ -14,14 +14,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations import moe as _integration
 
-from .layers import Layout, read_layout
+from .layers import ReplacedExperts
+from .layout import Layout, read_layout
 
 _DEFAULT_GATE = getattr(_integration, "_default_apply_gate", None)
 
@@ -92,7 +93,7 @@ class Activation:
 
     def __init__(self, experts: nn.Module) -> None:
         layout = read_layout(experts)
-        shell = copy.copy(experts)
+        shell: Any = copy.copy(experts)
         shell._parameters = {n: p for n, p in experts._parameters.items() if n not in layout.names}
         self.post_norm: Callable[[Tensor], Tensor] | None = shell.post_expert_norm if layout.has_post_norm else None
         gate = getattr(type(experts), "_apply_gate", None)
@@ -162,6 +163,15 @@ def sort_pairs(slot: Tensor, weight: Tensor, num_slots: int, joins: bool) -> tup
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type in which sums over experts are kept: float32 for 16-bit types."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def choices(
+    experts: ReplacedExperts, hidden: Tensor, top_k_index: Tensor | None, top_k_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Index (-1: none) and weight of every choice of a call, the weight in at least the hidden states' type."""
+    if top_k_index is None or top_k_weights is None:
+        return dense_choices(hidden, experts.num_experts)
+    return top_k_index, top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden.dtype))
 
 
 def dense_choices(scaled: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,10 @@
 """Finding a model's experts and reading them one at a time.
 
 Every MoE model of transformers v5 calls its experts as ``experts(hidden [N, H], top_k_index [N, k],
-top_k_weights [N, k]) -> [N, H]`` and keeps them as stacks ``[E, ...]``. This module reads that layout:
+top_k_weights [N, k]) -> [N, H]`` and keeps them as stacks ``[E, ...]``, stored as :mod:`fluxlib.moe.layout` says.
 
-- :class:`Layout` -- what the stacks are called and how they are stored,
 - :class:`MoELayer` and :func:`find` -- where the experts of a model are,
 - :func:`expert_tensors` and :func:`write_expert` -- one expert, in the form in which it travels,
-- :func:`neurons` and :func:`permute_neurons` -- one expert as a set of interchangeable neurons,
 - :class:`ReplacedExperts`, :func:`replace` and :func:`restore` -- another module at the experts' place.
 """
 
@@ -14,44 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-STACK_NAMES = ("gate_up_proj", "up_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj", "down_proj_bias")
+from .layout import Layout, neurons, permute_neurons, read_layout
 
-# Classes of transformers that keep fused stacks without declaring their layout through the decorator:
-# class name -> (gated, transposed, the gate weight is multiplied into the input and the call is one dense block).
-_UNDECLARED = {"Llama4TextExperts": (True, True, True)}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one experts module stores its experts.
-
-    Attributes:
-        names: Stacked parameters, each ``[E, ...]``.
-        has_gate: ``gate_up_proj`` (gate and up in one matrix) rather than ``up_proj``.
-        has_bias: A bias after both projections.
-        is_transposed: Matrices are ``[in, out]`` rather than ``[out, in]``.
-        is_concatenated: Gate first, then up; otherwise the two are interleaved.
-        has_post_norm: A norm follows every expert, before the gate weight is applied.
-        is_dense: Called as ``experts(scaled [E * N, H]) -> [E * N, H]``; rows of experts that were not chosen are
-            zero (Llama-4).
-    """
-
-    names: tuple[str, ...]
-    has_gate: bool = True
-    has_bias: bool = False
-    is_transposed: bool = False
-    is_concatenated: bool = True
-    has_post_norm: bool = False
-    is_dense: bool = False
-
-    @property
-    def up_name(self) -> str:
-        """Name of the stack that is applied first."""
-        return "gate_up_proj" if self.has_gate else "up_proj"
+__all__ = [
+    "Layout",
+    "MoELayer",
+    "ReplacedExperts",
+    "expert_tensors",
+    "find",
+    "freeze",
+    "neurons",
+    "permute_neurons",
+    "read_layout",
+    "replace",
+    "replaced",
+    "restore",
+    "write_expert",
+]
 
 
 @dataclass(frozen=True)
@@ -80,7 +62,10 @@ class MoELayer:
 
 
 class ReplacedExperts(nn.Module):
-    """Base of the modules this project puts at the experts' place; the original waits beside it, unregistered."""
+    """Base of the modules this project puts at the experts' place.
+
+    The original waits beside it, unregistered: ``model.to(device)`` leaves it where it is, and so does saving.
+    """
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -94,41 +79,17 @@ class ReplacedExperts(nn.Module):
         """The module that was replaced."""
         return self._original[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where this module computes."""
+        return next(self.buffers()).device
+
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """Tensors of one expert, in the canonical form; see :func:`expert_tensors`."""
         return expert_tensors(self.original, expert)
 
     def write_back(self) -> None:
         """Write what was learned into the original; nothing by default."""
-
-
-def read_layout(experts: nn.Module) -> Layout:
-    """Layout of an experts module.
-
-    Raises:
-        ValueError: The module does not hold stacked experts, or does not say how.
-    """
-    if isinstance(experts, ReplacedExperts):
-        return experts.layout
-    kind = type(experts).__name__
-    names = tuple(
-        n for n in STACK_NAMES if isinstance(getattr(experts, n, None), Tensor) and getattr(experts, n).dim() > 1
-    )
-    if "down_proj" not in names or not {"gate_up_proj", "up_proj"} & set(names):
-        raise ValueError(f"experts: {kind} holds no stacks gate_up_proj or up_proj, and down_proj; found {names}")
-    if kind in _UNDECLARED:
-        gated, transposed, dense = _UNDECLARED[kind]
-        return Layout(names, has_gate=gated, is_transposed=transposed, is_dense=dense)
-    if not hasattr(experts, "is_transposed"):
-        raise ValueError(f"experts: {kind} holds stacks {names} but does not declare their layout (is_transposed, ...)")
-    return Layout(
-        names=names,
-        has_gate=experts.has_gate,
-        has_bias=experts.has_bias,
-        is_transposed=experts.is_transposed,
-        is_concatenated=experts.is_concatenated,
-        has_post_norm=getattr(experts, "has_post_expert_norm", False),
-    )
 
 
 def find(model: nn.Module) -> list[MoELayer]:
@@ -166,8 +127,9 @@ def expert_tensors(experts: nn.Module, expert: int) -> dict[str, Tensor]:
     """
     if isinstance(experts, ReplacedExperts):
         return experts.expert_tensors(expert)
-    _check_expert(expert, experts.down_proj.shape[0])
-    return {name: getattr(experts, name).detach()[expert] for name in read_layout(experts).names}
+    stacks = {name: getattr(experts, name).detach() for name in read_layout(experts).names}
+    check_expert(expert, len(stacks["down_proj"]))
+    return {name: stack[expert] for name, stack in stacks.items()}
 
 
 @torch.no_grad()
@@ -186,47 +148,15 @@ def write_expert(experts: nn.Module, expert: int, tensors: Mapping[str, Tensor])
         target[name].copy_(tensor)
 
 
-def neurons(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
-    """One expert as rows ``[I, 3H]`` (``[I, 2H]`` without a gate): gate, up and down weights of each neuron.
-
-    The order of the rows is arbitrary: an expert computes the same under any permutation of them.
-    """
-    up = tensors[layout.up_name]
-    up = up.T if layout.is_transposed else up
-    down = tensors["down_proj"] if layout.is_transposed else tensors["down_proj"].T
-    parts = [up[rows] for rows in _gate_up_rows(down.shape[0], layout, up.device)]
-    return torch.cat([*parts, down], dim=1)
-
-
-def permute_neurons(tensors: Mapping[str, Tensor], order: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """The same expert with its neurons in another order (``order [I]``, a permutation); a copy."""
-    size = layout_expert_size(tensors, layout)
-    order = order.to(tensors["down_proj"].device)
-    if not torch.equal(order.sort().values, torch.arange(size, device=order.device)):
-        raise ValueError(f"order: expected a permutation of 0..{size - 1}, got {order.tolist()}")
-    rows = torch.empty_like(tensors[layout.up_name][:, 0] if not layout.is_transposed else tensors[layout.up_name][0])
-    rows = rows.to(torch.long)
-    for part in _gate_up_rows(size, layout, order.device):
-        rows[part] = part[order]
-    out = {}
-    for name, tensor in tensors.items():
-        if name == "down_proj":
-            out[name] = tensor.index_select(0 if layout.is_transposed else 1, order)
-        elif name == "down_proj_bias":
-            out[name] = tensor.clone()
-        else:
-            out[name] = tensor.index_select(tensor.dim() - 1 if layout.is_transposed else 0, rows)
-    return out
-
-
-def layout_expert_size(tensors: Mapping[str, Tensor], layout: Layout) -> int:
-    """Width of an expert, I, from its tensors."""
-    return tensors["down_proj"].shape[0 if layout.is_transposed else 1]
-
-
 def replace(model: nn.Module, layer: MoELayer, new: nn.Module) -> None:
-    """Put another module at the experts' place."""
+    """Put another module at the experts' place.
+
+    On an accelerator the original of a :class:`ReplacedExperts` moves to host memory: holding both would defeat the
+    purpose. It comes back with :func:`restore`.
+    """
     setattr(layer.block, layer.name.rpartition(".")[2], new)
+    if isinstance(new, ReplacedExperts) and new.device.type != "cpu":
+        new.original.to("cpu")
 
 
 def replaced(model: nn.Module) -> Iterator[tuple[MoELayer, ReplacedExperts]]:
@@ -236,9 +166,28 @@ def replaced(model: nn.Module) -> Iterator[tuple[MoELayer, ReplacedExperts]]:
             yield layer, layer.experts
 
 
+def check_original(model: nn.Module) -> list[MoELayer]:
+    """MoE layers of a model whose experts are its own.
+
+    Raises:
+        ValueError: Some experts were replaced before.
+    """
+    found = find(model)
+    for layer in found:
+        if isinstance(layer.experts, ReplacedExperts):
+            raise ValueError(f"model: experts of {layer.name} were replaced before; call restore(model) first")
+    return found
+
+
 def restore(model: nn.Module, write: bool = True) -> None:
-    """Put the original experts back; ``write=True`` writes what was learned into them first."""
+    """Put the original experts, routing and ``requires_grad`` flags back; nothing happens to an original model.
+
+    Args:
+        model: A customised, quantized or offloaded model.
+        write: Write what was learned into the originals first.
+    """
     for layer, module in list(replaced(model)):
+        module.original.to(module.device)
         if write:
             module.write_back()
         for undo in module.on_restore:
@@ -256,7 +205,13 @@ def freeze(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def _sizes(experts: nn.Module, layout: Layout) -> tuple[int, int, int]:
+def check_expert(expert: int, num_experts: int) -> None:
+    """Raise ValueError for the number of an expert that does not exist."""
+    if not 0 <= expert < num_experts:
+        raise ValueError(f"expert: expected 0..{num_experts - 1}, got {expert}")
+
+
+def _sizes(experts: Any, layout: Layout) -> tuple[int, int, int]:
     """Number of experts, hidden size, expert size."""
     if isinstance(experts, ReplacedExperts):
         return experts.num_experts, experts.hidden_size, experts.expert_size
@@ -270,22 +225,9 @@ def _top_k(model: nn.Module, block: nn.Module, name: str) -> int:
         for key in ("top_k", "num_experts_per_tok", "num_selects"):
             if isinstance(value := getattr(module, key, None), int):
                 return value
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
         for key in ("num_experts_per_tok", "num_selects", "moe_topk", "top_k_experts"):
             if isinstance(value := getattr(part, key, None), int):
                 return value
     raise ValueError(f"model: no number of experts per token found for {name} (router, block, configuration)")
-
-
-def _gate_up_rows(size: int, layout: Layout, device: torch.device) -> list[Tensor]:
-    """Rows of the first matrix that belong to neurons 0..I-1: gate and up, or up alone."""
-    one = torch.arange(size, device=device)
-    if not layout.has_gate:
-        return [one]
-    return [one, one + size] if layout.is_concatenated else [2 * one, 2 * one + 1]
-
-
-def _check_expert(expert: int, num_experts: int) -> None:
-    if not 0 <= expert < num_experts:
-        raise ValueError(f"expert: expected 0..{num_experts - 1}, got {expert}")

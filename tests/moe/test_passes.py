@@ -1,0 +1,139 @@
+"""The passes at module level: layouts no tiny model covers, both methods, and sorting."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.aria.modeling_aria import AriaExperts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter import OpenAIPrivacyFilterExperts
+
+from fluxlib.moe.compact import CompactExperts, LayerPlan, merge
+from fluxlib.moe.kernels import sort_pairs, to_matrices
+from fluxlib.moe.layers import expert_tensors, read_layout
+from fluxlib.moe.passes import plain_pass
+
+KINDS = (
+    MixtralExperts,
+    GptOssExperts,
+    AriaExperts,  # transposed
+    OpenAIPrivacyFilterExperts,  # transposed, biases, concatenated
+    NemotronHExperts,  # no gate
+    MuseSparkExperts,  # a norm after each expert
+)
+PLAN = LayerPlan((4, 1), ((0, 2), (3, 5)), ((1.0, 2.0), (1.0, 1.0)))
+
+
+def _experts(kind: type[nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
+    config = SimpleNamespace(
+        num_local_experts=6,
+        moe_num_experts=6,
+        n_routed_experts=6,
+        hidden_size=16,
+        moe_hidden_size=16,
+        moe_latent_size=None,
+        intermediate_size=8,
+        moe_intermediate_size=8,
+        hidden_act="silu",
+        mlp_hidden_act="relu2",
+        swiglu_alpha=1.7,
+        swiglu_limit=3.0,
+        post_norm_eps=1e-5,
+        _experts_implementation="eager",
+    )
+    experts = kind(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data.normal_(std=0.5, generator=generator)
+    return experts.to(dtype)
+
+
+def _call(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(11, 16, dtype=dtype, generator=generator).requires_grad_()
+    index = torch.rand(11, 6, generator=generator).topk(3).indices
+    return hidden, index, torch.rand(11, 3, dtype=dtype, generator=generator).requires_grad_()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_output_equals_the_models_own(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    experts = _experts(kind, dtype)
+    hidden, index, weights = _call(dtype)
+    ours = CompactExperts(experts, LayerPlan((2, 0), ((1,), (3,), (5,), (4,))))(hidden, index, weights)
+    tolerance = 1e-11 if dtype == torch.float64 and kind is not OpenAIPrivacyFilterExperts else 1e-4
+    torch.testing.assert_close(ours, experts(hidden, index, weights).to(dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["slots", "grouped"])
+def test_gradients_equal_the_reference(kind: type[nn.Module], method: str) -> None:
+    dtype = torch.float64 if method == "slots" else torch.float32  # grouped_mm takes no float64
+    experts, (hidden, index, weights) = _experts(kind), _call()
+    layout = read_layout(experts)
+    slots = [expert_tensors(experts, e) for e in PLAN.tuned] + [merge(experts, PLAN, g) for g in range(2)]
+    leaves = [{n: t.clone().requires_grad_(i < 2) for n, t in slot.items()} for i, slot in enumerate(slots)]
+    compact = CompactExperts(experts.to(dtype), PLAN)
+    compact.method = method
+    plain = plain_pass(hidden, compact.slot_of[index], weights, [_linked(x, layout) for x in leaves], compact.activation)
+    trained = [leaf[name] for name in layout.names for leaf in leaves[:2]]
+    expected = torch.autograd.grad(plain.square().sum(), [hidden, weights, *trained])
+    low = hidden.detach().to(dtype).requires_grad_(), weights.detach().to(dtype).requires_grad_()
+    output = compact(low[0], index, low[1])
+    stacks = list(compact.tuned_stacks().values())
+    made = torch.autograd.grad(output.square().sum(), [*low, *stacks])
+    made = [*made[:2], *(gradient for stack in made[2:] for gradient in stack)]
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    for ours, theirs in zip([output, *made], [plain, *expected], strict=True):
+        torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=tolerance, atol=tolerance * 10)
+
+
+def _linked(tensors: dict[str, torch.Tensor], layout: object) -> object:
+    """Computing order with autograd's links to the leaves kept."""
+    matrices = to_matrices(tensors, layout, torch.float64)
+    up, down = tensors[layout.up_name], tensors["down_proj"]
+    if not layout.is_transposed:
+        up, down = up.T, down.T
+    biases = tensors.get(f"{layout.up_name}_bias"), tensors.get("down_proj_bias")
+    return type(matrices)(up, down, *biases)
+
+
+def test_frozen_input_needs_no_gradient() -> None:
+    """The lowest layer: tuned slots learn, nothing else is computed."""
+    compact, (hidden, index, weights) = CompactExperts(_experts(MixtralExperts), PLAN), _call()
+    output = compact(hidden.detach(), index, weights.detach())
+    output.sum().backward()
+    assert compact.tuned_down_proj.grad.abs().sum() > 0
+    assert hidden.grad is None
+
+
+@pytest.mark.parametrize("method", ["slots", "grouped"])
+def test_no_choice_falls_on_a_tuned_slot(method: str) -> None:
+    compact = CompactExperts(_experts(MixtralExperts, torch.float32), PLAN)
+    compact.method = method
+    hidden = torch.randn(3, 16, requires_grad=True)
+    compact(hidden, torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)).sum().backward()
+    assert (compact.tuned_down_proj.grad == 0).all()
+    assert hidden.grad.abs().sum() > 0
+
+
+def test_an_unknown_method_is_named() -> None:
+    compact = CompactExperts(_experts(MixtralExperts), PLAN)
+    compact.method = "fast"
+    with pytest.raises(ValueError, match="'slots' or 'grouped', got 'fast'"):
+        compact(*_call())
+
+
+def test_pairs_are_sorted_joined_and_left_out() -> None:
+    slot = torch.tensor([[1, 0, 1], [2, -1, 2], [0, 1, 2]])
+    weight = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0], [64.0, 128.0, 256.0]])
+    token, weights, counts = sort_pairs(slot, weight, 4, joins=True)
+    assert counts == [2, 2, 2, 0]
+    assert token.tolist() == [0, 2, 0, 2, 1, 2]
+    assert weights.tolist() == [2.0, 64.0, 5.0, 128.0, 40.0, 256.0]
