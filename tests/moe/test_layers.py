@@ -50,7 +50,7 @@ def test_an_expert_is_a_view_and_can_be_written(tiny: SimpleNamespace, architect
     experts = layers.find(tiny.build(architecture))[0].experts
     first = layers.expert_tensors(experts, 1)
     assert all(tensor.data_ptr() == getattr(experts, name)[1].data_ptr() for name, tensor in first.items())
-    other = getattr(experts, "down_proj")[0].clone()
+    other = experts.down_proj[0].clone()
     layers.write_expert(experts, 1, {name: torch.full_like(tensor, 2.0) for name, tensor in first.items()})
     assert all((tensor == 2.0).all() for tensor in first.values())
     assert torch.equal(experts.down_proj[0], other)

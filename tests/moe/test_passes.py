@@ -81,7 +81,9 @@ def test_gradients_equal_the_reference(kind: type[nn.Module], method: str) -> No
     leaves = [{n: t.clone().requires_grad_(i < 2) for n, t in slot.items()} for i, slot in enumerate(slots)]
     compact = CompactExperts(experts.to(dtype), PLAN)
     compact.method = method
-    plain = plain_pass(hidden, compact.slot_of[index], weights, [_linked(x, layout) for x in leaves], compact.activation)
+    plain = plain_pass(
+        hidden, compact.slot_of[index], weights, [_linked(x, layout) for x in leaves], compact.activation
+    )
     trained = [leaf[name] for name in layout.names for leaf in leaves[:2]]
     expected = torch.autograd.grad(plain.square().sum(), [hidden, weights, *trained])
     low = hidden.detach().to(dtype).requires_grad_(), weights.detach().to(dtype).requires_grad_()

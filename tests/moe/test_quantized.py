@@ -1,0 +1,152 @@
+"""Few-bit experts: memory, error, gradients."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fluxlib.moe import compact, layers, quantized
+from fluxlib.moe.compact import LayerPlan
+from fluxlib.moe.packing import Packed, _decode, _pack, dequantize, levels, quantize_tensor
+from fluxlib.moe.quantized import QuantizedExperts
+
+# Relative error on normally distributed values, at most.
+ERROR = {2: 0.345, 3: 0.185, 4: 0.09, 8: 0.0065}
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("bits", quantized.BITS)
+def test_error_and_memory_per_width(bits: int) -> None:
+    stack = _normal(3, 96, 40) * torch.tensor([1.0, 1e-6, 1e4])[:, None, None]
+    packed = quantize_tensor(stack, bits)
+    blocks = 96 * 40 // 64
+    assert packed.num_bytes == 3 * (96 * 40 * bits // 8 + 2 * blocks + 4)
+    for expert in range(3):
+        restored = dequantize(packed, expert)
+        assert (restored - stack[expert]).norm() < ERROR[bits] * stack[expert].norm()
+        assert dequantize(packed, expert, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_packing_is_lossless_and_eight_codes_fill_b_bytes(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (64,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    packed = _pack(codes, bits)
+    assert (packed.dtype, len(packed)) == (torch.uint8, 8 * bits)
+    assert torch.equal(_decode(packed, bits), torch.tensor(levels(bits))[codes])
+    word = sum(int(code) << (bits * i) for i, code in enumerate(codes[:8]))
+    assert bytes(packed[:bits].tolist()) == word.to_bytes(bits, "little")
+
+
+def test_levels_are_the_known_ones_for_a_normal_variable() -> None:
+    """Max, Quantizing for minimum distortion, 1960, table I."""
+    torch.testing.assert_close(
+        torch.tensor(levels(2)), torch.tensor([-1.510, -0.4528, 0.4528, 1.510]), atol=1e-3, rtol=0
+    )
+    assert levels(3)[-1] == pytest.approx(2.152, abs=1e-3)
+    assert levels(4)[-1] == pytest.approx(2.733, abs=1e-3)
+
+
+def test_an_outlier_costs_its_own_block_only() -> None:
+    stack = _normal(1, 1, 640)
+    plain = dequantize(quantize_tensor(stack, 4), 0)
+    stack[0, 0, 3] = 30.0
+    restored = dequantize(quantize_tensor(stack, 4), 0)
+    assert abs(restored[0, 3] - 30) < 2.0
+    torch.testing.assert_close(restored[0, 64:], plain[0, 64:], rtol=2e-3, atol=2e-3)
+
+
+def test_zeros_short_blocks_and_bad_values() -> None:
+    packed = quantize_tensor(torch.zeros(2, 3, 7), 4)
+    assert (dequantize(packed, 1) == 0).all()
+    odd = _normal(1, 3, 7)
+    assert dequantize(quantize_tensor(odd, 8), 0).shape == (3, 7)
+    odd[0, 0, 0] = float("nan")
+    assert torch.isnan(quantize_tensor(odd, 4).unit).all()
+    with pytest.raises(ValueError, match=r"bits: expected one of \(2, 3, 4, 8\), got 5"):
+        quantize_tensor(odd, 5)
+    with pytest.raises(ValueError, match="multiple of 8, got 12"):
+        quantize_tensor(odd, 4, block=12)
+
+
+def test_experts_do_not_share_blocks() -> None:
+    stack = _normal(2, 5, 9)
+    packed = quantize_tensor(stack, 4, block=8)
+    before = dequantize(packed, 0)
+    packed.write(1, stack[1] * 100)
+    assert torch.equal(dequantize(packed, 0), before)
+
+
+def test_a_quantized_model_equals_one_with_dequantized_weights(tiny: SimpleNamespace, architecture: str) -> None:
+    model, twin, batch = tiny.build(architecture), tiny.build(architecture), tiny.batch()
+    for layer in layers.find(twin):
+        module = QuantizedExperts.from_experts(layer.experts, 4, block=16)
+        for expert in range(layer.num_experts):
+            layers.write_expert(layer.experts, expert, module.expert_tensors(expert))
+    expected = model(**batch).logits
+    with quantized.quantized(model, 4, block=16):
+        output = model(**batch)
+        assert all(isinstance(layer.experts, QuantizedExperts) for layer in layers.find(model))
+        assert not any(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(output.logits, twin(**batch).logits, rtol=1e-3, atol=1e-4)
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_one_expert_is_dequantized_at_a_time(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized.quantize(tiny.build("olmoe"))
+    read: list[int] = []
+    plain = Packed.read
+    monkeypatch.setattr(
+        Packed, "read", lambda self, expert, dtype=None: read.append(expert) or plain(self, expert, dtype)
+    )
+    experts = layers.find(model)[0].experts
+    experts(torch.randn(4, 16), torch.tensor([[1, 6]] * 4), torch.ones(4, 2))
+    assert read == [1, 1, 6, 6]
+
+
+def test_straight_through_gradients_are_those_of_the_dequantized_weights(tiny: SimpleNamespace) -> None:
+    model, batch = tiny.build("qwen2_moe"), tiny.batch()
+    twin = tiny.build("qwen2_moe")
+    quantized.quantize(model, 4)
+    for ours, theirs in zip(layers.find(model), layers.find(twin), strict=True):
+        ours.experts.collects_gradients = True
+        for expert in range(8):
+            layers.write_expert(theirs.experts, expert, ours.experts.expert_tensors(expert))
+    compact.customize(twin, [LayerPlan(tuple(range(8)))] * 2)
+    model(**batch).loss.backward()
+    twin(**batch).loss.backward()
+    for ours, theirs in zip(layers.find(model), layers.find(twin), strict=True):
+        for expert in range(8):
+            for name, gradient in ours.experts.grads(expert).items():
+                torch.testing.assert_close(gradient, theirs.experts.grads(expert)[name], rtol=1e-4, atol=1e-6)
+    experts = layers.find(model)[0].experts
+    stepped = {n: t - 0.5 * experts.grads(3)[n] for n, t in experts.expert_tensors(3).items()}
+    other, expected = experts.expert_tensors(2), QuantizedExperts.from_experts(experts.original, 4)
+    experts.requantize(3, stepped)
+    expected.requantize(3, stepped)
+    for name in stepped:
+        assert torch.equal(experts.expert_tensors(3)[name], expected.expert_tensors(3)[name])
+        assert torch.equal(experts.expert_tensors(2)[name], other[name])
+    experts.zero_grad()
+    assert not experts.grads(3)["down_proj"].any()
+
+
+def test_changing_the_models_type_leaves_the_codes_alone(tiny: SimpleNamespace) -> None:
+    model = quantized.quantize(tiny.build("mixtral"))
+    before = layers.find(model)[0].experts.expert_tensors(0)["down_proj"]
+    model.to(torch.bfloat16)
+    assert torch.equal(layers.find(model)[0].experts.expert_tensors(0)["down_proj"], before)
+
+
+def test_quantizing_twice_or_in_five_bits_is_refused(tiny: SimpleNamespace) -> None:
+    model = tiny.build("mixtral")
+    with pytest.raises(ValueError, match="got 5"):
+        quantized.quantize(model, 5)
+    assert all(p.requires_grad for p in model.parameters())
+    quantized.quantize(model)
+    with pytest.raises(ValueError, match=r"restore\(model\) first"):
+        quantized.quantize(model)
