@@ -49,11 +49,10 @@ lint: $(STAMP)  ## Ruff on code and notebooks, and the type checker
 	$(BIN)/mypy
 
 test: lint  ## Lint, types and all tests, the smoke profile among them
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 bench: $(STAMP)  ## The benchmarks (tables on the terminal)
-	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "No benchmarks yet."; exit 0; }; \
-	for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 lab: $(STAMP)  ## JupyterLab in notebooks/
 	$(BIN)/jupyter lab --notebook-dir . notebooks/00_start_here.ipynb

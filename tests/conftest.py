@@ -10,3 +10,9 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "agg")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With several workers, begin with what takes longest: the smoke profile, then the pipeline."""
+    if getattr(config.option, "numprocesses", None):
+        items.sort(key=lambda item: (item.path.name != "test_smoke.py", item.path.name != "test_workflow.py"))
