@@ -10,9 +10,10 @@ from fluxlib.merging.budgets import layer_budgets
 from fluxlib.merging.clustering import cluster, inertia
 from fluxlib.merging.error import output_error
 from fluxlib.merging.features import features, match_neurons
-from fluxlib.merging.plan import discard, merge_weights, plan
+from fluxlib.merging.plan import align_neurons, discard, merge_weights, plan
 
 __all__ = [
+    "align_neurons",
     "cluster",
     "discard",
     "features",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +82,22 @@ def plan(
     points = [_features(layer, members, dim) for layer, members in zip(found, rest, strict=True)]
     labels = cluster(points, budgets, method, seed)
     alpha = merge_weights(profile, weights).cpu()
-    return [
-        _layer_plan(layer, members, label, alpha[layer.index], align)
+    plans = [
+        _layer_plan(layer, members, label, alpha[layer.index])
         for layer, members, label in zip(found, rest, labels, strict=True)
     ]
+    return [align_neurons(*pair) for pair in zip(found, plans, strict=True)] if align else plans
+
+
+def align_neurons(layer: layers.MoELayer, plan: LayerPlan) -> LayerPlan:
+    """The plan with the neurons of every group's members matched to those of its heaviest member.
+
+    The order of an expert's neurons is arbitrary, so averaging two experts neuron by neuron mixes unrelated
+    ones. Beyond the paper.
+    """
+    weights = plan.weights or tuple((1.0,) * len(group) for group in plan.groups)
+    orders = (_orders(layer.experts, *pair) for pair in zip(plan.groups, weights, strict=True))
+    return replace(plan, permutations=tuple(orders))
 
 
 def discard(profile: Profile, tuned: Tensor) -> list[LayerPlan]:
@@ -102,29 +115,25 @@ def _features(layer: layers.MoELayer, members: Tensor, dim: int) -> Tensor:
         raise ValueError(f"model: layer {layer.index} ({layer.name}): {error}") from error
 
 
-def _layer_plan(layer: layers.MoELayer, members: Tensor, labels: Tensor, alpha: Tensor, align: bool) -> LayerPlan:
+def _layer_plan(layer: layers.MoELayer, members: Tensor, labels: Tensor, alpha: Tensor) -> LayerPlan:
     num_slots = int(labels.max()) + 1 if len(labels) else 0
     groups = [_numbers(members[labels == slot]) for slot in range(num_slots)]
-    shares = [_numbers(alpha[list(group)]) for group in groups]
     merged = set(_numbers(members))
     return LayerPlan(
         tuned=tuple(expert for expert in range(layer.num_experts) if expert not in merged),
         groups=tuple(groups),
-        weights=tuple(shares),
-        permutations=tuple(_orders(layer, *pair) for pair in zip(groups, shares, strict=True)) if align else None,
+        weights=tuple(_numbers(alpha[list(group)]) for group in groups),
     )
 
 
-def _orders(layer: layers.MoELayer, group: Sequence[int], shares: Sequence[float]) -> tuple[Tensor | None, ...]:
+def _orders(experts: nn.Module, group: Sequence[int], weights: Sequence[float]) -> tuple[Tensor | None, ...]:
     """Order of the neurons of each member, None for the heaviest, which the others follow."""
-    anchor = group[max(range(len(group)), key=shares.__getitem__)]
-    layout = layers.read_layout(layer.experts)
-    target = layers.expert_tensors(layer.experts, anchor)
-    orders: list[Tensor | None] = []
-    for expert in group:
-        other = layers.expert_tensors(layer.experts, expert)
-        orders.append(None if expert == anchor else match_neurons(target, other, layout))
-    return tuple(orders)
+    anchor = group[max(range(len(group)), key=weights.__getitem__)]
+    layout, target = layers.read_layout(experts), layers.expert_tensors(experts, anchor)
+    return tuple(
+        None if expert == anchor else match_neurons(target, layers.expert_tensors(experts, expert), layout)
+        for expert in group
+    )
 
 
 def _numbers(values: Tensor) -> tuple:

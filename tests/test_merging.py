@@ -1,0 +1,378 @@
+"""Budgets, clusters, weights and plans: small numbers by hand, then properties on tiny models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from fluxlib import merging, profiling
+from fluxlib.models import LlamaMoeConfig, LlamaMoeForCausalLM
+from fluxlib.moe import compact, layers
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 3}
+
+
+def build(kind: str = "olmoe") -> nn.Module:
+    if kind == "olmoe":
+        config = OlmoeConfig(**SIZES, **SPECIAL, intermediate_size=12, num_experts=8, num_experts_per_tok=2)
+        model: nn.Module = OlmoeForCausalLM(config)
+    else:
+        own = {"intermediate_size": 72, "num_experts": 6, "num_selects": 2, "size_experts": [[12] * 6] * 3}
+        model = LlamaMoeForCausalLM(LlamaMoeConfig(**SIZES, **SPECIAL, **own))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    return model.eval()
+
+
+def batch(lengths: tuple[int, ...] = (9, 5, 7)) -> dict[str, Tensor]:
+    ids = torch.randint(3, 50, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def points(counts: list[int], dim: int = 6, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [merging.features(torch.randn(n, 40, generator=generator), dim) for n in counts]
+
+
+# Budgets
+
+
+def test_adaptive_budgets_by_hand() -> None:
+    """Two layers, equal variance: depth factors 2 and 1, so two thirds and one third of the slots."""
+    frequency = torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4, 0.0, 0.0]])
+    assert merging.layer_budgets(frequency, [0, 0], 6) == [4, 2]
+    assert merging.layer_budgets(frequency, [0, 0], 5) == [3, 2]
+    assert merging.layer_budgets(frequency, [0, 0], 5, rounding="floor") == [3, 1]
+    assert merging.layer_budgets(frequency, [0, 0], 6, kind="uniform") == [3, 3]
+    assert merging.layer_budgets(frequency, [0, 6], 6, kind="single") == [1, 0]
+
+
+def test_an_evenly_used_layer_gets_more() -> None:
+    skewed, even = [0.6, 0.2, 0.1, 0.1, 0.0, 0.0], [0.2, 0.2, 0.2, 0.2, 0.1, 0.1]
+    budgets = merging.layer_budgets(torch.tensor([skewed, even]), [0, 0], 6)
+    assert budgets[1] > budgets[0] >= 1
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "uniform"])
+@pytest.mark.parametrize("num_merged", [8, 20, 41, 90])
+def test_budgets_are_spent_within_their_limits(kind: str, num_merged: int) -> None:
+    generator = torch.Generator().manual_seed(num_merged)
+    frequency = torch.rand(8, 16, generator=generator) ** torch.linspace(6, 0.1, 8)[:, None]
+    num_tuned = torch.randint(0, 17, (8,), generator=generator)
+    num_tuned[0], num_tuned[1] = 16, 15
+    budgets = merging.layer_budgets(frequency, num_tuned, num_merged, kind)
+    most = 16 - num_tuned
+    assert sum(budgets) == min(num_merged, int(most.sum()))
+    assert all(min(n, 1) <= b <= n for b, n in zip(budgets, most.tolist(), strict=True))
+
+
+def test_budgets_follow_eq_1_to_within_one_slot() -> None:
+    frequency = torch.rand(6, 64, generator=torch.Generator().manual_seed(0))
+    rows = frequency / frequency.sum(dim=1, keepdim=True)
+    weight = torch.arange(6, 0, -1) / rows.double().var(dim=1, correction=0)
+    ideal = weight / weight.sum() * 100
+    budgets = torch.tensor(merging.layer_budgets(frequency, [0] * 6, 100))
+    assert ((budgets - ideal).abs() < 1).all()
+
+
+def test_a_perfectly_even_layer_does_not_divide_by_zero() -> None:
+    frequency = torch.tensor([[0.25] * 4, [0.7, 0.1, 0.1, 0.1]])
+    assert merging.layer_budgets(frequency, [0, 0], 5) == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_merged": 1}, "num_merged must be at least 2, one slot for each layer"),
+        ({"num_tuned": [0]}, "num_tuned must be 2 counts in 0..4"),
+        ({"num_tuned": [0, 5]}, "num_tuned must be 2 counts in 0..4"),
+        ({"kind": "greedy"}, "kind must be 'adaptive', 'uniform' or 'single', got 'greedy'"),
+        ({"rounding": "up"}, "rounding must be 'largest_remainder' or 'floor', got 'up'"),
+        ({"frequency": torch.tensor([[0.5, 0.5, 0, 0], [math.nan, 1, 0, 0]])}, r"layers \[1\]"),
+    ],
+)
+def test_budgets_name_what_is_wrong(change: dict, message: str) -> None:
+    arguments = {"frequency": torch.full((2, 4), 0.25), "num_tuned": [0, 0], "num_merged": 4} | change
+    with pytest.raises(ValueError, match=message):
+        merging.layer_budgets(**arguments)
+
+
+# Features
+
+
+def test_features_keep_the_angles_between_centred_experts() -> None:
+    experts = torch.randn(7, 3, 20, generator=torch.Generator().manual_seed(0))
+    flat = experts.flatten(1)
+    centred = torch.nn.functional.normalize(flat - flat.mean(dim=0), dim=1)
+    found = merging.features(experts, dim=10)
+    assert found.shape == (7, 10)
+    assert torch.allclose(found @ found.T, centred @ centred.T, atol=1e-5)
+    assert torch.allclose(found.norm(dim=1), torch.ones(7))
+
+
+def test_features_of_a_module_are_those_of_its_flattened_experts() -> None:
+    experts = layers.find(build())[0].experts
+    rows = [torch.cat([t.flatten() for t in layers.expert_tensors(experts, e).values()]) for e in range(8)]
+    found, expected = merging.features(experts, 5), merging.features(rows, 5)
+    assert torch.allclose(found @ found.T, expected @ expected.T, atol=1e-4)
+
+
+def test_equal_experts_and_single_experts_have_no_features() -> None:
+    assert (merging.features(torch.ones(4, 10)) == 0).all()
+    assert (merging.features(torch.ones(1, 10)) == 0).all()
+
+
+# Clusters
+
+
+def test_clusters_of_a_hand_made_layer() -> None:
+    """Three experts, two slots: the two that point the same way share one."""
+    layer = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.98, 0.02]])
+    for method in ("fused", "per_layer"):
+        assert merging.cluster([layer], [2], method)[0].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("method", ["fused", "per_layer"])
+def test_every_cluster_has_members_and_lies_in_one_layer(method: str) -> None:
+    counts, budgets = [8, 0, 5, 1, 16], [3, 0, 5, 1, 7]
+    labels = merging.cluster(points(counts), budgets, method, seed=3)
+    assert [len(found) for found in labels] == counts
+    for found, budget in zip(labels, budgets, strict=True):
+        assert sorted(set(found.tolist())) == list(range(budget))
+
+
+@pytest.mark.parametrize("method", ["fused", "per_layer"])
+def test_equal_experts_still_fill_all_clusters(method: str) -> None:
+    labels = merging.cluster([torch.zeros(6, 4), torch.ones(5, 4)], [3, 5], method)
+    assert sorted(set(labels[0].tolist())) == [0, 1, 2]
+    assert labels[1].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_fused_finds_what_the_reference_finds_where_clusters_are_clear() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clear, budgets = [], [3, 5, 2, 4]
+    for budget in budgets:
+        centres = torch.nn.functional.one_hot(torch.arange(budget), 8).float()
+        own = torch.randint(0, budget, (12,), generator=generator)
+        own[:budget] = torch.arange(budget)
+        clear.append(centres[own] + 0.02 * torch.randn(12, 8, generator=generator))
+    fused, reference = (merging.cluster(clear, budgets, method) for method in ("fused", "per_layer"))
+    assert all(torch.equal(a, b) for a, b in zip(fused, reference, strict=True))
+
+
+def test_fused_inertia_is_within_two_percent_of_the_reference() -> None:
+    layers_ = points([16] * 12, dim=15)
+    ratios = []
+    for seed in range(5):
+        fused = merging.inertia(layers_, merging.cluster(layers_, [4] * 12, seed=seed))
+        reference = merging.inertia(layers_, merging.cluster(layers_, [4] * 12, "per_layer", seed=seed))
+        ratios.append(fused / reference)
+    assert sum(ratios) / 5 < 1.02
+
+
+def test_layers_are_clustered_independently_of_their_neighbours_shape() -> None:
+    """No similarity crosses layers: equal layers beside very different ones get a partition of their own."""
+    one = points([9])[0]
+    labels = merging.cluster([one, 100 * one, one + 5], [3, 3, 3], seed=1)
+    for found in labels:
+        assert merging.inertia([one], [found]) < merging.inertia([one], [torch.zeros(9, dtype=torch.long)])
+
+
+def test_inertia_by_hand() -> None:
+    layer = torch.tensor([[0.0], [2.0], [5.0]])
+    assert merging.inertia([layer], [torch.tensor([0, 0, 1])]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budgets": [2]}, "one entry for each of 2 layers, got 1"),
+        ({"budgets": [0, 2]}, r"budgets\[0\] must be in 1..4"),
+        ({"budgets": [2, 5]}, r"budgets\[1\] must be in 1..4"),
+        ({"method": "slow"}, "'fused' or 'per_layer', got 'slow'"),
+        (
+            {"features": [torch.zeros(4, 2), torch.tensor([[0.0, 1], [math.nan, 1], [0, 0], [0, 0]])]},
+            "layer 1, expert 1",
+        ),
+    ],
+)
+def test_cluster_names_what_is_wrong(change: dict, message: str) -> None:
+    arguments = {"features": [torch.zeros(4, 2)] * 2, "budgets": [2, 2]} | change
+    with pytest.raises(ValueError, match=message):
+        merging.cluster(**arguments)
+
+
+# Neurons
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "llama_moe"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_matching_undoes_a_shuffle_of_neurons(kind: str, exact: bool) -> None:
+    experts = layers.find(build(kind))[0].experts
+    layout, anchor = layers.read_layout(experts), layers.expert_tensors(experts, 1)
+    shuffle = torch.randperm(12, generator=torch.Generator().manual_seed(4))
+    shuffled = layers.permute_neurons(anchor, shuffle, layout)
+    order = merging.match_neurons(anchor, shuffled, layout, exact=exact)
+    restored = layers.permute_neurons(shuffled, order, layout)
+    assert all(torch.equal(restored[name], anchor[name]) for name in anchor)
+
+
+# Plans
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def profile(model: nn.Module) -> profiling.Profile:
+    return profiling.profile(model, [batch()], bits=16)
+
+
+def some(num_tuned: int = 6) -> Tensor:
+    mask = torch.zeros(24, dtype=torch.bool)
+    mask[torch.randperm(24, generator=torch.Generator().manual_seed(5))[:num_tuned]] = True
+    return mask.view(3, 8)
+
+
+def test_merge_weights_by_hand(profile: profiling.Profile) -> None:
+    known = replace(
+        profile, frequency=torch.tensor([[0.75, 0.25, 0.0]]), attention=torch.tensor([[0.1, 0.5, math.nan]])
+    )
+    assert merging.merge_weights(known)[0].tolist() == pytest.approx([0.075, 0.125, 0.0])
+    assert merging.merge_weights(known, "frequency")[0].tolist() == [0.75, 0.25, 0.0]
+    assert merging.merge_weights(known, "uniform")[0].tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="weights must be one of"):
+        merging.merge_weights(known, "loudest")
+
+
+def test_plan_covers_every_expert_within_the_budget(model: nn.Module, profile: profiling.Profile) -> None:
+    tuned = some()
+    plans = merging.plan(model, profile, tuned, 9)
+    assert sum(len(plan.groups) for plan in plans) == 9
+    alpha = merging.merge_weights(profile)
+    for layer, plan in enumerate(plans):
+        plan.check(8)
+        assert plan.tuned == tuple(tuned[layer].nonzero().flatten().tolist())
+        for group, weights in zip(plan.groups, plan.weights or (), strict=True):
+            assert weights == pytest.approx(alpha[layer, list(group)].tolist())
+
+
+def test_a_slot_for_every_expert_changes_nothing(model: nn.Module, profile: profiling.Profile) -> None:
+    plans = merging.plan(model, profile, some(), 18)
+    assert all(len(group) == 1 for plan in plans for group in plan.groups)
+    assert merging.output_error(model, plans, [batch()]).max() < 1e-6
+    assert merging.output_error(model, plans, [batch()], accumulated=True).max() < 1e-6
+
+
+@pytest.mark.parametrize("align", [False, True])
+def test_equal_experts_merge_to_themselves(align: bool) -> None:
+    model = build()
+    for layer in layers.find(model):
+        for name in layers.read_layout(layer.experts).names:
+            stack = getattr(layer.experts, name).data
+            stack[4:] = stack[:4]
+    known = profiling.profile(model, [batch()], bits=16)
+    plans = merging.plan(model, known, torch.zeros(3, 8, dtype=torch.bool), 12, kind="uniform", align=align)
+    assert [plan.groups for plan in plans] == [((0, 4), (1, 5), (2, 6), (3, 7))] * 3
+    assert merging.output_error(model, plans, [batch()], accumulated=True).max() < 1e-5
+
+
+def test_alignment_undoes_shuffled_neurons() -> None:
+    """Pairs of equal experts whose neurons lie in another order: only alignment merges them without loss."""
+    model = build()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    for layer in layers.find(model):
+        for expert in range(4):
+            own = layers.expert_tensors(layer.experts, expert)
+            layers.write_expert(
+                layer.experts, expert + 4, layers.permute_neurons(own, order, layers.read_layout(layer.experts))
+            )
+    known = profiling.profile(model, [batch()], bits=16)
+    groups = tuple((e, e + 4) for e in range(4))
+    plain = [compact.LayerPlan(groups=groups)] * 3
+    assert merging.output_error(model, plain, [batch()]).min() > 0.1
+    aligned = [
+        merging.align_neurons(layer, compact.LayerPlan(groups=groups, weights=((1.0, 1.0),) * 4))
+        for layer in layers.find(model)
+    ]
+    assert merging.output_error(model, aligned, [batch()], accumulated=True).max() < 1e-5
+    assert known.num_samples == 3
+
+
+def test_planning_leaves_the_model_alone(profile: profiling.Profile) -> None:
+    model = build("olmoe")
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    plans = merging.plan(model, profile, some(), 7, align=True)
+    merging.output_error(model, plans, [batch()])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+
+
+def test_same_seed_same_plan(model: nn.Module, profile: profiling.Profile) -> None:
+    assert merging.plan(model, profile, some(), 7, seed=4) == merging.plan(model, profile, some(), 7, seed=4)
+
+
+def test_floor_rounding_still_gives_every_layer_a_slot(model: nn.Module, profile: profiling.Profile) -> None:
+    plans = merging.plan(model, profile, torch.zeros(3, 8, dtype=torch.bool), 3, rounding="floor")
+    assert all(plan.groups for plan in plans)
+
+
+def test_experts_never_used_are_merged_uniformly(model: nn.Module, profile: profiling.Profile) -> None:
+    frequency = torch.zeros(3, 8)
+    frequency[:, 0] = 1
+    known = replace(profile, frequency=frequency)
+    tuned = torch.zeros(3, 8, dtype=torch.bool)
+    tuned[:, 0] = True
+    plans = merging.plan(model, known, tuned, 3)
+    assert [plan.weights for plan in plans] == [((0.0,) * 7,)] * 3
+    merged = compact.merge(layers.find(model)[0].experts, plans[0], 0)["down_proj"]
+    assert torch.allclose(merged, layers.find(model)[0].experts.down_proj[1:].mean(dim=0), atol=1e-6)
+
+
+def test_merging_errs_less_than_discarding(model: nn.Module, profile: profiling.Profile) -> None:
+    tuned = torch.zeros(3, 8, dtype=torch.bool)
+    tuned[:, :3] = True
+    merged = merging.output_error(model, merging.plan(model, profile, tuned, 9), [batch()])
+    dropped = merging.output_error(model, merging.discard(profile, tuned), [batch()])
+    assert (merged < dropped).all()
+
+
+def test_output_error_by_hand() -> None:
+    """Halving every expert halves the output: the error of a layer is one half, whatever its inputs."""
+    model = build()
+    halved = [compact.LayerPlan(tuned=tuple(range(8)))] * 3
+    before = compact.CompactExperts.forward
+    try:
+        compact.CompactExperts.forward = lambda self, *a: 0.5 * before(self, *a)  # type: ignore[method-assign]
+        error = merging.output_error(model, halved, [batch()])
+    finally:
+        compact.CompactExperts.forward = before  # type: ignore[method-assign]
+    assert error.tolist() == pytest.approx([0.5] * 3, abs=1e-5)
+
+
+def test_plan_names_what_is_wrong(model: nn.Module, profile: profiling.Profile) -> None:
+    with pytest.raises(ValueError, match="profile is of another model"):
+        merging.plan(build("llama_moe"), profile, torch.zeros(3, 6, dtype=torch.bool), 6)
+    with pytest.raises(ValueError, match=r"tuned must be \(3, 8\), got \(2, 8\)"):
+        merging.plan(model, profile, torch.zeros(2, 8, dtype=torch.bool), 6)
+    with pytest.raises(ValueError, match="num_merged must be at least 3"):
+        merging.plan(model, profile, torch.zeros(3, 8, dtype=torch.bool), 2)
+    empty = batch()
+    empty["attention_mask"] = torch.zeros_like(empty["attention_mask"])
+    plans = merging.plan(model, profile, some(), 7)
+    with pytest.raises(ValueError, match="padding only"):
+        merging.output_error(model, plans, [empty])
+    broken = build()
+    broken.model.layers[2].mlp.experts.gate_up_proj.data[5, 0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"layer 2 \(model.layers.2.mlp.experts\): experts.*\[5\]"):
+        merging.plan(broken, profile, torch.zeros(3, 8, dtype=torch.bool), 6)
