@@ -87,7 +87,6 @@ class RunConfig(BaseModel):
     align_neurons: bool = False
     epsilon: Literal["dynamic"] | float = "dynamic"
     num_probes: int = Field(1, ge=1)
-    probe_samples: int = Field(8, ge=1)
     probes_per_round: int | None = Field(8, ge=0, description="explored experts probed each round; None: all of them")
 
     fleet: str = "paper"

@@ -137,7 +137,6 @@ def local_data(config: RunConfig, space: Workspace, participant: int, round_inde
     return LocalData(
         train=draw("batches", config.local_steps, config.batch_size),
         profile=draw("profile", config.profile_batches, config.batch_size),
-        probe=draw("probe", 1, config.probe_samples)[0],
     )
 
 

@@ -109,7 +109,6 @@ class LocalData:
 
     train: Sequence[Batch]
     profile: Sequence[Batch]
-    probe: Batch
 
 
 AssignFn = Callable[[RoleState, Sequence[Budget], float, torch.Generator], Assignment]

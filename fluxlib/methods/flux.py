@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fluxlib import gradients, merging, profiling, roles
 from fluxlib.config import RunConfig
-from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
-from fluxlib.methods.local import Stopwatch, customized, tune
+from fluxlib.methods.base import Budget, ExpertKey, LocalData, Method, ParticipantState, Roles, Update, Work
+from fluxlib.methods.local import Stopwatch, Tuned, customized, tune
 from fluxlib.moe import layers
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.tasks.batches import to_device
@@ -60,7 +60,7 @@ def train(
         with watch.phase("profile"):
             state = ParticipantState(profile(model, data, config), round_number)
     utilities = roles.utility(torch.cat([tuned.squared_norms, probe_norms]), tuned.tokens)
-    work = _account(work, plans, assigned, data, tuned.num_samples, tuned.num_tokens, len(probed), config)
+    work = _account(work, plans, assigned, data, tuned, probed, config)
     return Update(tuned.deltas, utilities, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
 
 
@@ -106,7 +106,7 @@ def freeze(plan: LayerPlan, explored: Tensor) -> LayerPlan:
     )
 
 
-def _probe_keys(explore: Tensor, limit: int | None, generator: torch.Generator) -> list[tuple[int, int]]:
+def _probe_keys(explore: Tensor, limit: int | None, generator: torch.Generator) -> list[ExpertKey]:
     """The explored experts that are probed this round, ``limit`` of them drawn at random."""
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
     if limit is None or limit >= len(keys):
@@ -117,7 +117,7 @@ def _probe_keys(explore: Tensor, limit: int | None, generator: torch.Generator) 
 def _probe(
     model: nn.Module,
     data: LocalData,
-    probed: list[tuple[int, int]],
+    probed: Sequence[ExpertKey],
     config: RunConfig,
     generator: torch.Generator,
 ) -> Tensor:
@@ -127,7 +127,7 @@ def _probe(
     norms = torch.full((1, len(moe), moe[0].num_experts), float("nan"))
     if not probed:
         return norms
-    batch = to_device(data.probe, next(model.parameters()).device)
+    batch = to_device(data.train[0], next(model.parameters()).device)
     values = gradients.probe_norms(model, batch, probed, config.num_probes, seed)
     for (layer, expert), value in zip(probed, values.tolist(), strict=True):
         norms[0, layer, expert] = value
@@ -139,26 +139,27 @@ def _account(
     plans: Sequence[LayerPlan],
     assigned: Roles,
     data: LocalData,
-    num_samples: int,
-    num_tokens: int,
-    num_probed: int,
+    tuned: Tuned,
+    probed: Sequence[ExpertKey],
     config: RunConfig,
 ) -> Work:
-    profile_tokens = sum(int(batch["attention_mask"].sum()) for batch in data.profile)
-    passes = 2 * config.num_probes * num_probed
+    # One pass to cache every layer's input; then each side of each probe runs the layers from the expert's upwards.
+    num_layers = len(plans)
+    above = sum((num_layers - layer) / num_layers for layer, _ in probed)
+    passes = (1 + 2 * config.num_probes * above) if probed else 0.0
     return replace(
         work,
         num_tuned=int(assigned.exploit.sum()),
         num_frozen=sum(len(plan.groups) for plan in plans),
         num_merge_sources=sum(len(group) for plan in plans for group in plan.groups if len(group) > 1),
         train_steps=len(data.train),
-        train_samples=num_samples,
-        train_tokens=num_tokens,
+        train_samples=tuned.num_samples,
+        train_tokens=tuned.num_tokens,
         profile_samples=sum(len(batch["input_ids"]) for batch in data.profile),
-        profile_tokens=profile_tokens,
+        profile_tokens=sum(int(batch["attention_mask"].sum()) for batch in data.profile),
         num_quantized=assigned.exploit.numel(),
-        probe_samples=passes * len(data.probe["input_ids"]),
-        probe_tokens=passes * int(data.probe["attention_mask"].sum()),
+        probe_samples=round(passes * len(data.train[0]["input_ids"])),
+        probe_tokens=round(passes * int(data.train[0]["attention_mask"].sum())),
     )
 
 

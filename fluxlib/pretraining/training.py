@@ -28,7 +28,7 @@ MAX_TOKENS = 96
 class Recipe:
     """Everything that decides a base model's weights."""
 
-    steps: int = 3000
+    steps: int = 1600
     samples_per_family: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 100

@@ -116,7 +116,7 @@ def make_config(model_folder: Path) -> Callable[..., RunConfig]:
         small = {
             "method": "fake", "model": str(model_folder), "task": "mini-piqa", "task_size": 60, "rounds": 3,
             "participants": 3, "local_steps": 1, "batch_size": 2, "max_tokens": 200, "eval_samples": 4,
-            "tune_fraction": 0.5, "merge_fraction": 0.25, "profile_batches": 1, "probe_samples": 1,
+            "tune_fraction": 0.5, "merge_fraction": 0.25, "profile_batches": 1,
         }  # fmt: skip
         return RunConfig(**(small | changes))
 
