@@ -13,7 +13,10 @@ import ast
 import hashlib
 import itertools
 import json
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,15 +168,31 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
 
     check_parameters(notebook, parameters)
     check_writable(output.resolve().parent)
-    papermill.execute_notebook(
-        notebook,
-        output,
-        parameters=parameters,
-        kernel_name="python3",
-        cwd=notebook.resolve().parent,
-        progress_bar=False,
-        log_output=True,
-    )
+    with _environment(FLUXLIB_HEADLESS="1"):
+        papermill.execute_notebook(
+            notebook,
+            output,
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=notebook.resolve().parent,
+            progress_bar=False,
+            log_output=True,
+        )
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for the kernels started inside, and put them back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def notebook_digest(notebook: Path) -> str:
