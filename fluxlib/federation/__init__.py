@@ -16,6 +16,7 @@ from fluxlib.federation.checkpoint import CheckpointError
 from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.options import Options, RunResult
 from fluxlib.federation.outcome import RunFailed
+from fluxlib.federation.participant import load_task
 from fluxlib.federation.run import run
 
-__all__ = ["CheckpointError", "LocalGrid", "Options", "RunFailed", "RunResult", "run"]
+__all__ = ["CheckpointError", "LocalGrid", "Options", "RunFailed", "RunResult", "load_task", "run"]

@@ -35,6 +35,10 @@ class Recipe:
     weight_decay: float = 0.01
     mutual_information: float = 0.1
     """Weight of the router term."""
+    temperature: float = 0.25
+    """Of the softmax in the router term: experts of different labels part before the model's own gates saturate."""
+    z_loss: float = 1e-3
+    """Weight of the squared log-sum-exp of the router logits (ST-MoE, Zoph et al. 2022), which keeps gates soft."""
     balance_first: float = 0.3
     balance_last: float = 1.0
     """Weight of H(expert) within the router term, in the first and in the last MoE layer."""
@@ -63,10 +67,10 @@ def gates(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect each MoE layer's router logits ``[N, E]`` of the forward passes inside the block, in layer order."""
-    found: list[Tensor] = []
-    hooks = [gate.register_forward_hook(lambda _m, _i, out: found.append(out[0])) for gate in gates(model)]
+def watch_gates(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect ``(logits [N, E], top-k weights [N, k])`` of each gate, in layer order."""
+    found: list[tuple[Tensor, Tensor]] = []
+    hooks = [gate.register_forward_hook(lambda _m, _i, out: found.append(out[:2])) for gate in gates(model)]
     try:
         yield found
     finally:
@@ -104,25 +108,37 @@ def train_step(
     batches: dict[str, tuple[dict[str, Tensor], list[str]]],
     label_ids: dict[str, int],
     recipe: Recipe,
-) -> tuple[float, float]:
-    """Backward through one micro-batch per family; returns the mean language-model loss and router term."""
-    num_layers = len(gates(model))
-    total_loss = total_router = 0.0
+) -> dict[str, float]:
+    """Backward through one micro-batch per family; returns what is logged, averaged over families.
+
+    ``loss`` of the language model, ``router`` term, and ``top_weight``: the mean share of a token's gate weight that
+    goes to its first expert (1 = the other experts of its top-k play no part).
+    """
+    sums = {"loss": 0.0, "router": 0.0, "top_weight": 0.0}
     for batch, labels in batches.values():
-        with router_logits(model) as logits:
+        with watch_gates(model) as seen:
             loss = model(**batch).loss
         mask = batch["attention_mask"].bool()
         ids = torch.tensor([label_ids[label] for label in labels])[:, None].expand_as(mask)[mask]
-        router = torch.zeros(())
-        for index, layer_logits in enumerate(logits):
-            share = index / max(1, num_layers - 1)
-            balance = recipe.balance_first + share * (recipe.balance_last - recipe.balance_first)
-            kept = layer_logits[mask.reshape(-1)]
-            router = router + mutual_information(kept, ids, len(label_ids), balance) / num_layers
-        ((loss - recipe.mutual_information * router) / len(batches)).backward()
-        total_loss += loss.item() / len(batches)
-        total_router += router.item() / len(batches)
-    return total_loss, total_router
+        kept = [logits[mask.reshape(-1)] for logits, _ in seen]
+        router = router_term(kept, ids, len(label_ids), recipe)
+        z_loss = torch.stack([logits.float().logsumexp(-1).square().mean() for logits in kept]).mean()
+        total = loss - recipe.mutual_information * router + recipe.z_loss * z_loss
+        (total / len(batches)).backward()
+        top = [(weights.amax(-1) / weights.sum(-1))[mask.reshape(-1)].mean().item() for _, weights in seen]
+        for name, value in zip(sums, (loss.item(), router.item(), sum(top) / len(top)), strict=True):
+            sums[name] += value / len(batches)
+    return sums
+
+
+def router_term(logits: list[Tensor], label: Tensor, num_labels: int, recipe: Recipe) -> Tensor:
+    """Mutual information averaged over layers; the weight of H(expert) grows linearly with depth."""
+    values = []
+    for index, layer_logits in enumerate(logits):
+        share = index / max(1, len(logits) - 1)
+        balance = recipe.balance_first + share * (recipe.balance_last - recipe.balance_first)
+        values.append(mutual_information(layer_logits / recipe.temperature, label, num_labels, balance))
+    return torch.stack(values).mean()
 
 
 def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int = 50) -> dict[str, Any]:
@@ -155,14 +171,13 @@ def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int 
             family: pretraining_batch(family, recipe.samples_per_family, chance, tokenizer) for family in mini.FAMILIES
         }
         tokens += sum(int(batch["attention_mask"].sum()) for batch, _ in batches.values())
-        loss, router = train_step(model, batches, label_ids, recipe)
+        logged = train_step(model, batches, label_ids, recipe)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % log_every == 0 or step == recipe.steps - 1:
-            curve.append({"step": step, "tokens": tokens, "loss": round(loss, 4), "router": round(router, 4)})
-            seconds = time.perf_counter() - start
-            print(f"{name} step {step} tokens {tokens} loss {loss:.3f} router {router:.3f} {seconds:.0f} s", flush=True)
+            curve.append({"step": step, "tokens": tokens} | {key: round(value, 4) for key, value in logged.items()})
+            print(f"{name} {curve[-1]} {time.perf_counter() - start:.0f} s", flush=True)
     record = {
         "name": name,
         "recipe": asdict(recipe),

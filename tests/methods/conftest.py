@@ -1,0 +1,34 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from fluxlib import seeding, tasks
+from fluxlib.config import RunConfig
+from fluxlib.methods.base import LocalData
+from fluxlib.pretraining import build_model, build_tokenizer
+from fluxlib.tasks.batches import sample_batches
+
+CONFIG = RunConfig(local_steps=2, batch_size=4, profile_batches=1, learning_rate=1e-3, probes_per_round=3)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> object:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: object) -> nn.Module:
+    """Random weights: 4 MoE layers of 16 experts, top-4."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # noqa: TID251 - transformers draws initial weights from the global generator
+        return build_model("mini-llama-moe", len(tokenizer)).eval()
+
+
+@pytest.fixture(scope="session")
+def data(tokenizer: object) -> LocalData:
+    examples = tasks.load("mini-mmlu", size=40).train
+    batches = sample_batches(examples, tokenizer, CONFIG.batch_size, CONFIG.max_tokens, seeding.generator(0, "batches"))
+    drawn = list(itertools.islice(batches, 3))
+    return LocalData(train=drawn[:2], profile=drawn[2:])

@@ -1,0 +1,139 @@
+"""What every method promises, and what FLUX and FMD do beyond that."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from fluxlib import gradients, methods, roles, seeding
+from fluxlib.methods import flux
+from fluxlib.methods.base import Budget, LocalData, ParticipantState, Roles, Update
+from fluxlib.methods.local import customized, routed_tokens, squared_gradient_norms
+from fluxlib.moe.compact import LayerPlan
+
+from .conftest import CONFIG
+
+LAYERS, EXPERTS = 4, 16
+BUDGET = Budget(num_tuned=16, num_merged=16)
+
+
+def assigned(name: str) -> Roles:
+    state = roles.RoleState.start(torch.rand(1, LAYERS, EXPERTS, generator=seeding.generator(0, "frequency")))
+    found = methods.get(name).assign(state, [BUDGET], 0.5, seeding.generator(0, "assign"))
+    return Roles(found.exploit[0], found.explore[0])
+
+
+def train(name: str, model: nn.Module, data: LocalData, **changes: object) -> tuple[Update, ParticipantState, Roles]:
+    config = CONFIG.model_copy(update=changes)
+    given = assigned(name)
+    run = methods.get(name).train
+    update, state = run(model, ParticipantState(), given, BUDGET, data, config, 1, seeding.generator(0, "train"))
+    return update, state, given
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+class TestEveryMethod:
+    def test_leaves_the_model_as_it_was(self, name: str, model: nn.Module, data: LocalData) -> None:
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        train(name, model, data)
+        after = model.state_dict()
+        assert list(before) == list(after)
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    def test_uploads_exactly_the_exploited_experts(self, name: str, model: nn.Module, data: LocalData) -> None:
+        update, _, given = train(name, model, data)
+        assert sorted(update.deltas) == [tuple(key) for key in given.exploit.nonzero().tolist()]
+
+    def test_every_routed_token_is_counted_once_per_choice(self, name: str, model: nn.Module, data: LocalData) -> None:
+        update, _, _ = train(name, model, data)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in data.train)
+        assert update.tokens.sum(1).tolist() == [4 * tokens] * LAYERS
+
+    def test_same_generator_same_update(self, name: str, model: nn.Module, data: LocalData) -> None:
+        first, again = (train(name, model, data)[0] for _ in range(2))
+        assert first.loss == again.loss
+        for key, tensors in first.deltas.items():
+            assert all(torch.equal(tensor, again.deltas[key][part]) for part, tensor in tensors.items())
+
+    def test_a_loss_that_explodes_is_named(self, name: str, model: nn.Module, data: LocalData) -> None:
+        broken = {key: value.clone() for key, value in data.train[0].items()}
+        broken["labels"][:] = -100  # nothing to score: the mean is 0 / 0
+        with pytest.raises((FloatingPointError, ValueError), match="loss is nan at step 1|scored token"):
+            train(name, model, dataclasses.replace(data, train=[broken]))
+
+
+def test_one_step_of_sgd_is_minus_the_gradient(model: nn.Module, data: LocalData) -> None:
+    one = dataclasses.replace(data, train=data.train[:1])
+    update, _, _ = train("fmd", model, one, optimizer="sgd", learning_rate=0.5)
+    model.zero_grad()
+    model(**data.train[0]).loss.backward()
+    gradient = model.model.layers[1].mlp.experts.down_proj.grad[3]
+    torch.testing.assert_close(update.deltas[1, 3]["down_proj"], -0.5 * gradient, rtol=1e-4, atol=1e-7)
+    model.zero_grad()
+
+
+def test_gradient_norms_of_tuned_experts_are_the_models_own(model: nn.Module, data: LocalData) -> None:
+    plans = [LayerPlan(tuned=(0, 1), groups=tuple((e,) for e in range(2, EXPERTS)))] * LAYERS
+    with customized(model, plans) as compact:
+        model(**data.train[0]).loss.backward()
+        norms = squared_gradient_norms(compact)
+    keys = [(layer, expert) for layer in range(LAYERS) for expert in (0, 1)]
+    expected = gradients.true_norms(model, data.train[0], keys)
+    torch.testing.assert_close(norms[:, :2].flatten(), expected, rtol=1e-3, atol=1e-12)
+    assert norms[:, 2:].isnan().all()
+
+
+def test_padding_is_not_counted() -> None:
+    index = [torch.tensor([[0, 1], [0, 2], [2, 1]])]
+    assert routed_tokens(index, torch.tensor([[1, 1, 0]]), 4).tolist() == [[2, 1, 1, 0]]
+
+
+class TestFlux:
+    def test_utilities_cover_what_was_tuned_or_probed(self, model: nn.Module, data: LocalData) -> None:
+        update, _, given = train("flux", model, data, probes_per_round=None)
+        assert torch.equal(~update.utilities.isnan(), given.exploit | given.explore)
+        assert (update.utilities.nan_to_num() >= 0).all()
+
+    def test_probes_are_limited(self, model: nn.Module, data: LocalData) -> None:
+        update, _, given = train("flux", model, data)
+        assert int((~update.utilities.isnan() & given.explore).sum()) == CONFIG.probes_per_round
+
+    def test_explored_experts_are_neither_tuned_nor_merged(self, model: nn.Module, data: LocalData) -> None:
+        given = assigned("flux")
+        plans = flux.make_plans(model, flux.profile(model, data, CONFIG), given, BUDGET, CONFIG)
+        for plan, exploit, explore in zip(plans, given.exploit, given.explore, strict=True):
+            assert list(plan.tuned) == exploit.nonzero().flatten().tolist()
+            alone = [group[0] for group in plan.groups[: int(explore.sum())]]
+            assert alone == explore.nonzero().flatten().tolist()
+            plan.check(EXPERTS)
+        slots = sum(len(plan.groups) for plan in plans) - int(given.explore.sum())
+        assert slots == BUDGET.num_merged
+
+    def test_the_profile_is_of_the_model_it_holds_and_stays(self, model: nn.Module, data: LocalData) -> None:
+        update, state, _ = train("flux", model, data)
+        assert state.profile_round == 1
+        assert update.work.first_profile
+        expected = flux.profile(model, data, CONFIG)
+        torch.testing.assert_close(state.profile.frequency, expected.frequency)
+
+    def test_a_known_profile_is_not_made_again_before_training(self, model: nn.Module, data: LocalData) -> None:
+        _, state, given = train("flux", model, data)
+        run = methods.get("flux").train
+        update, _ = run(model, state, given, BUDGET, data, CONFIG, 2, seeding.generator(0))
+        assert "first_profile" not in update.phases_s
+        assert not update.work.first_profile
+
+    def test_work_is_counted(self, model: nn.Module, data: LocalData) -> None:
+        update, _, given = train("flux", model, data)
+        work = update.work
+        assert (work.num_experts, work.num_tuned) == (64, int(given.exploit.sum()))
+        assert work.num_frozen == int(given.explore.sum()) + BUDGET.num_merged
+        assert work.train_samples == 8
+        assert work.train_tokens == sum(int(batch["attention_mask"].sum()) for batch in data.train)
+
+
+def test_unknown_method_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="method is 'fedavg', allowed are flux, fmd"):
+        methods.get("fedavg")
