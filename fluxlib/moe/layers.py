@@ -91,6 +91,9 @@ class ReplacedExperts(nn.Module):
     def write_back(self) -> None:
         """Write what was learned into the original; nothing by default."""
 
+    def discard(self) -> None:
+        """Forget what was learned; nothing by default."""
+
 
 def find(model: nn.Module) -> list[MoELayer]:
     """MoE layers of a model, first to last.
@@ -187,6 +190,8 @@ def restore(model: nn.Module, write: bool = True) -> None:
         write: Write what was learned into the originals first.
     """
     for layer, module in list(replaced(model)):
+        if not write:
+            module.discard()
         module.original.to(module.device)
         if write:
             module.write_back()

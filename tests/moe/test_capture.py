@@ -59,7 +59,7 @@ def test_attention_equals_the_models_own_weights(tiny: SimpleNamespace, architec
         visible = torch.ones(12, 12).tril() * (torch.arange(12)[:, None] // window == torch.arange(12) // window)
         totals = [(record.attention[0][0] * v.sum(0)).sum() for v in (visible, torch.ones(12, 12).tril())]
         if architecture == "gpt_oss":  # its attention sinks keep part of every row
-            assert 0 < totals[1] < 12
+            assert (record.attention[0] > 0).all()
         else:
             assert any(torch.isclose(total, torch.tensor(12.0), atol=1e-4) for total in totals)
 

@@ -1,0 +1,283 @@
+"""Experts in host memory, the most recently used of them on the device: how FMD trains a model that does not fit.
+
+- :class:`Traffic` -- what was found on the device and what had to be moved,
+- :class:`DeviceSet` -- the experts on the device, shared by all layers, least recently used first to go,
+- :class:`OffloadedExperts` -- the layer: every expert a host parameter of its own, with its own gradient,
+- :func:`offload` -- a whole model, in place.
+
+On CUDA, host memory is pinned, an expert is copied on a stream of its own while the one before it computes, and
+gradients travel back the same way. On a CPU nothing is copied and the accounting is the same.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layers
+from .kernels import Activation, Matrices, choices, sort_pairs, to_matrices
+from .layers import ReplacedExperts
+from .passes import slot_pass
+
+Key = tuple[int, int]
+
+
+@dataclass
+class Traffic:
+    """Account of a :class:`DeviceSet`.
+
+    Attributes:
+        hits: Uses of an expert that was on the device.
+        misses: Uses of one that had to be copied there (ahead of time or not).
+        to_device_bytes: Weights copied to the device.
+        to_host_bytes: Gradients copied back.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    to_device_bytes: int = 0
+    to_host_bytes: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of uses that needed no copy; 0 before the first use."""
+        return self.hits / max(1, self.hits + self.misses)
+
+
+@dataclass
+class _Entry:
+    """An expert on the device: tensors, the state of the host's they were copied from, when they are ready."""
+
+    tensors: dict[str, Tensor]
+    version: int
+    ready: Any = None
+    is_ahead: bool = False
+
+
+class DeviceSet:
+    """At most ``capacity`` experts on the device.
+
+    Args:
+        capacity: Number of experts, of all layers together; from 2 on, one is copied ahead of its use.
+
+    Raises:
+        ValueError: No room for a single expert.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity: expected room for at least 1 expert, got {capacity}")
+        self.capacity = capacity
+        self.traffic = Traffic()
+        self._entries: OrderedDict[Key, _Entry] = OrderedDict()
+        self._stream: Any = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Key, host: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Tensors of an expert on the device, current with the host's."""
+        entry = self._current(key, host)
+        if entry is None:
+            self.traffic.misses += 1
+            entry = self._load(key, host, device)
+        elif entry.is_ahead:
+            entry.is_ahead = False
+        else:
+            self.traffic.hits += 1
+        self._entries.move_to_end(key)
+        if entry.ready is not None:
+            torch.cuda.current_stream(device).wait_event(entry.ready)
+        return entry.tensors
+
+    def ahead(self, key: Key, host: Mapping[str, Tensor], device: torch.device) -> None:
+        """Start copying an expert that will be used next, unless it is there or would push out the one in use."""
+        if self.capacity > 1 and self._current(key, host) is None:
+            self.traffic.misses += 1
+            self._load(key, host, device).is_ahead = True
+
+    def stream(self, device: torch.device) -> Any:
+        """The stream that copies."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
+
+    def _current(self, key: Key, host: Mapping[str, Tensor]) -> _Entry | None:
+        entry = self._entries.get(key)
+        return entry if entry is not None and entry.version == _version(host) else None
+
+    def _load(self, key: Key, host: Mapping[str, Tensor], device: torch.device) -> _Entry:
+        stale = self._entries.pop(key, None)
+        while len(self._entries) >= self.capacity:
+            stale = self._entries.popitem(last=False)[1]
+        self.traffic.to_device_bytes += sum(tensor.numel() * tensor.element_size() for tensor in host.values())
+        entry = _Entry({name: tensor.detach() for name, tensor in host.items()}, _version(host))
+        if device.type == "cuda":
+            self._copy(entry, stale, device)
+        self._entries[key] = entry
+        return entry
+
+    def _copy(self, entry: _Entry, stale: _Entry | None, device: torch.device) -> None:
+        """Copy to the device on the copying stream, into the buffers of an expert that goes."""
+        stream = self.stream(device)
+        if stale is None:
+            stale = _Entry({n: torch.empty_like(t, device=device) for n, t in entry.tensors.items()}, -1)
+        # What computes with the old contents is already in the queue of the current stream.
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for name, tensor in entry.tensors.items():
+                stale.tensors[name].copy_(tensor, non_blocking=True)
+                stale.tensors[name].record_stream(stream)
+            entry.ready = torch.cuda.Event()
+            entry.ready.record(stream)
+        entry.tensors = stale.tensors
+
+
+class OffloadedExperts(ReplacedExperts):
+    """Experts that live in host memory, each a parameter of its own: gradients and optimizer state are per expert.
+
+    An expert that saw no token has no gradient, and an optimizer leaves it and its state alone. The parameters share
+    the original's memory: training writes into the original. ``model.to(device)`` leaves them on the host.
+
+    Args:
+        original: The experts module to stand in for; its stacks move to (pinned) host memory.
+        device_set: Where experts stay on the device; shared between layers.
+        index: Number of the layer, part of the key in the set.
+    """
+
+    place: Tensor
+
+    def __init__(self, original: nn.Module, device_set: DeviceSet, index: int) -> None:
+        super().__init__(original)
+        self.device_set, self.index = device_set, index
+        self.activation = Activation(original)
+        stacks = {name: getattr(original, name) for name in self.layout.names}
+        self.register_buffer("place", torch.empty(0, device=stacks["down_proj"].device), persistent=False)
+        for stack in stacks.values():
+            stack.data = stack.data.cpu().pin_memory() if torch.cuda.is_available() else stack.data.cpu()
+        # .data gives each view a version counter of its own: an update of one expert leaves the others current.
+        self.host = _HostParameters(
+            {f"{n}_{e}": nn.Parameter(s.data[e].data) for n, s in stacks.items() for e in range(self.num_experts)}
+        )
+        self._versions = [_version(self.tuned_tensors(expert)) for expert in range(self.num_experts)]
+        self._returning: deque[Callable[[], None]] = deque()
+
+    def parameters_of(self, expert: int) -> dict[str, nn.Parameter]:
+        """Host parameters of one expert, by stack name."""
+        layers.check_expert(expert, self.num_experts)
+        return {name: self.host.get_parameter(f"{name}_{expert}") for name in self.layout.names}
+
+    def tuned_tensors(self, expert: int) -> dict[str, Tensor]:
+        """Tensors of an expert, on the host."""
+        return {name: parameter.detach() for name, parameter in self.parameters_of(expert).items()}
+
+    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
+        """Tensors of an expert, on the host."""
+        return self.tuned_tensors(expert)
+
+    def grads(self, expert: int) -> dict[str, Tensor]:
+        """Gradients of an expert, on the host; zeros where it saw no token."""
+        parameters = self.parameters_of(expert).items()
+        return {name: torch.zeros_like(p).detach() if p.grad is None else p.grad for name, p in parameters}
+
+    def discard(self) -> None:
+        """Refuse to forget what was trained, for the original's memory was written to."""
+        now = [_version(self.tuned_tensors(expert)) for expert in range(self.num_experts)]
+        changed = [expert for expert, (a, b) in enumerate(zip(now, self._versions, strict=True)) if a != b]
+        if changed:
+            raise ValueError(f"write: offloaded experts are trained in place, expected True; changed were {changed}")
+
+    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
+        """See :class:`fluxlib.moe.kernels.Source`."""
+        tensors = self.device_set.get((self.index, slot), self.parameters_of(slot), self.device)
+        if upcoming:
+            self.device_set.ahead((self.index, upcoming[0]), self.parameters_of(upcoming[0]), self.device)
+        return to_matrices(tensors, self.layout, dtype)
+
+    def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
+        """See :class:`fluxlib.moe.kernels.Source`."""
+        parameters = self.parameters_of(slot)
+        gradients = {name: gradient.to(parameters[name].dtype) for name, gradient in gradients.items()}
+        self.device_set.traffic.to_host_bytes += sum(g.numel() * g.element_size() for g in gradients.values())
+        if self.device.type == "cuda":
+            self._returning.append(self._send_back(parameters, gradients))
+            while len(self._returning) > 1:
+                self._returning.popleft()()
+        else:
+            _accumulate(parameters, gradients)
+
+    def end_backward(self) -> None:
+        """See :class:`fluxlib.moe.kernels.Source`."""
+        while self._returning:
+            self._returning.popleft()()
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """``hidden_states [N, H]``, ``top_k_index [N, k]``, ``top_k_weights [N, k]`` -> ``[N, H]``."""
+        index, weights = choices(self, hidden_states, top_k_index, top_k_weights)
+        pairs = sort_pairs(index, weights, self.num_experts, joins=False)
+        anchor = torch.zeros(0, device=hidden_states.device, requires_grad=True) if torch.is_grad_enabled() else None
+        return slot_pass(hidden_states, *pairs, self, self.activation, anchor=anchor)
+
+    def _send_back(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Start copying gradients to the host; the function returned waits and adds them up."""
+        stream = self.device_set.stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        arrived = {name: torch.empty(g.shape, dtype=g.dtype, pin_memory=True) for name, g in gradients.items()}
+        with torch.cuda.stream(stream):
+            for name, gradient in gradients.items():
+                arrived[name].copy_(gradient, non_blocking=True)
+                gradient.record_stream(stream)
+            done: Any = torch.cuda.Event()
+            done.record(stream)
+
+        def finish() -> None:
+            done.synchronize()
+            _accumulate(parameters, arrived)
+
+        return finish
+
+
+def offload(model: nn.Module, capacity: int) -> DeviceSet:
+    """Put an :class:`OffloadedExperts` at every MoE layer, in place, and freeze everything but the experts.
+
+    Args:
+        model: A model of any handled layout, on the host or on the device.
+        capacity: Experts that may be on the device at once, of all layers together.
+
+    Returns:
+        The set of experts on the device, with its :attr:`~DeviceSet.traffic`.
+
+    Raises:
+        ValueError: No capacity, or experts that were replaced before.
+    """
+    found, device_set = layers.check_original(model), DeviceSet(capacity)
+    layers.freeze(model)
+    for layer in found:
+        layers.replace(model, layer, OffloadedExperts(layer.experts, device_set, layer.index))
+    return device_set
+
+
+class _HostParameters(nn.ParameterDict):
+    """Parameters that ``model.to(...)`` leaves where they are."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _HostParameters:
+        return self
+
+
+@torch.no_grad()
+def _accumulate(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+    for name, gradient in gradients.items():
+        held = parameters[name].grad
+        parameters[name].grad = gradient if held is None else held.add_(gradient)
+
+
+def _version(tensors: Mapping[str, Tensor]) -> int:
+    """Changes with every write into the tensors."""
+    return sum(tensor._version for tensor in tensors.values())

@@ -1,0 +1,120 @@
+"""Offloaded experts compute what resident ones do, and account for what they move."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fluxlib.moe import compact, layers, offloaded
+from fluxlib.moe.compact import LayerPlan
+from fluxlib.moe.offloaded import DeviceSet, OffloadedExperts
+
+EXPERT_BYTES = 3 * 16 * 12 * 4
+CPU = torch.device("cpu")
+
+
+def _all_tuned(model: nn.Module) -> list[LayerPlan]:
+    return [LayerPlan(tuple(range(layer.num_experts))) for layer in layers.find(model)]
+
+
+def test_training_equals_the_resident_model_bit_by_bit(tiny: SimpleNamespace, architecture: str) -> None:
+    resident, model = tiny.build(architecture), tiny.build(architecture)
+    compact.customize(resident, _all_tuned(resident))
+    device_set = offloaded.offload(model, capacity=3)
+    for step in range(2):
+        batch, losses = tiny.batch(seed=step), []
+        for each in (resident, model):
+            optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
+            optimizer.zero_grad()
+            losses.append(each(**batch).loss)
+            losses[-1].backward()
+            optimizer.step()
+        assert torch.equal(*losses)
+        for ours, theirs in zip(layers.find(model), layers.find(resident), strict=True):
+            for expert in range(ours.num_experts):
+                for name, gradient in theirs.experts.grads(expert).items():
+                    assert torch.equal(ours.experts.grads(expert)[name], gradient)
+    assert device_set.traffic.misses > 0
+    compact.restore(resident)
+    compact.restore(model)
+    for (name, ours), theirs in zip(model.state_dict().items(), resident.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_every_expert_has_its_own_gradient_and_state(tiny: SimpleNamespace) -> None:
+    model = tiny.build("olmoe")
+    offloaded.offload(model, capacity=4)
+    experts = layers.find(model)[0].experts
+    optimizer = torch.optim.AdamW(experts.parameters(), lr=0.1)
+    before = {name: tensor.clone() for name, tensor in experts.tuned_tensors(0).items()}
+    experts(torch.randn(4, 16), torch.tensor([[1, 6]] * 4), torch.ones(4, 2)).sum().backward()
+    optimizer.step()
+    assert sum(p.grad is not None for p in experts.parameters()) == len(optimizer.state) == 2 * 2
+    assert not experts.grads(0)["down_proj"].any()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in experts.tuned_tensors(0).items())
+    assert len(list(experts.parameters())) == 2 * 8
+
+
+def test_hits_misses_and_bytes(tiny: SimpleNamespace) -> None:
+    model = tiny.build("olmoe")
+    device_set = offloaded.offload(model, capacity=3)
+    first, second = (layer.experts for layer in layers.find(model))
+    hidden, weights = torch.randn(2, 16), torch.ones(2, 2)
+    with torch.no_grad():
+        first(hidden, torch.tensor([[0, 1]] * 2), weights)
+        assert (device_set.traffic.hits, device_set.traffic.misses) == (0, 2)
+        first(hidden, torch.tensor([[1, 0]] * 2), weights)
+        assert (device_set.traffic.hits, device_set.traffic.misses) == (2, 2)
+        second(hidden, torch.tensor([[0, 1]] * 2), weights)  # pushes out the first layer's 0
+        first(hidden, torch.tensor([[1, 1]] * 2), weights)
+        assert (device_set.traffic.hits, device_set.traffic.misses) == (3, 4)
+    assert device_set.traffic.hit_rate == pytest.approx(3 / 7)
+    assert device_set.traffic.to_device_bytes == 4 * EXPERT_BYTES
+    assert device_set.traffic.to_host_bytes == 0
+    first(hidden, torch.tensor([[1, 1]] * 2), weights).sum().backward()
+    assert device_set.traffic.to_host_bytes == EXPERT_BYTES
+    assert len(device_set) == 3
+
+
+def test_an_expert_that_was_updated_is_copied_again() -> None:
+    device_set, host = DeviceSet(2), {"down_proj": torch.zeros(4)}
+    device_set.get((0, 0), host, CPU)
+    device_set.get((0, 0), host, CPU)
+    host["down_proj"].add_(1)
+    assert torch.equal(device_set.get((0, 0), host, CPU)["down_proj"], torch.ones(4))
+    assert (device_set.traffic.hits, device_set.traffic.misses) == (1, 2)
+    assert device_set.traffic.to_device_bytes == 2 * 16
+
+
+def test_a_set_of_one_copies_nothing_ahead() -> None:
+    device_set, host = DeviceSet(1), {"down_proj": torch.zeros(4)}
+    device_set.get((0, 0), host, CPU)
+    device_set.ahead((0, 1), host, CPU)
+    assert (len(device_set), device_set.traffic.misses) == (1, 1)
+
+
+def test_moving_the_model_leaves_experts_on_the_host_as_they_are(tiny: SimpleNamespace) -> None:
+    model = tiny.build("mixtral")
+    offloaded.offload(model, capacity=2)
+    model.to(torch.bfloat16)
+    experts = layers.find(model)[0].experts
+    assert isinstance(experts, OffloadedExperts)
+    assert experts.tuned_tensors(0)["down_proj"].dtype == torch.float32
+    assert experts(torch.randn(2, 16).bfloat16(), torch.tensor([[0]] * 2), torch.ones(2, 1)).dtype == torch.bfloat16
+
+
+def test_what_cannot_be_is_named(tiny: SimpleNamespace) -> None:
+    model = tiny.build("mixtral")
+    with pytest.raises(ValueError, match="room for at least 1 expert, got 0"):
+        offloaded.offload(model, capacity=0)
+    offloaded.offload(model, capacity=2)
+    layers.restore(model, write=False)
+    offloaded.offload(model, capacity=2)
+    layers.find(model)[0].experts.tuned_tensors(3)["down_proj"].zero_()
+    with pytest.raises(ValueError, match=r"trained in place, expected True; changed were \[3\]"):
+        layers.restore(model, write=False)
+    layers.restore(model)
+    assert not layers.find(model)[0].experts.down_proj[3].any()
