@@ -27,6 +27,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -125,7 +126,7 @@ class Checkpoints:
             return None
         try:
             return self._restore(manifest, strategy, grid)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(
                 f"the checkpoint in {self.folder} cannot be used: {error}; remove the folder to start the run anew"
             ) from error

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fluxlib.config import RunConfig
 from fluxlib.federation import wire as wires
-from fluxlib.federation.sync import Delta, Experts
+from fluxlib.federation.sync import Delta
 from fluxlib.federation.wire import WireError, WireType
 from fluxlib.methods.base import Budget, ExpertKey, Roles, Update, Work
 
@@ -66,6 +66,7 @@ class Instruction:
             "version": self.delta.version,
             "digest": self.delta.digest,
             "num_experts": self.delta.num_experts,
+            "num_bytes": self.delta.num_bytes,
         }
         if self.roles is not None and self.budget is not None:
             values["shape"] = list(self.roles.exploit.shape)
@@ -90,7 +91,7 @@ class Instruction:
             values["version"],
             values["digest"],
             values["num_experts"],
-            wires.record_bytes(arrays),
+            values["num_bytes"],
         )
         return cls(values["run"], values["round"], values["participant"], values["wire"], delta, roles, budget)
 
@@ -165,10 +166,14 @@ class TrainReport(_Report):
 
     def to_records(self, wire: WireType) -> RecordDict:
         """As message content; changes are rounded to ``wire``."""
-        update, arrays = self.update, ArrayRecord()
-        for key, tensors in update.deltas.items():
-            for name, tensor in tensors.items():
-                arrays[wires.key_name(key, name)] = wires.encode(tensor, wire)
+        update = self.update
+        arrays = wires.make_record(
+            {
+                wires.key_name(key, name): wires.encode(tensor, wire)
+                for key, tensors in update.deltas.items()
+                for name, tensor in tensors.items()
+            }
+        )
         config = self.header(
             status=DONE,
             shape=list(update.tokens.shape),
@@ -215,7 +220,7 @@ def _header(values: ConfigRecord) -> tuple[int, int, int, str]:
     return int(values["participant"]), int(values["round"]), int(values["version"]), str(values["digest"])
 
 
-def _experts(arrays: ArrayRecord, wire: WireType) -> Experts:
+def _experts(arrays: ArrayRecord, wire: WireType) -> dict[ExpertKey, dict[str, Tensor]]:
     found: dict[ExpertKey, dict[str, Tensor]] = {}
     for name, array in arrays.items():
         key, tensor = wires.parse_name(name)

@@ -16,7 +16,6 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fluxlib.federation import wire as wires
 from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.sync import ExpertStore, Held
 
@@ -68,12 +67,8 @@ def restore(tensors: Mapping[str, Tensor], nodes: Iterable[str], grid: LocalGrid
 
 def _experts(state: RecordDict, store: ExpertStore) -> ArrayRecord:
     """Experts that had changed by the held version and not since; the others come with the next delta."""
-    version, arrays = int(state["held"]["version"]), ArrayRecord()
-    for key in store.changed():
-        if store.changed_at[key] <= version:
-            for name, array in store.arrays(key).items():
-                arrays[wires.key_name(key, name)] = array
-    return arrays
+    version = int(state["held"]["version"])
+    return store.record(key for key in store.changed() if store.changed_at[key] <= version)
 
 
 def _to_json(value: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pandas as pd
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
+from safetensors import SafetensorError
 
 from fluxlib import methods, models, records
 from fluxlib.config import ConfigError, RunConfig
@@ -48,7 +49,7 @@ class _Run:
         self.start = datetime.datetime.now(datetime.UTC)
         try:
             self.model, self.tokenizer = models.load(config.model)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, SafetensorError) as error:
             raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
         self.task, self.parts = load_task(config)
         store = ExpertStore(self.model, options.wire)

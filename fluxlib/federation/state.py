@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +40,9 @@ def load_state(state: RecordDict) -> ParticipantState:
         return ParticipantState()
     known = None
     if PROFILE in state:
-        tensors = {name: torch.from_numpy(array.numpy()) for name, array in state[PROFILE].items()}
-        known = Profile(**tensors, **_plain(json.loads(state[PARTICIPANT]["profile"])))
+        values: dict[str, Any] = {name: torch.from_numpy(array.numpy()) for name, array in state[PROFILE].items()}
+        values |= {name: _tuples(value) for name, value in json.loads(state[PARTICIPANT]["profile"]).items()}
+        known = Profile(**values)
     return ParticipantState(known, int(state[PARTICIPANT]["profile_round"]))
 
 
@@ -50,10 +52,6 @@ def _split(profile: Profile) -> tuple[dict[str, np.ndarray], str]:
     return arrays, json.dumps({name: value for name, value in values.items() if name not in arrays})
 
 
-def _plain(values: dict[str, object]) -> dict[str, object]:
-    """JSON has lists only; a profile is compared by its tuples."""
-    return {name: _tuples(value) for name, value in values.items()}
-
-
 def _tuples(value: object) -> object:
+    """JSON has lists only; profiles are compared by their tuples."""
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

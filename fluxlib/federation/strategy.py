@@ -175,12 +175,10 @@ class FluxStrategy(Strategy):
         self.last.require(self.config.min_replies_frac)
         self.store.apply(changes)
         self._remember_utilities(utilities)
-        arrays = ArrayRecord()
-        for key in changes:
-            for name, array in self.store.arrays(key).items():
-                arrays[wires.key_name(key, name)] = array
         num_samples = sum(outcome.num_samples for outcome in self.last.accepted)
-        return arrays, MetricRecord({"train_loss": self.last.train_loss, "num-examples": num_samples})
+        return self.store.record(changes), MetricRecord(
+            {"train_loss": self.last.train_loss, "num-examples": num_samples}
+        )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

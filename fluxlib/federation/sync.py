@@ -16,7 +16,7 @@ once when it changes. A participant whose digest is not the expected one gets ev
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,7 @@ class ExpertStore:
         self._digests = Digests({key: wires.tensors_digest(self.tensors(key), wire) for key in self.keys})
         self.digest_of_version = [self._digests.total()]
         self._arrays: dict[ExpertKey, dict[str, Array]] = {}
+        self._deltas: dict[int, Delta] = {}
         self.frozen_digest = frozen_digest(model)
 
     @property
@@ -138,6 +139,7 @@ class ExpertStore:
         self._record(list(experts))
         if self.digest != digests[-1]:
             raise WireError(f"it is damaged (digest is {self.digest[:12]}, it should be {digests[-1][:12]})")
+        self._deltas.clear()
         self.version, self.digest_of_version = len(digests) - 1, list(digests)
         self.changed_at |= changed_at
 
@@ -145,12 +147,14 @@ class ExpertStore:
         """What a participant that holds ``version`` with ``digest`` lacks; everything if that is not a known state."""
         known = 0 <= version <= self.version and self.digest_of_version[version] == digest
         since = version if known else NOTHING
-        keys = [key for key in self.keys if self.changed_at[key] > since]
-        record = ArrayRecord()
-        for key in keys:
-            for name, array in self.arrays(key).items():
-                record[wires.key_name(key, name)] = array
-        return Delta(record, since, self.version, self.digest, len(keys), wires.record_bytes(record))
+        if since not in self._deltas:
+            keys = [key for key in self.keys if self.changed_at[key] > since]
+            record = self.record(keys)
+            found = Delta(record, since, self.version, self.digest, len(keys), wires.record_bytes(record))
+            if since == NOTHING:  # rare, and a second copy of the whole model
+                return found
+            self._deltas[since] = found
+        return self._deltas[since]
 
     def arrays(self, key: ExpertKey) -> dict[str, Array]:
         """One expert in wire form; kept until it changes, unless it is still the base's."""
@@ -161,12 +165,19 @@ class ExpertStore:
             self._arrays[key] = arrays
         return arrays
 
+    def record(self, keys: Iterable[ExpertKey]) -> ArrayRecord:
+        """Some experts in wire form."""
+        return wires.make_record(
+            {wires.key_name(key, name): array for key in keys for name, array in self.arrays(key).items()}
+        )
+
     def changed(self) -> list[ExpertKey]:
         """Experts that are no longer the base's."""
         return [key for key in self.keys if self.changed_at[key] > 0]
 
     def _record(self, keys: list[ExpertKey]) -> None:
         self.version += 1
+        self._deltas.clear()
         for key in keys:
             self.changed_at[key] = self.version
             self._arrays.pop(key, None)
@@ -207,10 +218,8 @@ class Held:
         """
         if not (delta.from_version <= self.version <= delta.version):
             raise ResyncNeeded(f"holds version {self.version}, the delta is {delta.from_version} to {delta.version}")
-        kept = ArrayRecord() if delta.from_version == NOTHING else self.arrays.copy()
-        for name, array in delta.arrays.items():
-            kept[name] = array
-        held = Held(delta.version, delta.digest, kept)
+        kept = {} if delta.from_version == NOTHING else dict(self.arrays)
+        held = Held(delta.version, delta.digest, wires.make_record({**kept, **delta.arrays}))
         found = base.with_changes(held.expert_digests()).total()
         if found != delta.digest:
             raise ResyncNeeded(f"digest is {found[:12]} after the delta, it should be {delta.digest[:12]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,48 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from flwr.app import Array, Context, Message
+from flwr.clientapp import ClientApp
 
-from fluxlib import federation, records
+from fluxlib import federation, records, seeding
 from fluxlib.config import ConfigError, RunConfig
-
-CLOCKS = ("wall_s", "round_wall_s", "evaluate_wall_s", "peak_memory_bytes")
+from fluxlib.federation import RunFailed, client_app, participant
+from fluxlib.federation.server_app import from_run_config
+from fluxlib.federation.sync import ExpertStore
 
 Make = Callable[..., RunConfig]
+NODE = 3
+"""Node of participant 1."""
 
 
-def same(first: pd.DataFrame, second: pd.DataFrame) -> None:
-    """Equal but for what a clock on the wall or the operating system says."""
-    drop = [name for name in first.columns if name in CLOCKS or name.endswith("_wall_s")]
-    pd.testing.assert_frame_equal(first.drop(columns=drop), second.drop(columns=drop), check_exact=True)
+def timeless(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without what a clock on the wall or the operating system says."""
+    measured = [name for name in frame.columns if name.endswith("wall_s") or name == "peak_memory_bytes"]
+    return frame.drop(columns=measured)
+
+
+def same_tables(first: federation.RunResult, second: federation.RunResult) -> None:
+    for table in ("rounds", "participants"):
+        pd.testing.assert_frame_equal(
+            timeless(getattr(first, table)), timeless(getattr(second, table)), check_exact=True
+        )
+
+
+def same_models(first: Any, second: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def wrapped(change: Callable[[Message, Message, Context], Message]) -> ClientApp:
+    """The client app, its training replies passed through ``change(request, reply, context)``."""
+    app = ClientApp()
+    app.query("join")(participant.join)
+    app.query("profile")(participant.profile)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return change(message, participant.train(message, context), context)
+
+    return app
 
 
 def test_a_run_gives_one_row_per_round_and_writes_both_tables(make_config: Make, tmp_path: Path) -> None:
@@ -31,5 +61,264 @@ def test_a_run_gives_one_row_per_round_and_writes_both_tables(make_config: Make,
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert result.participants.groupby("round").size().tolist() == [3, 3, 3]
     for name, path in result.files.items():
-        pd.testing.assert_frame_equal(records.read(name, path), getattr(result, name), check_dtype=False)
+        pd.testing.assert_frame_equal(records.read(name, path), getattr(result, name), check_exact=True)
+    about = json.loads(result.files["rounds"].with_suffix(".json").read_text())
+    assert (about["status"], about["parameters"]["task"], len(about["labels_by_participant"])) == (
+        "complete", "mini-piqa", 3
+    )  # fmt: skip
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_clocks_add_up_and_round_zero_costs_nothing(make_config: Make) -> None:
+    rounds = federation.run(make_config()).rounds
+    for clock in ("wall_s", "device_s"):
+        assert rounds[clock].tolist() == pytest.approx(rounds[f"round_{clock}"].cumsum().tolist())
+        assert rounds[clock].iloc[0] == 0 and (rounds[f"round_{clock}"].iloc[1:] > 0).all()
+    assert (rounds["evaluate_wall_s"] > 0).all()
+
+
+def test_bytes_are_exact(make_config: Make) -> None:
+    result = federation.run(make_config())
+    expert = 4 * (8 * 8 + 8 * 4)
+    people = result.participants
+    assert (people["uplink_bytes"] == people["num_tuned"] * expert).all()
+    rounds = result.rounds.set_index("round")
+    assert rounds.loc[1, "downlink_bytes"] == 0
+    for number in (2, 3):  # what changed in the round before, to each of three
+        assert rounds.loc[number, "downlink_bytes"] == 3 * rounds.loc[number - 1, "num_tuned"] * expert
+
+
+def test_the_same_seed_gives_the_same_tables_and_another_does_not(make_config: Make) -> None:
+    first, again = federation.run(make_config()), federation.run(make_config())
+    same_tables(first, again)
+    assert same_models(first.model, again.model)
+    assert not same_models(first.model, federation.run(make_config(seed=1)).model)
+
+
+def test_a_profiling_method_learns_first_utilities(make_config: Make) -> None:
+    config = make_config(method="fake-profiling")
+    result = federation.run(config)
+    first = result.participants.query("round == 1")
+    later = result.participants.query("round == 2")
+    assert (first["profile_device_s"] > 0).all() and (later["profile_device_s"] == 0).all()
+    assert not same_models(result.model, federation.run(make_config()).model)
+
+
+def test_some_participants_take_part_each_round(make_config: Make) -> None:
+    config = make_config(participants=6, participants_per_round=2, rounds=5, method="fake-profiling")
+    result = federation.run(config)
+    seen = result.participants.groupby("round")["participant"].apply(list)
+    for number, found in seen.items():
+        chance = seeding.generator(0, "sample", number)
+        assert found == sorted(torch.randperm(6, generator=chance)[:2].tolist())
+    assert result.rounds["num_participants"].tolist() == [0, 2, 2, 2, 2, 2]
+    assert (result.participants["rejected"] == "").all()
+    same_tables(result, federation.run(config))
+
+
+def test_evaluation_is_skipped_between_and_never_at_the_end(make_config: Make) -> None:
+    rounds = federation.run(make_config(rounds=5, eval_every=3)).rounds
+    assert rounds["metric"].notna().tolist() == [True, False, False, True, False, True]
+
+
+def test_returning_true_stops_and_the_run_goes_on_later(make_config: Make, tmp_path: Path) -> None:
+    stopped = federation.run(make_config(), on_round=lambda row: row["round"] == 1, out=tmp_path)
+    assert stopped.rounds["round"].tolist() == [0, 1]
+    assert json.loads(stopped.files["rounds"].with_suffix(".json").read_text())["status"] == "stopped"
+    finished = federation.run(make_config(), out=tmp_path)
+    same_tables(finished, federation.run(make_config()))
+
+
+def test_half_precision_on_the_wire_halves_the_bytes(make_config: Make) -> None:
+    full, half = federation.run(make_config()), federation.run(make_config(), wire="bfloat16")
+    assert (half.rounds["uplink_bytes"] * 2 == full.rounds["uplink_bytes"]).all()
+    assert (half.rounds["downlink_bytes"] * 2 == full.rounds["downlink_bytes"]).all()
+    assert (half.participants["rejected"] == "").all()
+
+
+# Wrong input: refused before any work.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "magic"}, "method is 'magic', allowed are flux"),
+        ({"task": "sudoku"}, "task is 'sudoku', allowed are mini-"),
+        ({"model": "gpt-9"}, "gpt-9"),
+        ({"fleet": "toasters"}, "toasters"),
+        ({"link": "pigeon"}, "pigeon"),
+        ({"clock_model": "gpt-9"}, "gpt-9"),
+        ({"tune_fraction": 0.1}, "tune_fraction is 0.1, allowed is at least 0.25"),
+        ({"merge_fraction": 0.0}, "merge_fraction is 0, allowed is at least 0.25"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(make_config: Make, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        federation.run(make_config(**changes))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(make_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match="out is .*file/results.*cannot be written"):
+        federation.run(make_config(), out=tmp_path / "file" / "results")
+
+
+def test_a_damaged_base_model_is_refused_by_name(make_config: Make, tmp_path: Path, tiny: Any) -> None:
+    folder = tiny.write_model(tmp_path / "damaged")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="damaged.*cannot be loaded"):
+        federation.run(make_config(model=str(folder)))
+
+
+def test_an_unknown_wire_type_is_refused(make_config: Make) -> None:
+    with pytest.raises(ConfigError, match="wire is 'int1', allowed are float32, bfloat16"):
+        federation.run(make_config(), wire="int1")  # type: ignore[arg-type]
+
+
+def test_flowers_run_configuration_uses_hyphens_and_empty_texts() -> None:
+    config, out = from_run_config({"method": "fmd", "eval-every": 2, "data-path": "", "out": "results"})
+    assert (config.method, config.eval_every, config.data_path, out) == ("fmd", 2, None, Path("results"))
+    with pytest.raises(ConfigError, match="unknown parameter 'colour'"):
+        from_run_config({"colour": "blue"})
+
+
+# Faults: they cost a reply, not the run.
+
+
+def broken(request: Message, reply: Message, context: Context) -> Message:
+    raise MemoryError("4 GB are not enough")
+
+
+def not_a_number(request: Message, reply: Message, context: Context) -> Message:
+    arrays = reply.content["arrays"]
+    key = next(iter(arrays))
+    arrays[key] = Array(arrays[key].numpy() * float("nan"))
+    return reply
+
+
+def misshapen(request: Message, reply: Message, context: Context) -> Message:
+    arrays = reply.content["arrays"]
+    key = next(iter(arrays))
+    arrays[key] = Array(arrays[key].numpy().reshape(-1))
+    return reply
+
+
+def not_asked_for(request: Message, reply: Message, context: Context) -> Message:
+    arrays = reply.content["arrays"]
+    tuned = {name.rpartition(".")[0] for name in arrays}
+    other = next(f"{layer}.{e}" for layer in range(2) for e in range(4) if f"{layer}.{e}" not in tuned)
+    for name in [name for name in arrays if name.startswith(min(tuned) + ".")]:
+        arrays[f"{other}.{name.rpartition('.')[2]}"] = arrays[name]
+    return reply
+
+
+def from_the_past(request: Message, reply: Message, context: Context) -> Message:
+    reply.content["config"]["round"] = int(reply.content["config"]["round"]) - 1
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (broken, "error"),
+        (not_a_number, "not_finite"),
+        (misshapen, "wrong_shape"),
+        (not_asked_for, "unassigned_expert"),
+        (from_the_past, "stale"),
+    ],
+)
+def test_a_bad_reply_is_named_counted_and_left_out(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, fault: Any, reason: str
+) -> None:
+    def sometimes(request: Message, reply: Message, context: Context) -> Message:
+        bad = context.node_id == NODE and reply.content["config"]["round"] == 2
+        return fault(request, reply, context) if bad else reply
+
+    monkeypatch.setattr(client_app, "app", wrapped(sometimes))
+    result = federation.run(make_config(participants=4, min_replies_frac=0.75))
+    refused = result.participants.query("rejected != ''")
+    assert refused[["round", "participant", "rejected"]].values.tolist() == [[2, 1, reason]]
+    assert result.rounds["num_rejected"].tolist() == [0, 0, 1, 0]
+    assert all(torch.isfinite(p).all() for p in result.model.parameters())
+
+
+def test_a_late_participant_is_missing(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    def slow(request: Message, reply: Message, context: Context) -> Message:
+        time.sleep(0.5 * (context.node_id == NODE))
+        return reply
+
+    monkeypatch.setattr(client_app, "app", wrapped(slow))
+    result = federation.run(make_config(rounds=1), round_timeout_s=0.5)
+    assert result.participants["rejected"].tolist() == ["", "missing", ""]
+
+
+def test_too_few_good_replies_fail_loudly_and_keep_what_was_complete(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def dying(request: Message, reply: Message, context: Context) -> Message:
+        if reply.content["config"]["round"] == 2 and context.node_id >= NODE:
+            raise MemoryError("no room")
+        return reply
+
+    monkeypatch.setattr(client_app, "app", wrapped(dying))
+    with pytest.raises(RunFailed, match=r"round 2: 1 of 3 replies were good.*asks for 2; refused: 2 error.*no room"):
+        federation.run(make_config(), out=tmp_path)
+    path = tmp_path / "rounds" / f"{make_config().run_id}.parquet"
+    assert records.read("rounds", path)["round"].tolist() == [0, 1]
+    assert json.loads(path.with_suffix(".json").read_text())["status"] == "failed"
+    people = records.read("participants", tmp_path / "participants" / path.name)
+    assert people.query("round == 2")["rejected"].tolist() == ["", "error", "error"]
+
+
+def test_a_participant_that_lost_its_state_gets_everything_in_the_same_round(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetful(request: Message, reply: Message, context: Context) -> Message:
+        if context.node_id == NODE and reply.content["config"]["round"] == 2:
+            for name in ("held", "experts"):
+                del context.state[name]
+        return reply
+
+    monkeypatch.setattr(client_app, "app", wrapped(forgetful))
+    result = federation.run(make_config())
+    assert (result.participants["rejected"] == "").all()
+    full = 8 * 4 * (8 * 8 + 8 * 4)
+    sent = result.participants.query("round == 3").set_index("participant")["downlink_bytes"]
+    assert sent[1] == sent[0] + full
+    assert same_models(result.model, federation.run(make_config()).model)
+
+
+def test_a_participant_with_another_base_model_is_refused(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(message: Message, context: Context) -> Message:
+        reply = participant.join(message, context)
+        if context.node_id == NODE:
+            reply.content["config"]["frozen_digest"] = "0" * 64
+        return reply
+
+    app = wrapped(lambda request, reply, context: reply)
+    app._registered_funcs["query.join"] = other
+    monkeypatch.setattr(client_app, "app", app)
+    with pytest.raises(RunFailed, match="missing: 1.*participant 1 has another base model"):
+        federation.run(make_config())
+
+
+def test_one_participant_tunes_alone_and_its_change_comes_back_exactly(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, tiny: Any
+) -> None:
+    kept: dict[str, Any] = {}
+
+    def keep(request: Message, reply: Message, context: Context) -> Message:
+        kept.update({name: torch.from_numpy(a.numpy().copy()) for name, a in reply.content["arrays"].items()})
+        return reply
+
+    monkeypatch.setattr(client_app, "app", wrapped(keep))
+    result = federation.run(make_config(participants=1, rounds=1))
+    base, tuned = ExpertStore(tiny.build_model()), ExpertStore(result.model)
+    for key in base.keys:
+        for name, tensor in base.tensors(key).items():
+            change = kept.get(f"{key[0]}.{key[1]}.{name}")
+            assert torch.equal(tuned.tensors(key)[name], tensor if change is None else tensor + change)
+    assert 0 < len(kept) < 2 * len(base.keys)

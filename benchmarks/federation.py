@@ -1,0 +1,138 @@
+"""What the in-process engine costs besides training: seconds per participant and round, and memory.
+
+    python benchmarks/federation.py                       overhead, for three shapes of traffic
+    python benchmarks/federation.py --participants 1000   scale: 10, 100, ... participants, 10 per round
+
+A method that does no work stands for training: its changes are made once, before the clock starts. Evaluation and
+data loading are left out (they are the same whatever carries the messages). A JSON line per measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import nn
+
+from fluxlib import federation, methods, roles
+from fluxlib.config import RunConfig
+from fluxlib.federation import participant, rounds
+from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
+from fluxlib.tasks.evaluate import Score
+
+TARGET_S = 0.005
+"""Overhead per participant and round that the in-process engine is to stay under."""
+
+MADE: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+
+
+def write_model(folder: Path, layers: int, experts: int, hidden: int, width: int) -> Path:
+    """A random OLMoE of the mini models' size, with a tokenizer that is never used."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    config = tf.OlmoeConfig(
+        vocab_size=512, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, num_experts=experts, num_experts_per_tok=4,
+        max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    for layer in range(layers):
+        for expert in range(experts):
+            gate_up, down = torch.randn(2 * width, hidden) * 1e-3, torch.randn(hidden, width) * 1e-3
+            MADE[layer, expert] = {"gate_up_proj": gate_up, "down_proj": down}
+    return folder
+
+
+def assign(
+    state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator
+) -> roles.Assignment:
+    counts = [budget.num_tuned for budget in budgets]
+    return roles.assign(roles.current_utilities(state), counts, 1.0, generator)
+
+
+def train(
+    model: nn.Module,
+    state: ParticipantState,
+    assigned: Roles,
+    budget: Budget,
+    data: LocalData,
+    config: RunConfig,
+    round_number: int,
+    generator: torch.Generator,
+) -> tuple[Update, ParticipantState]:
+    tuned = [(int(layer), int(expert)) for layer, expert in assigned.exploit.nonzero()]
+    update = Update(
+        deltas={key: MADE[key] for key in tuned},
+        utilities=torch.where(assigned.exploit, 1.0, torch.nan),
+        tokens=assigned.exploit.float(),
+        loss=1.0,
+        num_samples=1,
+        work=Work(assigned.exploit.numel(), train_steps=1, train_samples=1, train_tokens=1),
+    )
+    return update, state
+
+
+def no_data(*_: Any) -> LocalData:
+    return LocalData([], [])
+
+
+def measure(folder: Path, name: str, tune: float, participants: int, per_round: int, num_rounds: int) -> dict[str, Any]:
+    """Seconds per participant and round, median over the rounds after the first."""
+    config = RunConfig(
+        method="idle", model=str(folder), task="mini-piqa", task_size=max(60, 2 * participants), rounds=num_rounds,
+        participants=participants, participants_per_round=per_round, tune_fraction=tune,
+        merge_fraction=0.0 if tune == 1 else 0.25, eval_samples=1,
+    )  # fmt: skip
+    start = time.perf_counter()
+    result = federation.run(config)
+    total_s = time.perf_counter() - start
+    walls = result.rounds["round_wall_s"].iloc[2:]
+    return {
+        "what": name,
+        "participants": participants,
+        "per_round": per_round,
+        "rounds": num_rounds,
+        "uplink_mb": round(result.rounds["uplink_bytes"].iloc[-1] / per_round / 1e6, 2),
+        "downlink_mb": round(result.rounds["downlink_bytes"].iloc[-1] / per_round / 1e6, 2),
+        "overhead_ms": round(1e3 * float(walls.median()) / per_round, 2),
+        "target_ms": 1e3 * TARGET_S,
+        "run_s": round(total_s, 2),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--participants", type=int, default=0, help="largest number of participants of the scale test")
+    parser.add_argument("--rounds", type=int, default=8)
+    given = parser.parse_args()
+    methods.METHODS["idle"] = Method("idle", "No work", assign, train, profiles=False)
+    participant.local_data = no_data
+    rounds.evaluate = lambda *_: Score(0.0, 0.0, 1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_model(Path(temporary), layers=8, experts=16, hidden=128, width=64)
+        if given.participants:
+            count = 10
+            while count <= given.participants:
+                print(json.dumps(measure(folder, "scale", 0.25, count, 10, given.rounds)), flush=True)
+                count *= 10
+            return
+        for name, tune in (("an eighth tuned", 0.125), ("a quarter tuned", 0.25), ("all tuned", 1.0)):
+            print(json.dumps(measure(folder, name, tune, 10, 10, given.rounds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""A run that is killed between rounds, or while writing, ends as if it had not been."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxlib import federation
+from fluxlib.config import RunConfig
+from fluxlib.federation import CheckpointError, checkpoint
+
+Make = Callable[..., RunConfig]
+
+
+class Killed(BaseException):
+    """Stands for the process's end: nothing catches it."""
+
+
+def kill_after(number: int) -> Callable[[dict[str, Any]], None]:
+    def on_round(row: dict[str, Any]) -> None:
+        if row["round"] == number:
+            raise Killed
+
+    return on_round
+
+
+def folder_of(config: RunConfig, out: Path) -> Path:
+    return out / "checkpoints" / config.run_id
+
+
+@pytest.fixture(params=[{}, {"participants": 5, "participants_per_round": 2}], ids=["all", "sampled"])
+def config(request: pytest.FixtureRequest, make_config: Make) -> RunConfig:
+    return make_config(method="fake-profiling", rounds=5, **request.param)
+
+
+def same(first: federation.RunResult, second: federation.RunResult) -> None:
+    import pandas as pd
+    import torch
+
+    for table in ("rounds", "participants"):
+        one, other = getattr(first, table), getattr(second, table)
+        keep = [name for name in one.columns if not name.endswith("wall_s") and name != "peak_memory_bytes"]
+        pd.testing.assert_frame_equal(one[keep], other[keep], check_exact=True)
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_a_killed_run_ends_as_an_uninterrupted_one(config: RunConfig, tmp_path: Path, number: int) -> None:
+    with pytest.raises(Killed):
+        federation.run(config, on_round=kill_after(number), out=tmp_path)
+    assert folder_of(config, tmp_path).is_dir()
+    rows: list[dict[str, Any]] = []
+    resumed = federation.run(config, on_round=rows.append, out=tmp_path)
+    assert [row["round"] for row in rows] == list(range(number + 1, 6))
+    same(resumed, federation.run(config))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_killed_again_and_again(config: RunConfig, tmp_path: Path) -> None:
+    for number in (1, 2, 3, 4):
+        with pytest.raises(Killed):
+            federation.run(config, on_round=kill_after(number), out=tmp_path)
+    same(federation.run(config, out=tmp_path), federation.run(config))
+
+
+@pytest.mark.parametrize("name", ["_save_tensors", "_replace_text"])
+def test_killed_while_writing_the_checkpoint_before_is_whole(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with pytest.raises(Killed):
+        federation.run(config, on_round=kill_after(2), out=tmp_path)
+
+    def half(path: Path, content: Any) -> None:
+        path.write_bytes(b"half a file")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if name == "_replace_text":
+            patch.setattr(checkpoint, name, lambda path, text: half(path.with_suffix(".tmp"), text))
+        else:
+            patch.setattr(checkpoint, name, half)
+        with pytest.raises(Killed):
+            federation.run(config, out=tmp_path)
+    rows: list[dict[str, Any]] = []
+    resumed = federation.run(config, on_round=rows.append, out=tmp_path)
+    assert rows[0]["round"] == 3
+    same(resumed, federation.run(config))
+
+
+def test_a_full_disk_is_an_error_and_loses_nothing(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        federation.run(config, on_round=kill_after(1), out=tmp_path)
+
+    def full(path: Path, content: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_save_tensors", full)
+        with pytest.raises(OSError, match="No space left"):
+            federation.run(config, out=tmp_path)
+    same(federation.run(config, out=tmp_path), federation.run(config))
+
+
+def test_another_configuration_starts_anew(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        federation.run(make_config(), on_round=kill_after(2), out=tmp_path)
+    rows: list[dict[str, Any]] = []
+    federation.run(make_config(alpha=2.0), on_round=rows.append, out=tmp_path)
+    assert rows[0]["round"] == 0
+
+
+@pytest.mark.parametrize("victim", ["manifest.json", "experts-2.safetensors", "rounds-2.parquet"])
+def test_a_damaged_checkpoint_is_named(make_config: Make, tmp_path: Path, victim: str) -> None:
+    with pytest.raises(Killed):
+        federation.run(make_config(), on_round=kill_after(2), out=tmp_path)
+    (folder_of(make_config(), tmp_path) / victim).write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="remove .* to start the run anew"):
+        federation.run(make_config(), out=tmp_path)
+
+
+def test_a_changed_expert_in_a_checkpoint_is_noticed(make_config: Make, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(Killed):
+        federation.run(make_config(), on_round=kill_after(2), out=tmp_path)
+    path = folder_of(make_config(), tmp_path) / "experts-2.safetensors"
+    tensors = load_file(path)
+    tensors[min(tensors)].view(-1)[0] += 1
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="damaged"):
+        federation.run(make_config(), out=tmp_path)
+
+
+def test_only_one_checkpoint_is_kept(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        federation.run(make_config(rounds=6), on_round=kill_after(4), out=tmp_path)
+    names = sorted(path.name for path in folder_of(make_config(), tmp_path).iterdir())
+    assert names == [
+        "experts-4.safetensors", "manifest.json", "nodes-4.safetensors", "participants-4.json",
+        "participants-4.parquet", "roles-4.safetensors", "rounds-4.json", "rounds-4.parquet",
+    ]  # fmt: skip

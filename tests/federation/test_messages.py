@@ -1,0 +1,126 @@
+"""Messages: what is read is what was written, and nothing else travels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+
+from fluxlib.config import RunConfig
+from fluxlib.federation import LocalGrid, client_app, messages, participant
+from fluxlib.federation.messages import Instruction, ProfileReport, TrainReport
+from fluxlib.federation.state import load_state, save_state
+from fluxlib.federation.sync import ExpertStore
+from fluxlib.methods.base import Budget, ParticipantState, Roles, Update, Work
+from fluxlib.profiling import Profile
+
+
+def test_an_instruction_is_read_as_it_was_written(store: ExpertStore, make_config: Callable[..., RunConfig]) -> None:
+    exploit = torch.tensor([[True, False, False, True], [False, True, False, False]])
+    instruction = Instruction(
+        make_config().model_dump_json(), 3, 1, "float32", store.delta(), Roles(exploit, ~exploit), Budget(3, 5)
+    )
+    again = Instruction.from_records(instruction.to_records())
+    assert messages.parse_config(again.config) == make_config()
+    assert again.roles is not None and again.budget == Budget(3, 5)
+    assert torch.equal(again.roles.exploit, exploit) and torch.equal(again.roles.explore, ~exploit)
+    assert (again.round, again.participant, again.delta) == (3, 1, instruction.delta)
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+def test_a_report_is_read_as_it_was_written(wire: messages.WireType) -> None:
+    update = Update(
+        deltas={(0, 3): {"w": torch.tensor([[0.5, -1.25]])}, (1, 0): {"w": torch.ones(1, 2)}},
+        utilities=torch.tensor([[1.0, torch.nan]]),
+        tokens=torch.tensor([[7, 0]]),
+        loss=2.5,
+        num_samples=12,
+        work=Work(8, num_tuned=2, first_profile=True),
+        phases_s={"train": 0.5},
+    )
+    content = TrainReport(1, 4, 3, "d" * 64, update=update).to_records(wire)
+    again = TrainReport.from_records(content, wire)
+    assert (again.participant, again.round, again.version, again.digest) == (1, 4, 3, "d" * 64)
+    assert again.num_bytes == (16 if wire == "float32" else 8)
+    assert set(again.update.deltas) == set(update.deltas)
+    assert torch.equal(again.update.deltas[0, 3]["w"].float(), update.deltas[0, 3]["w"])
+    assert torch.equal(again.update.utilities.isnan(), update.utilities.isnan())
+    assert torch.equal(again.update.tokens, update.tokens.float())
+    assert (again.update.work, again.update.loss, again.update.phases_s) == (update.work, 2.5, {"train": 0.5})
+
+
+def test_a_profile_report_is_read_as_it_was_written() -> None:
+    frequency = torch.tensor([[0.25, 0.75]])
+    report = ProfileReport(0, 1, 0, "", frequency=frequency, work=Work(2, profile_samples=3), phases_s={"profile": 1.0})
+    again = ProfileReport.from_records(report.to_records())
+    assert torch.equal(again.frequency, frequency)
+    assert (again.work, again.phases_s) == (report.work, {"profile": 1.0})
+
+
+def test_a_participants_state_survives_in_records() -> None:
+    profile = Profile(
+        torch.tensor([[0.25, 0.75]]), torch.tensor([[1, 3]]), torch.rand(1, 2), torch.tensor([[[True, False]]]),
+        4, 17, ((2, 1, 8, 4),),
+    )  # fmt: skip
+    state = RecordDict()
+    save_state(state, ParticipantState(profile, 5))
+    again = load_state(state)
+    assert again.profile is not None and again.profile_round == 5
+    for name in ("frequency", "tokens", "attention", "samples"):
+        assert torch.equal(getattr(again.profile, name), getattr(profile, name))
+        assert getattr(again.profile, name).dtype == getattr(profile, name).dtype
+    assert (again.profile.bits, again.profile.num_tokens, again.profile.fingerprint) == (4, 17, ((2, 1, 8, 4),))
+    save_state(state, ParticipantState(None, 6))
+    assert load_state(state) == ParticipantState(None, 6)
+    assert load_state(RecordDict()) == ParticipantState()
+
+
+def test_no_text_and_no_sample_leaves_a_participant(
+    make_config: Callable[..., RunConfig], store: ExpertStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Message] = []
+    deliver = LocalGrid._deliver
+
+    def watch(grid: LocalGrid, message: Message, timeout: float | None) -> Message | None:
+        reply = deliver(grid, message, timeout)
+        sent.append(reply)
+        return reply
+
+    monkeypatch.setattr(LocalGrid, "_deliver", watch)
+    from fluxlib import federation
+
+    config = make_config(method="fake-profiling", rounds=1)
+    federation.run(config)
+    assert {reply.metadata.message_type for reply in sent} == {"query.join", "query.profile", "train"}
+    texts = [e.prompt for e in participant.load_task(config)[0].train] + [
+        e.response for e in participant.load_task(config)[0].train
+    ]
+    allowed = {
+        "arrays": None,
+        "metrics": {"loss", "num-examples"},
+        "config": {"participant", "round", "version", "digest", "status", "frozen_digest", "shape", "frequency",
+                   "utilities", "tokens", "work", "phases"},
+    }  # fmt: skip
+    for reply in sent:
+        for name, record in reply.content.items():
+            keys = allowed[name]
+            assert keys is None or set(record) <= keys
+            assert not any(text in str(value) for value in record.values() for text in texts if len(text) > 8)
+
+
+def test_a_node_refuses_a_message_for_another(make_config: Callable[..., RunConfig], store: ExpertStore) -> None:
+    with LocalGrid(client_app.app, 3).identity() as grid:
+        instruction = Instruction(make_config().model_dump_json(), 1, 2, "float32", store.delta())
+        message = Message(instruction.to_records(), 2, "train", group_id="1")
+        (reply,) = grid.send_and_receive([message])
+    assert "message is for participant 2, this is 0" in str(reply.error.reason)
+
+
+def test_a_node_without_a_partition_says_so(make_config: Callable[..., RunConfig], store: ExpertStore) -> None:
+    instruction = Instruction(make_config().model_dump_json(), 1, 0, "float32", store.delta())
+    with LocalGrid(client_app.app, 1).identity():
+        message = Message(instruction.to_records(), 2, "train", group_id="1")
+        with pytest.raises(participant.ParticipantError, match="partition-id"):
+            client_app.app(message, Context(1, 2, {}, RecordDict(), {}))

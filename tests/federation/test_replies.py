@@ -1,0 +1,179 @@
+"""Every reason to refuse a reply, by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
+
+from fluxlib.federation import LocalGrid, client_app, messages
+from fluxlib.federation.messages import TrainReport
+from fluxlib.federation.replies import REASONS, Expected, Rejected, all_finite, read_reply
+from fluxlib.federation.sync import ExpertStore
+from fluxlib.methods.base import Update, Work
+
+Change = Callable[[RecordDict], Any]
+
+
+@pytest.fixture
+def expected(store: ExpertStore) -> Expected:
+    assigned = torch.zeros(2, 4, dtype=torch.bool)
+    assigned[0, 1] = assigned[1, 2] = True
+    return Expected(1, 3, store.version, store.digest, "float32", assigned, store.shapes)
+
+
+def good(expected: Expected, **changes: Any) -> Update:
+    shapes = expected.shapes
+    deltas = {key: {n: torch.ones(s) for n, s in shapes[key].items()} for key in ((0, 1), (1, 2))}
+    tokens, utilities = torch.ones(2, 4), torch.full((2, 4), math.nan)
+    return replace(Update(deltas, utilities, tokens, 1.0, 5, Work(8)), **changes)
+
+
+def content_of(expected: Expected, update: Update, **header: Any) -> RecordDict:
+    report = TrainReport(expected.participant, expected.round, expected.version, expected.digest, update=update)
+    return replace(report, **header).to_records("float32")
+
+
+def reply_with(content: RecordDict | Error) -> Message:
+    with LocalGrid(client_app.app, 1).identity():
+        return Message(content, reply_to=Message(RecordDict(), 3, "train", group_id="3"))
+
+
+def refused(content: RecordDict | Error, expected: Expected) -> str:
+    with pytest.raises(Rejected) as caught:
+        read_reply(reply_with(content), expected)
+    return caught.value.reason
+
+
+def test_a_good_reply_is_read(expected: Expected) -> None:
+    report = read_reply(reply_with(content_of(expected, good(expected))), expected)
+    assert set(report.update.deltas) == {(0, 1), (1, 2)}
+
+
+def test_a_reply_may_leave_out_experts_and_even_all(expected: Expected) -> None:
+    assert read_reply(reply_with(content_of(expected, good(expected, deltas={}))), expected).num_bytes == 0
+
+
+def test_an_error_is_named_with_its_reason(expected: Expected) -> None:
+    with pytest.raises(Rejected, match="error: it broke"):
+        read_reply(reply_with(Error(2, "it broke")), expected)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ({"round": 2}, "stale"),
+        ({"version": 5}, "stale"),
+        ({"digest": "0" * 64}, "stale"),
+        ({"participant": 0}, "unknown"),
+    ],
+)
+def test_who_when_and_on_what_must_be_as_asked(expected: Expected, header: dict[str, Any], reason: str) -> None:
+    assert refused(content_of(expected, good(expected), **header), expected) == reason
+
+
+def test_asking_for_everything_twice_is_stale(expected: Expected) -> None:
+    assert refused(messages.resync_request(1, 3, 0, ""), expected) == "stale"
+
+
+def _drop(name: str) -> Change:
+    return lambda content: content.pop(name)
+
+
+def _set(record: str, key: str, value: Any) -> Change:
+    return lambda content: content[record].__setitem__(key, value)
+
+
+def _truncate(content: RecordDict) -> None:
+    array = content["arrays"]["0.1.down_proj"]
+    array.data = array.data[:-8]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _drop("arrays"),
+        _drop("config"),
+        _drop("metrics"),
+        _truncate,
+        _set("arrays", "no.key", Array(torch.ones(2).numpy())),
+        _set("arrays", "0.1.down_proj", Array(torch.ones(8, 4).double().numpy())),
+        _set("arrays", "0.1.down_proj", Array("float32", (8, 4), "pickle", b"\x80\x04.")),
+        _set("config", "work", "not json"),
+        _set("config", "work", '{"num_experts": 8, "surprise": 1}'),
+        _set("config", "shape", [2, 400]),
+        _set("config", "tokens", b"abc"),
+        _set("config", "round", "three"),
+        lambda content: content.__setitem__("config", ConfigRecord({"status": "done"})),
+    ],
+)
+def test_damaged_records_are_malformed(expected: Expected, damage: Change) -> None:
+    content = content_of(expected, good(expected))
+    damage(content)
+    assert refused(content, expected) == "malformed"
+
+
+def _tensors(expected: Expected, key: tuple[int, int], **changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    shapes = expected.shapes.get(key, expected.shapes[0, 0])
+    return {name: torch.ones(shape) for name, shape in shapes.items()} | changes
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "reason"),
+    [
+        ((0, 9), {}, "unknown_expert"),
+        ((7, 0), {}, "unknown_expert"),
+        ((0, 1), {"extra": torch.ones(1)}, "unknown_expert"),
+        ((0, 0), {}, "unassigned_expert"),
+        ((0, 1), {"down_proj": torch.ones(4, 8)}, "wrong_shape"),
+        ((0, 1), {"down_proj": torch.full((8, 4), math.nan)}, "not_finite"),
+        ((0, 1), {"down_proj": torch.full((8, 4), -math.inf)}, "not_finite"),
+    ],
+)
+def test_changes_must_be_of_assigned_experts_and_finite(
+    expected: Expected, key: tuple[int, int], changes: dict[str, torch.Tensor], reason: str
+) -> None:
+    update = good(expected)
+    update.deltas[key] = _tensors(expected, key, **changes)
+    assert refused(content_of(expected, update), expected) == reason
+
+
+def test_half_an_expert_is_incomplete(expected: Expected) -> None:
+    update = good(expected)
+    del update.deltas[0, 1]["down_proj"]
+    assert refused(content_of(expected, update), expected) == "incomplete"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"loss": math.nan}, "not_finite"),
+        ({"loss": math.inf}, "not_finite"),
+        ({"tokens": torch.full((2, 4), math.nan)}, "not_finite"),
+        ({"utilities": torch.full((2, 4), math.inf)}, "not_finite"),
+        ({"tokens": torch.full((2, 4), -1.0)}, "negative"),
+        ({"utilities": torch.full((2, 4), -1.0)}, "negative"),
+        ({"num_samples": -1}, "negative"),
+        ({"tokens": torch.ones(2, 3), "utilities": torch.ones(2, 3)}, "wrong_shape"),
+    ],
+)
+def test_numbers_beside_the_changes_are_checked_too(expected: Expected, changes: dict[str, Any], reason: str) -> None:
+    assert refused(content_of(expected, good(expected, **changes)), expected) == reason
+
+
+def test_reasons_have_a_description_and_others_do_not_exist() -> None:
+    assert all(REASONS.values())
+    with pytest.raises(ValueError, match="allowed are error"):
+        Rejected("bad luck", "")
+
+
+def test_all_finite() -> None:
+    big = torch.tensor([3e38, 3e38])
+    assert all_finite(big) and all_finite(-big)
+    for value in (math.nan, math.inf, -math.inf):
+        assert not all_finite(torch.tensor([0.0, value, 1.0]))

@@ -1,0 +1,104 @@
+"""Arrays on the wire: the bytes of ``numpy.save``, nothing shared, nothing believed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fluxlib.federation import wire
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 6), (2, 3, 5)])
+def test_bytes_are_those_of_flowers_own_conversion(shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ours, flowers = wire.encode(tensor), Array(tensor.numpy())
+    assert (ours.dtype, tuple(ours.shape), ours.stype, ours.data) == (
+        flowers.dtype, tuple(flowers.shape), flowers.stype, flowers.data
+    )  # fmt: skip
+    assert torch.equal(wire.decode(flowers), tensor)
+    assert ours.object_id == flowers.object_id
+
+
+def test_a_transposed_view_travels_like_its_copy() -> None:
+    tensor = torch.arange(12.0).reshape(3, 4).T
+    assert torch.equal(wire.decode(wire.encode(tensor)), tensor)
+
+
+def test_bfloat16_halves_the_bytes_and_rounds_once() -> None:
+    tensor = torch.tensor([[1.0, 1.0 + 2**-9, -3.14159]])
+    array = wire.encode(tensor, "bfloat16")
+    assert (array.dtype, wire.num_bytes(array), wire.num_bytes(wire.encode(tensor))) == ("uint16", 6, 12)
+    assert torch.equal(wire.decode(array, "bfloat16"), tensor.to(torch.bfloat16))
+
+
+def test_decoded_memory_is_ones_own() -> None:
+    array = wire.encode(torch.zeros(4))
+    wire.decode(array).add_(1)
+    assert wire.decode(array).sum() == 0
+
+
+def test_records_are_those_that_flower_would_make() -> None:
+    arrays = {"0.1.w": wire.encode(torch.ones(2)), "0.2.w": wire.encode(torch.ones(3))}
+    assert wire.make_record(arrays) == ArrayRecord(arrays)
+    assert wire.record_bytes(wire.make_record(arrays)) == 20
+
+
+def test_shared_content_cannot_be_changed_from_the_other_side() -> None:
+    content = RecordDict(
+        {"arrays": wire.make_record({"a": wire.encode(torch.ones(2))}), "config": ConfigRecord({"list": [1, 2], "x": 1})}
+    )
+    other = wire.share(content)
+    assert other["arrays"]["a"].data is content["arrays"]["a"].data
+    other["arrays"]["a"].data = b"changed"
+    other["arrays"]["b"] = wire.encode(torch.ones(1))
+    other["config"]["list"].append(3)
+    other["config"]["x"] = 2
+    assert torch.equal(wire.decode(content["arrays"]["a"]), torch.ones(2))
+    assert list(content["arrays"]) == ["a"]
+    assert dict(content["config"]) == {"list": [1, 2], "x": 1}
+
+
+@pytest.mark.parametrize("name", ["3.7", "a.1.w", "1.-2.w", "", "1.2."])
+def test_keys_have_one_form(name: str) -> None:
+    with pytest.raises(wire.WireError, match="layer"):
+        wire.parse_name(name)
+
+
+def test_keys_may_hold_a_dotted_tensor_name() -> None:
+    assert wire.parse_name(wire.key_name((3, 7), "up.bias")) == ((3, 7), "up.bias")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (Array("float32", (9,), "numpy.ndarray", wire.encode(torch.ones(2)).data), "claims"),
+        (Array("float32", (2,), "numpy.ndarray", wire.encode(torch.ones(2)).data[:-3]), "bytes"),
+        (Array("float32", (2,), "numpy.ndarray", b"rubbish"), "cannot be read"),
+        (Array("float32", (2,), "other", wire.encode(torch.ones(2)).data), "other"),
+        (Array(np.ones(2)), "float64"),
+    ],
+    ids=["shape", "truncated", "rubbish", "type", "dtype"],
+)
+def test_bytes_that_are_not_what_they_claim_are_refused(array: Array, message: str) -> None:
+    with pytest.raises(wire.WireError, match=message):
+        wire.decode(array)
+
+
+def test_an_object_array_is_never_unpickled() -> None:
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(wire.WireError, match="cannot be read"):
+        wire.decode(Array("float32", (1,), "numpy.ndarray", buffer.getvalue()))
+
+
+@pytest.mark.parametrize("kind", wire.WIRE_TYPES)
+def test_an_expert_has_the_same_digest_on_both_sides(kind: wire.WireType) -> None:
+    tensors = {"b": torch.randn(2, 3), "a": torch.randn(4)}
+    arrays = {name: wire.encode(tensor, kind) for name, tensor in reversed(tensors.items())}
+    assert wire.digest(arrays) == wire.tensors_digest(tensors, kind)
+    arrays["a"].data = wire.encode(torch.zeros(4), kind).data
+    assert wire.digest(arrays) != wire.tensors_digest(tensors, kind)
