@@ -103,6 +103,7 @@ class CompactExperts(ReplacedExperts):
         plan.check(self.num_experts)
         self.plan, self.num_tuned, self.num_merged = plan, len(plan.tuned), len(plan.groups)
         self.activation = Activation(original)
+        self.post_norm = self.activation.post_norm
         device = expert_tensors(original, 0)["down_proj"].device
         slot_of = torch.full((self.num_experts,), -1, dtype=torch.long, device=device)
         for slot, members in enumerate([*[(e,) for e in plan.tuned], *plan.groups]):

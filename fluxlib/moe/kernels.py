@@ -95,7 +95,10 @@ class Activation:
         layout = read_layout(experts)
         shell: Any = copy.copy(experts)
         shell._parameters = {n: p for n, p in experts._parameters.items() if n not in layout.names}
-        self.post_norm: Callable[[Tensor], Tensor] | None = shell.post_expert_norm if layout.has_post_norm else None
+        # A copy: the original may wait on another device.
+        self.post_norm: nn.Module | None = None
+        if layout.has_post_norm:
+            self.post_norm = copy.deepcopy(shell.post_expert_norm).requires_grad_(False)
         gate = getattr(type(experts), "_apply_gate", None)
         default = gate in (None, _DEFAULT_GATE)
         self.is_swiglu = layout.has_gate and default and "silu" in type(shell.act_fn).__name__.lower()

@@ -156,6 +156,7 @@ class OffloadedExperts(ReplacedExperts):
         super().__init__(original)
         self.device_set, self.index = device_set, index
         self.activation = Activation(original)
+        self.post_norm = self.activation.post_norm
         stacks = {name: getattr(original, name) for name in self.layout.names}
         self.register_buffer("place", torch.empty(0, device=stacks["down_proj"].device), persistent=False)
         for stack in stacks.values():

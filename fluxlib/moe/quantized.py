@@ -35,6 +35,7 @@ class QuantizedExperts(ReplacedExperts):
         super().__init__(original)
         self.packed = cast("dict[str, Packed]", nn.ModuleDict(packed))
         self.activation = Activation(original)
+        self.post_norm = self.activation.post_norm
         self.collects_gradients = False
         self._gradients: dict[int, dict[str, Tensor]] = {}
 
