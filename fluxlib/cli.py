@@ -8,6 +8,7 @@ Wrong input ends with one message and exit code 2, a failure on the way with exi
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,6 +132,9 @@ def notebook(
     values = json.loads(parameters) | parse_settings(settings)
     from papermill import PapermillExecutionError
 
+    # What the cells print goes to papermill's logger.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("papermill").setLevel(logging.INFO)
     try:
         workflow.execute(source, output, values)
     except PapermillExecutionError as error:

@@ -108,6 +108,13 @@ def unique(frame: pd.DataFrame, column: str) -> str:
     return ", ".join(str(value) for value in pd.unique(frame[column]))
 
 
+def clock_shapes(frame: pd.DataFrame) -> str:
+    """Whose shapes and which link the device clock of ``frame`` uses, for captions and sentences."""
+    own = frame["clock_model"] == "self"
+    names = frame["clock_model"].where(~own, frame["model"].map(lambda name: Path(name).name))
+    return f"{', '.join(pd.unique(names))} over {unique(frame, 'link')}"
+
+
 def num_seeds(frame: pd.DataFrame) -> int:
     """Seeds that every curve of ``frame`` has: the smallest number over model, task and method."""
     return int(frame.groupby(["model", "task", "method"])["seed"].nunique().min())

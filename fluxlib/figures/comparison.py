@@ -12,6 +12,7 @@ from fluxlib.figures.canvas import (
     Picture,
     axes_grid,
     caption,
+    clock_shapes,
     drawn,
     interval,
     interval_name,
@@ -50,8 +51,7 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
                 ax.set_ylabel(unique(runs, "metric_name"))
         axes[0, column].set_title(f"{model}\n{task}")
     axes[0, 0].legend()
-    shapes = f"device clock: shapes of {unique(rounds, 'clock_model')}, link {unique(rounds, 'link')}"
-    caption(figure, shapes, interval_name(num_seeds(rounds)))
+    caption(figure, f"device clock: shapes of {clock_shapes(rounds)}", interval_name(num_seeds(rounds)))
     return figure
 
 
@@ -92,7 +92,7 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
     caption(
         figure,
         f"{unique(times, 'model')}: target {share} of the reference's final score",
-        f"device clock: {unique(times, 'clock_model')}, {unique(times, 'link')}",
+        f"device clock: shapes of {clock_shapes(times)}",
         interval_name(num_seeds(times)),
     )
     return figure

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from fluxlib import style
-from fluxlib.figures.canvas import interval, interval_name
+from fluxlib.figures.canvas import clock_shapes, interval, interval_name
 
 CLOCKS = tuple(style.CLOCKS)
 """Columns of ``rounds`` in which time may be counted: both clocks, and rounds."""
@@ -127,7 +127,7 @@ def _verdict(runs: pd.DataFrame, reference: str) -> str:
     if speedup != speedup:
         return f"reached the target, {reference} itself did not in every run; it {final} ({seeds})"
     spread = f" ({interval_name(len(runs)).split(' and ')[-1]}: {low:.2f} to {high:.2f})" if len(runs) > 1 else ""
-    clock = f"device clock of {runs['clock_model'].iloc[0]} ({runs['link'].iloc[0]})"
+    clock = f"device clock ({clock_shapes(runs)})"
     wall, rounds = runs["speedup_wall_s"].mean(), runs["round"].mean()
     return (
         f"is {speedup:.2f}x as fast to the target{spread} on the {clock}, {wall:.2f}x as measured here, "
