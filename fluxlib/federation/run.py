@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 
 from fluxlib.config import ConfigError, RunConfig
-from fluxlib.federation import client_app, options, participant, server_app
+from fluxlib.federation import client_app, participant, server_app
 from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.options import OnRound, Options, RunResult
 from fluxlib.federation.wire import WIRE_TYPES, WireType
@@ -39,7 +39,6 @@ def run(
     if wire not in WIRE_TYPES:
         raise ConfigError(f"wire is {wire!r}, allowed are {', '.join(WIRE_TYPES)}")
     folder = Path(out) if out is not None else None
-    options.check(config, folder)
     return ENGINES[config.engine](config, Options(folder, on_round, wire, round_timeout_s))
 
 
