@@ -17,7 +17,9 @@ from fluxlib.moe import layers
 EXPERT_BYTES = 4 * (8 * 8 + 8 * 4)  # gate_up_proj [2 * 4, 8] and down_proj [8, 4] in float32
 
 
-def changes(store: ExpertStore, *keys: tuple[int, int], seed: int = 0) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+def changes(
+    store: ExpertStore, *keys: tuple[int, int], seed: int = 0
+) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
     chance = torch.Generator().manual_seed(seed)
     return {
         key: {name: torch.randn(t.shape, generator=chance) for name, t in store.tensors(key).items()} for key in keys

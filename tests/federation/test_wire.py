@@ -47,7 +47,10 @@ def test_records_are_those_that_flower_would_make() -> None:
 
 def test_shared_content_cannot_be_changed_from_the_other_side() -> None:
     content = RecordDict(
-        {"arrays": wire.make_record({"a": wire.encode(torch.ones(2))}), "config": ConfigRecord({"list": [1, 2], "x": 1})}
+        {
+            "arrays": wire.make_record({"a": wire.encode(torch.ones(2))}),
+            "config": ConfigRecord({"list": [1, 2], "x": 1}),
+        }
     )
     other = wire.share(content)
     assert other["arrays"]["a"].data is content["arrays"]["a"].data
