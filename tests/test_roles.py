@@ -196,7 +196,7 @@ def test_a_lying_participant_is_bounded_and_named() -> None:
     assert [(f.participant, f.kind, f.count) for f in state.faults] == [
         (1, "infinite", 1), (1, "negative", 1), (1, "missing", 1), (1, "huge", 1),
     ]  # fmt: skip
-    assert state.measured[1, 0, 0] == 200.0
+    assert state.measured[1, 0, 0] == 300.0
     assert state.measured[1, 0, 1:].isnan().all()
     assert torch.isfinite(roles.current_utilities(state)).all()
     assert roles.update(state, torch.full((3, 1, 4), nan)).faults == ()
@@ -213,3 +213,9 @@ def test_a_utility_nobody_asked_for_is_ignored() -> None:
 def test_update_names_a_wrong_shape() -> None:
     with pytest.raises(ValueError, match=r"\(1, 1, 2\), got \(1, 2\)"):
         roles.update(roles.RoleState.start(torch.full((1, 1, 2), 0.5)), torch.ones(1, 2))
+
+
+def test_an_honest_wide_range_is_not_cut() -> None:
+    state = roles.RoleState.start(torch.full((2, 1, 4), 0.25))
+    sent = torch.tensor([[[1e-9, 1e-6, 1e-3, 50.0]], [[1e-8, 1e-7, 1e-2, 220.0]]])
+    assert roles.update(state, sent).faults == ()

@@ -129,7 +129,7 @@ def update(
     utilities: Tensor,
     tuned: Tensor | None = None,
     asked: Tensor | None = None,
-    bound: float = 1000.0,
+    bound: float = 100.0,
 ) -> RoleState:
     """State after one round.
 
@@ -138,7 +138,7 @@ def update(
             answer.
         tuned: bool ``[P, L, E]``: updates that were aggregated.
         asked: bool ``[P, L, E]``: experts whose utility was to be measured; others are ignored and reported.
-        bound: a utility above ``bound`` times the median of all participants' known ones is cut to that,
+        bound: a utility above ``bound`` times the median of the participants' largest known ones is cut to that,
             since one lie must not outweigh everything an honest participant can ever report.
 
     Returns:
@@ -173,8 +173,11 @@ def update(
 
 
 def _cap(state: RoleState, values: Tensor, bound: float) -> float:
-    """Largest utility that is believed; infinite while there is nothing to compare with."""
-    known = torch.cat([state.measured.flatten(), values.flatten()])
+    """Largest utility that is believed; infinite while there is nothing to compare with.
+
+    Utilities of one participant span many orders of magnitude, their largest differ little: hence a median of maxima.
+    """
+    known = torch.fmax(state.measured, values).nan_to_num(nan=0.0).flatten(1).amax(dim=1)
     known = known[known > 0]
     return bound * float(known.median()) if len(known) else math.inf
 
