@@ -6,7 +6,8 @@ From the outside in:
 - ``server_app``, ``client_app``: the Flower apps; ``rounds`` and ``participant`` are what they do,
 - ``strategy``: a round on the server; ``aggregation``, ``replies``, ``outcome``: the mean per expert, what a reply
   must satisfy, what happened,
-- ``sync``, ``messages``, ``wire``, ``state``: who holds which version, and how it travels and is kept,
+- ``sync``, ``held``, ``roster``, ``joining``: versions of experts, who holds which, who is there,
+- ``messages``, ``wire``, ``state``: what travels and how, and what a participant keeps,
 - ``local_grid``: the in-process engine; ``checkpoint``, ``nodes``: going on after a crash; ``tables``: the rows.
 
 This is the only part of the library that needs flwr.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
@@ -15,20 +14,12 @@ from fluxlib.federation import messages
 from fluxlib.federation.messages import Instruction, JoinReport
 from fluxlib.federation.outcome import RunFailed
 from fluxlib.federation.replies import DAMAGED
+from fluxlib.federation.roster import Member
 from fluxlib.federation.sync import Delta, ExpertStore
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
-
-
-@dataclass(frozen=True)
-class Member:
-    """A participant's node, and the version and digest of what it holds."""
-
-    node_id: int
-    version: int
-    digest: str
 
 
 def join(grid: Grid, config: RunConfig, store: ExpertStore, timeout_s: float) -> dict[int, Member]:

@@ -16,8 +16,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fluxlib.federation.held import Held
 from fluxlib.federation.local_grid import LocalGrid
-from fluxlib.federation.sync import ExpertStore, Held
+from fluxlib.federation.sync import ExpertStore
 
 EXPERTS = "experts"
 _RECORDS = "records"

@@ -14,6 +14,16 @@ class RunFailed(RuntimeError):
     """Too few good replies: the round is not aggregated, everything before it is saved."""
 
 
+@dataclass(frozen=True)
+class FirstProfile:
+    """A profile that a participant was asked for before its first round: what the request and the work took."""
+
+    num_bytes: int
+    num_experts: int
+    work: Work | None = None
+    seconds: float = 0.0
+
+
 @dataclass
 class Outcome:
     """One participant's part in a round; ``rejected`` is empty for an update that was aggregated."""
@@ -27,16 +37,24 @@ class Outcome:
     rejected: str = "missing"
     detail: str = "no reply came within the time limit"
     work: Work | None = None
-    first_profile: Work | None = None
+    first_profile: FirstProfile | None = None
     phases_s: dict[str, float] = field(default_factory=dict)
     loss: float = math.nan
     num_samples: int = 0
+
+    def count_first_profile(self, found: FirstProfile) -> None:
+        """Add a profile that was made for this round, before it."""
+        self.first_profile = found
+        self.downlink_bytes += found.num_bytes
+        self.num_downloaded += found.num_experts
 
     def accept(self, update: Update, num_bytes: int) -> None:
         """Keep what an update says about itself; its tensors are not kept."""
         self.rejected = self.detail = ""
         self.uplink_bytes += num_bytes
         self.work, self.phases_s = update.work, dict(update.phases_s)
+        if self.first_profile is not None:
+            self.phases_s["first_profile"] = self.phases_s.get("first_profile", 0.0) + self.first_profile.seconds
         self.loss, self.num_samples = update.loss, update.num_samples
 
 

@@ -20,9 +20,9 @@ from flwr.app import Context, Message
 from fluxlib import methods, models, profiling, seeding, tasks
 from fluxlib.config import RunConfig
 from fluxlib.federation import messages
+from fluxlib.federation.held import Held, ResyncNeeded, Workspace
 from fluxlib.federation.messages import Instruction
 from fluxlib.federation.state import load_state, save_state
-from fluxlib.federation.sync import Held, ResyncNeeded, Workspace
 from fluxlib.federation.wire import WireType
 from fluxlib.methods.base import Batch, LocalData, ParticipantState, Work
 from fluxlib.tasks.batches import sample_batches

@@ -62,7 +62,7 @@ class _Run:
     def go(self) -> RunResult:
         """All rounds; tables are written however the run ends, the checkpoint stays unless it is complete."""
         done = self._resume()
-        self.strategy.enrol(join(self.grid, self.config, self.strategy.store, self.options.join_timeout_s))
+        self.strategy.roster.enrol(join(self.grid, self.config, self.strategy.store, self.options.join_timeout_s))
         self.strategy.summary()
         stopped = self._first_row() if done == 0 else False
         try:
@@ -121,9 +121,9 @@ class _Run:
         strategy, timeout = self.strategy, self.options.round_timeout_s
         requests = strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.grid)
         replies = self.grid.send_and_receive(requests, timeout=timeout)
-        yield from strategy.notice_resync(strategy.in_order(replies))
+        yield from strategy.notice_resync(strategy.roster.in_order(replies))
         again = self.grid.send_and_receive(strategy.configure_resync(number), timeout=timeout)
-        yield from strategy.in_order(again)
+        yield from strategy.roster.in_order(again)
 
     def _evaluate(self) -> tuple[Score, float]:
         """Score of the full global model on the server's test split, and the seconds it took."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,12 +26,12 @@ from fluxlib.config import RunConfig
 from fluxlib.federation import messages
 from fluxlib.federation import wire as wires
 from fluxlib.federation.aggregation import ExpertMean
-from fluxlib.federation.joining import Member
 from fluxlib.federation.messages import Instruction, ProfileReport
-from fluxlib.federation.outcome import Outcome, RoundOutcome
+from fluxlib.federation.outcome import FirstProfile, Outcome, RoundOutcome
 from fluxlib.federation.replies import DAMAGED, Expected, Rejected, read_reply
-from fluxlib.federation.sync import NOTHING, Delta, ExpertStore
-from fluxlib.methods.base import Budget, Method, Roles, Work
+from fluxlib.federation.roster import Roster
+from fluxlib.federation.sync import Delta, ExpertStore
+from fluxlib.methods.base import Budget, Method, Roles
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class FluxStrategy(Strategy):
         store: the global model.
         budgets: one per participant.
 
-    :meth:`enrol` says which node each participant is, before anything is sent.
+    ``roster`` must know every participant before anything is sent.
     """
 
     def __init__(self, config: RunConfig, method: Method, store: ExpertStore, budgets: Sequence[Budget]) -> None:
@@ -53,22 +53,14 @@ class FluxStrategy(Strategy):
         self.method = method
         self.store = store
         self.budgets = list(budgets)
-        self.nodes: dict[int, int] = {}
-        self.participant_of: dict[int, int] = {}
-        self.held: dict[int, tuple[int, str]] = {}
+        self.roster = Roster()
         self.profiled: set[int] = set()
         self.role_state = roles.RoleState.start(torch.ones(config.participants, *store.shape))
         self.last: RoundOutcome | None = None
         self._config_text = config.model_dump_json()
         self._current: dict[int, Outcome] = {}
         self._resync: list[int] = []
-        self._profiles: dict[int, tuple[int, int, Work | None]] = {}
-
-    def enrol(self, members: Mapping[int, Member]) -> None:
-        """Node, version and digest of every participant."""
-        self.nodes = {participant: member.node_id for participant, member in members.items()}
-        self.participant_of = {node: participant for participant, node in self.nodes.items()}
-        self.held = {participant: (member.version, member.digest) for participant, member in members.items()}
+        self._profiles: dict[int, FirstProfile] = {}
 
     # Before a round: who takes part, and what the server must know of them first.
 
@@ -87,32 +79,32 @@ class FluxStrategy(Strategy):
         for participant in participants:
             if self.method.profiles and participant not in self.profiled:
                 message, delta = self._message(messages.PROFILE, server_round, participant)
-                self._profiles[participant] = (delta.num_bytes, delta.num_experts, None)
+                self._profiles[participant] = FirstProfile(delta.num_bytes, delta.num_experts)
                 yield message
 
     def aggregate_profile(self, server_round: int, replies: Iterable[Message]) -> None:
         """First utilities from the replies; a participant that fails here keeps uniform ones for now."""
         first = self.role_state.first.clone()
         for reply in replies:
-            participant = self.participant_of.get(reply.metadata.src_node_id)
-            if participant is None or participant not in self._profiles:
+            participant = self.roster.sender(reply)
+            if participant not in self._profiles:
                 continue
             try:
                 if reply.has_error():
                     raise ValueError(reply.error.reason)
                 if messages.asks_for_resync(reply.content):
-                    self._forget(participant)
+                    self.roster.forget(participant)
                     continue
                 report = ProfileReport.from_records(reply.content)
-                known = roles.first_utilities(report.frequency.reshape(self.store.shape))
+                first[participant] = roles.first_utilities(report.frequency.reshape(self.store.shape))
             except DAMAGED as error:
                 log.warning("profile of participant %d refused: %s", participant, error)
                 continue
-            self._confirm(participant, report.version, report.digest)
-            first[participant] = known
+            self.roster.confirm(participant, report.version, report.digest)
             self.profiled.add(participant)
-            num_bytes, num_experts, _ = self._profiles[participant]
-            self._profiles[participant] = (num_bytes, num_experts, report.work)
+            seconds = sum(report.phases_s.values())
+            asked = self._profiles[participant]
+            self._profiles[participant] = replace(asked, work=report.work, seconds=seconds)
         self.role_state = replace(self.role_state, first=first)
 
     # Training.
@@ -132,8 +124,8 @@ class FluxStrategy(Strategy):
         for row, participant in enumerate(participants):
             part = Roles(assigned.exploit[row], assigned.explore[row])
             outcome = Outcome(participant, part, self.budgets[participant])
-            if (known := self._profiles.pop(participant, None)) is not None:
-                outcome.downlink_bytes, outcome.num_downloaded, outcome.first_profile = known
+            if participant in self._profiles:
+                outcome.count_first_profile(self._profiles.pop(participant))
             self._current[participant] = outcome
         return (self._train_message(server_round, participant) for participant in participants)
 
@@ -145,10 +137,9 @@ class FluxStrategy(Strategy):
     def notice_resync(self, replies: Iterable[Message]) -> Iterator[Message]:
         """Pass replies on, except those that ask for every expert anew; :meth:`configure_resync` answers these."""
         for reply in replies:
-            participant = self.participant_of.get(reply.metadata.src_node_id)
+            participant = self.roster.sender(reply)
             if reply.has_content() and messages.asks_for_resync(reply.content) and participant in self._current:
-                assert participant is not None
-                self._forget(participant)
+                self.roster.forget(participant)
                 self._resync.append(participant)
             else:
                 yield reply
@@ -166,7 +157,7 @@ class FluxStrategy(Strategy):
         mean = ExpertMean()
         utilities = torch.full_like(self.role_state.measured, math.nan)
         extra: list[tuple[int, str]] = []
-        for reply in self.in_order(replies):
+        for reply in self.roster.in_order(replies):
             self._accept(server_round, reply, mean, utilities, extra)
         changes = mean.result()
         self.last = RoundOutcome(
@@ -200,25 +191,16 @@ class FluxStrategy(Strategy):
             f"{tuned[0]} to {tuned[-1]}" if len(tuned) > 1 else tuned[0],
         )  # fmt: skip
 
-    def in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
-        """Replies by participant where all are at hand: the order of addition decides the last bits of a mean.
-
-        An engine that gives replies as they are made (the in-process one) gives them in this order already.
-        """
-        if isinstance(replies, list):
-            return sorted(replies, key=lambda reply: self.participant_of.get(reply.metadata.src_node_id, -1))
-        return replies
-
     # Details.
 
     def _message(
         self, kind: str, server_round: int, participant: int, outcome: Outcome | None = None
     ) -> tuple[Message, Delta]:
-        delta = self.store.delta(*self.held.get(participant, (NOTHING, "")))
+        delta = self.store.delta(*self.roster.held(participant))
         part = (outcome.roles, outcome.budget) if outcome else (None, None)
         instruction = Instruction(self._config_text, server_round, participant, self.store.wire, delta, *part)
         content, group = instruction.to_records(), str(server_round)
-        return Message(content, self.nodes[participant], kind, group_id=group), delta
+        return Message(content, self.roster.nodes[participant], kind, group_id=group), delta
 
     def _train_message(self, server_round: int, participant: int) -> Message:
         outcome = self._current[participant]
@@ -235,7 +217,7 @@ class FluxStrategy(Strategy):
         utilities: Tensor,
         extra: list[tuple[int, str]],
     ) -> None:
-        participant = self.participant_of.get(reply.metadata.src_node_id, -1)
+        participant = self.roster.sender(reply)
         outcome = self._current.get(participant)
         if outcome is None or outcome.rejected != "missing":
             reason = "unknown" if outcome is None else "duplicate"
@@ -247,13 +229,13 @@ class FluxStrategy(Strategy):
         except Rejected as error:
             outcome.rejected, outcome.detail = error.reason, error.detail
             if error.reason == "stale":
-                self._forget(participant)
+                self.roster.forget(participant)
             outcome.uplink_bytes += _payload(reply)
             log.warning("round %d: reply of participant %d refused: %s", server_round, participant, error)
             return
         update = report.update
         outcome.accept(update, report.num_bytes)
-        self._confirm(participant, report.version, report.digest)
+        self.roster.confirm(participant, report.version, report.digest)
         mean.add(update.deltas, update.tokens)
         utilities[participant] = update.utilities
 
@@ -282,12 +264,6 @@ class FluxStrategy(Strategy):
         for fault in faults:
             log.warning("participant %d: %d %s utilities", fault.participant, fault.count, fault.kind)
         self.last = replace(self.last, faults=faults)
-
-    def _confirm(self, participant: int, version: int, digest: str) -> None:
-        self.held[participant] = (version, digest)
-
-    def _forget(self, participant: int) -> None:
-        self.held[participant] = (NOTHING, "")
 
 
 def select(state: roles.RoleState, participants: Sequence[int]) -> roles.RoleState:

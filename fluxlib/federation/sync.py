@@ -6,8 +6,8 @@ so applying a message twice, or one that starts earlier than needed, gives the s
 
 * :class:`ExpertStore`   the server's side: the global experts, when each last changed, and messages for a version
 * :class:`Delta`         one such message
-* :class:`Held`          a participant's side: its version and the experts that differ from the base
-* :class:`Workspace`     a model in memory that becomes any participant's, writing only what differs
+
+A participant's side of it is in :mod:`fluxlib.federation.held`.
 
 Both sides name a state by a digest: SHA-256 over the SHA-256 of each expert in its wire form. An expert is hashed
 once when it changes. A participant whose digest is not the expected one gets every expert anew.
@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord
 from torch import Tensor, nn
 
 from fluxlib.federation import wire as wires
@@ -33,10 +32,6 @@ Experts = Mapping[ExpertKey, Mapping[str, Tensor]]
 
 NOTHING = -1
 """Version of a participant of whom nothing is known: it gets everything."""
-
-
-class ResyncNeeded(WireError):
-    """A delta does not lead from what a participant holds to what it should hold."""
 
 
 @dataclass(frozen=True)
@@ -184,107 +179,3 @@ class ExpertStore:
         changed = {key: wires.digest(self.arrays(key)) for key in keys}
         self._digests = self._digests.with_changes(changed)
         self.digest_of_version.append(self._digests.total())
-
-
-@dataclass
-class Held:
-    """The experts a participant holds: those of the base, except ``arrays`` (keys ``"<layer>.<expert>.<name>"``).
-
-    It lives in the participant's Flower context as two records, so every engine carries it between rounds.
-    """
-
-    version: int = 0
-    digest: str = ""
-    arrays: ArrayRecord = field(default_factory=ArrayRecord)
-
-    @classmethod
-    def load(cls, state: RecordDict, base_digest: str) -> Held:
-        """What ``state`` holds; the base model when it holds nothing."""
-        if "held" not in state:
-            return cls(0, base_digest, ArrayRecord())
-        header = state["held"]
-        return cls(int(header["version"]), str(header["digest"]), state["experts"])
-
-    def save(self, state: RecordDict) -> None:
-        """Write into ``state``."""
-        state["held"] = ConfigRecord({"version": self.version, "digest": self.digest})
-        state["experts"] = self.arrays
-
-    def updated(self, delta: Delta, base: Digests) -> Held:
-        """What is held after ``delta``.
-
-        Raises:
-            ResyncNeeded: ``delta`` starts later than, or ends before, what is held, or the result's digest is wrong.
-        """
-        if not (delta.from_version <= self.version <= delta.version):
-            raise ResyncNeeded(f"holds version {self.version}, the delta is {delta.from_version} to {delta.version}")
-        kept = {} if delta.from_version == NOTHING else dict(self.arrays)
-        held = Held(delta.version, delta.digest, wires.make_record({**kept, **delta.arrays}))
-        found = base.with_changes(held.expert_digests()).total()
-        if found != delta.digest:
-            raise ResyncNeeded(f"digest is {found[:12]} after the delta, it should be {delta.digest[:12]}")
-        return held
-
-    def experts(self) -> dict[ExpertKey, dict[str, Array]]:
-        """The held arrays by expert."""
-        grouped: dict[ExpertKey, dict[str, Array]] = {}
-        for name, array in self.arrays.items():
-            key, tensor = wires.parse_name(name)
-            grouped.setdefault(key, {})[tensor] = array
-        return grouped
-
-    def expert_digests(self) -> dict[ExpertKey, bytes]:
-        """Digest of each expert that differs from the base."""
-        return {key: wires.digest(arrays) for key, arrays in self.experts().items()}
-
-
-class Workspace:
-    """A model in memory that stands for whichever participant is at work.
-
-    The base is loaded once. :meth:`load` writes the experts that differ between what the model holds and what the
-    participant holds; participants at the same version cost no write at all.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: Any, wire: WireType = "float32") -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.wire = wire
-        self._layers = layers.find(model)
-        keys = [(layer.index, expert) for layer in self._layers for expert in range(layer.num_experts)]
-        self.base = Digests({key: wires.tensors_digest(self._tensors(key), wire) for key in keys})
-        self.base_digest = self.base.total()
-        self.frozen_digest = frozen_digest(model)
-        self._base_tensors: dict[ExpertKey, dict[str, Tensor]] = {}
-        self._loaded: dict[ExpertKey, bytes] = {}
-        self._digest = self.base_digest
-
-    def load(self, held: Held) -> int:
-        """Make the model that of ``held``; number of experts that had to be written."""
-        if held.digest == self._digest:
-            return 0
-        wanted = held.experts()
-        digests = {key: wires.digest(arrays) for key, arrays in wanted.items()}
-        written = 0
-        self._digest = ""  # stays so if writing fails half-way
-        for key in self._loaded.keys() | digests.keys():
-            target = digests.get(key, self.base.parts[key])
-            if self._loaded.get(key, self.base.parts[key]) != target:
-                self._write(key, wanted.get(key))
-                self._loaded[key] = target
-                written += 1
-        self._digest = held.digest
-        return written
-
-    def _write(self, key: ExpertKey, arrays: Mapping[str, Array] | None) -> None:
-        experts = self._layers[key[0]].experts
-        if key not in self._base_tensors:
-            self._base_tensors[key] = {name: tensor.clone() for name, tensor in self._tensors(key).items()}
-        if arrays is None:
-            layers.write_expert(experts, key[1], self._base_tensors[key])
-        else:
-            layers.write_expert(
-                experts, key[1], {name: wires.decode(array, self.wire) for name, array in arrays.items()}
-            )
-
-    def _tensors(self, key: ExpertKey) -> dict[str, Tensor]:
-        return layers.expert_tensors(self._layers[key[0]].experts, key[1])

@@ -113,6 +113,7 @@ class RowMaker:
 
     def _participant(self, number: int, outcome: Outcome, seconds: _Seconds | None) -> Row:
         work = outcome.work or Work(num_experts=self.num_experts)
+        num_explored = int(outcome.roles.explore.sum())
         wall = dict.fromkeys(PHASES, math.nan)
         for name, value in outcome.phases_s.items():
             phase = _WALL_PHASES.get(name, name)
@@ -127,8 +128,8 @@ class RowMaker:
             "num_samples": outcome.num_samples,
             "num_train_tokens": work.train_tokens,
             "num_tuned": int(outcome.roles.exploit.sum()),
-            "num_explored": int(outcome.roles.explore.sum()),
-            "num_merged": outcome.budget.num_merged,
+            "num_explored": num_explored,
+            "num_merged": max(0, work.num_frozen - num_explored) if outcome.work else outcome.budget.num_merged,
             "loss": outcome.loss,
             "uplink_bytes": outcome.uplink_bytes,
             "downlink_bytes": outcome.downlink_bytes,
@@ -145,8 +146,8 @@ class RowMaker:
         work = replace(outcome.work, num_downloaded=outcome.num_downloaded)
         main = clock.phase_seconds(work, self.shapes, device, self.link, tokens)
         first = None
-        if outcome.first_profile is not None:
-            found = clock.phase_seconds(outcome.first_profile, self.shapes, device, self.link, tokens)
+        if outcome.first_profile is not None and outcome.first_profile.work is not None:
+            found = clock.phase_seconds(outcome.first_profile.work, self.shapes, device, self.link, tokens)
             first = {name: found[name] for name in ("quantize", "profile")}
         return _Seconds(main, first)
 

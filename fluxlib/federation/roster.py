@@ -1,0 +1,60 @@
+"""Which node is which participant, and what the server believes each of them to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message
+
+from fluxlib.federation.sync import NOTHING
+
+NOBODY = -1
+"""Number of a node that is no participant of this run."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A participant's node, and the version and digest of what it holds."""
+
+    node_id: int
+    version: int
+    digest: str
+
+
+class Roster:
+    """All participants of a run; empty until :meth:`enrol`."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[int, int] = {}
+        self._participants: dict[int, int] = {}
+        self._held: dict[int, tuple[int, str]] = {}
+
+    def enrol(self, members: Mapping[int, Member]) -> None:
+        """Take in every participant's node, version and digest, by participant."""
+        self.nodes = {participant: member.node_id for participant, member in members.items()}
+        self._participants = {node: participant for participant, node in self.nodes.items()}
+        self._held = {participant: (member.version, member.digest) for participant, member in members.items()}
+
+    def sender(self, reply: Message) -> int:
+        """The participant that a reply came from, or :data:`NOBODY`."""
+        return self._participants.get(reply.metadata.src_node_id, NOBODY)
+
+    def held(self, participant: int) -> tuple[int, str]:
+        """Version and digest of what ``participant`` holds; ``(NOTHING, "")`` where that is not known."""
+        return self._held.get(participant, (NOTHING, ""))
+
+    def confirm(self, participant: int, version: int, digest: str) -> None:
+        """``participant`` said that it holds this."""
+        self._held[participant] = (version, digest)
+
+    def forget(self, participant: int) -> None:
+        """What ``participant`` holds is not known any more: it will get every expert."""
+        self._held[participant] = (NOTHING, "")
+
+    def in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
+        """Replies by participant where all are at hand: the order of addition decides the last bits of a mean.
+
+        An engine that gives replies as they are made (the in-process one) gives them in this order already.
+        """
+        return sorted(replies, key=self.sender) if isinstance(replies, list) else replies
