@@ -1,7 +1,7 @@
 """The pass of tokens through stacked slots in a handful of grouped matrix products.
 
-For many slots on an accelerator, where :func:`fluxlib.moe.passes.slot_pass` would start many small kernels. The
-products are ``torch.nn.functional.grouped_mm``: one kernel over all slots for bfloat16 on CUDA, a loop elsewhere.
+For many or small slots, where :func:`fluxlib.moe.passes.slot_pass` would start many small kernels. The products are
+``torch.nn.functional.grouped_mm``: one kernel over all slots for bfloat16 on CUDA, a loop in C++ on a CPU.
 """
 
 from __future__ import annotations
@@ -29,18 +29,41 @@ def grouped_pass(
     """Weighted outputs of slots in stacks ``[S, ...]``, summed per token: ``[N, H]``.
 
     Arguments as in :func:`fluxlib.moe.passes.slot_pass`; a stack that requires a gradient gets one.
+
+    Raises:
+        ValueError: float64, or rows that are no multiple of 16 bytes.
     """
+    if not is_possible(hidden, stacks):
+        shapes = [tuple(stack.shape) for stack in stacks.values()]
+        raise ValueError(f"method: 'grouped' takes no float64 and rows of 16 n bytes, got {hidden.dtype} {shapes}")
     if len(token) == 0:
         return torch.zeros_like(hidden) + 0 * sum(stack.sum() for stack in stacks.values())
     return _GroupedPass.apply(hidden, weight, token, counts, layout, activation, tuple(stacks), *stacks.values())
 
 
-def has_fused_kernel(hidden: Tensor, stacks: Mapping[str, Tensor]) -> bool:
-    """Whether grouped products of these sizes are one kernel: bfloat16, CUDA, rows of a multiple of 16 bytes."""
-    if hidden.device.type != "cuda" or hidden.dtype != torch.bfloat16:
-        return False
+# Pairs times the wider of their rows, in values: below it, everything a pass makes stays in a CPU's cache.
+SMALL_VALUES = 1 << 21
+
+
+def is_possible(hidden: Tensor, stacks: Mapping[str, Tensor]) -> bool:
+    """Whether ``grouped_mm`` takes these: no float64, rows of a multiple of 16 bytes."""
     sizes = [size for stack in stacks.values() for size in stack.shape[1:]]
-    return all(size % 8 == 0 for size in sizes) and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+    aligned = all(size * hidden.element_size() % 16 == 0 for size in sizes)
+    return aligned and hidden.dtype != torch.float64 and hasattr(F, "grouped_mm")
+
+
+def suits(hidden: Tensor, num_pairs: int, stacks: Mapping[str, Tensor]) -> bool:
+    """Whether grouped products are possible and beat a walk over the slots.
+
+    On CUDA: where they are one kernel (bfloat16). On a CPU they are a loop in C++, which wins while a slot's work is so
+    small that Python's own time shows; beyond that the walk needs less memory.
+    """
+    if not is_possible(hidden, stacks):
+        return False
+    if hidden.device.type == "cuda":
+        return hidden.dtype == torch.bfloat16 and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+    widest = max(size for stack in stacks.values() for size in stack.shape[1:])
+    return hidden.device.type == "cpu" and num_pairs * widest <= SMALL_VALUES
 
 
 class _GroupedPass(torch.autograd.Function):

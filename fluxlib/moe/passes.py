@@ -3,7 +3,7 @@
 - :func:`slot_pass` -- walks over the slots that have tokens: what a slot needs stays small enough for the cache, and
   weights may come from anywhere (:class:`~fluxlib.moe.kernels.Source`),
 - :func:`stack_pass` -- for slots that live in stacks: the pass above, or grouped matrix products
-  (:mod:`fluxlib.moe.grouped`) for many slots on an accelerator,
+  (:mod:`fluxlib.moe.grouped`) for many or small slots,
 - :func:`plain_pass` -- the same in plain PyTorch, for reading and for tests.
 
 Both passes keep only the pre-activations ``[P, 2I]`` of the P (token, slot) pairs for the backward pass and make
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grouped import grouped_pass, has_fused_kernel
+from .grouped import grouped_pass, suits
 from .kernels import Activation, Matrices, Source, StackSource, wide_dtype
 from .layers import Layout
 
@@ -65,14 +65,14 @@ def stack_pass(
     """The pass for slots in stacks, by the method that suits the device.
 
     Args:
-        method: ``"slots"``, ``"grouped"``, or ``"auto"``: grouped where a fused kernel exists (bfloat16 on CUDA).
+        method: ``"slots"``, ``"grouped"``, or ``"auto"``: what is faster, see :func:`fluxlib.moe.grouped.suits`.
 
     Raises:
         ValueError: Another method.
     """
     if method not in ("auto", "slots", "grouped"):
         raise ValueError(f"method: expected 'auto', 'slots' or 'grouped', got {method!r}")
-    if method == "grouped" or (method == "auto" and has_fused_kernel(hidden, stacks)):
+    if method == "grouped" or (method == "auto" and suits(hidden, len(token), stacks)):
         return grouped_pass(hidden, token, weight, counts, layout, stacks, activation)
     trainable = stacks if any(stack.requires_grad for stack in stacks.values()) else None
     return slot_pass(hidden, token, weight, counts, StackSource(layout, stacks), activation, trainable)

@@ -101,6 +101,7 @@ def test_every_token_on_one_expert_and_others_empty(tiny: SimpleNamespace) -> No
 def test_a_slot_shared_by_two_choices_is_computed_once(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     original = layers.find(tiny.build("olmoe"))[0].experts
     module = CompactExperts(original, LayerPlan((0,), ((1, 2, 3), (4, 5, 6, 7))))
+    module.method = "slots"
     rows: list[int] = []
     forward = module.activation.forward
     monkeypatch.setattr(module.activation, "forward", lambda x: rows.append(len(x)) or forward(x))
@@ -143,6 +144,8 @@ def test_merged_slots_do_no_weight_gradient_work(tiny: SimpleNamespace, monkeypa
     original = passes._weight_gradients
     monkeypatch.setattr(passes, "_weight_gradients", lambda *a: calls.append(1) or original(*a))
     compact.customize(model, [LayerPlan((0,), ((1, 2, 3, 4, 5),))] * 2)
+    for layer in layers.find(model):
+        layer.experts.method = "slots"
     model(**batch).loss.backward()
     assert len(calls) == 2
 

@@ -23,6 +23,8 @@ def _all_tuned(model: nn.Module) -> list[LayerPlan]:
 def test_training_equals_the_resident_model_bit_by_bit(tiny: SimpleNamespace, architecture: str) -> None:
     resident, model = tiny.build(architecture), tiny.build(architecture)
     compact.customize(resident, _all_tuned(resident))
+    for layer in layers.find(resident):
+        layer.experts.method = "slots"
     device_set = offloaded.offload(model, capacity=3)
     for step in range(2):
         batch, losses = tiny.batch(seed=step), []

@@ -125,10 +125,13 @@ def test_no_choice_falls_on_a_tuned_slot(method: str) -> None:
     assert hidden.grad.abs().sum() > 0
 
 
-def test_an_unknown_method_is_named() -> None:
+def test_an_unknown_or_impossible_method_is_named() -> None:
     compact = CompactExperts(_experts(MixtralExperts), PLAN)
     compact.method = "fast"
     with pytest.raises(ValueError, match="'slots' or 'grouped', got 'fast'"):
+        compact(*_call())
+    compact.method = "grouped"
+    with pytest.raises(ValueError, match=r"'grouped' takes no float64 .* got torch\.float64"):
         compact(*_call())
 
 
