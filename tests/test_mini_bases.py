@@ -1,0 +1,44 @@
+"""The shipped bases are what their recipes say: size, seed, skew, scores."""
+
+import json
+
+import pytest
+
+from fluxlib import models, tasks
+from fluxlib.config import data_dir
+from fluxlib.moe import layers
+from fluxlib.pretraining import RECIPES
+from fluxlib.pretraining.training import MAX_TOKENS
+from fluxlib.tasks.evaluate import evaluate
+
+SHAPES = {"mini-llama-moe": (4, 16, 4), "mini-deepseek-moe": (4, 32, 6)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+class TestShippedBase:
+    def test_is_small_and_of_the_shape_of_its_kind(self, name: str) -> None:
+        assert (data_dir() / "models" / name / "model.safetensors").stat().st_size < 10_000_000
+        model, _ = models.load(name)
+        found = layers.find(model)
+        assert (len(found), found[0].num_experts, found[0].top_k) == SHAPES[name]
+
+    def test_was_made_by_the_recipe_in_the_code(self, name: str) -> None:
+        record = json.loads((data_dir() / "models" / name / "recipe.json").read_text())
+        assert record["recipe"] == vars(RECIPES[name])
+        assert record["curve"][0]["loss"] > 6 > 1 > record["curve"][-1]["loss"]
+
+    def test_is_skewed_most_in_early_layers(self, name: str) -> None:
+        entropy = json.loads((data_dir() / "models" / name / "recipe.json").read_text())["skew"]["relative_entropy"]
+        assert max(entropy[:2]) < entropy[-1] - 0.1
+
+    def test_leaves_room_that_full_fine_tuning_fills(self, name: str) -> None:
+        scores = json.loads((data_dir() / "models" / name / "recipe.json").read_text())["scores"]
+        assert set(scores) == set(tasks.TASKS)
+        assert all(score["tuned"] - score["base"] > 0.2 for score in scores.values())
+
+    def test_scores_what_its_card_says(self, name: str) -> None:
+        model, tokenizer = models.load(name)
+        task = tasks.load("mini-mmlu")
+        score = evaluate(model, tokenizer, task.metric, task.test, MAX_TOKENS)
+        recorded = json.loads((data_dir() / "models" / name / "recipe.json").read_text())["scores"]["mini-mmlu"]
+        assert score.metric == pytest.approx(recorded["base"], abs=0.005)
