@@ -62,7 +62,6 @@ class RunConfig(BaseModel):
     task_size: int | None = Field(
         None, ge=10, description="samples of the task before the 80/20 split; None: its own default"
     )
-    data_path: str | None = Field(None, description="a local file or folder with the task's public schema")
 
     local_steps: int = Field(4, ge=1)
     batch_size: int = Field(16, ge=1)
