@@ -177,8 +177,8 @@ def test_an_unknown_wire_type_is_refused(make_config: Make) -> None:
 
 
 def test_flowers_run_configuration_uses_hyphens_and_empty_texts() -> None:
-    config, out = from_run_config({"method": "fmd", "eval-every": 2, "data-path": "", "out": "results"})
-    assert (config.method, config.eval_every, out) == ("fmd", 2, Path("results"))
+    config, out = from_run_config({"method": "fmd", "eval-every": 2, "task-size": "", "out": "results"})
+    assert (config.method, config.eval_every, config.task_size, out) == ("fmd", 2, None, Path("results"))
     with pytest.raises(ConfigError, match="unknown parameter 'colour'"):
         from_run_config({"colour": "blue"})
 
