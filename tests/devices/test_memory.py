@@ -1,0 +1,247 @@
+"""The planner: counts that add up, peaks within 10 % of measured ones, budgets that fit, wrong input by name."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig
+
+from fluxlib import models
+from fluxlib.devices import census, dry_run, memory
+from fluxlib.devices.dry_run import Slots
+from fluxlib.devices.live_bytes import LiveBytes
+from fluxlib.moe import layers
+from fluxlib.moe.compact import LayerPlan, customize
+from fluxlib.moe.quantized import quantize
+
+SHAPE = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": None}
+SHAPE |= {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": 128}
+CONFIGS = {
+    "llama": models.LlamaMoeConfig(**SHAPE, intermediate_size=384, num_experts=12, num_selects=3),
+    "deepseek": models.DeepseekMoeConfig(
+        **SHAPE, intermediate_size=128, moe_intermediate_size=32, n_routed_experts=16, num_experts_per_tok=4
+    ),
+    "mixtral": MixtralConfig(
+        **SHAPE, intermediate_size=64, num_local_experts=6, num_experts_per_tok=2, num_key_value_heads=2
+    ),
+    "olmoe": OlmoeConfig(**SHAPE, intermediate_size=32, num_experts=12, num_experts_per_tok=3),
+    "qwen2": Qwen2MoeConfig(
+        **SHAPE, moe_intermediate_size=32, shared_expert_intermediate_size=64, num_experts=12, num_key_value_heads=2
+    ),
+}
+REAL = [("llama-moe-3.5b", 6.74, 8.454144, 512), ("deepseek-moe-16b", 16.38, 8.650752, 1728)]
+
+
+def plans(model, num_tuned, num_merged):
+    """The planner's even spread, as layer plans."""
+    found = layers.find(model)
+    out = []
+    for i, layer in enumerate(found):
+        tuned, merged = ((n + len(found) - 1 - i) // len(found) for n in (num_tuned, num_merged))
+        rest = list(range(tuned, layer.num_experts))
+        groups = tuple(tuple(rest[g::merged]) for g in range(merged))
+        out.append(LayerPlan(tuple(range(tuned)), groups, dropped=() if merged else tuple(rest)))
+    return out
+
+
+def batch_of(config, batch, tokens):
+    ids = torch.randint(3, config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, tokens * 3 // 4 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+
+def measured_step(config, plan, dtype=torch.float32, checkpointing=False, kernel="slots"):
+    """Peak of the second of two real training steps, bytes."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = customize(model, plans(model, plan.num_tuned, plan.num_merged), torch.float32).train()
+    for layer in layers.find(model):
+        layer.experts.method = kernel
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    live = LiveBytes()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        live.mark(tensor, "weights")
+    parameters = [p for p in model.parameters() if p.requires_grad and p.numel()]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    with live:
+        for _ in range(2):
+            model(**batch_of(config, plan.batch, plan.tokens), use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return live.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "num_tuned", "num_merged", "batch", "tokens", "options"),
+    [
+        ("llama", "flux", 9, 9, 4, 64, {}),
+        ("llama", "flux", 9, 6, 2, 32, {}),
+        ("llama", "flux", 9, 9, 8, 64, {"checkpointing": True}),
+        ("llama", "flux", 9, 9, 8, 64, {"dtype": torch.bfloat16}),
+        ("llama", "fmd", 36, 0, 4, 64, {}),
+        ("llama", "fmes", 18, 0, 4, 64, {}),
+        ("deepseek", "flux", 8, 8, 4, 64, {}),
+        ("deepseek", "flux", 8, 12, 8, 96, {}),
+        ("deepseek", "fmd", 32, 0, 2, 32, {}),
+        ("deepseek", "fmes", 16, 0, 4, 64, {"checkpointing": True}),
+        ("mixtral", "flux", 6, 6, 4, 64, {}),
+        ("olmoe", "flux", 9, 9, 4, 64, {}),
+        ("qwen2", "flux", 9, 9, 4, 64, {}),
+        ("llama", "flux", 9, 9, 8, 64, {"dtype": torch.bfloat16, "kernel": "grouped"}),
+        ("deepseek", "flux", 8, 12, 4, 64, {"dtype": torch.bfloat16, "kernel": "grouped", "checkpointing": True}),
+    ],
+)
+def test_the_peak_of_a_step_is_within_ten_percent(name, method, num_tuned, num_merged, batch, tokens, options):
+    config = CONFIGS[name]
+    options = {"dtype": torch.float32, "kernel": "slots"} | options
+    plan = memory.plan_memory(config, method, None, num_tuned, num_merged, batch, tokens, **options)
+    measured = measured_step(config, plan, **options)
+    assert plan.peak_bytes == pytest.approx(measured, rel=0.1)
+    assert sum(row.num_bytes for row in plan.rows if row.where == "device") == plan.peak_bytes
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_peak_of_a_quantised_profile_is_within_ten_percent(name, bits):
+    config = CONFIGS[name]
+    plan = memory.plan_memory(config, batch=4, tokens=64, bits=bits, dtype=torch.float32)
+    model = quantize(AutoModelForCausalLM.from_config(config, dtype=torch.float32), bits).eval()
+    live = LiveBytes()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        live.mark(tensor, "weights")
+    inputs = batch_of(config, 4, 64)
+    with live, torch.no_grad():
+        model(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    assert plan.profile_bytes == pytest.approx(live.peak_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "billions", "expert_millions", "num_experts"), REAL)
+def test_the_real_models_are_counted_by_kind(name, billions, expert_millions, num_experts):
+    found = census.census(models.config(name))
+    assert found.total / 1e9 == pytest.approx(billions, abs=0.005)
+    assert found.expert_parameters / 1e6 == expert_millions
+    assert found.num_experts == num_experts
+    assert found.parameters["routed experts"] == num_experts * found.expert_parameters
+    in_layers = sum(sum(layer.parameters.values()) for layer in found.layers)
+    assert found.total - in_layers == found.parameters["embedding"] + models.config(name).hidden_size
+    if "deepseek" in name:
+        assert found.layers[0].num_experts == 0 and found.layers[0].parameters["dense mlp"] == 3 * 2048 * 10944
+        assert found.layers[1].parameters["shared experts"] == 3 * 2048 * 2816
+
+
+def test_a_memory_becomes_budgets_that_fit_and_cannot_grow():
+    config = CONFIGS["llama"]
+    options = {"batch": 2, "tokens": 32, "dtype": torch.float32, "kernel": "slots"}
+    for num_bytes in (3_000_000, 4_500_000):
+        plan = memory.plan_memory(config, "flux", num_bytes, **options)
+        assert plan.fits and plan.usable_bytes == int(0.9 * num_bytes)
+        more = plan.num_tuned + 1
+        if more <= 36:
+            beyond = memory.plan_memory(config, "flux", None, more, **options)
+            assert beyond.peak_bytes > plan.usable_bytes
+    assert memory.plan_memory(config, "flux", 10**9, **options).num_tuned == 36
+
+
+def test_offloading_takes_what_fits_and_leaves_the_rest_on_the_host():
+    config = CONFIGS["llama"]
+    options = {"batch": 1, "tokens": 8, "dtype": torch.float32, "kernel": "slots"}
+    whole = memory.plan_memory(config, "fmd", 10**9, **options)
+    assert (whole.num_tuned, whole.num_resident, whole.host_bytes) == (36, 36, 0)
+    expert_bytes = 4 * census.census(config).expert_parameters
+    plan = memory.plan_memory(config, "fmd", 1_200_000, **options)
+    assert plan.fits and plan.num_tuned == 36 and 2 <= plan.num_resident < 36
+    assert plan.peak_bytes + expert_bytes > plan.usable_bytes
+    assert plan.host_bytes == 36 * expert_bytes * 4
+
+
+def test_fewer_bits_need_less():
+    config = CONFIGS["deepseek"]
+    sizes = [memory.plan_memory(config, "fmq", batch=2, tokens=16, bits=bits).peak_bytes for bits in (2, 4, 8)]
+    assert sizes == sorted(set(sizes))
+
+
+def test_nothing_is_left_behind_in_the_configuration_or_the_model():
+    config = CONFIGS["olmoe"]
+    before = config.to_dict()
+    model = dry_run.meta_model(config, torch.float32)
+    names = {name: type(module) for name, module in model.named_modules()}
+    dry_run.train_peak(model, [Slots(4, 2, 8)] * 3, 2, 16, torch.float32, 8, checkpointing=True)
+    assert {name: type(module) for name, module in model.named_modules()} == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    memory.plan_memory(config, batch=1, tokens=8)
+    assert config.to_dict() == before
+    real = AutoModelForCausalLM.from_config(config)
+    real.set_attn_implementation(dry_run.DRY_ATTENTION)
+    with pytest.raises(ValueError, match="computes nothing"):
+        real(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_tokens_spread_evenly_and_join_on_merged_slots():
+    # 4 tokens, 2 choices of 4 experts: a pair of experts is missed by 1 of 6 choices.
+    assert dry_run.even_counts(Slots(2, 1, 2), num_tokens=12, top_k=2) == [6, 6, 10]
+    assert dry_run.even_counts(Slots(4), num_tokens=12, top_k=2) == [6, 6, 6, 6]
+    assert dry_run.even_counts(Slots(1), num_tokens=12, top_k=2) == [12]
+
+
+def test_live_bytes_counts_each_storage_once():
+    live = LiveBytes()
+    with live:
+        one = torch.zeros(1000, dtype=torch.float32)
+        view = one.view(10, 100)
+        two = one + 1
+        live.mark(one, "weights")
+        assert live.by_kind == {"weights": 4000, "activations": 4000}
+        del one, view, two
+        torch.zeros(500)
+    assert live.peak_bytes == 8000 and live.at_peak == {"activations": 8000}
+    assert sum(live.by_kind.values()) == 0
+
+
+def test_the_plan_as_text_and_as_json(tmp_path):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    plan = memory.plan(str(tmp_path), "4MiB", batch=1, tokens=16)
+    text = plan.table()
+    for word in ("B_tune", "tuned experts", "optimizer state", "peak of a step", "3 layers, top-3 of 12", ": fits"):
+        assert word in text
+    answer = json.loads(json.dumps(plan.to_dict()))
+    assert answer["fits"] and answer["rows"][0]["kind"] == "embedding" and 3 <= answer["num_tuned"] < 36
+    unlimited = memory.plan_memory(CONFIGS["llama"], batch=1, tokens=8)
+    assert unlimited.fits is None and unlimited.num_tuned == unlimited.num_merged == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("24GiB", 24 * 2**30), ("24 gb", 24 * 10**9), ("1.5MiB", 3 * 2**19), ("77", 77)],
+)
+def test_sizes_in_words(text, expected):
+    assert memory.parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "flex"}, "method: expected one of flux, fmd, fmq, fmes, got 'flex'"),
+        ({"optimizer": "lion"}, "optimizer: expected one of adamw, sgd, got 'lion'"),
+        ({"kernel": "magic"}, "kernel: expected one of auto, grouped, slots, got 'magic'"),
+        ({"kernel": "grouped", "dtype": torch.float32}, "kernel: 'grouped' needs bfloat16"),
+        ({"num_tuned": 0}, r"num_tuned: expected 1\.\.36 for flux, got 0"),
+        ({"method": "fmes", "num_tuned": 5}, r"num_tuned: expected 9\.\.36 for fmes, got 5"),
+        ({"num_tuned": 30, "num_merged": 7}, r"num_merged: expected 0\.\.6 beside 30 tuned, got 7"),
+        ({"num_tuned": 3, "num_merged": 2}, "num_merged: expected at least 3"),
+        ({"memory_bytes": 100_000}, r"memory: 0\.00 GiB usable, but flux needs at least .* smaller batch"),
+        ({"memory_bytes": 100_000, "method": "fmd"}, "memory: .* fmd needs at least"),
+    ],
+)
+def test_wrong_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        memory.plan_memory(CONFIGS["llama"], **{"batch": 1, "tokens": 8} | arguments)
+
+
+def test_wrong_models_and_sizes():
+    with pytest.raises(ValueError, match="no MoE layer"):
+        memory.plan_memory(LlamaConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2))
+    with pytest.raises(ValueError, match="expected a size such as 24GiB, 24GB or 512MiB, got 'big'"):
+        memory.plan("llama-moe-3.5b", "big")
+    with pytest.raises(ValueError, match="slots: expected one per MoE layer, 3, got 1"):
+        dry_run.train_peak(dry_run.meta_model(CONFIGS["llama"], torch.float32), [Slots(1)], 1, 8, torch.float32, 8)
