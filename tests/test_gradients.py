@@ -129,7 +129,7 @@ def assert_unbiased(estimates: Tensor, truth: Tensor) -> None:
     assert ((estimates.mean(dim=0) - truth).abs() <= 3 * truth * (2 / len(estimates)) ** 0.5).all()
 
 
-@pytest.mark.parametrize("options", [{"guided": False}, {"guided": True}, {"unit": "sample"}])
+@pytest.mark.parametrize("options", [{"guided": False}, {}, {"unit": "sample"}, {"unit": "sample", "guided": False}])
 def test_probes_are_unbiased(options: dict) -> None:
     """Mean of many probes within three standard errors of the truth, for twelve experts in three layers."""
     model, data = build(), batch((14, 12, 13, 10))
@@ -171,6 +171,32 @@ def test_the_guide_leaves_nothing_to_chance_in_the_last_layer() -> None:
     experts = [(2, e) for e in range(8)]
     truth = gradients.true_norms(model, data, experts)
     torch.testing.assert_close(gradients.probe_norms(model, data, experts), truth, rtol=1e-2, atol=1e-6)
+
+
+def test_the_guide_leaves_nothing_to_chance_in_the_last_layer_by_sample() -> None:
+    model, data = build(), batch()
+    experts = [(2, e) for e in range(8)]
+    truth = gradients.true_norms(model, data, experts, unit="sample")
+    found = gradients.probe_norms(model, data, experts, unit="sample")
+    torch.testing.assert_close(found, truth, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"unit": "sample"}, {"sides": 1, "guided": False}])
+def test_several_probes_in_a_pass_are_those_of_one_pass_each(options: dict) -> None:
+    model, data = build(), batch()
+    experts = [(layer, e) for layer in range(3) for e in range(8)]
+    alone, together = (
+        gradients.probe_norms(model, data, experts, 2, max_tokens=size, **options) for size in (1, 10_000)
+    )
+    torch.testing.assert_close(alone, together, rtol=1e-2, atol=1e-7)
+
+
+def test_the_cost_counts_the_layers_above() -> None:
+    """Three layers: a probe of the first runs two thirds of the model, twice; one of the last runs the head."""
+    model = build()
+    assert gradients.probe_cost(model, [(0, 1)]) == pytest.approx(1 + 2 * 2 / 3)
+    assert gradients.probe_cost(model, [(2, 1), (1, 0)], num_probes=3, sides=1) == pytest.approx(1 + 3 * 1 / 3)
+    assert gradients.probe_cost(model, []) == 0
 
 
 def test_probes_repeat_by_seed_and_average() -> None:
@@ -217,7 +243,7 @@ def test_a_replay_of_the_same_output_is_the_same_loss(kind: str) -> None:
     with torch.no_grad():
         loss = float(model(**data).loss)
     for layer in found:
-        again = replay.losses(layer, replay.outputs[layer.index])
+        again = replay.losses(layer, torch.arange(4), replay.output_of(layer, torch.arange(4)))
         assert float(again.sum() / scored_tokens(data["labels"]).sum()) == pytest.approx(loss, rel=1e-6)
 
 
@@ -231,7 +257,7 @@ def test_a_replay_computes_only_the_layers_above() -> None:
     for name, module in model.named_modules():
         if name.endswith(("q_proj", "lm_head")):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    replay.losses(found[1], replay.outputs[1])
+    replay.losses(found[1], torch.arange(4), replay.output_of(found[1], torch.arange(4)))
     assert ran == ["model.layers.2.self_attn.q_proj", "lm_head"]
 
 

@@ -1,6 +1,6 @@
 """How strongly an expert wants to change: squared gradient norms, with and without backpropagation (section 6)."""
 
 from fluxlib.gradients.exact import true_norms, watch
-from fluxlib.gradients.probes import probe_norms
+from fluxlib.gradients.probes import probe_cost, probe_norms
 
-__all__ = ["probe_norms", "true_norms", "watch"]
+__all__ = ["probe_cost", "probe_norms", "true_norms", "watch"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib.gradients import expert as local
-from fluxlib.gradients.replay import quiet, sample_losses, scored_tokens
+from fluxlib.gradients.answering import quiet
+from fluxlib.gradients.replay import sample_losses, scored_tokens
 from fluxlib.moe import layers
 
 ExpertKey = tuple[int, int]

@@ -21,6 +21,9 @@ from fluxlib.moe.kernels import Activation, Matrices, dense_choices, to_matrices
 Signs = tuple[Tensor, Tensor, Tensor, Tensor]
 """Rows of +-1 per sample, for inputs and outputs of the first and of the second matrix."""
 
+Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Inputs and output gradients of both matrices, ``[n, ...]`` each: a gradient is the product of such a pair."""
+
 
 @dataclass(frozen=True)
 class ExpertCall:
@@ -59,7 +62,7 @@ class ExpertCall:
 
     def gradients(self, output_gradient: Tensor) -> Matrices:
         """Weight gradients from the gradient of the layer's output, ``[N, H]``."""
-        (states, projected), (act, result) = self._factors(output_gradient)
+        (states, projected), (act, result) = self.factors(output_gradient)
         has_bias = self.layout.has_bias
         return Matrices(
             up=states.T @ projected,
@@ -71,18 +74,21 @@ class ExpertCall:
     def sample_norms(self, output_gradient: Tensor, num_samples: int) -> Tensor:
         """``[S]`` squared norm of each sample's own gradient.
 
-        ``|sum_t a_t b_t'|^2 = sum_tu (a_t a_u)(b_t b_u)`` over the token pairs of a sample: no gradient is
-        formed.
+        ``|sum_t a_t b_t'|^2 = sum_tu (a_t a_u)(b_t b_u)`` over the token pairs of a sample: no gradient is formed.
         """
         total = self.states.new_zeros(len(self.rows))
-        same = (self.samples[:, None] == self.samples).to(self.states)
-        for inputs, outputs in self._factors(output_gradient):
+        same = self.same_sample()
+        for inputs, outputs in self.factors(output_gradient):
             pairs = inputs @ inputs.T + (1 if self.layout.has_bias else 0)
             total += (same * pairs * (outputs @ outputs.T)).sum(dim=1)
-        return total.new_zeros(num_samples).index_add_(0, self.samples, total)
+        return per_sample(total, self.samples, num_samples)
 
-    def _factors(self, output_gradient: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Input and output gradient ``[n, ...]`` of both matrices; a gradient is the product of such a pair."""
+    def same_sample(self) -> Tensor:
+        """``[n, n]``, 1 for two tokens of one sample."""
+        return (self.samples[:, None] == self.samples).to(self.states)
+
+    def factors(self, output_gradient: Tensor) -> Factors:
+        """Inputs and output gradients of both matrices."""
         incoming = output_gradient[self.rows].to(self.states) * self.weight
         projected = _affine(self.states, self.matrices.up, self.matrices.up_bias)
         act, pull = self.activation.backward(projected)
@@ -96,24 +102,55 @@ class ExpertCall:
 
 @dataclass(frozen=True)
 class Change:
-    """A direction in an expert's weight space; ``signs`` make it another one in every sample.
+    """A direction in an expert's weight space, the same for all samples or another one in each.
 
-    With ``signs`` (one row of +-1 per sample, for inputs and outputs of both matrices) sample s is changed by
-    ``diag(in_s) Z diag(out_s)``: Gaussian like Z, and uncorrelated between samples.
+    Attributes:
+        matrices: the direction Z.
+        signs: with them sample s is changed by ``diag(in_s) Z diag(out_s)``: Gaussian like Z, and uncorrelated between
+            samples.
+        shift: what is added in each sample, as a multiple of a gradient that exists in factors only.
     """
 
     matrices: Matrices
     signs: Signs | None = None
+    shift: Shift | None = None
 
     def up(self, states: Tensor, samples: Tensor) -> Tensor:
         """Change of the first matrix's output."""
         signs = (None, None) if self.signs is None else self.signs[:2]
-        return _signed(states, samples, self.matrices.up, self.matrices.up_bias, *signs)
+        moved = _signed(states, samples, self.matrices.up, self.matrices.up_bias, *signs)
+        return moved if self.shift is None else moved + self.shift.of(states, 0)
 
     def down(self, act: Tensor, samples: Tensor) -> Tensor:
         """Change of the second matrix's output."""
         signs = (None, None) if self.signs is None else self.signs[2:]
-        return _signed(act, samples, self.matrices.down, self.matrices.down_bias, *signs)
+        moved = _signed(act, samples, self.matrices.down, self.matrices.down_bias, *signs)
+        return moved if self.shift is None else moved + self.shift.of(act, 1)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Each sample's gradient ``sum_t a_t b_t'`` times a number of its own, without forming it.
+
+    Attributes:
+        factors: inputs a and output gradients b, ``[n, ...]`` each, of both matrices.
+        same: ``[n, n]``, the multiple for two tokens of one sample, 0 for tokens of different ones.
+        has_bias: whether there are biases to shift too.
+    """
+
+    factors: Factors
+    same: Tensor
+    has_bias: bool
+
+    def of(self, inputs: Tensor, matrix: int) -> Tensor:
+        """What the shift adds to the output of a matrix for the inputs ``[n, ...]`` of the same tokens."""
+        first, second = self.factors[matrix]
+        return (self.same * (inputs @ first.T + (1 if self.has_bias else 0))) @ second
+
+
+def per_sample(values: Tensor, samples: Tensor, num_samples: int) -> Tensor:
+    """``[S]`` sums of ``values [n]`` over the tokens of each sample."""
+    return values.new_zeros(num_samples).index_add_(0, samples, values)
 
 
 def of(

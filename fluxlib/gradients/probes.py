@@ -9,14 +9,16 @@ the number of parameters.)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fluxlib import seeding
 from fluxlib.gradients import expert as local
+from fluxlib.gradients.answering import quiet
 from fluxlib.gradients.exact import ExpertKey, by_layer, reached
-from fluxlib.gradients.replay import Replay, quiet, scored_tokens
+from fluxlib.gradients.replay import Replay, depth, scored_tokens
 from fluxlib.moe import layers
 from fluxlib.moe.kernels import Matrices
 
@@ -34,6 +36,7 @@ def probe_norms(
     guided: bool = True,
     sides: int = 2,
     sigma: float = SIGMA,
+    max_tokens: int = 4096,
 ) -> Tensor:
     """Estimated squared gradient norm of each expert, without backpropagation; no weight is ever written.
 
@@ -44,11 +47,12 @@ def probe_norms(
         num_probes: random directions per expert.
         seed: directions are drawn from it, the layer, the expert and the number of the probe.
         unit: see :func:`fluxlib.gradients.true_norms`.
-        guided: take the part of the gradient that comes straight down the residual stream out of the chance
-            (see :func:`_guide`).
+        guided: leave less to chance by a guess of the gradient: the one that comes straight down the residual stream
+            from the head, which costs one product with it. False: plain random directions.
         sides: 2, or 1 as the paper prints it: ``(L(W + sigma z) - L(W)) / sigma``.
         sigma: length of a step in each weight. 1e-3 suits float32; a 16-bit model rounds such a step away and
             needs more.
+        max_tokens: rows of a pass are as many samples of as many probes as this allows, at least one probe.
 
     Returns:
         ``[len(experts)]`` float32 on the CPU, unbiased up to sigma^2 (one-sided: sigma); 0 where no token
@@ -69,53 +73,127 @@ def probe_norms(
         replay = Replay(model, batch, [layer for layer, _ in groups])
         stream = replay.stream_gradient() if guided else None
         for layer, places in groups:
-            calls = local.of(layer, replay.arguments[layer.index], list(places), replay.mask)
-            for expert, call in calls.items():
-                if len(call.rows):
-                    probe = _Probe(replay, layer, call, sides, sigma)
-                    squares = [
-                        _square(probe, stream, unit, seeding.generator(seed, layer.index, expert, number))
-                        for number in range(num_probes)
-                    ]
-                    norms[places[expert]] = torch.stack(squares).mean().float().cpu()
+            pack = _Pack(replay, layer, sides, sigma, unit, max_tokens)
+            for expert, call in local.of(layer, replay.arguments[layer.index], list(places), replay.mask).items():
+                for number in range(num_probes):
+                    chance = seeding.generator(seed, layer.index, expert, number)
+                    pack.add(expert, call, _change(call, stream, unit, len(replay.labels), chance))
+            for expert, squares in pack.finish().items():
+                norms[places[expert]] = torch.stack(squares).mean().float().cpu()
     return norms
 
 
-class _Probe:
-    """Directional derivatives of the samples' losses with respect to one expert's weights."""
+def probe_cost(model: nn.Module, experts: Sequence[ExpertKey], num_probes: int = 1, sides: int = 2) -> float:
+    """Forward passes of the whole model and batch that :func:`probe_norms` is worth, at most.
+
+    One pass to begin with, then the layers above the expert's, for the samples that reach it.
+    """
+    above = sum(
+        (1 - depth(model, layer)) * sum(map(len, places.values())) for layer, places in by_layer(model, experts)
+    )
+    return 1 + sides * num_probes * above if experts else 0.0
+
+
+class _Pack:
+    """Probes of one layer's experts, run several at a time.
+
+    A probe changes one expert, and only in the samples that reach it, so it needs no other sample; and a sample's loss
+    depends on that sample alone. So samples of different probes, and of both sides of one, are rows of one pass, each
+    under its own change: as exact, and as unbiased, as one pass each.
+    """
 
     def __init__(
-        self, replay: Replay, layer: layers.MoELayer, call: local.ExpertCall, sides: int, sigma: float
+        self, replay: Replay, layer: layers.MoELayer, sides: int, sigma: float, unit: str, max_tokens: int
     ) -> None:
-        self.replay, self.layer, self.call, self.sides, self.sigma = replay, layer, call, sides, sigma
-        self.base = call.output()
+        self.replay, self.layer, self.unit, self.sigma = replay, layer, unit, sigma
+        self.steps = (sigma, -sigma)[:sides]
+        self.max_rows = max(1, max_tokens // replay.labels.shape[1])
+        self.counts = scored_tokens(replay.labels)
+        self.waiting: list[tuple[int, Tensor, Tensor]] = []
+        self.squares: dict[int, list[Tensor]] = {}
 
-    def derivatives(self, change: local.Change) -> Tensor:
-        """``[B]`` float64 derivative of each sample's summed token losses along the change."""
-        ahead = self._losses(change, self.sigma)
-        if self.sides == 2:
-            return (ahead - self._losses(change, -self.sigma)) / (2 * self.sigma)
-        return (ahead - self._losses(change, 0.0)) / self.sigma
+    def add(self, expert: int, call: local.ExpertCall, change: local.Change) -> None:
+        """Queue one probe; runs what is queued once a pass is full."""
+        samples = reached(call, self.replay.labels).nonzero().flatten()
+        if len(samples):
+            base = call.output()
+            outputs = [self._moved(call, samples, call.output(change, step) - base) for step in self.steps]
+            self.waiting.append((expert, samples, torch.cat(outputs, dim=-3)))
+            if sum(len(self.steps) * len(rows) for _, rows, _ in self.waiting) >= self.max_rows:
+                self._run()
 
-    def _losses(self, change: local.Change, size: float) -> Tensor:
-        output = self.replay.outputs[self.layer.index]
-        moved = (self.call.output(change, size) - self.base).to(output.dtype)
-        return self.replay.losses(self.layer, output.index_add(0, self.call.rows, moved))
+    def finish(self) -> dict[int, list[Tensor]]:
+        """The estimates of all probes, by expert."""
+        self._run()
+        return self.squares
+
+    def _moved(self, call: local.ExpertCall, samples: Tensor, moved: Tensor) -> Tensor:
+        """The layer's output for the samples ``[..., R, T, H]``, changed where the expert's tokens are."""
+        batch, length = self.replay.labels.shape
+        base = self.replay.output_of(self.layer, samples)
+        place = torch.zeros(batch, dtype=torch.long, device=samples.device)
+        place[samples] = torch.arange(len(samples), device=samples.device)
+        keep = torch.isin(call.samples, samples)
+        stack, token = call.rows[keep] // (batch * length), call.rows[keep] % length
+        rows = (stack * len(samples) + place[call.samples[keep]]) * length + token
+        return base.flatten(0, -2).index_add(0, rows, moved[keep].to(base.dtype)).view_as(base)
+
+    def _run(self) -> None:
+        if not self.waiting:
+            return
+        samples = torch.cat([rows.repeat(len(self.steps)) for _, rows, _ in self.waiting])
+        losses = self.replay.losses(self.layer, samples, torch.cat([output for *_, output in self.waiting], dim=-3))
+        sizes = [len(self.steps) * len(rows) for _, rows, _ in self.waiting]
+        for (expert, rows, _), found in zip(self.waiting, losses.split(sizes), strict=True):
+            ahead, *back = found.view(len(self.steps), -1)
+            slopes = (ahead - (back[0] if back else self.replay.base[rows])) / (self.sigma * len(self.steps))
+            self.squares.setdefault(expert, []).append(self._square(slopes, rows))
+        self.waiting = []
+
+    def _square(self, slopes: Tensor, samples: Tensor) -> Tensor:
+        """Squared directional derivative from those of the samples' summed losses."""
+        if self.unit == "batch":
+            return (slopes.sum() / self.counts.sum()).square()
+        return (slopes / self.counts[samples]).square().mean()
 
 
-def _square(probe: _Probe, stream: Tensor | None, unit: str, generator: torch.Generator) -> Tensor:
-    """One unbiased estimate of the squared norm."""
-    labels, call = probe.replay.labels, probe.call
-    counts = scored_tokens(labels).to(call.rows.device)
+def _change(
+    call: local.ExpertCall, stream: Tensor | None, unit: str, num_samples: int, generator: torch.Generator
+) -> local.Change:
+    """A random direction, or one for each sample, guided by a guess of the gradient if there is one.
+
+    With u the guess at unit length, ``z' = z - (z u) u +- u`` still has ``E[z' z'] = I``, so ``p^2`` stays unbiased
+    whatever the guess. But the part of the gradient along u now enters p with a fixed magnitude instead of a random
+    one: the better the guess, the less is left to chance, and nothing at all in the last layer.
+    """
     direction = draw(call.matrices, generator)
-    if unit == "sample":
-        change = local.Change(direction, draw_signs(call.matrices, len(labels), generator))
-        hit = reached(call, labels)
-        slopes = probe.derivatives(change)[hit] / counts[hit]
-        return slopes.square().mean() if len(slopes) else slopes.sum()
-    if stream is not None:
-        direction = _guide(direction, call.gradients(stream), generator)
-    return (probe.derivatives(local.Change(direction)).sum() / counts.sum()).square()
+    if unit == "batch":
+        return local.Change(direction if stream is None else _guided(direction, call.gradients(stream), generator))
+    change = local.Change(direction, draw_signs(call.matrices, num_samples, generator))
+    if stream is None:
+        return change
+    factors, sign = call.factors(stream), _signs(generator, num_samples).to(call.states)
+    length = call.sample_norms(stream, num_samples).sqrt()
+    (states, projected), (act, result) = factors
+    along = (change.up(states, call.samples) * projected).sum(dim=1)
+    along = along + (change.down(act, call.samples) * result).sum(dim=1)
+    along = local.per_sample(along, call.samples, num_samples) / length
+    multiple = torch.where(length > 0, (sign - along) / length, 0)
+    same = call.same_sample() * multiple[call.samples, None]
+    return replace(change, shift=local.Shift(factors, same, call.layout.has_bias))
+
+
+def _guided(direction: Matrices, guess: Matrices, generator: torch.Generator) -> Matrices:
+    """See :func:`_change`."""
+    length = local.dot(guess, guess).sqrt()
+    if not length > 0:
+        return direction
+    shift = (_signs(generator, 1).item() - local.dot(direction, guess) / length) / length
+    biases = [
+        None if z is None or u is None else z + shift * u
+        for z, u in ((direction.up_bias, guess.up_bias), (direction.down_bias, guess.down_bias))
+    ]
+    return Matrices(direction.up + shift * guess.up, direction.down + shift * guess.down, *biases)
 
 
 def draw(like: Matrices, generator: torch.Generator) -> Matrices:
@@ -131,29 +209,10 @@ def draw(like: Matrices, generator: torch.Generator) -> Matrices:
 
 def draw_signs(like: Matrices, num_samples: int, generator: torch.Generator) -> local.Signs:
     """Signs per sample for inputs and outputs of both matrices; see :class:`fluxlib.gradients.expert.Change`."""
-
-    def signs(size: int) -> Tensor:
-        return (torch.randint(0, 2, (num_samples, size), generator=generator) * 2 - 1).to(like.up)
-
-    (inputs, projected), (act, outputs) = like.up.shape, like.down.shape
-    return signs(inputs), signs(projected), signs(act), signs(outputs)
+    sizes = (*like.up.shape, *like.down.shape)
+    inputs, projected, act, outputs = (_signs(generator, num_samples, size).to(like.up) for size in sizes)
+    return inputs, projected, act, outputs
 
 
-def _guide(direction: Matrices, guess: Matrices, generator: torch.Generator) -> Matrices:
-    """The direction with its part along a guessed gradient replaced by a step of length one, at a random sign.
-
-    With u the guess at unit length, ``z' = z - (z u) u +- u`` still has ``E[z' z'] = I``, so ``p^2`` stays
-    unbiased whatever the guess. But the part of the gradient along u now enters p with a fixed magnitude
-    instead of a random one: the better the guess, the less is left to chance, and nothing at all in the last
-    layer.
-    """
-    length = local.dot(guess, guess).sqrt()
-    if not length > 0:
-        return direction
-    sign = 1.0 if torch.rand((), generator=generator) < 0.5 else -1.0
-    shift = (sign - local.dot(direction, guess) / length) / length
-    biases = [
-        None if z is None or u is None else z + shift * u
-        for z, u in ((direction.up_bias, guess.up_bias), (direction.down_bias, guess.down_bias))
-    ]
-    return Matrices(direction.up + shift * guess.up, direction.down + shift * guess.down, *biases)
+def _signs(generator: torch.Generator, *shape: int) -> Tensor:
+    return (torch.randint(0, 2, shape, generator=generator) * 2 - 1).float()

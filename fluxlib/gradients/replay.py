@@ -12,14 +12,14 @@ mind would outweigh the slope of all others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from fluxlib.gradients.answering import answering, choosing, siblings
 from fluxlib.moe import layers
 
 IGNORED = -100
@@ -30,8 +30,12 @@ class Replay:
 
     Memory: the output of every decoder layer, and of attention and router of the layers asked for.
 
+    Attributes:
+        arguments, outputs: per MoE layer asked for, what its experts were called with and what they put out.
+        base: ``[B]`` float64, each sample's summed token losses.
+
     Args:
-        model: a causal LM; it is run in evaluation mode and without a cache.
+        model: a causal LM in evaluation mode; it is run without a cache.
         batch: ``input_ids``, ``attention_mask`` (optional), ``labels``, each ``[B, T]``.
         wanted: MoE layers that will be replayed.
 
@@ -41,7 +45,8 @@ class Replay:
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], wanted: Sequence[layers.MoELayer]) -> None:
         self.model, self.labels = model, batch["labels"]
-        self.inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        names = [name for name in ("input_ids", "attention_mask") if name in batch]
+        self.inputs: dict[str, Tensor] = {name: batch[name] for name in names}
         mask = batch.get("attention_mask")
         self.mask = torch.ones_like(self.labels, dtype=torch.bool) if mask is None else mask.bool()
         scored_tokens(self.labels)
@@ -51,11 +56,43 @@ class Replay:
         self._choices: dict[nn.Module, list[Tensor]] = {layer.block: [] for layer in layers.find(model)}
         self._record(wanted)
 
-    def losses(self, layer: layers.MoELayer, output: Tensor) -> Tensor:
-        """``[B]`` float64: each sample's summed token losses if that layer's experts had put out ``output``."""
-        answers: dict[nn.Module, list[Any]] = {layer.experts: [output], **self._kept[layer.index]}
-        with torch.no_grad(), _answering(answers), _choosing(self._choices, again=True):
-            return sample_losses(self._logits(), self.labels)
+    def losses(self, layer: layers.MoELayer, samples: Tensor, output: Tensor) -> Tensor:
+        """Losses of some samples, if the experts of a layer had put out something else.
+
+        Args:
+            samples: ``[R]`` rows of the batch, in any order, repeated as needed: only these are run.
+            output: what the experts put out for these, in the form of :meth:`output_of`.
+
+        Returns:
+            ``[R]`` float64, each row's summed token losses.
+        """
+        kept = {
+            module: [self._of(samples, value) for value in values] for module, values in self._kept[layer.index].items()
+        }
+        choices = {block: [self._of(samples, index) for index in indices] for block, indices in self._choices.items()}
+        answers: dict[nn.Module, list[Any]] = {layer.experts: [output.flatten(0, -2)], **kept}
+        inputs = {name: rows[samples] for name, rows in self.inputs.items()}
+        with torch.no_grad(), answering(answers), choosing(choices, again=True):
+            return sample_losses(self._logits(inputs), self.labels[samples])
+
+    def output_of(self, layer: layers.MoELayer, samples: Tensor) -> Tensor:
+        """What the experts put out for these samples in the first pass: ``[R, T, H]`` (Llama-4: ``[E, R, T, H]``)."""
+        output = self.outputs[layer.index]
+        shape = (*self.labels.shape, output.shape[-1])
+        return (
+            output.view(shape)[samples] if len(output) == shape[0] * shape[1] else output.view(-1, *shape)[:, samples]
+        )
+
+    def _of(self, samples: Tensor, value: Any) -> Any:
+        """Rows of a kept value that belong to these samples; B or B * T of them lie along its first dimension."""
+        if isinstance(value, tuple):
+            return tuple(self._of(samples, part) for part in value)
+        batch, length = self.labels.shape
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) not in (batch, batch * length):
+            return value
+        if len(value) == batch:
+            return value[samples]
+        return value.view(batch, length, *value.shape[1:])[samples].flatten(0, 1)
 
     def stream_gradient(self) -> Tensor:
         """``[B * T, H]`` gradient of the batch's loss with respect to the last decoder layer's output.
@@ -66,12 +103,12 @@ class Replay:
         states, *others = self._last if isinstance(self._last, tuple) else (self._last,)
         leaf = states.detach().requires_grad_()
         answer = (leaf, *others) if isinstance(self._last, tuple) else leaf
-        with torch.enable_grad(), _answering({module: [answer] for module in self._decoder}):
-            total = sample_losses(self._logits(), self.labels).sum() / scored_tokens(self.labels).sum()
+        with torch.enable_grad(), answering({module: [answer] for module in self._decoder}):
+            total = sample_losses(self._logits(self.inputs), self.labels).sum() / scored_tokens(self.labels).sum()
         return torch.autograd.grad(total, leaf)[0].flatten(0, 1)
 
-    def _logits(self) -> Tensor:
-        return self.model(**self.inputs, use_cache=False).logits
+    def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.model(**inputs, use_cache=False).logits
 
     def _record(self, wanted: Sequence[layers.MoELayer]) -> None:
         self._decoder = decoder_layers(self.model, wanted[0])
@@ -80,13 +117,13 @@ class Replay:
             stack.callback(self._decoder[-1].register_forward_hook(self._set_last).remove)
             for layer in wanted:
                 kept = self._kept.setdefault(layer.index, {})
-                for module in _siblings(self.model, layer):
+                for module in siblings(self.model, layer):
                     stack.callback(module.register_forward_hook(self._keep(layer, kept)).remove)
                 reached, output = self._reached(layer), self._output(layer)
                 stack.callback(layer.experts.register_forward_pre_hook(reached, with_kwargs=True).remove)
                 stack.callback(layer.experts.register_forward_hook(output).remove)
-            stack.enter_context(_choosing(self._choices, again=False))
-            self._logits()
+            stack.enter_context(choosing(self._choices, again=False))
+            self.base = sample_losses(self._logits(self.inputs), self.labels)
 
     def _set_last(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self._last = output
@@ -132,17 +169,14 @@ def depth(model: nn.Module, layer: layers.MoELayer) -> float:
     return (position + 1) / len(stack)
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[B, T - 1]`` float32 cross entropy of each next token, 0 where it is not scored."""
-    predictions = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
-    return nn.functional.cross_entropy(
-        predictions.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
-    )
-
-
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[B]`` float64: summed token losses of each sample; their sum over scored tokens is the model's loss."""
-    return token_losses(logits, labels).double().sum(dim=1)
+    """``[B]`` float64: summed losses of each sample's scored tokens; their sum over the tokens is the model's loss."""
+    scored = labels[:, 1:] != IGNORED
+    predictions = logits[:, :-1][scored]
+    wide = predictions if predictions.dtype == torch.float64 else predictions.float()
+    losses = nn.functional.cross_entropy(wide, labels[:, 1:][scored], reduction="none")
+    sample = scored.nonzero()[:, 0]
+    return losses.new_zeros(len(labels), dtype=torch.float64).index_add(0, sample, losses.double())
 
 
 def scored_tokens(labels: Tensor) -> Tensor:
@@ -151,101 +185,3 @@ def scored_tokens(labels: Tensor) -> Tensor:
     if not counts.any():
         raise ValueError(f"batch must have at least one scored token, got {len(labels)} samples of padding only")
     return counts
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter asks for a gradient; both as before afterwards."""
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def _siblings(model: nn.Module, layer: layers.MoELayer) -> Iterator[nn.Module]:
-    """Modules with a matrix that lie beside the path from the model to a layer's experts; norms are cheaper to run."""
-    names = layer.name.split(".")
-    for length in range(len(names)):
-        parent = model.get_submodule(".".join(names[:length]))
-        for name, child in parent.named_children():
-            if isinstance(parent, nn.ModuleList) and int(name) > int(names[length]):
-                break
-            if name != names[length] and any(p.dim() > 1 for p in child.parameters()):
-                yield child
-
-
-@contextmanager
-def _answering(answers: dict[nn.Module, list[Any]]) -> Iterator[None]:
-    """Modules answer their first calls from a list, without computing; later calls are their own."""
-    before = {module: module.__dict__.get("forward") for module in answers}
-    for module, values in answers.items():
-        module.forward = _answer(values, module.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        _put_back(before)
-
-
-@contextmanager
-def _choosing(choices: dict[nn.Module, list[Tensor]], again: bool) -> Iterator[None]:
-    """Blocks record the indices of their top-k, or with ``again`` choose those indices again."""
-    before = {block: block.__dict__.get("forward") for block in choices}
-    for block, indices in choices.items():
-        block.forward = _under(_TopK(indices, again), block.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        _put_back(before)
-
-
-def _under(mode: _TopK, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with mode:
-            return forward(*args, **kwargs)
-
-    return run
-
-
-class _TopK(TorchFunctionMode):
-    """While active, every top-k is recorded, or answered with the recorded indices and the values found there."""
-
-    def __init__(self, indices: list[Tensor], again: bool) -> None:
-        super().__init__()
-        self.indices, self.again, self.position = indices, again, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function."""
-        if func not in (torch.topk, Tensor.topk):
-            return func(*args, **(kwargs or {}))
-        if self.again:
-            index = self.indices[self.position]
-            self.position += 1
-            scores = args[0] if args else (kwargs or {})["input"]
-            return torch.return_types.topk((scores.gather(-1, index), index))
-        result = func(*args, **(kwargs or {}))
-        self.indices.append(result[1])
-        return result
-
-
-def _put_back(before: dict[nn.Module, Any]) -> None:
-    for module, forward in before.items():
-        if forward is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = forward  # type: ignore[method-assign]
-
-
-def _answer(values: list[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    left = iter(values)
-
-    def respond(*args: Any, **kwargs: Any) -> Any:
-        value = next(left, None)
-        return forward(*args, **kwargs) if value is None else value
-
-    return respond
