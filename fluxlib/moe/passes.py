@@ -13,6 +13,7 @@ gradient of the down projection's input, it is ``<u, act>`` (plus ``<g, bias>``)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,13 +103,13 @@ class _Slot:
     upcoming: Sequence[int]
 
 
-def _busy(counts: Sequence[int]) -> list[_Slot]:
+def _busy(counts: Sequence[int], backward: bool = False) -> list[_Slot]:
+    """Slots that have pairs, in order; backward from last to first, so that what was used last is used first."""
+    ends = list(itertools.accumulate(counts))
     order = [slot for slot, count in enumerate(counts) if count]
-    out, start = [], 0
-    for position, slot in enumerate(order):
-        out.append(_Slot(slot, start, start + counts[slot], order[position + 1 :]))
-        start += counts[slot]
-    return out
+    if backward:
+        order.reverse()
+    return [_Slot(s, ends[s] - counts[s], ends[s], order[i + 1 :]) for i, s in enumerate(order)]
 
 
 class _SlotPass(torch.autograd.Function):
@@ -156,7 +157,7 @@ class _SlotPass(torch.autograd.Function):
         wide = wide_dtype(hidden.dtype)
         hidden_gradient = torch.zeros(hidden.shape, device=hidden.device, dtype=wide) if wants_hidden else None
         weight_gradient = torch.zeros_like(weight) if wants_weight else None
-        for slot, projected in zip(_busy(ctx.counts), kept, strict=True):
+        for slot, projected in zip(_busy(ctx.counts, backward=True), reversed(kept), strict=True):
             matrices = source.matrices(slot.number, slot.upcoming, hidden.dtype)
             rows, gate = token[slot.start : slot.end], weight[slot.start : slot.end, None]
             local = _local_gradients(matrices, ctx.activation, projected, gradient.index_select(0, rows), gate)

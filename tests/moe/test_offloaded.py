@@ -81,6 +81,16 @@ def test_hits_misses_and_bytes(tiny: SimpleNamespace) -> None:
     assert len(device_set) == 3
 
 
+def test_the_backward_pass_finds_what_the_forward_pass_used_last(tiny: SimpleNamespace) -> None:
+    model = tiny.build("olmoe")
+    device_set = offloaded.offload(model, capacity=3)
+    experts = layers.find(model)[0].experts
+    output = experts(torch.randn(2, 16), torch.tensor([[0, 1, 2, 3, 4]] * 2), torch.ones(2, 5))
+    assert (device_set.traffic.hits, device_set.traffic.misses) == (0, 5)
+    output.sum().backward()
+    assert (device_set.traffic.hits, device_set.traffic.misses) == (3, 7)
+
+
 def test_an_expert_that_was_updated_is_copied_again() -> None:
     device_set, host = DeviceSet(2), {"down_proj": torch.zeros(4)}
     device_set.get((0, 0), host, CPU)

@@ -1,0 +1,41 @@
+"""The benchmarks run, in tiny, and write what they promise."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    main = runpy.run_path(str(FOLDER / "experts.py"))["main"]
+    main(["--quick", "--repeats", "2", "--backends", "grouped_mm", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "experts.json").read_text())
+    assert result["machine"]["host"]
+    assert [row["what"] for row in result["step"]] == ["compact", "full, grouped_mm"]
+    share = next(row for row in result["verdict"] if "memory" in row["number"])
+    assert share["measured"] == 2 / 8
+    measured = {row["what"]: row for row in result["memory"]}["compact"]
+    assert 0.9 < measured["ratio"] < 1.1
+    assert "## Numbers to reach" in (tmp_path / "experts.md").read_text()
+
+
+def test_four_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    main = runpy.run_path(str(FOLDER / "gpu.py"))["main"]
+    main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--optimizer", "sgd", "--checkpointing"])
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    for model in result["models"].values():
+        rows = {row["method"]: row for row in model["steps"]}
+        assert all(row["result"] == "measured" for row in rows.values())
+        assert rows["fmd"]["to_device_bytes_per_step"] > rows["fmd"]["to_host_bytes_per_step"] > 0
+        assert rows["flux"]["to_device_bytes_per_step"] == 0
+        assert 4 < model["profile"]["bits_per_value"] < 4.5
+    with pytest.raises(SystemExit):
+        main(["--device", "cpu", "--models", "gpt-5"])
+    assert "expected among ['llama-moe-3.5b', 'deepseek-moe-16b'], got ['gpt-5']" in capsys.readouterr().err
