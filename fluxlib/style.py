@@ -54,6 +54,9 @@ CLOCKS = {
     "round": "round",
 }
 
+METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "accuracy": "accuracy"}
+"""Titles of the metrics."""
+
 RC: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,

@@ -47,8 +47,7 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
             for method in style.order(runs["method"]):
                 _curve(ax, runs[runs["method"] == method], clock, method)
             ax.set_xlabel(style.CLOCKS[clock])
-            if column == 0:
-                ax.set_ylabel(unique(runs, "metric_name"))
+            ax.set_ylabel(style.METRICS.get(unique(runs, "metric_name"), "score"))
         axes[0, column].set_title(f"{model}\n{task}")
     axes[0, 0].legend()
     caption(figure, f"device clock: shapes of {clock_shapes(rounds)}", interval_name(num_seeds(rounds)))
