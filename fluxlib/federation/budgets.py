@@ -15,7 +15,7 @@ def make_budgets(config: RunConfig, num_layers: int, num_experts: int) -> list[B
     ``budget_spread`` s makes participants differ: evenly spaced from (1 - s) to (1 + s) times the common budget,
     the smallest first. A participant that can hold everything tuned needs no merged slots.
 
-    Paper: section 4.1, B_tune and B_non; how they follow from a device's resources is not said.
+    Paper: ``B_tune`` (section 6) and ``B_non`` (section 5.1); how they follow from a device's resources is not said.
 
     Raises:
         ConfigError: fewer tuned experts than layers, or fewer merged slots than layers that may need one; the

@@ -1,7 +1,7 @@
 """What one participant does with a message: catch up, train or profile, remember, reply.
 
 State between rounds lies in the node's Flower context, as records, so that every engine carries it: the experts
-that differ from the base (:class:`~fluxlib.federation.sync.Held`) and the profile of the model it held. The base
+that differ from the base (:class:`~fluxlib.federation.held.Held`) and the profile of the model it held. The base
 model and the task are read once per process.
 
 Paper: section 3, steps of a participant. The profile is made of the model that was downloaded for this round, while
@@ -11,6 +11,8 @@ the server aggregates, and used in the next (stale by one).
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -74,7 +76,8 @@ def profile(message: Message, context: Context) -> Message:
     space.load(held)
     data = local_data(config, space, participant, instruction.round)
     start = time.perf_counter()
-    found = profiling.profile(space.model, data.profile, bits=config.profile_bits)
+    with _forgetting_on_error():
+        found = profiling.profile(space.model, data.profile, bits=config.profile_bits)
     seconds = time.perf_counter() - start
     save_state(context.state, ParticipantState(found, instruction.round))
     report = messages.ProfileReport(
@@ -103,20 +106,19 @@ def train(message: Message, context: Context) -> Message:
     space.load(held)
     if instruction.roles is None or instruction.budget is None:
         raise ParticipantError("a training message needs roles and a budget")
-    try:
+    data = local_data(config, space, participant, instruction.round)
+    chance = seeding.generator(config.seed, "train", instruction.round, participant)
+    with _forgetting_on_error():
         update, state = methods.get(config.method).train(
             space.model,
             load_state(context.state),
             instruction.roles,
             instruction.budget,
-            local_data(config, space, participant, instruction.round),
+            data,
             config,
             instruction.round,
-            seeding.generator(config.seed, "train", instruction.round, participant),
+            chance,
         )
-    except Exception:
-        forget_workspace()  # the model may have been left half customised
-        raise
     save_state(context.state, state)
     work = replace(update.work, num_downloaded=instruction.delta.num_experts, num_uploaded=len(update.deltas))
     report = messages.TrainReport(
@@ -172,6 +174,16 @@ def profile_work(data: LocalData, num_experts: int, config: RunConfig) -> Work:
         num_quantized=num_experts,
         first_profile=True,
     )
+
+
+@contextmanager
+def _forgetting_on_error() -> Iterator[None]:
+    """Whatever goes wrong may leave the model half customised: the next participant gets a fresh one."""
+    try:
+        yield
+    except BaseException:
+        forget_workspace()
+        raise
 
 
 def _workspace(instruction: Instruction, context: Context) -> Workspace:

@@ -1,7 +1,7 @@
 """What stays on a participant's device between rounds, as records of its Flower context.
 
 Tensors go into an ``ArrayRecord``, everything else into a JSON text of a ``ConfigRecord``, so that any engine can
-carry the state and nothing is pickled. The experts a participant holds are in :class:`fluxlib.federation.sync.Held`.
+carry the state and nothing is pickled. The experts a participant holds are in :class:`fluxlib.federation.held.Held`.
 """
 
 from __future__ import annotations

@@ -65,6 +65,13 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(config: RunConfig, tmp_path: 
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_flux_goes_on_with_the_profiles_it_had(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(method="flux", rounds=3, local_steps=2, merge_fraction=0.25)
+    with pytest.raises(Killed):
+        federation.run(config, on_round=kill_after(1), out=tmp_path)
+    as_uninterrupted(federation.run(config, out=tmp_path), config)
+
+
 def test_killed_again_and_again(config: RunConfig, tmp_path: Path) -> None:
     for number in (1, 2, 3, 4):
         with pytest.raises(Killed):

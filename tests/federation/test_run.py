@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,38 @@ def test_a_bad_reply_is_named_counted_and_left_out(
     assert refused[["round", "participant", "rejected"]].values.tolist() == [[2, 1, reason]]
     assert result.rounds["num_rejected"].tolist() == [0, 0, 1, 0]
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
+
+
+def test_a_participant_that_breaks_half_way_leaves_no_trace_for_the_next(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fluxlib import methods
+
+    fake = methods.METHODS["fake"]
+
+    def breaking(model: Any, *rest: Any) -> Any:
+        if rest[5] == 2 and breaking.calls == 4:  # type: ignore[attr-defined]
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+            breaking.calls += 1  # type: ignore[attr-defined]
+            raise RuntimeError("half way")
+        breaking.calls += 1  # type: ignore[attr-defined]
+        return fake.train(model, *rest)
+
+    breaking.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(methods.METHODS, "fake", replace(fake, train=breaking))
+    result = federation.run(make_config())
+    assert result.rounds["num_rejected"].tolist() == [0, 0, 1, 0]
+
+    def failing(request: Message, reply: Message, context: Context) -> Message:
+        if context.node_id == NODE and reply.content["config"]["round"] == 2:
+            raise RuntimeError("at the end")
+        return reply
+
+    monkeypatch.setitem(methods.METHODS, "fake", fake)
+    monkeypatch.setattr(client_app, "app", wrapped(failing))
+    assert same_models(result.model, federation.run(make_config()).model)
 
 
 def test_a_late_participant_is_missing(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
