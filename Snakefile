@@ -34,6 +34,14 @@ EXECUTE = f"{sys.executable} -m fluxlib.cli notebook"
 WORK = Path.cwd()
 
 
+onsuccess:
+    print(f"Figures: {FIGURES}/   tables: {RESULTS}/   executed notebooks, logs, times: {BUILD}/")
+
+
+onerror:
+    print(f"What failed says why in {BUILD}/logs/ and in its executed notebook, {BUILD}/notebooks/.")
+
+
 wildcard_constraints:
     run_id="|".join(map(re.escape, PROFILE.runs)),
 
@@ -41,6 +49,8 @@ wildcard_constraints:
 rule all:
     input:
         f"{BUILD}/notebooks/00_start_here.ipynb",
+        expand("{results}/{table}/{run_id}.parquet",
+               results=RESULTS, table=["rounds", "participants"], run_id=PROFILE.runs),
         expand("{figures}/{figure}-{model}.{kind}",
                figures=FIGURES, figure=["convergence", "time_to_accuracy"], model=PROFILE.models, kind=["pdf", "png", "csv"]),
 
@@ -76,6 +86,7 @@ rule federated_run:
         f"{BUILD}/benchmarks/04_federated_run/{{run_id}}.tsv"
     shell:
         "{EXECUTE} {FEDERATED_RUN} {log.notebook} --parameters {params.run:q} --set out={WORK}/{RESULTS} > {log.text} 2>&1"
+        " && sed -n '/seed[0-9]*  round /p' {log.text} | tail -n 1"
 
 
 rule time_to_accuracy:

@@ -183,6 +183,14 @@ def test_a_second_run_does_no_work(finished):
     assert "Nothing to be done" in said
 
 
+def test_a_lost_table_is_made_again(finished):
+    _, before, _ = finished.make()
+    (finished.root / "data/results/mini/rounds/fmd-m-t-seed0.parquet").unlink()
+    code, after, said = finished.make()
+    assert code == 0 and set(after) == set(before), said
+    assert after["flux-m-t-seed0.parquet"] == before["flux-m-t-seed0.parquet"]
+
+
 def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
     _, before, _ = finished.make()
     finished.configure(per_method={"flux": {"learning_rate": 5e-3}})
