@@ -43,13 +43,14 @@ def train(
     """Merge, probe, tune, profile."""
     watch = Stopwatch()
     work = Work(num_experts=assigned.exploit.numel(), profile_bits=config.profile_bits)
-    fresh = state.profile is None or not config.stale_profile
-    if fresh:
+    known = state.profile
+    if known is None or not config.stale_profile:
         with watch.phase("first_profile"):
-            state = ParticipantState(profile(model, data, config), round_number)
+            known = profile(model, data, config)
+        state = ParticipantState(known, round_number)
         work = replace(work, first_profile=True)
     with watch.phase("merge"):
-        plans = make_plans(model, state.profile, assigned, budget, config)
+        plans = make_plans(model, known, assigned, budget, config)
     with customized(model, plans) as compact:
         with watch.phase("probe"):
             probed = _probe_keys(assigned.explore, config.probes_per_round, generator)
@@ -70,7 +71,7 @@ def profile(model: nn.Module, data: LocalData, config: RunConfig) -> profiling.P
 
 
 def make_plans(
-    model: nn.Module, known: profiling.Profile | None, assigned: Roles, budget: Budget, config: RunConfig
+    model: nn.Module, known: profiling.Profile, assigned: Roles, budget: Budget, config: RunConfig
 ) -> list[LayerPlan]:
     """Section 5: exploited experts tuned, explored ones kept as they are, all others merged."""
     kept = assigned.exploit | assigned.explore

@@ -109,7 +109,7 @@ def routed_tokens(top_k_index: Sequence[Tensor], attention_mask: Tensor, num_exp
     return torch.stack([torch.bincount(index[real].reshape(-1), minlength=num_experts) for index in top_k_index]).cpu()
 
 
-def _optimizer(parameters: list[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[Tensor], config: RunConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate)
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)

@@ -63,7 +63,8 @@ def pretraining_batch(
 
 def gates(model: nn.Module) -> list[nn.Module]:
     """The routers, in layer order."""
-    return [module.gate for module in model.modules() if hasattr(module, "gate") and hasattr(module, "experts")]
+    blocks = [module for module in model.modules() if hasattr(module, "gate") and hasattr(module, "experts")]
+    return [block.get_submodule("gate") for block in blocks]
 
 
 @contextmanager
@@ -186,7 +187,8 @@ def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int 
         "curve": curve,
     }
     out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.to(torch.bfloat16)
+    model.save_pretrained(out)  # type: ignore[operator]
     tokenizer.save_pretrained(out)
     (out / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
     return record

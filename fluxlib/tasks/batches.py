@@ -38,7 +38,7 @@ def encode(example: Example, tokenizer: Any, max_tokens: int, response: str | No
 
 
 def collate(encoded: Sequence[tuple[list[int], int]], pad_token_id: int) -> dict[str, Tensor]:
-    """Right-padded batch of :func:`encode`'s results: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each."""
+    """Right-padded batch of what :func:`encode` gives: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]``."""
     length = max(len(ids) for ids, _ in encoded)
     input_ids = torch.full((len(encoded), length), pad_token_id)
     mask = torch.zeros_like(input_ids)
