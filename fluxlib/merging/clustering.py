@@ -63,7 +63,7 @@ def _padded(features: Sequence[Tensor], budgets: Sequence[int]) -> tuple[np.ndar
     if len(features) != len(budgets):
         raise ValueError(f"budgets must have one entry for each of {len(features)} layers, got {len(budgets)}")
     counts, k = np.array([len(rows) for rows in features]), np.asarray(budgets)
-    for layer in np.nonzero((k < np.minimum(counts, 1)) | (k > counts))[0]:
+    for layer in np.nonzero((k < np.minimum(counts, 1)) | (k > counts))[0].tolist():
         allowed = f"{min(counts[layer], 1)}..{counts[layer]}"
         raise ValueError(f"budgets[{layer}] must be in {allowed} (experts to merge), got {budgets[layer]}")
     points = np.zeros((len(features), counts.max(), features[0].shape[1] + 1), np.float32)
@@ -72,7 +72,7 @@ def _padded(features: Sequence[Tensor], budgets: Sequence[int]) -> tuple[np.ndar
     real = np.arange(points.shape[1]) < counts[:, None]
     points[:, :, -1] = real
     if not np.isfinite(points).all():
-        layer, expert = np.argwhere(~np.isfinite(points).all(axis=2))[0]
+        layer, expert = np.argwhere(~np.isfinite(points).all(axis=2))[0].tolist()
         raise ValueError(f"features must be finite, those of layer {layer}, expert {expert} are not")
     return points, real
 
