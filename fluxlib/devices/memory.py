@@ -172,8 +172,8 @@ class _Planner:
     def largest(self, usable: int, merged_per_tuned: float) -> tuple[int, int]:
         """The most tuned experts whose peak stays within ``usable`` bytes, with their merged ones.
 
-        Each further tuned expert costs at least its weight and state, and the peak grows ever faster: so a few dry
-        runs close in on the answer from both sides.
+        Each further tuned expert costs at least its state, and its weight beyond that of the merged one that it may
+        replace; the peak grows ever faster. So a few dry runs close in on the answer from both sides.
         """
 
         def pair(num_tuned: int) -> tuple[int, int]:
@@ -188,7 +188,8 @@ class _Planner:
         bottom = self.peak(*pair(low)).num_bytes
         if bottom > usable:
             raise ValueError(_too_small(usable, bottom, self))
-        cost = self.census.expert_parameters * (self.state_bytes + self.tuned_dtype.itemsize - self.dtype.itemsize)
+        weight_bytes = 0 if self.method == "fmq" else max(0, self.tuned_dtype.itemsize - self.dtype.itemsize)
+        cost = self.census.expert_parameters * (self.state_bytes + weight_bytes)
         slope = float(max(cost, 1))
         while low < high and usable - bottom >= cost:
             high = min(high, low + max(1, int((usable - bottom) / slope)))

@@ -130,17 +130,24 @@ def test_the_real_models_are_counted_by_kind(name, billions, expert_millions, nu
         assert found.layers[1].parameters["shared experts"] == 3 * 2048 * 2816
 
 
-def test_a_memory_becomes_budgets_that_fit_and_cannot_grow():
-    config = CONFIGS["llama"]
-    options = {"batch": 2, "tokens": 32, "dtype": torch.float32, "kernel": "slots"}
-    for num_bytes in (3_000_000, 4_500_000):
-        plan = memory.plan_memory(config, "flux", num_bytes, **options)
-        assert plan.fits and plan.usable_bytes == int(0.9 * num_bytes)
-        more = plan.num_tuned + 1
-        if more <= 36:
-            beyond = memory.plan_memory(config, "flux", None, more, **options)
-            assert beyond.peak_bytes > plan.usable_bytes
-    assert memory.plan_memory(config, "flux", 10**9, **options).num_tuned == 36
+@pytest.mark.parametrize(
+    ("method", "num_bytes", "optimizer"),
+    [
+        ("flux", 3_000_000, "adamw"),
+        ("flux", 3_800_000, "adamw"),
+        ("flux", 1_900_000, "sgd"),
+        ("fmes", 3_000_000, "adamw"),
+        ("fmq", 2_000_000, "adamw"),
+    ],
+)
+def test_a_memory_becomes_budgets_that_fit_and_cannot_grow(method, num_bytes, optimizer):
+    options = {"batch": 2, "tokens": 32, "dtype": torch.float32, "kernel": "slots", "optimizer": optimizer}
+    plan = memory.plan_memory(CONFIGS["llama"], method, num_bytes, **options)
+    assert plan.fits and plan.usable_bytes == int(0.9 * num_bytes)
+    assert plan.num_tuned < 36
+    beyond = memory.plan_memory(CONFIGS["llama"], method, None, plan.num_tuned + 1, **options)
+    assert beyond.peak_bytes > plan.usable_bytes
+    assert memory.plan_memory(CONFIGS["llama"], method, 10**9, **options).num_tuned == 36
 
 
 def test_offloading_takes_what_fits_and_leaves_the_rest_on_the_host():
