@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig
 
 from fluxlib import models
-from fluxlib.devices import census, dry_run, memory
-from fluxlib.devices.dry_run import Slots
+from fluxlib.devices import census, dry_run, memory, stand_ins
 from fluxlib.devices.live_bytes import LiveBytes
+from fluxlib.devices.stand_ins import Slots
 from fluxlib.moe import layers
 from fluxlib.moe.compact import LayerPlan, customize
 from fluxlib.moe.quantized import quantize
@@ -186,9 +186,9 @@ def test_nothing_is_left_behind_in_the_configuration_or_the_model():
 
 def test_tokens_spread_evenly_and_join_on_merged_slots():
     # 4 tokens, 2 choices of 4 experts: a pair of experts is missed by 1 of 6 choices.
-    assert dry_run.even_counts(Slots(2, 1, 2), num_tokens=12, top_k=2) == [6, 6, 10]
-    assert dry_run.even_counts(Slots(4), num_tokens=12, top_k=2) == [6, 6, 6, 6]
-    assert dry_run.even_counts(Slots(1), num_tokens=12, top_k=2) == [12]
+    assert stand_ins.even_counts(Slots(2, 1, 2), num_tokens=12, top_k=2) == [6, 6, 10]
+    assert stand_ins.even_counts(Slots(4), num_tokens=12, top_k=2) == [6, 6, 6, 6]
+    assert stand_ins.even_counts(Slots(1), num_tokens=12, top_k=2) == [12]
 
 
 def test_live_bytes_counts_each_storage_once():
