@@ -102,7 +102,7 @@ def find(model: nn.Module) -> list[MoELayer]:
         ValueError: The model is dense, or holds experts in a form this library cannot handle; the message names them.
     """
     layers: list[MoELayer] = []
-    unknown: list[str] = []
+    unknown: dict[str, list[str]] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if name.rpartition(".")[2] != "experts" and not isinstance(module, ReplacedExperts):
@@ -110,14 +110,17 @@ def find(model: nn.Module) -> list[MoELayer]:
         try:
             layout = read_layout(module)
         except ValueError as error:
-            unknown.append(f"{name}: {error}")
+            unknown.setdefault(str(error), []).append(name)
             continue
         sizes = _sizes(module, layout)
         block = modules[name.rpartition(".")[0]]
         layers.append(MoELayer(len(layers), name, module, block, sizes[0], _top_k(model, block, name), *sizes[1:]))
     kind = type(model).__name__
     if unknown:
-        raise ValueError(f"model: {kind} has experts in a form that is not handled: " + "; ".join(unknown))
+        what = "; ".join(
+            f"{error}, at {', '.join(names[:2])} ({len(names)} in all)" for error, names in unknown.items()
+        )
+        raise ValueError(f"model: {kind} has experts in a form that is not handled ({len(layers)} are): {what}")
     if not layers:
         raise ValueError(f"model: {kind} has no MoE layer (no fused 'experts' module); a dense model cannot be used")
     return layers

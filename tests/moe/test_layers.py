@@ -38,7 +38,10 @@ def test_unknown_experts_are_named() -> None:
             self.down_proj = nn.Parameter(torch.zeros(2, 4, 3))
 
     for experts, message in (
-        (nn.ModuleList([nn.Linear(2, 2)]), r"block\.experts: experts: ModuleList holds no stacks"),
+        (
+            nn.ModuleList([nn.Linear(2, 2)]),
+            r"\(0 are\): experts: ModuleList holds no stacks .*, at block\.experts \(1 in all",
+        ),
         (Bare(), r"Bare holds stacks .* does not declare their layout"),
     ):
         model = nn.ModuleDict({"block": nn.ModuleDict({"experts": experts})})
