@@ -3,6 +3,7 @@
 import json
 import sys
 
+from fluxlib import models
 from fluxlib.config import data_dir
 from fluxlib.pretraining.report import room_to_learn, skew, write_card
 from fluxlib.pretraining.training import RECIPES, pretrain
@@ -16,6 +17,7 @@ def main(names: list[str]) -> None:
         record |= {"skew": skew(name, folder), "scores": room_to_learn(name, folder)}
         (folder / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
         write_card(folder)
+        models.write_checksums(folder)
 
 
 if __name__ == "__main__":
