@@ -43,9 +43,10 @@ reproduce: $(STAMP)  ## Every run and figure of a profile (PROFILE=mini), resuma
 smoke: $(STAMP)  ## Every notebook with tiny counts: does it all still run?
 	$(call SNAKEMAKE,smoke)
 
-lint: $(STAMP)  ## Ruff on code and notebooks, and the type checker
+lint: $(STAMP)  ## Ruff on code and notebooks, stripped outputs, the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify --extra-keys "metadata.widgets metadata.language_info.version" notebooks/*.ipynb
 	$(BIN)/mypy
 
 test: lint  ## Lint, types and all tests, the smoke profile among them

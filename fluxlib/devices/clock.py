@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from fluxlib import models
 from fluxlib.devices.catalogue import SERVER, Device, Link
+from fluxlib.devices.memory import RESERVE_FRAC
 from fluxlib.methods.base import Work
 from fluxlib.moe import layers
 from fluxlib.records import PHASES
@@ -45,8 +46,6 @@ ACTIVATION_BYTES = 34
 """Per token, layer and unit of width: Korthikanti et al. 2022, table 2, without the attention scores."""
 BACKWARD_SHARE = 2 / 3
 """Share of a step's arithmetic that lies in its backward pass when every expert is tuned."""
-RESERVE_FRAC = 0.1
-"""Share of a device's memory that is not the suite's to use: runtime, fragmentation, workspaces."""
 
 
 @dataclass(frozen=True)
