@@ -11,14 +11,14 @@ REPO = Path(workflow.basedir)
 sys.path.insert(0, str(REPO))
 
 from fluxlib import workflow as steps
-from fluxlib.config import ConfigError
+from fluxlib.config import ConfigError, check_writable
 
 try:
     PROFILE = steps.load_profile(REPO / "config" / f"{config.get('profile', 'mini')}.yaml")
     NAME = PROFILE.name
     RESULTS, FIGURES, BUILD = f"data/results/{NAME}", f"figures/{NAME}", f"build/{NAME}"
     for folder in (RESULTS, FIGURES, BUILD):
-        steps.check_writable(Path(folder))
+        check_writable(Path(folder))
 except ConfigError as error:
     sys.exit(f"error: {error}")
 

@@ -79,8 +79,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run one federated run, print a line per round, write its tables to --out."""
-    from fluxlib import workflow
-    from fluxlib.config import ConfigError, make_config
+    from fluxlib.config import ConfigError, check_writable, make_config
 
     named = {
         "method": method, "model": model, "task": task, "rounds": rounds,
@@ -90,7 +89,7 @@ def run(
     for name in sorted(set(named) & set(more)):
         raise ConfigError(f"{name} is an option of its own: --{name} VALUE")
     config = make_config(named | more)
-    workflow.check_writable(out)
+    check_writable(out)
 
     from fluxlib import federation
 

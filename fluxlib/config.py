@@ -7,6 +7,7 @@ tables. Names of methods, models and tasks are checked by the registries that ow
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,20 @@ def results_dir(profile: str) -> Path:
 def figures_dir(profile: str) -> Path:
     """Folder of the figures of ``profile``; the environment variable ``FLUXLIB_FIGURES`` moves its parent."""
     return Path(os.environ.get("FLUXLIB_FIGURES", REPO_ROOT / "figures")) / profile
+
+
+def check_writable(folder: Path) -> Path:
+    """Create ``folder`` and a file in it, before hours of work depend on it.
+
+    Raises:
+        ConfigError: naming the folder and the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from None
 
 
 class RunConfig(BaseModel):

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fluxlib.config import REPO_ROOT, ConfigError, data_dir, figures_dir, results_dir
-from fluxlib.workflow import check_writable
+from fluxlib.config import REPO_ROOT, ConfigError, check_writable, data_dir, figures_dir, results_dir
 
 GIB = 2**30
 MINI_MODELS = ("mini-llama-moe", "mini-deepseek-moe")

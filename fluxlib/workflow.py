@@ -14,14 +14,13 @@ import hashlib
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxlib.config import ConfigError, RunConfig, data_dir, make_config
+from fluxlib.config import ConfigError, RunConfig, check_writable, data_dir, make_config
 
 GRID = {"methods": "method", "models": "model", "tasks": "task", "seeds": "seed"}
 SECTIONS = ("profile", "grid", "run", "per_model", "per_task", "per_method")
@@ -139,20 +138,6 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     if unknown:
         names = ", ".join(map(repr, unknown))
         raise ConfigError(f"{notebook.name} has no parameter {names}; allowed are {', '.join(allowed)}")
-
-
-def check_writable(folder: Path) -> Path:
-    """Create ``folder`` and a file in it, before hours of work depend on it.
-
-    Raises:
-        ConfigError: naming the folder and the reason.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from None
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:

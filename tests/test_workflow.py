@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fluxlib import workflow
-from fluxlib.config import REPO_ROOT, ConfigError
+from fluxlib.config import REPO_ROOT, ConfigError, check_writable
 
 PROFILE = {
     "profile": "mini",
@@ -116,8 +116,8 @@ def test_an_unknown_notebook_parameter_is_refused_before_any_work(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write to the output folder .*file/sub: Not a directory"):
-        workflow.check_writable(tmp_path / "file" / "sub")
-    assert workflow.check_writable(tmp_path / "new" / "folder").is_dir()
+        check_writable(tmp_path / "file" / "sub")
+    assert check_writable(tmp_path / "new" / "folder").is_dir()
 
 
 def test_prose_does_not_make_a_run_stale_and_code_does(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import pandas as pd
 import torch
 
 from fluxlib import methods, models, tasks
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import ConfigError, RunConfig, check_writable
 from fluxlib.devices import catalogue
 from fluxlib.federation.budgets import make_budgets
 from fluxlib.federation.tables import Row
@@ -81,21 +80,6 @@ def check(config: RunConfig, out: Path | None = None) -> None:
     make_budgets(config, *_moe_shape(settings))
     if out is not None:
         check_writable(out)
-
-
-def check_writable(out: Path) -> None:
-    """Create ``out`` and a file in it.
-
-    Raises:
-        ConfigError: naming the folder and the reason.
-    """
-    probe = out / f".writable-{os.getpid()}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"out is {str(out)!r}, it cannot be written: {error.strerror or error}") from None
 
 
 def _moe_shape(settings: Any) -> tuple[int, int]:
