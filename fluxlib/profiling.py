@@ -35,6 +35,8 @@ class Profile:
         bits: of the experts while profiling; 16: as they are.
         num_tokens: tokens seen, N.
         fingerprint: per layer (experts, top-k, hidden size, expert size): the model it is of.
+        gate: ``[L, E]`` squared gate weight summed over the tokens, as a share of the layer's sum; empty if it was not
+            measured.
     """
 
     frequency: Tensor
@@ -43,7 +45,8 @@ class Profile:
     samples: Tensor
     bits: int
     num_tokens: int
-    fingerprint: tuple[tuple[int, ...], ...] = field(default=())
+    fingerprint: tuple[tuple[int, ...], ...] = ()
+    gate: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def num_samples(self) -> int:
@@ -103,11 +106,12 @@ def profile(
         if bits < 16:
             layers.restore(model, write=False)
         model.train(training)
-    tokens, received, samples, num_tokens = counts
+    tokens, received, gate, samples, num_tokens = counts
     return Profile(
         frequency=tokens / tokens.sum(dim=1, keepdim=True),
         tokens=tokens,
         attention=(received / tokens.clamp(min=1)).float(),
+        gate=(gate / gate.sum(dim=1, keepdim=True)).float(),
         samples=samples,
         bits=bits,
         num_tokens=num_tokens,
@@ -156,11 +160,11 @@ def _check_finite(model: nn.Module) -> None:
 
 def _count(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], max_samples: int | None, attention: bool
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Tokens ``[L, E]``, attention received summed over them, samples ``[S, L, E]``, number of tokens."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Tokens ``[L, E]``, attention and squared gate weights over them, samples ``[S, L, E]``, number of tokens."""
     sizes = [layer.num_experts for layer in layers.find(model)]
     tokens = torch.zeros(len(sizes), max(sizes), dtype=torch.long)
-    received, samples, num_tokens, num_samples = tokens.double(), [], 0, 0
+    received, gate, samples, num_tokens, num_samples = tokens.double(), tokens.double(), [], 0, 0
     # The head's logits are not needed.
     body = getattr(model, "base_model", model)
     with capture(body, attention=attention) as seen:
@@ -172,19 +176,20 @@ def _count(
             body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             mask = batch["attention_mask"].bool()
             found = [_count_layer(layer, mask, max(sizes)) for layer in seen.layers]
-            tokens += torch.stack([hits.sum(dim=0).cpu() for hits, _ in found])
-            received += torch.stack([attended.double().cpu() for _, attended in found])
-            samples.append(torch.stack([hits > 0 for hits, _ in found], dim=1).cpu())
+            tokens += torch.stack([hits.sum(dim=0).cpu() for hits, *_ in found])
+            received += torch.stack([attended.double().cpu() for _, attended, _ in found])
+            gate += torch.stack([squares.double().cpu() for *_, squares in found])
+            samples.append(torch.stack([hits > 0 for hits, *_ in found], dim=1).cpu())
             num_tokens += int(mask.sum())
             num_samples += len(mask)
             seen.clear()
     if num_tokens == 0:
         raise ValueError(f"batches must hold at least one token, got {num_samples} samples of padding only")
-    return tokens, received, torch.cat(samples), num_tokens
+    return tokens, received, gate, torch.cat(samples), num_tokens
 
 
-def _count_layer(layer: LayerCapture, mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Tokens of each sample routed to each expert ``[B, E]``, and their attention ``[E]``."""
+def _count_layer(layer: LayerCapture, mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of each sample routed to each expert ``[B, E]``, their attention and squared gate weights ``[E]``."""
     index = layer.top_k_index[-1].view(*mask.shape, -1)
     hits = torch.zeros(*mask.shape, num_experts, device=index.device)
     hits.scatter_(2, index, 1.0)
@@ -192,7 +197,8 @@ def _count_layer(layer: LayerCapture, mask: Tensor, num_experts: int) -> tuple[T
     attended = torch.zeros(num_experts, device=index.device)
     if layer.attention:
         attended = torch.einsum("bte,bt->e", hits, layer.attention[-1].to(hits))
-    return hits.sum(dim=1).long(), attended
+    squares = torch.zeros_like(hits).scatter_(2, index, layer.top_k_weights[-1].view(index.shape).float().square())
+    return hits.sum(dim=1).long(), attended, (squares * mask[:, :, None]).sum(dim=(0, 1))
 
 
 def _ranks(values: Tensor) -> Tensor:

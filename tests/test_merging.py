@@ -211,6 +211,54 @@ def test_cluster_names_what_is_wrong(change: dict, message: str) -> None:
         merging.cluster(**arguments)
 
 
+# Budgets and clusters at once
+
+
+def test_joint_clusters_by_hand() -> None:
+    """Experts on a line: the close pair of layer 0 merges first, then that of layer 1; weights change the order."""
+    near, far = torch.tensor([[0.0], [0.1], [5.0]]), torch.tensor([[0.0], [1.0], [9.0]])
+    grams, ones = [near @ near.T, far @ far.T], [torch.ones(3), torch.ones(3)]
+    heavy = [torch.tensor([1000.0, 1000.0, 1.0]), torch.tensor([0.1, 0.1, 1.0])]
+
+    def found(weights: list[Tensor], num_slots: int) -> list[list[int]]:
+        return [labels.tolist() for labels in merging.joint_clusters(grams, weights, num_slots)]
+
+    assert found(ones, 6) == [[0, 1, 2], [0, 1, 2]]
+    assert found(ones, 5) == [[0, 0, 1], [0, 1, 2]]
+    assert found(ones, 4) == [[0, 0, 1], [0, 0, 1]]
+    assert found(heavy, 5) == [[0, 1, 2], [0, 0, 1]]
+    assert found(ones, 2) == [[0, 0, 0], [0, 0, 0]]
+    with pytest.raises(ValueError, match="num_merged must be at least 2"):
+        found(ones, 1)
+
+
+def test_joint_clusters_of_one_layer_are_wards() -> None:
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    x = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    expected = fcluster(linkage(x.numpy(), "ward"), 6, "maxclust").tolist()
+    found = merging.joint_clusters([x @ x.T], [torch.ones(20)], 6)[0].tolist()
+    assert len({*zip(expected, found, strict=True)}) == 6
+
+
+def test_a_heavy_expert_counts_like_several_light_ones() -> None:
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
+    copies = torch.tensor([3, 1, 1, 2, 1, 1, 1])
+    repeated = x.repeat_interleave(copies, dim=0)
+    weighted = merging.joint_clusters([x @ x.T], [copies.float()], 3)[0]
+    plain = merging.joint_clusters([repeated @ repeated.T], [torch.ones(10)], 3)[0]
+    assert torch.equal(weighted.repeat_interleave(copies), plain)
+
+
+def test_joint_clusters_of_uneven_layers_spend_the_budget() -> None:
+    generator = torch.Generator().manual_seed(2)
+    experts = [torch.randn(n, 4, generator=generator) for n in (5, 0, 1, 12)]
+    weights = [torch.rand(len(x), generator=generator) for x in experts]
+    found = merging.joint_clusters([x @ x.T for x in experts], weights, 8)
+    assert [len(labels) for labels in found] == [5, 0, 1, 12]
+    assert sum(len(set(labels.tolist())) for labels in found) == 8
+
+
 # Neurons
 
 
@@ -252,6 +300,8 @@ def test_merge_weights_by_hand(profile: profiling.Profile) -> None:
     assert merging.merge_weights(known)[0].tolist() == pytest.approx([0.075, 0.125, 0.0])
     assert merging.merge_weights(known, "frequency")[0].tolist() == [0.75, 0.25, 0.0]
     assert merging.merge_weights(known, "uniform")[0].tolist() == [1.0, 1.0, 1.0]
+    gate = torch.tensor([[0.9, 0.1, 0.0]])
+    assert merging.merge_weights(replace(known, gate=gate), "gate") is gate
     with pytest.raises(ValueError, match="weights must be one of"):
         merging.merge_weights(known, "loudest")
 
@@ -308,6 +358,24 @@ def test_alignment_undoes_shuffled_neurons() -> None:
     ]
     assert merging.output_error(model, aligned, [batch()], accumulated=True).max() < 1e-5
     assert known.num_samples == 3
+
+
+def test_a_joint_plan_spends_the_budget_where_it_counts(model: nn.Module, profile: profiling.Profile) -> None:
+    """A layer that one expert carries is served by one slot, which that expert fills; the even layer gets the others."""
+    gate = torch.full((3, 8), 1e-6)
+    gate[0, 3] = gate[1, 5] = 1.0
+    gate[2] = 1 / 8
+    known, none = replace(profile, gate=gate), torch.zeros(3, 8, dtype=torch.bool)
+    plans = merging.plan(model, known, none, 6, kind="joint", weights="gate")
+    assert [len(plan.groups) for plan in plans] == [1, 1, 4]
+    merged = compact.merge(layers.find(model)[0].experts, plans[0], 0)["down_proj"]
+    assert torch.allclose(merged, layers.find(model)[0].experts.down_proj[3], atol=1e-4)
+    for plan in plans:
+        plan.check(8)
+    with pytest.raises(ValueError, match="num_merged must be at least 3"):
+        merging.plan(model, known, none, 2, kind="joint", weights="gate")
+    with pytest.raises(ValueError, match="'gate' needs a profile that measured"):
+        merging.merge_weights(replace(profile, gate=torch.empty(0)), "gate")
 
 
 def test_planning_leaves_the_model_alone(profile: profiling.Profile) -> None:

@@ -89,6 +89,18 @@ def test_attention_is_what_the_routed_tokens_receive() -> None:
         assert float(found.attention[0, expert]) == pytest.approx(expected, abs=1e-6)
 
 
+def test_gate_is_the_share_of_squared_gate_weights() -> None:
+    model, data = build(), batch()
+    found = profiling.profile(model, [data], bits=16)
+    with capture(model) as seen, torch.no_grad():
+        model(**data)
+    real = data["attention_mask"].bool().flatten()
+    for layer, record in enumerate(seen.layers):
+        index, weight = record.top_k_index[0][real].flatten(), record.top_k_weights[0][real].flatten()
+        squares = torch.zeros(8).index_add(0, index, weight.square())
+        assert torch.allclose(found.gate[layer], squares / squares.sum(), atol=1e-6)
+
+
 def test_attention_can_be_left_out() -> None:
     found = profiling.profile(build(), [batch()], bits=16, attention=False)
     assert (found.attention == 0).all()

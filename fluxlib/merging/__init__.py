@@ -1,15 +1,17 @@
 """Experts that are not tuned, merged into few frozen ones (section 5 of the paper).
 
-:func:`plan` does it all: how many slots each layer gets (:func:`layer_budgets`, eq. 1), which experts
-resemble one another (:func:`features`, :func:`cluster`), and how much of each goes into its slot
-(:func:`merge_weights`, eq. 2). :func:`output_error` says what it costs, :func:`discard` is the comparison.
-The model is only read; :func:`fluxlib.moe.compact.customize` carries a plan out.
+:func:`plan` does it all: how many slots each layer gets (:func:`layer_budgets`, eq. 1), which experts resemble one
+another (:func:`features`, :func:`cluster`), and how much of each goes into its slot (:func:`merge_weights`, eq. 2).
+Beyond the paper, :func:`joint_clusters` answers the first two questions at once and :func:`align_neurons` improves
+the averages. :func:`output_error` says what it costs, :func:`discard` is the comparison. The model is only read;
+:func:`fluxlib.moe.compact.customize` carries a plan out.
 """
 
 from fluxlib.merging.budgets import layer_budgets
 from fluxlib.merging.clustering import cluster, inertia
 from fluxlib.merging.error import output_error
 from fluxlib.merging.features import features, match_neurons
+from fluxlib.merging.joint import joint_clusters
 from fluxlib.merging.plan import align_neurons, discard, merge_weights, plan
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "discard",
     "features",
     "inertia",
+    "joint_clusters",
     "layer_budgets",
     "match_neurons",
     "merge_weights",

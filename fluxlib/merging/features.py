@@ -17,6 +17,9 @@ from fluxlib.moe import layers
 MAX_EXACT_NEURONS = 1024
 """Widest expert whose neurons are matched exactly (cubic time); wider ones are matched greedily."""
 
+SLICE_VALUES = 1 << 22
+"""Values that are converted to float32 at a time."""
+
 
 def features(experts: nn.Module | Tensor | Sequence[Tensor], dim: int = 32) -> Tensor:
     """First principal components of a layer's experts, at unit length.
@@ -31,31 +34,27 @@ def features(experts: nn.Module | Tensor | Sequence[Tensor], dim: int = 32) -> T
     Raises:
         ValueError: an expert holds NaN or infinity.
     """
-    grams = gram(experts) if isinstance(experts, nn.Module) else _rows_gram(experts)
-    return from_gram(grams, dim)
+    gram = gram_of(experts) if isinstance(experts, nn.Module) else _rows_gram(experts)
+    return from_gram(gram, dim)
 
 
-def gram(experts: nn.Module) -> Tensor:
+def gram_of(experts: nn.Module) -> Tensor:
     """``[E, E]`` scalar products of a module's experts, each flattened: ``[gate, up, down]`` (and biases).
 
     The order in which parameters are flattened does not matter for them, so the stacks are used as they lie.
     """
     if isinstance(experts, layers.ReplacedExperts):
-        raise ValueError(
-            f"experts must be a model's own, got a {type(experts).__name__}; call moe.compact.restore first"
-        )
+        kind = type(experts).__name__
+        raise ValueError(f"experts must be a model's own, got a {kind}; call fluxlib.moe.compact.restore first")
     stacks = [getattr(experts, name) for name in layers.read_layout(experts).names]
     return torch.stack([_rows_gram(stack) for stack in stacks]).sum(dim=0)
 
 
-def from_gram(grams: Tensor, dim: int) -> Tensor:
+def from_gram(gram: Tensor, dim: int) -> Tensor:
     """Features ``[n, dim]`` from the experts' scalar products ``[n, n]``: centred, PCA, unit length."""
-    bad = (~torch.isfinite(grams.diagonal())).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"experts must be finite, {bad} hold NaN or infinity")
-    if len(grams) == 0:
+    if len(gram) == 0:
         return torch.zeros(0, dim)
-    centred = grams.double().cpu()
+    centred = check_finite(gram).double().cpu()
     centred = centred - centred.mean(dim=0, keepdim=True)
     centred = centred - centred.mean(dim=1, keepdim=True)
     values, vectors = torch.linalg.eigh((centred + centred.T) / 2)
@@ -64,6 +63,14 @@ def from_gram(grams: Tensor, dim: int) -> Tensor:
     top = (vectors * values.sqrt()).flip(1)[:, :dim]
     top = torch.nn.functional.pad(top, (0, dim - top.shape[1]))
     return torch.nn.functional.normalize(top, dim=1).float()
+
+
+def check_finite(gram: Tensor) -> Tensor:
+    """The scalar products; ValueError names experts with NaN or infinity."""
+    bad = (~torch.isfinite(gram.diagonal())).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"experts must be finite, {bad} hold NaN or infinity")
+    return gram
 
 
 def match_neurons(
@@ -90,9 +97,13 @@ def match_neurons(
 
 
 def _rows_gram(experts: Tensor | Sequence[Tensor]) -> Tensor:
-    stacked = experts if isinstance(experts, Tensor) else torch.stack(list(experts))
-    rows = stacked.detach().flatten(1).float()
-    return rows @ rows.T
+    """Scalar products of the rows, in float32, a slice of columns at a time: 16-bit stacks are never copied whole."""
+    rows = (experts if isinstance(experts, Tensor) else torch.stack(list(experts))).detach().flatten(1)
+    total = rows.new_zeros(len(rows), len(rows), dtype=torch.float32)
+    for columns in rows.split(max(1, SLICE_VALUES // max(len(rows), 1)), dim=1):
+        wide = columns.float()
+        total += wide @ wide.T
+    return total
 
 
 def _greedy_match(similarity: np.ndarray) -> np.ndarray:

@@ -10,19 +10,21 @@ from torch import Tensor, nn
 
 from fluxlib.merging.budgets import layer_budgets
 from fluxlib.merging.clustering import cluster
-from fluxlib.merging.features import from_gram, gram, match_neurons
+from fluxlib.merging.features import check_finite, from_gram, gram_of, match_neurons
+from fluxlib.merging.joint import joint_clusters
 from fluxlib.moe import layers
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.profiling import Profile, check_fits
 
-WEIGHTS = ("attention_frequency", "frequency", "uniform")
+WEIGHTS = ("attention_frequency", "frequency", "uniform", "gate")
 
 
 def merge_weights(profile: Profile, kind: str = "attention_frequency") -> Tensor:
     """``[L, E]`` importance of each expert in its slot, not yet normalised.
 
     Args:
-        kind: ``attention_frequency`` (eq. 2: ``f * a``), ``frequency`` or ``uniform``.
+        kind: ``attention_frequency`` (eq. 2: ``f * a``), ``frequency``, ``uniform``; or ``gate`` (beyond the
+            paper): squared gate weights. An expert that is chosen often, but always last, weighs little there.
 
     A slot whose members all weigh 0 is merged uniformly (:class:`fluxlib.moe.compact.LayerPlan`).
     """
@@ -32,6 +34,10 @@ def merge_weights(profile: Profile, kind: str = "attention_frequency") -> Tensor
         return profile.frequency
     if kind == "uniform":
         return torch.ones_like(profile.frequency)
+    if kind == "gate":
+        if profile.gate.shape != profile.frequency.shape:
+            raise ValueError("weights 'gate' needs a profile that measured gate weights, this one has none")
+        return profile.gate
     raise ValueError(f"weights must be one of {WEIGHTS}, got {kind!r}")
 
 
@@ -56,10 +62,10 @@ def plan(
         profile: of the participant's data, from :func:`fluxlib.profiling.profile`.
         tuned: bool ``[L, E]``, experts that are not merged.
         num_merged: ``B_non``, slots for merged experts over all layers.
-        kind, rounding: layer budgets, see :func:`layer_budgets`. With ``rounding="floor"`` a layer that would
-        get no
-            slot gets one all the same.
-        method: clustering, see :func:`cluster`.
+        kind: of the layer budgets, see :func:`layer_budgets`; or ``joint``: budgets and clusters from one
+            objective, see :func:`joint_clusters`, with the merge weights as importance (best: ``gate``).
+        rounding: see :func:`layer_budgets`; with ``floor`` a layer that would get no slot gets one all the same.
+        method: clustering, see :func:`cluster`; not used with ``joint``.
         weights: see :func:`merge_weights`.
         align: match neurons to the slot's heaviest expert before averaging (beyond the paper).
         dim: length of the features.
@@ -77,11 +83,16 @@ def plan(
     if tuned.shape != profile.frequency.shape:
         raise ValueError(f"tuned must be {tuple(profile.frequency.shape)}, got {tuple(tuned.shape)}")
     rest = [(~row).nonzero().flatten() for row in tuned.cpu().bool()]
-    budgets = layer_budgets(profile.frequency, tuned.sum(dim=1), num_merged, kind, rounding)
-    budgets = [min(max(slots, 1), len(members)) for slots, members in zip(budgets, rest, strict=True)]
-    points = [_features(layer, members, dim) for layer, members in zip(found, rest, strict=True)]
-    labels = cluster(points, budgets, method, seed)
     alpha = merge_weights(profile, weights).cpu()
+    grams = [_checked_gram(layer) for layer in found]
+    if kind == "joint":
+        shares = [_shares(*parts) for parts in zip(grams, alpha, rest, strict=True)]
+        labels = joint_clusters(shares, [row[members] for row, members in zip(alpha, rest, strict=True)], num_merged)
+    else:
+        budgets = layer_budgets(profile.frequency, tuned.sum(dim=1), num_merged, kind, rounding)
+        budgets = [min(max(slots, 1), len(members)) for slots, members in zip(budgets, rest, strict=True)]
+        points = [from_gram(gram[members][:, members], dim) for gram, members in zip(grams, rest, strict=True)]
+        labels = cluster(points, budgets, method, seed)
     plans = [
         _layer_plan(layer, members, label, alpha[layer.index])
         for layer, members, label in zip(found, rest, labels, strict=True)
@@ -108,11 +119,17 @@ def discard(profile: Profile, tuned: Tensor) -> list[LayerPlan]:
     return [LayerPlan(tuned=_numbers(row.nonzero()), dropped=_numbers((~row).nonzero())) for row in masks]
 
 
-def _features(layer: layers.MoELayer, members: Tensor, dim: int) -> Tensor:
+def _checked_gram(layer: layers.MoELayer) -> Tensor:
     try:
-        return from_gram(gram(layer.experts)[members][:, members], dim)
+        return check_finite(gram_of(layer.experts))
     except ValueError as error:
         raise ValueError(f"model: layer {layer.index} ({layer.name}): {error}") from error
+
+
+def _shares(gram: Tensor, alpha: Tensor, members: Tensor) -> Tensor:
+    """Scalar products of a layer's experts to merge, in units of the layer's whole weighted square."""
+    total = float(alpha.to(gram) @ gram.diagonal())
+    return gram[members][:, members] / (total if total > 0 else 1.0)
 
 
 def _layer_plan(layer: layers.MoELayer, members: Tensor, labels: Tensor, alpha: Tensor) -> LayerPlan:
