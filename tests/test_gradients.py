@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-from fluxlib import gradients
+from fluxlib import gradients, models, tasks
 from fluxlib.models import DeepseekMoeConfig, DeepseekMoeForCausalLM, LlamaMoeConfig, LlamaMoeForCausalLM
 from fluxlib.moe import compact, layers
+from fluxlib.tasks.batches import make_batch
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -137,6 +138,19 @@ def test_probes_are_unbiased(options: dict) -> None:
     truth = gradients.true_norms(model, data, experts, options.get("unit", "batch"))
     estimates = torch.stack([gradients.probe_norms(model, data, experts, 1, s, **options) for s in range(30)])
     assert_unbiased(estimates, truth)
+
+
+def test_probes_are_unbiased_on_a_mini_model() -> None:
+    """The twelve experts of largest gradient of mini-llama-moe, on four questions."""
+    model, tokenizer = models.load("mini-llama-moe")
+    data = make_batch(tasks.load("mini-gsm8k", seed=0).train[:4], tokenizer, 64)
+    every = all_experts(model)
+    norms = gradients.true_norms(model, data, every)
+    chosen = norms.argsort(descending=True)[:12]
+    experts = [every[i] for i in chosen.tolist()]
+    for guided in (False, True):
+        found = [gradients.probe_norms(model, data, experts, 1, s, guided=guided) for s in range(12)]
+        assert_unbiased(torch.stack(found), norms[chosen])
 
 
 def test_probes_of_a_customised_model_are_unbiased() -> None:
