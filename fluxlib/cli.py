@@ -128,7 +128,13 @@ def notebook(
     if not source.is_file():
         known = ", ".join(sorted(file.name for file in source.parent.glob("*.ipynb"))) or "none"
         raise ConfigError(f"no notebook {source}; in its folder: {known}")
-    values = json.loads(parameters) | parse_settings(settings)
+    try:
+        values = json.loads(parameters)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--parameters takes one JSON object, got {parameters!r} ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--parameters takes one JSON object, got {parameters!r}")
+    values |= parse_settings(settings)
     from papermill import PapermillExecutionError
 
     # What the cells print goes to papermill's logger.

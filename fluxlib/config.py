@@ -58,7 +58,7 @@ class RunConfig(BaseModel):
     Fractions are of all routed experts of the model. Times are in seconds, sizes in bytes.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     method: str = "flux"
     model: str = "mini-llama-moe"
@@ -115,8 +115,8 @@ class RunConfig(BaseModel):
                 f"participants_per_round is {self.participants_per_round}, "
                 f"allowed is at most participants={self.participants}"
             )
-        if isinstance(self.epsilon, float) and not 0 <= self.epsilon <= 1:
-            raise ValueError(f"epsilon is {self.epsilon}, allowed are 'dynamic' and 0 to 1")
+        if isinstance(self.epsilon, float) and not 0 < self.epsilon <= 1:
+            raise ValueError(f"epsilon is {self.epsilon}, allowed are 'dynamic' and more than 0 up to 1")
         if self.tune_fraction + self.merge_fraction > 1 and self.tune_fraction < 1:
             raise ValueError(
                 f"tune_fraction + merge_fraction is {self.tune_fraction + self.merge_fraction:g}, allowed is at most 1 "

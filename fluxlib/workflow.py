@@ -81,7 +81,10 @@ def _only(kind: str, content: dict[str, Any], allowed: tuple[str, ...], path: Pa
 
 def cells(notebook: Path) -> list[dict[str, Any]]:
     """The cells of ``notebook``; their sources are joined into one string each."""
-    content = json.loads(notebook.read_text())
+    try:
+        content = json.loads(notebook.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{notebook} is not a notebook: {error}") from None
     return [cell | {"source": "".join(cell["source"])} for cell in content["cells"]]
 
 

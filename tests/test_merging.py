@@ -361,7 +361,7 @@ def test_alignment_undoes_shuffled_neurons() -> None:
 
 
 def test_a_joint_plan_spends_the_budget_where_it_counts(model: nn.Module, profile: profiling.Profile) -> None:
-    """A layer that one expert carries is served by one slot, which that expert fills; the even layer gets the others."""
+    """A layer that one expert carries needs one slot, which that expert fills; the even layer gets the others."""
     gate = torch.full((3, 8), 1e-6)
     gate[0, 3] = gate[1, 5] = 1.0
     gate[2] = 1 / 8

@@ -72,6 +72,9 @@ def check(config: RunConfig, out: Path | None = None) -> None:
             raise ValueError(f"task is {config.task!r}, allowed are {', '.join(tasks.TASKS)}")
         catalogue.fleet(config.fleet, config.participants)
         catalogue.link(config.link)
+        num_train = len(tasks.load(config.task, config.seed, config.task_size).train)
+        if config.participants > num_train:
+            raise ValueError(f"participants is {config.participants}, allowed is at most {num_train} training samples")
         settings = models.config(config.model)
         if config.clock_model not in ("self", config.model):
             models.config(config.clock_model)

@@ -23,6 +23,7 @@ from fluxlib.federation.participant import load_task
 from fluxlib.federation.strategy import FluxStrategy
 from fluxlib.federation.sync import ExpertStore
 from fluxlib.federation.tables import Row, RowMaker, Totals
+from fluxlib.tasks.batches import encode
 from fluxlib.tasks.evaluate import Score, evaluate
 from fluxlib.tasks.partition import histogram
 
@@ -52,12 +53,22 @@ class _Run:
         except (ValueError, OSError, SafetensorError) as error:
             raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
         self.task, self.parts = load_task(config)
+        self._check_lengths()
         store = ExpertStore(self.model, options.wire)
         self.strategy = FluxStrategy(config, methods.get(config.method), store, make_budgets(config, *store.shape))
         self.row_maker = RowMaker(config, self.model, self.task.metric, len(store.keys))
         self.rows: dict[str, list[Row]] = {"rounds": [], "participants": []}
         self.totals = Totals()
         self.checkpoints = Checkpoints(options.out, config, options.wire) if options.out else None
+
+    def _check_lengths(self) -> None:
+        """Refuse a ``max_tokens`` that the task's longest responses do not fit into."""
+        examples = sorted((*self.task.train, *self.task.test), key=lambda example: len(example.response))
+        try:
+            for example in examples[-20:]:
+                encode(example, self.tokenizer, self.config.max_tokens)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def go(self) -> RunResult:
         """All rounds; tables are written however the run ends, the checkpoint stays unless it is complete."""

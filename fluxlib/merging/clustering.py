@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 MAX_ITERATIONS = 20
 
@@ -35,6 +36,8 @@ def cluster(features: Sequence[Tensor], budgets: Sequence[int], method: str = "f
     if method not in ("fused", "per_layer"):
         raise ValueError(f"method must be 'fused' or 'per_layer', got {method!r}")
     points, real = _padded(features, budgets)
+    if not real.any():
+        return [torch.zeros(0, dtype=torch.long) for _ in features]
     if method == "fused":
         member = _fused(points, real, np.asarray(budgets), np.random.default_rng(seed))
     else:
@@ -66,12 +69,10 @@ def _padded(features: Sequence[Tensor], budgets: Sequence[int]) -> tuple[np.ndar
     for layer in np.nonzero((k < np.minimum(counts, 1)) | (k > counts))[0].tolist():
         allowed = f"{min(counts[layer], 1)}..{counts[layer]}"
         raise ValueError(f"budgets[{layer}] must be in {allowed} (experts to merge), got {budgets[layer]}")
-    points = np.zeros((len(features), counts.max(), features[0].shape[1] + 1), np.float32)
-    for layer, rows in enumerate(features):
-        points[layer, : counts[layer], :-1] = rows.detach().cpu().float().numpy()
-    real = np.arange(points.shape[1]) < counts[:, None]
-    points[:, :, -1] = real
-    if not np.isfinite(points).all():
+    rows = pad_sequence([layer.detach().float() for layer in features], batch_first=True).cpu().numpy()
+    real = np.arange(rows.shape[1]) < counts[:, None]
+    points = np.concatenate([rows, real[:, :, None]], axis=2, dtype=np.float32)
+    if not np.isfinite(points.sum()):
         layer, expert = np.argwhere(~np.isfinite(points).all(axis=2))[0].tolist()
         raise ValueError(f"features must be finite, those of layer {layer}, expert {expert} are not")
     return points, real
@@ -85,7 +86,7 @@ def _fused(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.G
     have similarity -inf. Deviation: similarity is ``x c - |c|^2 / 2``, the one whose argmax is the nearest
     centroid: features have unit length, centroids do not.
     """
-    experts = np.ascontiguousarray(points.transpose(0, 2, 1))
+    experts, num_real = np.ascontiguousarray(points.transpose(0, 2, 1)), int(real.sum())
     unused = np.arange(k.max()) >= k[:, None]
     centroids = points[np.arange(len(points))[:, None], _plus_plus(points, real, k, rng)]
     member = np.zeros((*unused.shape, points.shape[1]), bool)
@@ -94,15 +95,14 @@ def _fused(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.G
         similarity = centroids @ experts
         similarity[unused] = -np.inf
         before, member = member, similarity == similarity.max(axis=1, keepdims=True)
-        sums = member.astype(np.float32) @ points
-        sizes = sums[:, :, -1:]
-        if (sizes[:, :, 0] + unused == 0).any() or sizes.sum() != points[:, :, -1].sum():
-            member = _repaired(similarity, real, k)
-            sums = member.astype(np.float32) @ points
-            sizes = sums[:, :, -1:]
         if np.array_equal(before, member):
             break
-        centroids = sums / np.maximum(sizes, 1)
+        sums = member.astype(np.float32) @ points
+        sizes = sums[:, :, -1]
+        if int(sizes.sum()) != num_real or not (sizes[~unused]).all():
+            member = _repaired(similarity, real, k)
+            sums = member.astype(np.float32) @ points
+        centroids = sums / np.maximum(sums[:, :, -1:], 1)
     return member & real[:, None, :]
 
 
@@ -113,33 +113,35 @@ def _plus_plus(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.rand
     """
     (num_layers, n, _), most = points.shape, int(k.max())
     trials, rows = 2 + int(np.log(max(most, 1))), np.arange(num_layers)
-    distance = _squared_distances(points[:, :, :-1], real).reshape(num_layers * n, n)
+    distance = _squared_distances(points, real).reshape(num_layers * n, n)
     chosen = np.zeros((num_layers, most), np.int64)
     chosen[:, 0] = rows * n + (rng.random(num_layers) * real.sum(axis=1)).astype(np.int64)
-    nearest = distance[chosen[:, 0]]
-    draws = rng.random((most, num_layers, trials)) + rows[:, None]
+    nearest, ones = distance[chosen[:, 0]], np.ones(n, np.float32)
+    offset = rows[:, None].astype(np.float32)
+    draws = (rng.random((most, num_layers, trials), dtype=np.float32) + offset).reshape(most, -1)
+    last, first_trial = np.repeat(rows * n + n - 1, trials), rows * trials
     for step in range(1, most):
-        edges = nearest.cumsum(axis=1, dtype=np.float64)
-        edges /= np.maximum(edges[:, -1:], np.finfo(np.float32).tiny)
-        edges += rows[:, None]
-        found = np.searchsorted(edges.ravel(), draws[step].ravel(), side="right")
-        candidates = np.minimum(found, np.repeat(rows * n + n - 1, trials))
-        after = np.minimum(nearest[:, None, :], distance[candidates].reshape(num_layers, trials, n))
-        best = rows * trials + after.sum(axis=2).argmin(axis=1)
+        edges = nearest.cumsum(axis=1)
+        edges *= 1 / np.maximum(edges[:, -1:], np.finfo(np.float32).tiny)
+        edges += offset
+        candidates = np.minimum(edges.ravel().searchsorted(draws[step], side="right"), last)
+        after = np.minimum(nearest[:, None], distance[candidates].reshape(num_layers, trials, n))
+        best = first_trial + (after @ ones).argmin(axis=1)
         chosen[:, step] = candidates[best]
-        nearest = after.reshape(num_layers * trials, n)[best]
+        nearest = after.reshape(-1, n)[best]
     return chosen - rows[:, None] * n
 
 
-def _squared_distances(x: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """``[L, n, n]`` between the experts of a layer, 0 to padding so that it is never drawn."""
-    square = np.einsum("lnd,lnd->ln", x, x)
-    out = x @ x.transpose(0, 2, 1)
-    out *= -2
-    out += square[:, :, None]
-    out += square[:, None, :]
-    np.maximum(out, 0, out=out)
-    return out if real.all() else out * real[:, None, :]
+def _squared_distances(points: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """``[L, n, n]`` between the experts of a layer, 0 to padding so that it is never drawn.
+
+    One product: ``(-2 x, |x|^2, 1) (y, 1, |y|^2)``; the column of ones is there already.
+    """
+    square = np.einsum("lnd,lnd->ln", points[:, :, :-1], points[:, :, :-1])[:, :, None]
+    left = np.concatenate([-2 * points[:, :, :-1], square, points[:, :, -1:]], axis=2)
+    right = np.concatenate([points, square], axis=2)
+    out = left @ right.transpose(0, 2, 1)
+    return np.maximum(out, 0, out=out)
 
 
 def _repaired(similarity: np.ndarray, real: np.ndarray, k: np.ndarray) -> np.ndarray:
@@ -183,6 +185,8 @@ def _per_layer(points: np.ndarray, real: np.ndarray, budgets: Sequence[int], see
 
 def _in_order_of_appearance(member: np.ndarray) -> np.ndarray:
     """Labels ``[L, n]`` from membership ``[L, k, n]``, clusters numbered by their first expert."""
-    first = np.where(member.any(axis=2), member.argmax(axis=2), member.shape[2])
-    rank = first.argsort(axis=1).argsort(axis=1)
-    return np.take_along_axis(rank, member.argmax(axis=1), axis=1)
+    num_layers, most, n = member.shape
+    first = np.where(member.any(axis=2), member.argmax(axis=2), n)
+    rank = np.empty((num_layers, most), np.float32)
+    np.put_along_axis(rank, first.argsort(axis=1), np.arange(most, dtype=np.float32)[None], axis=1)
+    return (rank[:, None] @ member.astype(np.float32))[:, 0].astype(np.int64)

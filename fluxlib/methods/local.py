@@ -43,6 +43,17 @@ def customized(model: nn.Module, plans: Sequence[LayerPlan]) -> Iterator[list[Co
         restore(model, write=False)
 
 
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout and the like are on inside the block; afterwards the model is in the mode it was in."""
+    before = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
 def tune(model: nn.Module, compact: Sequence[CompactExperts], batches: Sequence[Batch], config: RunConfig) -> Tuned:
     """One optimizer step per batch on the tuned slots of a customised model.
 
@@ -58,10 +69,9 @@ def tune(model: nn.Module, compact: Sequence[CompactExperts], batches: Sequence[
     shape = (len(compact), compact[0].num_experts)
     norms, counts = [], torch.zeros(shape, dtype=torch.long)
     losses, num_samples, num_tokens = [], 0, 0
-    model.train()
     for step, cpu_batch in enumerate(batches):
         batch = to_device(cpu_batch, device)
-        with capture(model) as seen:
+        with capture(model) as seen, training_mode(model):
             loss = model(**batch).loss
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -75,7 +85,6 @@ def tune(model: nn.Module, compact: Sequence[CompactExperts], batches: Sequence[
         losses.append(loss.item())
         num_samples += len(batch["input_ids"])
         num_tokens += int(batch["attention_mask"].sum())
-    model.eval()
     deltas = {
         (index, expert): {
             name: (p.detach()[slot] - before[index][name][slot]) for name, p in experts.tuned_stacks().items()

@@ -17,6 +17,10 @@ def utility(squared_norms: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         ``[...]``, NaN where no batch measured the expert.
 
+    Deviation: with few batches or probes the root of an estimate lies below the root of its mean (Jensen): for one
+    unguided probe by a factor of sqrt(2 / pi) = 0.80. Exploited experts are measured along the steps, explored ones
+    before the first.
+
     Deviation: the paper prints a sum of gradients under the root, a vector; squared norms are what makes it
     Oort's statistical utility. k is whatever the norms were taken of; exploited and explored experts must
     agree on it.

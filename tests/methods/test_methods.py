@@ -137,3 +137,14 @@ class TestFlux:
 def test_unknown_method_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="method is 'fedavg', allowed are flux, fmd"):
         methods.get("fedavg")
+
+
+def test_flux_with_everything_exploited_is_fmd(model: nn.Module, data: LocalData) -> None:
+    everything = torch.ones(LAYERS, EXPERTS, dtype=torch.bool)
+    given, budget = Roles(everything, ~everything), Budget(LAYERS * EXPERTS, 0)
+    updates = [
+        methods.get(name).train(model, ParticipantState(), given, budget, data, CONFIG, 1, seeding.generator(0))[0]
+        for name in ("flux", "fmd")
+    ]
+    for key, tensors in updates[1].deltas.items():
+        assert all(torch.equal(tensor, updates[0].deltas[key][part]) for part, tensor in tensors.items())

@@ -68,3 +68,13 @@ def test_names_belong_to_one_label() -> None:
 def test_unknown_task_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'mini-squad', allowed are mini-dolly, mini-gsm8k, mini-mmlu, mini-piqa"):
         tasks.load("mini-squad")
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("mini-dolly", 0.825), ("mini-gsm8k", 0.015), ("mini-mmlu", 0.99), ("mini-piqa", 0.99)]
+)
+def test_share_of_test_rows_that_occur_in_training_is_what_the_data_card_says(name: str, share: float) -> None:
+    task = tasks.load(name)
+    seen = {(example.prompt, example.response) for example in task.train}
+    repeated = sum((example.prompt, example.response) in seen for example in task.test) / len(task.test)
+    assert repeated == pytest.approx(share, abs=0.01)

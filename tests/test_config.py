@@ -1,0 +1,38 @@
+"""What a run's configuration refuses, and how it says so."""
+
+from typing import Any
+
+import pytest
+
+from fluxlib.config import ConfigError, RunConfig, make_config
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"lerning_rate": 1}, "unknown parameter 'lerning_rate'; allowed are method, model, task"),
+        ({"rounds": 0}, "rounds: Input should be greater than or equal to 1, got 0"),
+        ({"learning_rate": float("inf")}, "learning_rate: Input should be a finite number, got inf"),
+        ({"alpha": float("nan")}, "alpha: .*got nan"),
+        ({"epsilon": 0.0}, "epsilon is 0.0, allowed are 'dynamic' and more than 0 up to 1"),
+        (
+            {"tune_fraction": 0.7, "merge_fraction": 0.7},
+            "tune_fraction \\+ merge_fraction is 1.4, allowed is at most 1",
+        ),
+        (
+            {"participants": 3, "participants_per_round": 4},
+            "participants_per_round is 4, allowed is at most participants=3",
+        ),
+        ({"engine": "ray"}, "engine: Input should be 'local', got 'ray'"),
+    ],
+)
+def test_bad_values_are_named(parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(parameters)
+
+
+def test_run_id_is_what_runs_are_compared_by() -> None:
+    assert (
+        RunConfig(model="llama-moe/LLaMA-MoE-v1-3_5B-4_16", seed=3).run_id
+        == "flux-LLaMA-MoE-v1-3_5B-4_16-mini-gsm8k-seed3"
+    )
