@@ -22,6 +22,14 @@ import transformers
 
 Row = dict[str, Any]
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = ["wall"]
+
+
+def use_clock(name: str) -> None:
+    """Time with ``wall`` or ``cpu`` (this process's own: for one thread on a busy machine)."""
+    _clock[0] = name
+
 
 def machine(device: torch.device) -> Row:
     """What the numbers were measured on."""
@@ -29,6 +37,7 @@ def machine(device: torch.device) -> Row:
         "host": platform.node(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "clock": _clock[0],
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -49,12 +58,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call."""
+    """Time of one call."""
+    clock = CLOCKS[_clock[0]]
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     work()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def interleaved(
@@ -77,13 +87,6 @@ def summary(times: Sequence[float], reference: Sequence[float] | None = None) ->
     if reference is not None:
         row["speedup"] = statistics.median(r / t for r, t in zip(reference, times, strict=False))
     return row
-
-
-def matmul_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of ``[rows, inner] @ [inner, columns]``, best of several."""
-    a, b = torch.randn(rows, inner, device=device).to(dtype), torch.randn(inner, columns, device=device).to(dtype)
-    times = interleaved({"": lambda: a @ b}, 30, device, warmup=5)[""]
-    return 2 * rows * inner * columns / min(times)
 
 
 def peak_rss_bytes() -> int:

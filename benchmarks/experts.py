@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 import transformers as tf
-from _measure import Row, interleaved, machine, matmul_rate, seconds, summary, table, write
+from _measure import Row, interleaved, machine, seconds, summary, table, use_clock, write
 from torch import Tensor, nn
 
-from fluxlib.moe import compact, layers
+from fluxlib.moe import compact, gemm, layers
+from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.kernels import sort_pairs
 from fluxlib.moe.packing import BITS, quantize_tensor
@@ -164,57 +165,68 @@ def forward_all_kept(shape: Shape, full: Any, batch: dict[str, Tensor], repeats:
     return [{"what": name, **summary(values, reference)} for name, values in times.items()]
 
 
-def pairs_per_slot(experts: CompactExperts, hidden: Tensor, gate: nn.Module) -> list[int]:
-    """How many tokens each slot computes for some hidden states."""
-    with torch.no_grad():
-        _, weights, index = gate(hidden)
-    slots = experts.num_tuned + experts.num_merged
-    return sort_pairs(experts.slot_of[index], weights, slots, experts._joins)[2]
+def all_operations(step: Step) -> int:
+    """Operations of a customised model's forward and backward pass, by PyTorch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    modules = [layer.experts for layer in layers.find(step.model)]
+    smallest, gemm.SMALLEST = gemm.SMALLEST, 1 << 62  # it counts neither oneDNN's nor grouped products
+    for experts in modules:
+        experts.method = "slots"
+    with FlopCounterMode(display=False) as counter:
+        step.model(**step.batch).loss.backward()
+    gemm.SMALLEST = smallest
+    for experts in modules:
+        experts.method = "auto"
+    step.optimizer.zero_grad()
+    return counter.get_total_flops()
 
 
 def floor(shape: Shape, step: Step) -> list[Row]:
-    """Arithmetic of the customised model's step, and the time it would take at the measured matmul rate.
+    """Arithmetic of the customised model's forward and backward pass, and its time at the measured matmul rates.
 
-    Projections of a pair are 6HI operations; forward once; backward once for the input (not in the lowest layer's
-    merged slots, below which nothing learns) and once more for tuned weights. Attention, norms and head are counted
-    by PyTorch's own counter.
+    A pair's projections are 6HI operations: once forward; once backward for the input, except in the lowest layer,
+    below which nothing learns (there a tuned slot needs a third of it); once more for tuned weights. What is padded
+    counts as overhead, as do the softmax and products of attention.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     found = layers.find(step.model)
-    inputs: dict[int, Tensor] = {}
-    hooks = [
-        layer.experts.register_forward_pre_hook(lambda m, a, i=layer.index: inputs.update({i: a[0].detach()}))
-        for layer in found
-    ]
-    with FlopCounterMode(display=False) as counter:
-        step.model(**step.batch).loss.backward()
-    for hook in hooks:
-        hook.remove()
-    step.optimizer.zero_grad()
-    unit = 6 * shape.hidden * shape.width
-    pairs, experts_ops = 0, 0
-    for layer in found:
-        counts = pairs_per_slot(layer.experts, inputs[layer.index], layer.block.gate)
-        tuned, total = sum(counts[: shape.num_tuned]), sum(counts)
-        pairs += total
-        below = total if layer.index else tuned * 2 // 3  # the lowest layer needs no input gradient: u of tuned slots
-        experts_ops += unit * (total + below + tuned)
-    rows_per_slot = max(1, pairs // (shape.num_layers * (shape.num_tuned + shape.num_merged)))
-    rate = matmul_rate(rows_per_slot, shape.hidden, 2 * shape.width, torch.float32, CPU)
+    with capture(step.model) as seen, torch.no_grad():
+        step.model(**step.batch)
+    pairs, unit = [], 6 * shape.hidden * shape.width
+    for layer, record in zip(found, seen.layers, strict=True):
+        slot = layer.experts.slot_of[record.top_k_index[0]]
+        pairs.append(sort_pairs(slot, record.top_k_weights[0], shape.num_tuned + shape.num_merged, joins=True)[2])
+    tuned = [sum(counts[: shape.num_tuned]) for counts in pairs]
+    total = sum(sum(counts) for counts in pairs)
+    experts = unit * (2 * total - sum(pairs[0]) + tuned[0] // 3 + sum(tuned))
+    others = all_operations(step) - experts
+    rows = max(1, total // (shape.num_layers * (shape.num_tuned + shape.num_merged)))
+    rates = matmul_rates(rows, shape.hidden, 2 * shape.width)
+    seconds_ = experts / max(rates.values()) + others / rates["MKL"]
+    measured = statistics.median(step.parts["forward"]) + statistics.median(step.parts["backward"])
     return [
-        {"what": "pairs computed, of the router's choices",
-         "value": pairs / (shape.num_layers * shape.tokens * shape.top_k)},
-        {"what": "operations of a step, all", "value": float(counter.get_total_flops())},
-        {"what": "operations of a step, expert projections (counted by hand)", "value": float(experts_ops)},
-        {"what": f"matmul rate at {rows_per_slot} rows, operations per second", "value": rate},
-        {"what": "floor of forward and backward, seconds", "value": counter.get_total_flops() / rate},
+        {"what": "pairs computed, share of the router's choices",
+         "value": total / (shape.num_layers * shape.tokens * shape.top_k)},
+        {"what": "operations, experts", "value": float(experts)},
+        {"what": "operations, everything else", "value": float(others)},
+        *({"what": f"operations per second, {name}, {rows} rows", "value": rate} for name, rate in rates.items()),
+        {"what": "floor of forward and backward, seconds", "value": seconds_},
+        {"what": "measured, seconds", "value": measured},
+        {"what": "share of the floor reached", "value": seconds_ / measured},
     ]  # fmt: skip
 
 
+def matmul_rates(rows: int, inner: int, columns: int) -> dict[str, float]:
+    """Operations per second of one product, by PyTorch's usual library and by the one the passes choose."""
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    works = {"MKL": lambda: a @ b, "chosen": lambda: gemm.matmul(a, b)}
+    times = interleaved(works, 30, CPU, warmup=5)
+    return {name: 2 * rows * inner * columns / min(values) for name, values in times.items()}
+
+
 KINDS = {
-    "matrix products": ("mm", "addmm", "bmm", "matmul", "linear"),
     "attention": ("attention",),
+    "matrix products": ("mm", "addmm", "bmm", "matmul", "linear"),
     "gathers and scatters": ("index", "gather", "scatter", "sort", "bincount", "embedding"),
     "gate": ("silu", "mul"),
 }
@@ -363,9 +375,11 @@ def main(arguments: Sequence[str] | None = None) -> Row:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--repeats", type=int, default=9, help="timings of each case (default 9)")
     parser.add_argument("--threads", type=int, default=None, help="of torch (default: as it is)")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: one thread on a busy machine")
     parser.add_argument("--backends", nargs="+", default=["grouped_mm", "eager"], help="batched_mm takes 10 GB more")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     options = parser.parse_args(arguments)
+    use_clock(options.clock)
     if options.threads:
         torch.set_num_threads(options.threads)
     tf.logging.set_verbosity_error()

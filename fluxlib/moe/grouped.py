@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import gemm
 from .kernels import Activation, wide_dtype
 from .layers import Layout
 
@@ -52,16 +53,20 @@ def is_possible(hidden: Tensor, stacks: Mapping[str, Tensor]) -> bool:
     return aligned and hidden.dtype != torch.float64 and hasattr(F, "grouped_mm")
 
 
-def suits(hidden: Tensor, num_pairs: int, stacks: Mapping[str, Tensor]) -> bool:
+def suits(hidden: Tensor, counts: Sequence[int], stacks: Mapping[str, Tensor]) -> bool:
     """Whether grouped products are possible and beat a walk over the slots.
 
-    On CUDA: where they are one kernel (bfloat16). On a CPU they are a loop in C++, which wins while a slot's work is so
-    small that Python's own time shows; beyond that the walk needs less memory.
+    On CUDA: where they are one kernel (bfloat16). On a CPU they are a loop in C++, which wins while the work is so
+    small that Python's own time shows, unless the walk's products are faster there (:mod:`fluxlib.moe.gemm`).
     """
     if not is_possible(hidden, stacks):
         return False
     if hidden.device.type == "cuda":
         return hidden.dtype == torch.bfloat16 and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+    num_pairs, busy = sum(counts), sum(count > 0 for count in counts)
+    largest = max(stack[0].numel() for stack in stacks.values())
+    if gemm.is_wide(hidden) and num_pairs * largest >= gemm.SMALLEST * max(1, busy):
+        return False
     widest = max(size for stack in stacks.values() for size in stack.shape[1:])
     return hidden.device.type == "cpu" and num_pairs * widest <= SMALL_VALUES
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gemm import matmul, pad_pairs
 from .grouped import grouped_pass, suits
 from .kernels import Activation, Matrices, Source, StackSource, wide_dtype
 from .layers import Layout
@@ -50,6 +51,7 @@ def slot_pass(
             of every slot with tokens (for sources that keep their own).
     """
     stacks = stacks or {}
+    token, weight, counts = pad_pairs(hidden, token, weight, counts)
     return _SlotPass.apply(hidden, weight, anchor, token, counts, source, activation, tuple(stacks), *stacks.values())
 
 
@@ -73,7 +75,7 @@ def stack_pass(
     """
     if method not in ("auto", "slots", "grouped"):
         raise ValueError(f"method: expected 'auto', 'slots' or 'grouped', got {method!r}")
-    if method == "grouped" or (method == "auto" and suits(hidden, len(token), stacks)):
+    if method == "grouped" or (method == "auto" and suits(hidden, counts, stacks)):
         return grouped_pass(hidden, token, weight, counts, layout, stacks, activation)
     trainable = stacks if any(stack.requires_grad for stack in stacks.values()) else None
     return slot_pass(hidden, token, weight, counts, StackSource(layout, stacks), activation, trainable)
@@ -85,8 +87,8 @@ def plain_pass(
     """Reference: every expert on every token, in plain PyTorch. See :func:`slot_pass` for the fast one."""
     out = torch.zeros_like(hidden)
     for index, expert in enumerate(experts):
-        act = activation.function(_linear(hidden, expert.up, expert.up_bias))
-        result = _linear(act, expert.down, expert.down_bias)
+        projected = hidden @ expert.up + (0 if expert.up_bias is None else expert.up_bias)
+        result = activation.function(projected) @ expert.down + (0 if expert.down_bias is None else expert.down_bias)
         if activation.post_norm is not None:
             result = activation.post_norm(result)
         out = out + result * ((top_k_index == index) * top_k_weights).sum(1, keepdim=True)
@@ -133,8 +135,8 @@ class _SlotPass(torch.autograd.Function):
         for slot in _busy(counts):
             matrices = source.matrices(slot.number, slot.upcoming, hidden.dtype)
             rows, gate = token[slot.start : slot.end], weight[slot.start : slot.end, None]
-            projected = _linear(hidden.index_select(0, rows), matrices.up, matrices.up_bias)
-            result = _linear(activation.forward(projected), matrices.down, matrices.down_bias)
+            projected = matmul(hidden.index_select(0, rows), matrices.up, matrices.up_bias)
+            result = matmul(activation.forward(projected), matrices.down, matrices.down_bias)
             if activation.post_norm is not None:
                 result = activation.post_norm(result)
             out.index_add_(0, rows, (result * gate).to(out.dtype))
@@ -167,7 +169,7 @@ class _SlotPass(torch.autograd.Function):
                 states = hidden.index_select(0, rows)
                 sink.add_gradients(slot.number, _weight_gradients(source.layout, states, local))
             if hidden_gradient is not None:
-                hidden_gradient.index_add_(0, rows, (local.projected @ matrices.up.T).to(wide))
+                hidden_gradient.index_add_(0, rows, matmul(local.projected, matrices.up.T).to(wide))
         if wants_experts:
             sink.end_backward()
         if hidden_gradient is not None:
@@ -199,11 +201,11 @@ def _local_gradients(
     act, pull = activation.backward(projected)
     wide = wide_dtype(incoming.dtype)
     if activation.post_norm is not None:
-        result = _linear(act, matrices.down, matrices.down_bias)
+        result = matmul(act, matrices.down, matrices.down_bias)
         normed, scaled = activation.norm_backward(result, (incoming * gate).to(incoming.dtype))
         through = (incoming * normed).sum(1, dtype=wide)
-        return _Local(through, pull(scaled @ matrices.down.T), act, scaled)
-    back = incoming @ matrices.down.T
+        return _Local(through, pull(matmul(scaled, matrices.down.T)), act, scaled)
+    back = matmul(incoming, matrices.down.T)
     through = (back * act).sum(1, dtype=wide)
     if matrices.down_bias is not None:
         through += (incoming * matrices.down_bias).sum(1, dtype=wide)
@@ -213,14 +215,10 @@ def _local_gradients(
 def _weight_gradients(layout: Layout, states: Tensor, local: _Local) -> dict[str, Tensor]:
     """Weight gradients of one slot, by stack name."""
     if layout.is_transposed:
-        out = {layout.up_name: states.T @ local.projected, "down_proj": local.act.T @ local.result}
+        out = {layout.up_name: matmul(states.T, local.projected), "down_proj": matmul(local.act.T, local.result)}
     else:
-        out = {layout.up_name: local.projected.T @ states, "down_proj": local.result.T @ local.act}
+        out = {layout.up_name: matmul(local.projected.T, states), "down_proj": matmul(local.result.T, local.act)}
     if layout.has_bias:
         out[f"{layout.up_name}_bias"] = local.projected.sum(0)
         out["down_proj_bias"] = local.result.sum(0)
     return out
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)

@@ -116,6 +116,29 @@ def _linked(tensors: dict[str, torch.Tensor], layout: object) -> object:
     return type(matrices)(up, down, *biases)
 
 
+def test_large_products_equal_the_float64_ones() -> None:
+    """Large enough for padding and for the other library of products, where it is used."""
+    generator = torch.Generator().manual_seed(3)
+    config = SimpleNamespace(
+        num_local_experts=4, hidden_size=256, intermediate_size=128, hidden_act="silu", _experts_implementation="eager"
+    )
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        generator.manual_seed(3)
+        experts = MixtralExperts(config)
+        for parameter in experts.parameters():
+            parameter.data.normal_(std=0.06, generator=generator)
+        compact = CompactExperts(experts.to(dtype), LayerPlan((2,), ((0, 1), (3,))))
+        hidden = torch.randn(203, 256, generator=generator).to(dtype).requires_grad_()
+        weights, index = torch.rand(203, 4, generator=generator).topk(2)
+        weights = weights.to(dtype).requires_grad_()
+        output = compact(hidden, index, weights)
+        output.square().sum().backward()
+        results.append([output, hidden.grad, weights.grad, *(p.grad for p in compact.tuned_stacks().values())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
+
+
 def test_frozen_input_needs_no_gradient() -> None:
     """The lowest layer: tuned slots learn, nothing else is computed."""
     compact, (hidden, index, weights) = CompactExperts(_experts(MixtralExperts), PLAN), _call()

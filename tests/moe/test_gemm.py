@@ -1,0 +1,39 @@
+"""Products by another library are the same products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fluxlib.moe import gemm
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_equal_plain_ones(rows: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(rows, 160, generator=generator), torch.randn(160, 192, generator=generator)
+    row = torch.randn(192, generator=generator) if bias else None
+    for left, right in ((a, b), (a, b.T.contiguous().T), (a.T.contiguous().T, b)):
+        expected = left.double() @ right.double() + (0 if row is None else row.double())
+        torch.testing.assert_close(gemm.matmul(left, right, row).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_slots_are_padded_with_pairs_that_weigh_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "_has_wider", lambda: True)
+    token, weight = torch.arange(70) + 1, torch.rand(70, requires_grad=True)
+    padded, weights, counts = gemm.pad_pairs(torch.zeros(80, 4), token, weight, [3, 67, 0])
+    assert counts == [3, 72, 0]
+    assert torch.equal(padded[:70], token)
+    assert not weights[70:].any()
+    weights.sum().backward()
+    assert torch.equal(weight.grad, torch.ones(70))
+    assert gemm.pad_pairs(torch.zeros(80, 4, dtype=torch.float64), token, weight, [3, 67, 0])[2] == [3, 67, 0]
+
+
+def test_sizes_are_few_and_at_most_an_eighth_larger() -> None:
+    sizes = [gemm.padded_rows(count) for count in range(gemm.FEWEST_ROWS, 8193)]
+    assert len(set(sizes)) <= 60
+    assert all(count <= size <= count * 9 / 8 for count, size in enumerate(sizes, gemm.FEWEST_ROWS))
+    assert gemm.padded_rows(5) == 5
+    assert gemm.padded_rows(0) == 0
