@@ -325,12 +325,6 @@ def test_a_slot_for_every_expert_changes_nothing(model: nn.Module, profile: prof
     assert merging.output_error(model, plans, [batch()], accumulated=True).max() < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["adaptive", "joint"])
-def test_nothing_to_merge_is_a_plan_without_groups(model: nn.Module, profile: profiling.Profile, kind: str) -> None:
-    plans = merging.plan(model, profile, torch.ones(3, 8, dtype=torch.bool), 0, kind=kind)
-    assert [(plan.tuned, plan.groups) for plan in plans] == [(tuple(range(8)), ())] * 3
-
-
 @pytest.mark.parametrize("align", [False, True])
 def test_equal_experts_merge_to_themselves(align: bool) -> None:
     model = build()

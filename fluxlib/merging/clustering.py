@@ -69,7 +69,7 @@ def _padded(features: Sequence[Tensor], budgets: Sequence[int]) -> tuple[np.ndar
     for layer in np.nonzero((k < np.minimum(counts, 1)) | (k > counts))[0].tolist():
         allowed = f"{min(counts[layer], 1)}..{counts[layer]}"
         raise ValueError(f"budgets[{layer}] must be in {allowed} (experts to merge), got {budgets[layer]}")
-    rows = pad_sequence(list(features), batch_first=True).detach().cpu().float().numpy()
+    rows = pad_sequence([layer.detach().float() for layer in features], batch_first=True).cpu().numpy()
     real = np.arange(rows.shape[1]) < counts[:, None]
     points = np.concatenate([rows, real[:, :, None]], axis=2, dtype=np.float32)
     if not np.isfinite(points.sum()):
@@ -88,7 +88,7 @@ def _fused(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.G
     """
     experts, num_real = np.ascontiguousarray(points.transpose(0, 2, 1)), int(real.sum())
     unused = np.arange(k.max()) >= k[:, None]
-    centroids = points[np.arange(len(points))[:, None], _farthest_first(points, real, k, rng)]
+    centroids = points[np.arange(len(points))[:, None], _plus_plus(points, real, k, rng)]
     member = np.zeros((*unused.shape, points.shape[1]), bool)
     for _ in range(MAX_ITERATIONS):
         centroids[:, :, -1] = -0.5 * np.einsum("lkd,lkd->lk", centroids[:, :, :-1], centroids[:, :, :-1])
@@ -106,25 +106,34 @@ def _fused(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.G
     return member & real[:, None, :]
 
 
-def _farthest_first(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Experts ``[L, k_max]`` that start as centroids: a random one, then whichever is worst served by those before.
+def _plus_plus(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Greedy k-means++ in all layers at once: the experts ``[L, k_max]`` that start as centroids.
 
-    Deviation: k-means++ draws the next one in proportion to its squared distance. Its limit of always taking the
-    farthest costs half the time, for at most one percent more inertia than scikit-learn's seeds, and often less.
+    One search draws for all layers: the cumulated distances of layer l are scaled into l..l+1.
     """
     (num_layers, n, _), most = points.shape, int(k.max())
-    distance, base = _squared_distances(points, real).reshape(num_layers * n, n), np.arange(num_layers) * n
-    chosen = np.zeros((most, num_layers), np.int64)
-    chosen[:1] = base + (rng.random(num_layers) * real.sum(axis=1)).astype(np.int64)
-    nearest = distance[chosen[0]]
+    trials, rows = 2 + int(np.log(max(most, 1))), np.arange(num_layers)
+    distance = _squared_distances(points, real).reshape(num_layers * n, n)
+    chosen = np.zeros((num_layers, most), np.int64)
+    chosen[:, 0] = rows * n + (rng.random(num_layers) * real.sum(axis=1)).astype(np.int64)
+    nearest, ones = distance[chosen[:, 0]], np.ones(n, np.float32)
+    offset = rows[:, None].astype(np.float32)
+    draws = (rng.random((most, num_layers, trials), dtype=np.float32) + offset).reshape(most, -1)
+    last, first_trial = np.repeat(rows * n + n - 1, trials), rows * trials
     for step in range(1, most):
-        chosen[step] = nearest.argmax(axis=1) + base
-        nearest = np.minimum(nearest, distance[chosen[step]])
-    return (chosen - base).T
+        edges = nearest.cumsum(axis=1)
+        edges *= 1 / np.maximum(edges[:, -1:], np.finfo(np.float32).tiny)
+        edges += offset
+        candidates = np.minimum(edges.ravel().searchsorted(draws[step], side="right"), last)
+        after = np.minimum(nearest[:, None], distance[candidates].reshape(num_layers, trials, n))
+        best = first_trial + (after @ ones).argmin(axis=1)
+        chosen[:, step] = candidates[best]
+        nearest = after.reshape(-1, n)[best]
+    return chosen - rows[:, None] * n
 
 
 def _squared_distances(points: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """``[L, n, n]`` between the experts of a layer, 0 to padding so that it is never taken.
+    """``[L, n, n]`` between the experts of a layer, 0 to padding so that it is never drawn.
 
     One product: ``(-2 x, |x|^2, 1) (y, 1, |y|^2)``; the column of ones is there already.
     """
