@@ -30,6 +30,18 @@ if strangers := steps.strangers(Path(RESULTS), PROFILE):
 
 NOTEBOOKS = REPO / "notebooks"
 FEDERATED_RUN = NOTEBOOKS / "04_federated_run.ipynb"
+
+# Study notebooks, executed once per model, and the figures that each leaves.
+STUDIES = {
+}
+# Studies that read the tables of federated runs as well.
+READS_RUNS = ()
+
+try:
+    for study, parameters in PROFILE.studies.items():
+        steps.check_parameters(NOTEBOOKS / f"{study}.ipynb", parameters)
+except (ConfigError, OSError) as error:
+    sys.exit(f"error: config/{NAME}.yaml, studies: {error}")
 EXECUTE = f"{sys.executable} -m fluxlib.cli notebook"
 WORK = Path.cwd()
 
@@ -44,6 +56,7 @@ onerror:
 
 wildcard_constraints:
     run_id="|".join(map(re.escape, PROFILE.runs)),
+    model="|".join(map(re.escape, PROFILE.models)),
 
 
 rule all:
@@ -53,6 +66,10 @@ rule all:
                results=RESULTS, table=["rounds", "participants"], run_id=PROFILE.runs),
         expand("{figures}/{figure}-{model}.{kind}",
                figures=FIGURES, figure=["convergence", "time_to_accuracy"], model=PROFILE.models, kind=["pdf", "png", "csv"]),
+        *[
+            f"{FIGURES}/{figure}-{model}.{kind}"
+            for study in PROFILE.studies for figure in STUDIES[study] for model in PROFILE.models for kind in ("pdf", "png", "csv")
+        ],
 
 
 rule start_here:
@@ -87,6 +104,32 @@ rule federated_run:
     shell:
         "{EXECUTE} {FEDERATED_RUN} {log.notebook} --parameters {params.run:q} --set out={WORK}/{RESULTS} > {log.text} 2>&1"
         " && sed -n '/seed[0-9]*  round /p' {log.text} | tail -n 1"
+
+
+for study in PROFILE.studies:
+
+    rule:
+        name: f"study_{study}"
+        input:
+            notebook=NOTEBOOKS / f"{study}.ipynb",
+            rounds=expand(f"{RESULTS}/rounds/{{run_id}}.parquet", run_id=PROFILE.runs if study in READS_RUNS else []),
+        output:
+            table=f"{RESULTS}/measurements/{study}-{{model}}.parquet",
+            about=f"{RESULTS}/measurements/{study}-{{model}}.json",
+            figures=[f"{FIGURES}/{figure}-{{model}}.{kind}" for figure in STUDIES[study] for kind in ("pdf", "png", "csv")],
+        params:
+            settings=json.dumps(PROFILE.studies[study]),
+            code=steps.notebook_digest(NOTEBOOKS / f"{study}.ipynb"),
+            base=lambda wildcards: steps.model_digest(PROFILE.models[wildcards.model]),
+            model=lambda wildcards: PROFILE.models[wildcards.model],
+        log:
+            text=f"{BUILD}/logs/{study}/{{model}}.log",
+            notebook=f"{BUILD}/notebooks/{study}-{{model}}.ipynb",
+        benchmark:
+            f"{BUILD}/benchmarks/{study}/{{model}}.tsv"
+        shell:
+            "{EXECUTE} {input.notebook} {log.notebook} --parameters {params.settings:q} --set model={params.model}"
+            " --set profile={NAME} --set results={WORK}/{RESULTS} --set figures_folder={WORK}/{FIGURES} > {log.text} 2>&1"
 
 
 rule time_to_accuracy:

@@ -64,6 +64,9 @@ class RunConfig(BaseModel):
     model: str = "mini-llama-moe"
     task: str = "mini-gsm8k"
     seed: int = Field(0, ge=0)
+    variant: str = Field(
+        "", pattern=r"^([a-z0-9]+([.-][a-z0-9]+)*)?$", description="name of a run with something changed"
+    )
     engine: Literal["local"] = "local"
 
     rounds: int = Field(10, ge=1)
@@ -126,9 +129,9 @@ class RunConfig(BaseModel):
 
     @property
     def run_id(self) -> str:
-        """Name of the run in the store: the four things that runs are compared by."""
+        """Name of the run in the store: the things that runs are compared by."""
         model, task = (Path(name).name for name in (self.model, self.task))
-        return f"{self.method}-{model}-{task}-seed{self.seed}"
+        return "-".join(part for part in (self.method, self.variant, model, task, f"seed{self.seed}") if part)
 
 
 def make_config(parameters: dict[str, Any]) -> RunConfig:

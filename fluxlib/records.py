@@ -46,11 +46,12 @@ class Column:
 
 
 _IDENTITY = (
-    Column("run_id", "string", "", "method-model-task-seedN: one federated run"),
+    Column("run_id", "string", "", "method[-variant]-model-task-seedN: one federated run"),
     Column("method", "string", "", "flux, fmd, fmq or fmes"),
     Column("model", "string", "", "the model that was trained"),
     Column("task", "string", "", "the task it was trained on"),
     Column("seed", "int64", "", "seed that every named generator of the run derives from"),
+    Column("variant", "string", "", "what was changed against the profile's plain runs; empty: nothing"),
     Column("engine", "string", "", "what ran the apps: local, simulation or deployment"),
     Column("round", "int64", "", "round, counted from 1; 0 is the base model before any training"),
 )
@@ -101,7 +102,26 @@ PARTICIPANTS = (
     ),
 )
 
-TABLES: dict[str, tuple[Column, ...]] = {"rounds": ROUNDS, "participants": PARTICIPANTS}
+MEASUREMENTS = (
+    Column("run_id", "string", "", "notebook-model: one execution of a study notebook"),
+    Column("study", "string", "", "what was studied, e.g. profile_error: the figures are named after it"),
+    Column("model", "string", "", "the model it was measured on"),
+    Column("task", "string", "", "the task whose samples were used; empty: none"),
+    Column("seed", "int64", "", "seed of the samples and of everything drawn"),
+    Column("setting", "string", "", "what was varied, e.g. 4 bit or merging"),
+    Column("x", "float64", "", "the varied quantity where it is a number: bits, probes, samples, round", True),
+    Column("layer", "int64", "", "routed layer, counted from 0; empty: over all layers", True),
+    Column("expert", "int64", "", "expert within its layer; empty: over all experts", True),
+    Column("value", "float64", "see unit", "what was measured", True),
+    Column("unit", "string", "", "unit of value; empty: a ratio or a count"),
+)
+"""What the study notebooks measure beside federated runs: one long table for all of them."""
+
+TABLES: dict[str, tuple[Column, ...]] = {
+    "rounds": ROUNDS,
+    "participants": PARTICIPANTS,
+    "measurements": MEASUREMENTS,
+}
 
 
 def columns(table: str) -> tuple[Column, ...]:

@@ -16,33 +16,36 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fluxlib.config import ConfigError, RunConfig, check_writable, data_dir, make_config
 
 GRID = {"methods": "method", "models": "model", "tasks": "task", "seeds": "seed"}
-SECTIONS = ("profile", "grid", "run", "per_model", "per_task", "per_method")
+SECTIONS = ("profile", "grid", "run", "per_model", "per_task", "per_method", "variants", "studies")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile of the pipeline: its name and its runs, by run id."""
+    """A profile of the pipeline: its name, its runs by run id, and the parameters of its study notebooks."""
 
     name: str
     runs: dict[str, RunConfig]
+    studies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By the notebook's stem, e.g. ``01_profiling``."""
 
     @property
-    def models(self) -> list[str]:
-        """Last parts of the models' names, in the order of the file."""
-        return list(dict.fromkeys(Path(run.model).name for run in self.runs.values()))
+    def models(self) -> dict[str, str]:
+        """The models' names by their last parts, in the order of the file."""
+        return {Path(run.model).name: run.model for run in self.runs.values()}
 
 
 def load_profile(path: Path) -> Profile:
     """Read ``config/<profile>.yaml``: a grid, common parameters, what differs per model, task or method.
 
-    A later section wins over an earlier one: ``run``, ``per_model``, ``per_task``, ``per_method``.
+    A later section wins over an earlier one: ``run``, ``per_model``, ``per_task``, ``per_method``, and a variant's own
+    ``run``. A variant is the grid once more, or the part of it that the variant names, with something changed.
 
     Raises:
         ConfigError: an unknown section or a bad parameter, by name and run.
@@ -56,21 +59,31 @@ def load_profile(path: Path) -> Profile:
     _only("section", content, SECTIONS, path)
     grid = content["grid"]
     _only("grid", grid, tuple(GRID), path)
-    runs: dict[str, RunConfig] = {}
-    for values in itertools.product(*(grid[key] for key in GRID)):
-        run = _configure(content, dict(zip(GRID.values(), values, strict=True)), path)
-        runs[run.run_id] = run
-    return Profile(content["profile"], runs)
+    runs = _runs(content, grid, {}, path)
+    for name, variant in (content.get("variants") or {}).items():
+        _only(f"key of variant {name}:", variant, (*GRID, "run"), path)
+        part = {axis: variant.get(axis, grid[axis]) for axis in GRID}
+        runs |= _runs(content, part, {"variant": str(name), **(variant.get("run") or {})}, path)
+    return Profile(content["profile"], runs, content.get("studies") or {})
 
 
-def _configure(content: dict[str, Any], point: dict[str, Any], path: Path) -> RunConfig:
+def _runs(
+    content: dict[str, Any], grid: dict[str, list[Any]], changes: dict[str, Any], path: Path
+) -> dict[str, RunConfig]:
+    names = GRID.values()
+    points = itertools.product(*(grid[axis] for axis in GRID))
+    runs = [_configure(content, dict(zip(names, point, strict=True)), changes, path) for point in points]
+    return {run.run_id: run for run in runs}
+
+
+def _configure(content: dict[str, Any], point: dict[str, Any], changes: dict[str, Any], path: Path) -> RunConfig:
     parameters = dict(content.get("run") or {})
     for axis in ("model", "task", "method"):
         parameters |= (content.get(f"per_{axis}") or {}).get(point[axis]) or {}
     try:
-        return make_config(parameters | point)
+        return make_config(parameters | changes | point)
     except ConfigError as error:
-        raise ConfigError(f"{path}, run {point}:\n{error}") from None
+        raise ConfigError(f"{path}, run {point | changes}:\n{error}") from None
 
 
 def _only(kind: str, content: dict[str, Any], allowed: tuple[str, ...], path: Path) -> None:

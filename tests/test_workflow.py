@@ -66,7 +66,15 @@ def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
     flux, fmd = found.runs.values()
     assert (flux.learning_rate, fmd.learning_rate) == (2e-3, 1e-3)
     assert (flux.rounds, flux.participants) == (5, 7)
-    assert found.models == ["m"]
+    assert found.models == {"m": "m"}
+
+
+def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
+    variants = {"slow": {"methods": ["flux"], "run": {"learning_rate": 1e-5}}}
+    found = workflow.load_profile(profile(tmp_path / "mini.yaml", variants=variants))
+    assert list(found.runs) == ["flux-m-t-seed0", "fmd-m-t-seed0", "flux-slow-m-t-seed0"]
+    slow = found.runs["flux-slow-m-t-seed0"]
+    assert (slow.variant, slow.learning_rate, slow.rounds) == ("slow", 1e-5, 3)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,8 @@ def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
         ({"grid": {"method": []}}, "unknown grid 'method'; allowed are methods, models, tasks, seeds"),
         ({"run": {"round": 3}}, "unknown parameter 'round'; allowed are .*rounds"),
         ({"run": {"rounds": 0}}, "rounds: .* got 0"),
+        ({"variants": {"a": {"method": []}}}, "unknown key of variant a: 'method'; allowed are methods, .*run"),
+        ({"variants": {"A b": {}}}, "variant: .* got 'A b'"),
     ],
 )
 def test_a_wrong_profile_is_refused_by_name(change, message, tmp_path):

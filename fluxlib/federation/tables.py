@@ -86,6 +86,7 @@ class RowMaker:
             "model": config.model,
             "task": config.task,
             "seed": config.seed,
+            "variant": config.variant,
             "engine": config.engine,
             "round": number,
             "metric": score.metric if score else math.nan,
