@@ -14,12 +14,16 @@ from fluxlib import methods, models, tasks
 from fluxlib.config import ConfigError, RunConfig, check_writable
 from fluxlib.devices import catalogue
 from fluxlib.federation.budgets import make_budgets
+from fluxlib.federation.outcome import RoundOutcome
 from fluxlib.federation.tables import Row
 from fluxlib.federation.wire import WireType
 from fluxlib.moe import layers
 
 OnRound = Callable[[Row], "bool | None"]
 """Called with each new row of ``rounds``; returning True ends the run after that round."""
+
+OnOutcome = Callable[[RoundOutcome], None]
+"""Called with what happened in a round, roles included, before its row of ``rounds``."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Options:
 
     out: Path | None = None
     on_round: OnRound | None = None
+    on_outcome: OnOutcome | None = None
     wire: WireType = "float32"
     round_timeout_s: float | None = None
     join_timeout_s: float = 600.0

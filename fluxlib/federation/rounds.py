@@ -125,6 +125,8 @@ class _Run:
         self.rows["participants"] += self.row_maker.participants(strategy.last)
         if self.checkpoints and number < self.config.rounds:
             self.checkpoints.save(number, strategy, self.grid, self._frame, self.totals)
+        if self.options.on_outcome:
+            self.options.on_outcome(strategy.last)
         return self._tell()
 
     def _replies(self, number: int) -> Iterator[Message]:

@@ -9,7 +9,7 @@ from flwr.app import Context, RecordDict
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation import client_app, participant, server_app
 from fluxlib.federation.local_grid import LocalGrid
-from fluxlib.federation.options import OnRound, Options, RunResult
+from fluxlib.federation.options import OnOutcome, OnRound, Options, RunResult
 from fluxlib.federation.wire import WIRE_TYPES, WireType
 
 
@@ -19,6 +19,7 @@ def run(
     out: Path | str | None = None,
     wire: WireType = "float32",
     round_timeout_s: float | None = None,
+    on_outcome: OnOutcome | None = None,
 ) -> RunResult:
     """Run ``config`` and give its tables and the tuned model.
 
@@ -30,6 +31,7 @@ def run(
             while the run lasts, ``checkpoints/<run_id>/``. The same configuration and folder go on from a checkpoint.
         wire: type in which experts and changes travel.
         round_timeout_s: time one participant may take for one message; a later reply counts as missing.
+        on_outcome: called with what happened in each round, participant by participant, before its row.
 
     Raises:
         ConfigError: before any work, naming the parameter, what is allowed and what came.
@@ -39,7 +41,7 @@ def run(
     if wire not in WIRE_TYPES:
         raise ConfigError(f"wire is {wire!r}, allowed are {', '.join(WIRE_TYPES)}")
     folder = Path(out) if out is not None else None
-    return ENGINES[config.engine](config, Options(folder, on_round, wire, round_timeout_s))
+    return ENGINES[config.engine](config, Options(folder, on_round, on_outcome, wire, round_timeout_s))
 
 
 def run_local(config: RunConfig, chosen: Options) -> RunResult:
