@@ -139,7 +139,7 @@ class _SlotPass(torch.autograd.Function):
             result = matmul(activation.forward(projected), matrices.down, matrices.down_bias)
             if activation.post_norm is not None:
                 result = activation.post_norm(result)
-            out.index_add_(0, rows, (result * gate).to(out.dtype))
+            out.index_add_(0, rows, _weighted(result.to(out.dtype), gate))
             if any(ctx.needs_input_grad):
                 kept.append(projected)
         ctx.save_for_backward(hidden, weight, token, *kept)
@@ -152,7 +152,10 @@ class _SlotPass(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, token, *kept = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        stacks = {n: torch.zeros(s, dtype=t, device=hidden.device) for n, (s, t) in ctx.stacks.items()}
+        stacks = {n: torch.empty(s, dtype=t, device=hidden.device) for n, (s, t) in ctx.stacks.items()}
+        for stack in stacks.values():
+            for idle in (slot for slot, count in enumerate(ctx.counts) if not count):
+                stack[idle].zero_()
         wants_experts = bool(stacks) or ctx.needs_input_grad[2]
         source = ctx.source
         sink = StackSource(source.layout, stacks) if stacks else source
@@ -162,12 +165,14 @@ class _SlotPass(torch.autograd.Function):
         for slot, projected in zip(_busy(ctx.counts, backward=True), reversed(kept), strict=True):
             matrices = source.matrices(slot.number, slot.upcoming, hidden.dtype)
             rows, gate = token[slot.start : slot.end], weight[slot.start : slot.end, None]
-            local = _local_gradients(matrices, ctx.activation, projected, gradient.index_select(0, rows), gate)
+            incoming = gradient.index_select(0, rows)
+            local = _local_gradients(matrices, ctx.activation, projected, incoming, gate)
             if weight_gradient is not None:
                 weight_gradient[slot.start : slot.end] = local.gate
             if wants_experts:
+                result = _weighted(incoming, gate) if local.result is None else local.result
                 states = hidden.index_select(0, rows)
-                sink.add_gradients(slot.number, _weight_gradients(source.layout, states, local))
+                sink.add_gradients(slot.number, _weight_gradients(source.layout, states, local, result))
             if hidden_gradient is not None:
                 hidden_gradient.index_add_(0, rows, matmul(local.projected, matrices.up.T).to(wide))
         if wants_experts:
@@ -185,13 +190,13 @@ class _Local:
         gate: ``[n]``, of the gate weights.
         projected: ``[n, 2I]``, of the pre-activations.
         act: ``[n, I]``, the input of the down projection (not a gradient).
-        result: ``[n, H]``, of the down projection's output.
+        result: ``[n, H]``, of the down projection's output; None: that of the layer's output, times the gate weight.
     """
 
     gate: Tensor
     projected: Tensor
     act: Tensor
-    result: Tensor
+    result: Tensor | None
 
 
 def _local_gradients(
@@ -209,16 +214,21 @@ def _local_gradients(
     through = (back * act).sum(1, dtype=wide)
     if matrices.down_bias is not None:
         through += (incoming * matrices.down_bias).sum(1, dtype=wide)
-    return _Local(through, pull((back * gate).to(back.dtype)), act, (incoming * gate).to(incoming.dtype))
+    return _Local(through, pull(_weighted(back, gate)), act, None)
 
 
-def _weight_gradients(layout: Layout, states: Tensor, local: _Local) -> dict[str, Tensor]:
+def _weighted(rows: Tensor, gate: Tensor) -> Tensor:
+    """``rows * gate``, in place where the types allow it; what is given is not needed any more."""
+    return rows.mul_(gate) if rows.dtype == gate.dtype else (rows * gate).to(rows.dtype)
+
+
+def _weight_gradients(layout: Layout, states: Tensor, local: _Local, result: Tensor) -> dict[str, Tensor]:
     """Weight gradients of one slot, by stack name."""
     if layout.is_transposed:
-        out = {layout.up_name: matmul(states.T, local.projected), "down_proj": matmul(local.act.T, local.result)}
+        out = {layout.up_name: matmul(states.T, local.projected), "down_proj": matmul(local.act.T, result)}
     else:
-        out = {layout.up_name: matmul(local.projected.T, states), "down_proj": matmul(local.result.T, local.act)}
+        out = {layout.up_name: matmul(local.projected.T, states), "down_proj": matmul(result.T, local.act)}
     if layout.has_bias:
         out[f"{layout.up_name}_bias"] = local.projected.sum(0)
-        out["down_proj_bias"] = local.result.sum(0)
+        out["down_proj_bias"] = result.sum(0)
     return out

@@ -139,6 +139,21 @@ def test_large_products_equal_the_float64_ones() -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_nothing_that_was_given_is_written_to() -> None:
+    """Rows are weighted in place: neither the inputs nor the incoming gradient may be those rows."""
+    for kind in KINDS.values():
+        compact, (hidden, index, weights) = CompactExperts(_experts(kind), PLAN), _call()
+        compact.activation.function = lambda x: x[:, :8]  # a view of what is kept
+        compact.activation.is_swiglu = False
+        output = compact(hidden, index, weights)
+        incoming = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
+        before = [tensor.detach().clone() for tensor in (hidden, weights, incoming)]
+        first = torch.autograd.grad(output, [hidden, weights], incoming, retain_graph=True)
+        again = torch.autograd.grad(output, [hidden, weights], incoming)
+        assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weights, incoming), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_frozen_input_needs_no_gradient() -> None:
     """The lowest layer: tuned slots learn, nothing else is computed."""
     compact, (hidden, index, weights) = CompactExperts(_experts(MixtralExperts), PLAN), _call()
