@@ -1,4 +1,7 @@
-"""Matrix products for the passes, by the faster of the libraries PyTorch carries.
+"""Matrix products by the faster of the libraries PyTorch carries.
+
+- :func:`matmul` -- for the passes of tokens through experts,
+- :func:`freeze_linears` -- for the linear layers of a model that do not learn.
 
 ``a @ b`` in float32 on an x86 CPU goes to MKL, which uses 512-bit vectors on Intel's processors only; oneDNN, in the
 same PyTorch, uses them wherever they exist. On an AMD EPYC of the Zen 5 family that is 236 against 110 GFLOP/s per
@@ -11,13 +14,17 @@ import functools
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 SMALLEST = 1 << 22
 """Multiplications below which a product is too small for oneDNN's own overhead."""
 
+SMALLEST_LINEAR = 1 << 25
+"""The same for a frozen layer, whose rows are not padded: a new number of rows costs a millisecond of compiling."""
 
 FEWEST_ROWS = 64
 """Rows below which a product keeps its own number of rows."""
@@ -45,6 +52,59 @@ def pad_pairs(hidden: Tensor, token: Tensor, weight: Tensor, counts: Sequence[in
         order[place : place + count] = torch.arange(start, start + count)
         start, place = start + count, place + room
     return _extended(token)[order], _extended(weight)[order], padded
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer that does not learn, multiplied as :func:`matmul` does; made by :func:`freeze_linears`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input [..., i] -> [..., o]``."""
+        if not self._gains(input):
+            return F.linear(input, self.weight, self.bias)
+        made: Tensor = _FrozenLinear.apply(input, self.weight, self.bias)
+        return made
+
+    def _gains(self, input: Tensor) -> bool:
+        if input.numel() * self.out_features < SMALLEST_LINEAR or not is_wide(input):
+            return False
+        learns = any(parameter.requires_grad for parameter in self.parameters())
+        return not learns and self.weight.dtype == input.dtype and not torch.is_autocast_enabled("cpu")
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A product with a weight that gets no gradient; the input is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        made = matmul(input.reshape(-1, input.shape[-1]), weight.T, bias)
+        return made.view(*input.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        made = matmul(gradient.reshape(-1, gradient.shape[-1]), weight)
+        return made.view(*gradient.shape[:-1], -1), None, None
+
+
+def freeze_linears(model: nn.Module, wider_than: int = 0) -> None:
+    """Turn linear layers into :class:`FrozenLinear`, in place; one whose weight learns computes as before.
+
+    Args:
+        model: Any model.
+        wider_than: Layers with at most so many outputs stay as they are (routers, which others watch or mask).
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and module.out_features > wider_than:
+            module.__class__ = FrozenLinear
+
+
+def thaw_linears(model: nn.Module) -> None:
+    """Undo :func:`freeze_linears`."""
+    for module in model.modules():
+        if type(module) is FrozenLinear:
+            module.__class__ = nn.Linear
 
 
 def padded_rows(count: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .gemm import freeze_linears, thaw_linears
 from .layout import Layout, neurons, permute_neurons, read_layout
 
 __all__ = [
@@ -203,14 +204,20 @@ def restore(model: nn.Module, write: bool = True) -> None:
         replace(model, layer, module.original)
     for parameter in model.__dict__.pop("_frozen_parameters", []):
         parameter.requires_grad_(True)
+    thaw_linears(model)
 
 
 def freeze(model: nn.Module) -> None:
-    """Turn ``requires_grad`` off everywhere, remembering for :func:`restore` where it was on."""
+    """Turn ``requires_grad`` off everywhere, remembering for :func:`restore` where it was on.
+
+    What does not learn, routers apart, is multiplied by the faster library from here on
+    (:func:`fluxlib.moe.gemm.freeze_linears`).
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.__dict__.setdefault("_frozen_parameters", []).extend(trainable)
     for parameter in trainable:
         parameter.requires_grad_(False)
+    freeze_linears(model, wider_than=max(layer.num_experts for layer in find(model)))
 
 
 def check_expert(expert: int, num_experts: int) -> None:

@@ -17,7 +17,11 @@ def test_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(["--quick", "--repeats", "2", "--backends", "grouped_mm", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "experts.json").read_text())
     assert result["machine"]["host"]
-    assert [row["what"] for row in result["step"]] == ["compact", "full, grouped_mm"]
+    assert [row["what"] for row in result["step"]] == [
+        "compact",
+        "full, grouped_mm",
+        "full, grouped_mm, linears too",
+    ]
     share = next(row for row in result["verdict"] if "memory" in row["number"])
     assert share["measured"] == 2 / 8
     measured = {row["what"]: row for row in result["memory"]}["compact"]

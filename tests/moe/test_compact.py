@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import compact, layers
+from fluxlib.moe import compact, gemm, layers
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 
 
@@ -242,3 +242,17 @@ def test_plans_name_what_is_wrong(tiny: SimpleNamespace) -> None:
         compact.customize(model, [_alone(6)] * 2)
     with pytest.raises(ValueError, match=r"a tuned one, \[0, 2, 4\], got 1"):
         layers.find(model)[0].experts.tuned_tensors(1)
+
+
+def test_frozen_layers_are_hastened_routers_are_not_and_all_come_back(tiny: SimpleNamespace, architecture: str) -> None:
+    model = tiny.build(architecture)
+    before = {name: type(module) for name, module in model.named_modules()}
+    found = layers.find(model)
+    compact.customize(model, _plans(model))
+    assert any(isinstance(module, gemm.FrozenLinear) for module in model.modules())
+    for layer in found:
+        for module in layer.block.modules():
+            if isinstance(module, gemm.FrozenLinear):
+                assert module.out_features > layer.num_experts
+    compact.restore(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before

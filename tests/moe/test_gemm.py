@@ -37,3 +37,38 @@ def test_sizes_are_few_and_at_most_an_eighth_larger() -> None:
     assert all(count <= size <= count * 9 / 8 for count, size in enumerate(sizes, gemm.FEWEST_ROWS))
     assert gemm.padded_rows(5) == 5
     assert gemm.padded_rows(0) == 0
+
+
+def _chain(seed: int = 0) -> torch.nn.Sequential:
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.SiLU(), torch.nn.Linear(96, 8, bias=False))
+    for parameter in made.parameters():
+        parameter.data.normal_(std=0.1, generator=generator)
+    return made.requires_grad_(False)
+
+
+def test_frozen_layers_compute_and_pull_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "SMALLEST_LINEAR", 1)
+    monkeypatch.setattr(gemm, "SMALLEST", 1)
+    model, plain = _chain(), _chain().double()
+    gemm.freeze_linears(model, wider_than=8)
+    assert [type(module) for module in model] == [gemm.FrozenLinear, torch.nn.SiLU, torch.nn.Linear]
+    hidden = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(1))
+    ours, theirs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    made, expected = model(ours), plain(theirs)
+    torch.testing.assert_close(made.double(), expected, rtol=1e-4, atol=1e-5)
+    made.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+    gemm.thaw_linears(model)
+    assert all(type(module) is not gemm.FrozenLinear for module in model)
+
+
+def test_a_layer_that_learns_after_all_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "SMALLEST_LINEAR", 1)
+    model = _chain()
+    gemm.freeze_linears(model)
+    model[0].weight.requires_grad_()
+    model(torch.ones(3, 64)).sum().backward()
+    assert model[0].weight.grad.abs().sum() > 0
+    assert model[2].weight.grad is None
