@@ -18,6 +18,9 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 
 PROFILES = ("smoke", "mini", "full", "paper")
 
+AssignmentKind = Literal["flux", "random", "frequency", "utility", "proportional"]
+"""By what experts are chosen to be tuned; see :func:`fluxlib.roles.priorities`."""
+
 
 class ConfigError(ValueError):
     """A run, a notebook or a command was asked for something that cannot be done; the message says what can."""
@@ -67,7 +70,9 @@ class RunConfig(BaseModel):
     variant: str = Field(
         "", pattern=r"^([a-z0-9]+([.-][a-z0-9]+)*)?$", description="name of a run with something changed"
     )
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "simulation", "deployment"] = Field("local", description="what runs the Flower apps")
+    round_timeout_s: float | None = Field(None, gt=0, description="time a participant may take for one message")
+    join_timeout_s: float = Field(600.0, gt=0, description="time to wait for all participants to be there")
 
     rounds: int = Field(10, ge=1)
     participants: int = Field(10, ge=1, le=100_000)
@@ -102,7 +107,13 @@ class RunConfig(BaseModel):
     clustering: Literal["fused", "per_layer"] = "fused"
     merge_weights: Literal["attention_frequency", "frequency", "uniform"] = "attention_frequency"
     align_neurons: bool = False
-    epsilon: Literal["dynamic"] | float = "dynamic"
+    assignment: AssignmentKind = Field("flux", description="what is exploited; see roles.priorities")
+    epsilon: Literal["dynamic", "paper"] | float = Field(
+        "dynamic", description="share of B_tune that exploits; see roles.epsilon_schedule"
+    )
+    coverage: int | None = Field(None, ge=1, description="rounds that an expert may go untuned by all; None: any")
+    max_tuners: int | None = Field(None, ge=1, description="participants that tune one expert at a time; None: all")
+    uncertainty: float = Field(0.0, ge=0, description="weight of the bonus for utilities measured long ago")
     num_probes: int = Field(1, ge=1)
     probes_per_round: int | None = Field(8, ge=0, description="explored experts probed each round; None: all of them")
 
@@ -119,7 +130,13 @@ class RunConfig(BaseModel):
                 f"allowed is at most participants={self.participants}"
             )
         if isinstance(self.epsilon, float) and not 0 < self.epsilon <= 1:
-            raise ValueError(f"epsilon is {self.epsilon}, allowed are 'dynamic' and more than 0 up to 1")
+            raise ValueError(f"epsilon is {self.epsilon}, allowed are 'dynamic', 'paper' and more than 0 up to 1")
+        asked = self.participants_per_round or self.participants
+        if self.max_tuners is not None and self.max_tuners < self.tune_fraction * asked:
+            raise ValueError(
+                f"max_tuners is {self.max_tuners}, allowed is at least tune_fraction times the {asked} participants "
+                f"of a round, {self.tune_fraction * asked:g} (there must be places for all of their budgets)"
+            )
         if self.tune_fraction + self.merge_fraction > 1 and self.tune_fraction < 1:
             raise ValueError(
                 f"tune_fraction + merge_fraction is {self.tune_fraction + self.merge_fraction:g}, allowed is at most 1 "

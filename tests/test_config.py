@@ -14,7 +14,15 @@ from fluxlib.config import ConfigError, RunConfig, make_config
         ({"rounds": 0}, "rounds: Input should be greater than or equal to 1, got 0"),
         ({"learning_rate": float("inf")}, "learning_rate: Input should be a finite number, got inf"),
         ({"alpha": float("nan")}, "alpha: .*got nan"),
-        ({"epsilon": 0.0}, "epsilon is 0.0, allowed are 'dynamic' and more than 0 up to 1"),
+        ({"epsilon": 0.0}, "epsilon is 0.0, allowed are 'dynamic', 'paper' and more than 0 up to 1"),
+        ({"epsilon": "rising"}, "epsilon.*: Input should be 'dynamic' or 'paper'"),
+        ({"assignment": "best"}, "assignment: Input should be 'flux', 'random', 'frequency', 'utility' or"),
+        ({"coverage": 0}, "coverage: Input should be greater than or equal to 1, got 0"),
+        ({"uncertainty": -1.0}, "uncertainty: Input should be greater than or equal to 0, got -1.0"),
+        (
+            {"participants": 8, "tune_fraction": 0.5, "max_tuners": 3},
+            "max_tuners is 3, allowed is at least tune_fraction times the 8 participants of a round, 4",
+        ),
         (
             {"tune_fraction": 0.7, "merge_fraction": 0.7},
             "tune_fraction \\+ merge_fraction is 1.4, allowed is at most 1",

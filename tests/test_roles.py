@@ -219,3 +219,39 @@ def test_an_honest_wide_range_is_not_cut() -> None:
     state = roles.RoleState.start(torch.full((2, 1, 4), 0.25))
     sent = torch.tensor([[[1e-9, 1e-6, 1e-3, 50.0]], [[1e-8, 1e-7, 1e-2, 220.0]]])
     assert roles.update(state, sent).faults == ()
+
+
+def measured_state() -> roles.RoleState:
+    """One participant, four experts: first utilities 1, 0.75, 0.5, 0.25; the last two measured at 8 and 4."""
+    state = roles.RoleState.start(torch.tensor([[[0.4, 0.3, 0.2, 0.1]]]))
+    return roles.update(state, torch.tensor([[[math.nan, math.nan, 8.0, 4.0]]]))
+
+
+def test_what_experts_are_chosen_by() -> None:
+    state, chance = measured_state(), seeded()
+    # 8 and 4 where the first ones were 0.5 and 0.25: a factor of 16.
+    assert roles.priorities(state, "flux", chance).flatten().tolist() == [16.0, 12.0, 8.0, 4.0]
+    assert torch.equal(roles.priorities(state, "utility", chance), roles.priorities(state, "flux", chance))
+    assert roles.priorities(state, "frequency", chance).flatten().tolist() == [1.0, 0.75, 0.5, 0.25]
+    first, second = (roles.priorities(state, "random", chance) for _ in range(2))
+    assert not torch.equal(first, second)
+    bonus = roles.priorities(state, "flux", chance, uncertainty=0.1) - roles.priorities(state, "flux", chance)
+    assert torch.allclose(bonus, roles.uncertainty_bonus(state, 0.1))
+    with pytest.raises(ValueError, match="assignment is 'best', allowed are flux, random"):
+        roles.priorities(state, "best", chance)  # type: ignore[arg-type]
+
+
+def test_proportional_draws_come_in_proportion_to_utility() -> None:
+    state, chance = measured_state(), seeded()
+    first = [int(roles.priorities(state, "proportional", chance).flatten().argmax()) for _ in range(2000)]
+    shares = torch.bincount(torch.tensor(first), minlength=4) / 2000
+    assert shares.tolist() == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.035)
+    nothing = roles.RoleState.start(torch.zeros(1, 1, 3))
+    assert torch.isfinite(roles.priorities(nothing, "proportional", chance)).all()
+
+
+def test_coverage_spares_what_others_tune_too() -> None:
+    utilities = torch.tensor([[[8.0, 4.0, 2.0]], [[8.0, 4.0, 3.0]]])
+    exploit = roles.assign(utilities, [2, 2], 1.0, seeded(), overdue=torch.ones(1, 3).bool()).exploit
+    assert exploit[:, 0].sum(dim=0).tolist() == [2, 1, 1]
+    assert exploit[1, 0].tolist() == [True, False, True]

@@ -119,6 +119,7 @@ class FluxStrategy(Strategy):
             [self.budgets[participant] for participant in participants],
             self.epsilon(server_round),
             seeding.generator(self.config.seed, "assign", server_round),
+            self.config,
         )
         self._current, self._resync = {}, []
         for row, participant in enumerate(participants):

@@ -4,6 +4,7 @@
   (epsilon).
 - :mod:`fluxlib.roles.assignment`: :func:`assign` (eq. 4), with rotation, coverage and a limit of tuners as
   options.
+- :mod:`fluxlib.roles.policy`: by what experts are chosen: FLUX's rule and what it is compared with.
 - :mod:`fluxlib.roles.state`: what the server remembers between rounds, and what it believes of what it is
   told.
 
@@ -11,10 +12,12 @@ Everything is a pure function of its arguments. P participants, L MoE layers, E 
 """
 
 from fluxlib.roles.assignment import Assignment, assign
+from fluxlib.roles.policy import PROBES, priorities
 from fluxlib.roles.state import Fault, RoleState, ages, current_utilities, overdue, uncertainty_bonus, update
 from fluxlib.roles.utility import epsilon_schedule, first_utilities, utility
 
 __all__ = [
+    "PROBES",
     "Assignment",
     "Fault",
     "RoleState",
@@ -24,6 +27,7 @@ __all__ = [
     "epsilon_schedule",
     "first_utilities",
     "overdue",
+    "priorities",
     "uncertainty_bonus",
     "update",
     "utility",

@@ -45,7 +45,8 @@ def assign(
         ages: ``[P, L, E]`` rounds since the last measurement. Given, exploration rotates: oldest first, ties
             at random.
         overdue: bool ``[L, E]``; each such expert is exploited by someone as far as budgets reach (coverage):
-            the participant to whom it is worth most gives up its least useful exploited expert for it.
+            the participant to whom it is worth most gives up for it its least useful expert that can be spared, one
+            that is not overdue itself, or that others tune too.
         max_tuners: at most so many participants exploit the same expert (load balance), by deferred
             acceptance.
 
@@ -113,17 +114,19 @@ def _limited_top(values: Tensor, counts: Tensor, max_tuners: int) -> Tensor:
 
 
 def _cover(values: Tensor, exploit: Tensor, overdue: Tensor) -> Tensor:
-    """Each overdue expert goes to who values it most and still exploits an expert that is not overdue."""
+    """Each overdue expert goes to who values it most and still exploits one that is not, or that others tune too."""
     exploit, relative = exploit.clone(), _relative(values)
-    missing = (overdue & ~exploit.any(dim=0)).nonzero().flatten().tolist()
-    spare = exploit & ~overdue
+    tuners = exploit.sum(dim=0)
+    spare = exploit & (~overdue | (tuners > 1))
     room = spare.sum(dim=1)
-    for expert in missing:
+    for expert in (overdue & (tuners == 0)).nonzero().flatten().tolist():
         if not (room > 0).any():
             break
         participant = int(relative[:, expert].masked_fill(room == 0, -math.inf).argmax())
         given_up = int(values[participant].masked_fill(~spare[participant], math.inf).argmin())
-        exploit[participant, given_up] = spare[participant, given_up] = False
-        exploit[participant, expert] = True
-        room[participant] -= 1
+        exploit[participant, given_up], exploit[participant, expert] = False, True
+        tuners[given_up] -= 1
+        kept = exploit[:, given_up] & (~overdue[given_up] | (tuners[given_up] > 1))
+        room -= spare[:, given_up].long() - kept.long()
+        spare[:, given_up] = kept
     return exploit

@@ -58,7 +58,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assign(
-    state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator
+    state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator, config: RunConfig
 ) -> roles.Assignment:
     counts = [budget.num_tuned for budget in budgets]
     return roles.assign(roles.current_utilities(state), counts, epsilon, generator)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fluxlib import gradients, methods, roles, seeding
+from fluxlib.config import AssignmentKind
 from fluxlib.methods import flux
 from fluxlib.methods.base import Budget, LocalData, ParticipantState, Roles, Update
 from fluxlib.methods.local import customized, routed_tokens, squared_gradient_norms
@@ -20,7 +21,7 @@ BUDGET = Budget(num_tuned=16, num_merged=16)
 
 def assigned(name: str) -> Roles:
     state = roles.RoleState.start(torch.rand(1, LAYERS, EXPERTS, generator=seeding.generator(0, "frequency")))
-    found = methods.get(name).assign(state, [BUDGET], 0.5, seeding.generator(0, "assign"))
+    found = methods.get(name).assign(state, [BUDGET], 0.5, seeding.generator(0, "assign"), CONFIG)
     return Roles(found.exploit[0], found.explore[0])
 
 
@@ -95,6 +96,32 @@ class TestFlux:
         update, _, given = train("flux", model, data, probes_per_round=None)
         assert torch.equal(~update.utilities.isnan(), given.exploit | given.explore)
         assert (update.utilities.nan_to_num() >= 0).all()
+
+    @pytest.mark.parametrize("kind", roles.policy.KINDS)
+    def test_every_assignment_fills_the_same_budget(self, kind: AssignmentKind) -> None:
+        frequency = torch.rand(3, LAYERS, EXPERTS, generator=seeding.generator(0, "frequency"))
+        state, config = roles.RoleState.start(frequency), CONFIG.model_copy(update={"assignment": kind})
+        found = flux.assign(state, [BUDGET] * 3, 0.5, seeding.generator(0, "assign"), config)
+        assert found.exploit.sum(dim=(1, 2)).tolist() == [8] * 3
+        assert found.explore.sum(dim=(1, 2)).tolist() == [8] * 3
+
+    def test_coverage_and_a_limit_of_tuners_reach_the_assignment(self) -> None:
+        state = roles.RoleState.start(torch.linspace(1, 0, LAYERS * EXPERTS).view(1, LAYERS, EXPERTS).repeat(4, 1, 1))
+
+        def tuners(**changes: object) -> torch.Tensor:
+            config = CONFIG.model_copy(update=changes)
+            return flux.assign(state, [BUDGET] * 4, 1.0, seeding.generator(0, "assign"), config).exploit.sum(dim=0)
+
+        assert tuners().max() == 4
+        assert tuners(max_tuners=2).max() == 2
+        assert tuners(max_tuners=1).min() == 1
+        state = roles.update(state, torch.full_like(state.first, torch.nan))
+        assert tuners(coverage=1).min() == 1
+
+    def test_only_assignments_that_use_probes_pay_for_them(self, model: nn.Module, data: LocalData) -> None:
+        update, _, given = train("flux", model, data, assignment="utility")
+        assert torch.equal(~update.utilities.isnan(), given.exploit)
+        assert update.work.probe_samples == 0
 
     def test_probes_are_limited(self, model: nn.Module, data: LocalData) -> None:
         update, _, given = train("flux", model, data)
