@@ -102,9 +102,9 @@ def freeze_linears(model: nn.Module, wider_than: int = 0) -> None:
 
 def thaw_linears(model: nn.Module) -> None:
     """Undo :func:`freeze_linears`."""
-    for module in model.modules():
-        if type(module) is FrozenLinear:
-            module.__class__ = nn.Linear
+    changed: list[Any] = [module for module in model.modules() if type(module) is FrozenLinear]
+    for module in changed:
+        module.__class__ = nn.Linear
 
 
 def padded_rows(count: int) -> int:
