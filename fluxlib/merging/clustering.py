@@ -43,6 +43,8 @@ def cluster(features: Sequence[Tensor], budgets: Sequence[int], method: str = "f
     else:
         member = _per_layer(points, real, budgets, seed)
     labels = torch.from_numpy(_in_order_of_appearance(member))
+    if real.all():
+        return list(labels.unbind())
     return [labels[layer, : len(rows)] for layer, rows in enumerate(features)]
 
 
@@ -58,20 +60,17 @@ def inertia(features: Sequence[Tensor], labels: Sequence[Tensor]) -> float:
 
 
 def _padded(features: Sequence[Tensor], budgets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Experts of all layers as ``[L, n, dim + 1]`` and which of them are real, ``[L, n]``.
-
-    The last column is 1 for real experts: it counts members when clusters are summed, and takes the
-    centroids' norms when similarities are computed. Padding is 0.
-    """
+    """Experts of all layers as ``[L, n, dim]``, 0 where a layer has fewer than n, and which are real, ``[L, n]``."""
     if len(features) != len(budgets):
         raise ValueError(f"budgets must have one entry for each of {len(features)} layers, got {len(budgets)}")
     counts, k = np.array([len(rows) for rows in features]), np.asarray(budgets)
     for layer in np.nonzero((k < np.minimum(counts, 1)) | (k > counts))[0].tolist():
         allowed = f"{min(counts[layer], 1)}..{counts[layer]}"
         raise ValueError(f"budgets[{layer}] must be in {allowed} (experts to merge), got {budgets[layer]}")
-    rows = pad_sequence([layer.detach().float() for layer in features], batch_first=True).cpu().numpy()
-    real = np.arange(rows.shape[1]) < counts[:, None]
-    points = np.concatenate([rows, real[:, :, None]], axis=2, dtype=np.float32)
+    even = bool((counts == counts[0]).all())
+    rows = torch.stack(list(features)) if even else pad_sequence(list(features), batch_first=True)
+    points = rows.detach().float().cpu().numpy()
+    real = np.arange(points.shape[1]) < counts[:, None]
     if not np.isfinite(points.sum()):
         layer, expert = np.argwhere(~np.isfinite(points).all(axis=2))[0].tolist()
         raise ValueError(f"features must be finite, those of layer {layer}, expert {expert} are not")
@@ -83,63 +82,69 @@ def _fused(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.G
 
     Paper: one similarity matrix of all experts and all centroids, entries between layers masked. Here only
     the blocks that the mask leaves are computed, batched and padded to the longest layer; unused centroids
-    have similarity -inf. Deviation: similarity is ``x c - |c|^2 / 2``, the one whose argmax is the nearest
-    centroid: features have unit length, centroids do not.
+    are infinitely far. Deviation: nearness is the squared distance, not the cosine: features have unit length,
+    centroids do not. No centroid is ever formed: with D the squared distances between experts and m the shares of
+    a cluster's members, ``|x - c|^2 = (D m)_x - m D m / 2``.
     """
-    experts, num_real = np.ascontiguousarray(points.transpose(0, 2, 1)), int(real.sum())
-    unused = np.arange(k.max()) >= k[:, None]
-    centroids = points[np.arange(len(points))[:, None], _plus_plus(points, real, k, rng)]
-    member = np.zeros((*unused.shape, points.shape[1]), bool)
+    apart, num_real, padded = _squared_distances(points, real), int(real.sum()), not real.all()
+    unused, ones = np.arange(k.max()) >= k[:, None], np.ones(points.shape[1], np.float32)
+    far = apart[np.arange(len(points))[:, None], _plus_plus(apart, real, k, rng)]
+    member = np.zeros(far.shape, bool)
     for _ in range(MAX_ITERATIONS):
-        centroids[:, :, -1] = -0.5 * np.einsum("lkd,lkd->lk", centroids[:, :, :-1], centroids[:, :, :-1])
-        similarity = centroids @ experts
-        similarity[unused] = -np.inf
-        before, member = member, similarity == similarity.max(axis=1, keepdims=True)
+        far[unused] = np.inf
+        before, member = member, far == far.min(axis=1, keepdims=True)
+        if padded:
+            member &= real[:, None, :]
         if np.array_equal(before, member):
             break
-        sums = member.astype(np.float32) @ points
-        sizes = sums[:, :, -1]
-        if int(sizes.sum()) != num_real or not (sizes[~unused]).all():
-            member = _repaired(similarity, real, k)
-            sums = member.astype(np.float32) @ points
-        centroids = sums / np.maximum(sums[:, :, -1:], 1)
-    return member & real[:, None, :]
+        shares = member.astype(np.float32)
+        sizes = shares @ ones
+        if int(sizes.sum()) != num_real or not (sizes + unused).all():
+            member = _repaired(-far, real, k)
+            shares = member.astype(np.float32)
+            sizes = shares @ ones
+        shares /= np.maximum(sizes, 1)[:, :, None]
+        far = shares @ apart
+        far -= 0.5 * np.einsum("lkn,lkn->lk", far, shares)[:, :, None]
+    return member
 
 
-def _plus_plus(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _plus_plus(apart: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Greedy k-means++ in all layers at once: the experts ``[L, k_max]`` that start as centroids.
 
-    One search draws for all layers: the cumulated distances of layer l are scaled into l..l+1.
+    One search draws for all layers: the cumulated distances of a layer come after those of the layer before.
     """
-    (num_layers, n, _), most = points.shape, int(k.max())
+    (num_layers, n, _), most, counts = apart.shape, int(k.max()), real.sum(axis=1)
     trials, rows = 2 + int(np.log(max(most, 1))), np.arange(num_layers)
-    distance = _squared_distances(points, real).reshape(num_layers * n, n)
-    chosen = np.zeros((num_layers, most), np.int64)
-    chosen[:, 0] = rows * n + (rng.random(num_layers) * real.sum(axis=1)).astype(np.int64)
-    nearest, ones = distance[chosen[:, 0]], np.ones(n, np.float32)
-    offset = rows[:, None].astype(np.float32)
-    draws = (rng.random((most, num_layers, trials), dtype=np.float32) + offset).reshape(most, -1)
-    last, first_trial = np.repeat(rows * n + n - 1, trials), rows * trials
+    distance = apart.reshape(num_layers * n, n)
+    chosen = np.zeros((most, num_layers), np.int64)
+    chosen[0] = rows * n + (rng.random(num_layers) * counts).astype(np.int64)
+    nearest, ones, upto = distance[chosen[0]], np.ones(n, np.float32), np.triu(np.ones((n, n), np.float32))
+    # In float64, so that small distances keep their share far from 0.
+    offset = rows[:, None] * (2.0 * n * float(apart.max()))
+    draws = rng.random((most, num_layers, trials), dtype=np.float32)
+    last, first_trial = np.repeat(rows * n + np.maximum(counts - 1, 0), trials), rows * trials
     for step in range(1, most):
-        edges = nearest.cumsum(axis=1)
-        edges *= 1 / np.maximum(edges[:, -1:], np.finfo(np.float32).tiny)
-        edges += offset
-        candidates = np.minimum(edges.ravel().searchsorted(draws[step], side="right"), last)
+        edges = nearest @ upto
+        wanted = draws[step] * edges[:, -1:] + offset
+        candidates = np.minimum((edges + offset).ravel().searchsorted(wanted.ravel(), side="right"), last)
         after = np.minimum(nearest[:, None], distance[candidates].reshape(num_layers, trials, n))
         best = first_trial + (after @ ones).argmin(axis=1)
-        chosen[:, step] = candidates[best]
+        chosen[step] = candidates[best]
         nearest = after.reshape(-1, n)[best]
-    return chosen - rows[:, None] * n
+    return chosen.T - rows[:, None] * n
 
 
 def _squared_distances(points: np.ndarray, real: np.ndarray) -> np.ndarray:
     """``[L, n, n]`` between the experts of a layer, 0 to padding so that it is never drawn.
 
-    One product: ``(-2 x, |x|^2, 1) (y, 1, |y|^2)``; the column of ones is there already.
+    One product: ``(-2 x, |x|^2, 1) (y, 1, |y|^2)``, with 0 instead of 1 for padding.
     """
-    square = np.einsum("lnd,lnd->ln", points[:, :, :-1], points[:, :, :-1])[:, :, None]
-    left = np.concatenate([-2 * points[:, :, :-1], square, points[:, :, -1:]], axis=2)
-    right = np.concatenate([points, square], axis=2)
+    (num_layers, n, dim), square = points.shape, np.square(points) @ np.ones(points.shape[2], np.float32)
+    left, right = np.empty((2, num_layers, n, dim + 2), np.float32)
+    np.multiply(points, -2, out=left[:, :, :-2])
+    left[:, :, -2], left[:, :, -1] = square, real
+    right[:, :, :-2], right[:, :, -2], right[:, :, -1] = points, real, square
     out = left @ right.transpose(0, 2, 1)
     return np.maximum(out, 0, out=out)
 
@@ -172,7 +177,7 @@ def _per_layer(points: np.ndarray, real: np.ndarray, budgets: Sequence[int], see
     for layer, k in enumerate(budgets):
         if k == 0:
             continue
-        rows = points[layer, real[layer], :-1]
+        rows = points[layer, real[layer]]
         with warnings.catch_warnings():
             # Equal experts: fewer distinct points than clusters, repaired below.
             warnings.simplefilter("ignore", ConvergenceWarning)
