@@ -21,6 +21,9 @@ PROFILES = ("smoke", "mini", "full", "paper")
 AssignmentKind = Literal["flux", "random", "frequency", "utility", "proportional"]
 """By what experts are chosen to be tuned; see :func:`fluxlib.roles.priorities`."""
 
+WireType = Literal["float32", "bfloat16", "int8"]
+"""How weights travel between server and participants; see :mod:`fluxlib.federation.wire`."""
+
 
 class ConfigError(ValueError):
     """A run, a notebook or a command was asked for something that cannot be done; the message says what can."""
@@ -100,6 +103,7 @@ class RunConfig(BaseModel):
         0.0, ge=0, lt=1, description="participants' budgets vary evenly by this share, up and down"
     )
 
+    fmq_bits: Literal[2, 3, 4, 8, 16] = Field(4, description="of the experts while FMQ tunes them; 16: it is FMD")
     profile_bits: Literal[2, 3, 4, 8, 16] = 4
     profile_batches: int = Field(2, ge=1)
     stale_profile: bool = True
@@ -116,6 +120,12 @@ class RunConfig(BaseModel):
     uncertainty: float = Field(0.0, ge=0, description="weight of the bonus for utilities measured long ago")
     num_probes: int = Field(1, ge=1)
     probes_per_round: int | None = Field(8, ge=0, description="explored experts probed each round; None: all of them")
+
+    uplink_wire: WireType = Field("float32", description="type of changes on their way to the server")
+    downlink_wire: WireType = Field("float32", description="type of experts on their way to participants")
+    merged_downlink: Literal["exact", "4bit", "merged"] = Field(
+        "exact", description="how experts travel that the participant will only merge"
+    )
 
     fleet: str = "paper"
     link: str = "1gbps"

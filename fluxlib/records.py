@@ -62,7 +62,7 @@ ROUNDS = (
     Column("metric_name", "string", "", "accuracy, exact_match or rouge_l"),
     Column("loss", "float64", "nats/token", "test loss of the full global model", True),
     Column("train_loss", "float64", "nats/token", "mean of the participants' losses, weighted by samples", True),
-    Column("epsilon", "float64", "0..1", "share of the tuning budget that exploits (FLUX)", True),
+    Column("epsilon", "float64", "0..1", "share of the tuning budget that exploits; empty without exploration", True),
     Column("wall_s", "float64", "s", "measured here since the start of the run, evaluation excluded"),
     Column("device_s", "float64", "s", "device clock since the start of the run"),
     Column("round_wall_s", "float64", "s", "measured here in this round, evaluation excluded"),
@@ -95,6 +95,9 @@ PARTICIPANTS = (
     Column("uplink_bytes", "int64", "B", "payload of the reply"),
     Column("downlink_bytes", "int64", "B", "payload of the request"),
     Column("rejected", "string", "", "why the reply was refused; empty: it was accepted"),
+    Column("utility_faults", "string", "", "utilities not taken as they came: 2 huge, 1 missing ...; empty: none"),
+    Column("exploited", "string", "", "experts tuned, as layer.expert with spaces between"),
+    Column("explored", "string", "", "experts held unmerged beside them, to be probed or merely kept, written alike"),
     *(
         Column(f"{phase}_{clock}_s", "float64", "s", f"{phase}: {source}", True)
         for clock, source in (("device", "predicted by the device clock"), ("wall", "measured here"))
@@ -307,6 +310,17 @@ def data_dictionary() -> str:
             optional = " (may be empty)" if c.nullable else ""
             parts.append(f"| `{c.name}` | {c.dtype} | {c.unit} | {c.description}{optional} |")
     return "\n".join(parts)
+
+
+def write_experts(mask: Any) -> str:
+    """Experts of a bool tensor ``[layers, experts]`` as ``exploited`` has them: ``0.3 0.11 2.5``."""
+    return " ".join(f"{layer}.{expert}" for layer, expert in mask.nonzero().tolist())
+
+
+def read_experts(text: str) -> list[tuple[int, int]]:
+    """Inverse of :func:`write_experts`: ``(layer, expert)`` pairs."""
+    pairs = (key.split(".") for key in text.split())
+    return [(int(layer), int(expert)) for layer, expert in pairs]
 
 
 def describe_round(row: Mapping[str, Any]) -> str:

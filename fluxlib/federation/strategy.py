@@ -162,7 +162,11 @@ class FluxStrategy(Strategy):
             self._accept(server_round, reply, mean, utilities, extra)
         changes = mean.result()
         self.last = RoundOutcome(
-            server_round, self.epsilon(server_round), tuple(self._current.values()), tuple(extra), len(changes)
+            server_round,
+            self.epsilon(server_round) if self.method.explores else math.nan,
+            tuple(self._current.values()),
+            tuple(extra),
+            len(changes),
         )
         self.last.require(self.config.min_replies_frac)
         self.store.apply(changes)
@@ -253,17 +257,26 @@ class FluxStrategy(Strategy):
         )
 
     def _remember_utilities(self, utilities: Tensor) -> None:
-        asked = torch.zeros_like(utilities, dtype=torch.bool)
-        tuned = torch.zeros_like(asked)
+        tuned = torch.zeros_like(utilities, dtype=torch.bool)
+        explored = torch.zeros_like(tuned)
         assert self.last is not None
         for outcome in self.last.accepted:
-            asked[outcome.participant] = outcome.roles.exploit | outcome.roles.explore
             tuned[outcome.participant] = outcome.roles.exploit
-        self.role_state = roles.update(self.role_state, utilities, tuned=tuned, asked=asked)
-        # Explored experts may exceed the number of probes of a round: what was not probed is not a fault.
-        faults = tuple(fault for fault in self.role_state.faults if fault.kind != "missing")
+            explored[outcome.participant] = outcome.roles.explore
+        config = self.config
+        at_least = [
+            roles.num_probed(config.assignment, int(count), config.probes_per_round) if self.method.explores else 0
+            for count in explored.sum(dim=(1, 2))
+        ]
+        asked = tuned if self.method.utilities else torch.zeros_like(tuned)
+        optional, due = tuned | explored, torch.tensor(at_least)
+        self.role_state = roles.update(self.role_state, utilities, tuned, asked, optional, due)
+        faults = self.role_state.faults
         for fault in faults:
             log.warning("participant %d: %d %s utilities", fault.participant, fault.count, fault.kind)
+        for outcome in self.last.accepted:
+            mine = [fault for fault in faults if fault.participant == outcome.participant]
+            outcome.utility_faults = ", ".join(f"{fault.count} {fault.kind}" for fault in mine)
         self.last = replace(self.last, faults=faults)
 
 

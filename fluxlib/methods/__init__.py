@@ -5,10 +5,10 @@ To add a method, write a file with a :class:`~fluxlib.methods.base.Method` and n
 
 from __future__ import annotations
 
-from fluxlib.methods import flux, fmd
+from fluxlib.methods import flux, fmd, fmes, fmq
 from fluxlib.methods.base import Method
 
-METHODS: dict[str, Method] = {method.name: method for method in (flux.METHOD, fmd.METHOD)}
+METHODS: dict[str, Method] = {method.name: method for method in (flux.METHOD, fmd.METHOD, fmq.METHOD, fmes.METHOD)}
 
 
 def get(name: str) -> Method:

@@ -34,7 +34,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Roles:
-    """One participant's experts of this round, as boolean masks ``[layers, experts]``."""
+    """One participant's experts of this round, as boolean masks ``[layers, experts]``.
+
+    ``exploit`` is tuned and uploaded. Of ``explore`` only a utility is reported, measured by forward passes.
+    """
 
     exploit: Tensor
     explore: Tensor
@@ -59,6 +62,12 @@ class Work:
     train_steps: int = 0
     train_samples: int = 0
     train_tokens: int = 0
+    routed_tokens: int = 0
+    """(token, expert) choices of the training tokens, over all layers and steps."""
+    slot_tokens: int = 0
+    """(token, slot) pairs that were computed for them: fewer where choices of one token fall on one merged slot."""
+    tuned_tokens: int = 0
+    """Those of the choices that went to tuned experts: the weight gradients are computed from them."""
     profile_samples: int = 0
     profile_tokens: int = 0
     profile_bits: int = 16
@@ -71,7 +80,7 @@ class Work:
     weight_bits: int = 16
     """Bits per weight of the experts while training (FMQ: 4)."""
     offloaded: bool = False
-    """Whether experts may live in host memory and cross the bus (FMD)."""
+    """Whether experts (FMD), or with few ``weight_bits`` their optimizer state (FMQ), may live in host memory."""
     num_downloaded: int = 0
     num_uploaded: int = 0
     first_profile: bool = False
@@ -111,21 +120,23 @@ class LocalData:
     profile: Sequence[Batch]
 
 
-AssignFn = Callable[[RoleState, Sequence[Budget], float, torch.Generator], Assignment]
+AssignFn = Callable[[RoleState, Sequence[Budget], float, torch.Generator, RunConfig], Assignment]
 TrainFn = Callable[
     [torch.nn.Module, ParticipantState, Roles, Budget, LocalData, RunConfig, int, torch.Generator],
     tuple[Update, ParticipantState],
 ]
-ProfileFn = Callable[[torch.nn.Module, LocalData, RunConfig], tuple[Profile, dict[str, float], Work]]
 
 
 @dataclass(frozen=True)
 class Method:
     """A federated fine-tuning method.
 
-    ``assign(role_state, budgets, epsilon, generator)`` gives boolean masks ``[participants, layers, experts]``.
+    ``assign(role_state, budgets, epsilon, generator, config)`` gives boolean masks ``[participants, layers, experts]``.
     ``train(model, state, roles, budget, data, config, round, generator)`` leaves ``model`` exactly as it found it.
-    ``profiles`` says whether participants profile the model they hold, before round 1 and after every round.
+    ``profiles``: participants are asked for a profile of the model they hold before their first round, so that
+    ``assign`` knows their frequencies (``role_state.first``) and ``train`` the profile (``state.profile``).
+    ``utilities``: they report the utilities of what they tuned, and a missing one is a fault.
+    ``explores``: the budget is split by epsilon, which is empty in the tables otherwise.
     """
 
     name: str
@@ -133,3 +144,5 @@ class Method:
     assign: AssignFn
     train: TrainFn
     profiles: bool
+    utilities: bool = False
+    explores: bool = False

@@ -16,18 +16,32 @@ from torch import Tensor, nn
 from fluxlib import gradients, merging, profiling, roles
 from fluxlib.config import RunConfig
 from fluxlib.methods.base import Budget, ExpertKey, LocalData, Method, ParticipantState, Roles, Update, Work
-from fluxlib.methods.local import Stopwatch, Tuned, customized, tune
+from fluxlib.methods.local import Stopwatch, Tuned, count_profile, count_training, customized, profile, tune
 from fluxlib.moe import layers
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.tasks.batches import to_device
 
 
 def assign(
-    state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator
+    state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator, config: RunConfig
 ) -> roles.Assignment:
-    """Eq. 4 on the utilities known so far; the least recently measured experts are explored first."""
-    counts = [budget.num_tuned for budget in budgets]
-    return roles.assign(roles.current_utilities(state), counts, epsilon, generator, ages=roles.ages(state))
+    """Eq. 4 on the utilities known so far; the least recently measured experts are explored first.
+
+    ``config.assignment`` puts other values in the place of utilities (:func:`fluxlib.roles.priorities`), in the same
+    budget: as many experts are exploited in each round, and as many held unmerged beside them. ``coverage``,
+    ``max_tuners`` and ``uncertainty`` add to either; the paper has none of the three.
+    """
+    values = roles.priorities(state, config.assignment, generator, uncertainty=config.uncertainty)
+    overdue = None if config.coverage is None else roles.overdue(state, config.coverage)
+    return roles.assign(
+        values,
+        [budget.num_tuned for budget in budgets],
+        epsilon,
+        generator,
+        ages=roles.ages(state) if config.assignment in roles.PROBES else None,
+        overdue=overdue,
+        max_tuners=config.max_tuners,
+    )
 
 
 def train(
@@ -42,7 +56,7 @@ def train(
 ) -> tuple[Update, ParticipantState]:
     """Merge, probe, tune, profile."""
     watch = Stopwatch()
-    work = Work(num_experts=assigned.exploit.numel(), profile_bits=config.profile_bits)
+    work = Work(num_experts=assigned.exploit.numel())
     known = state.profile
     if known is None or not config.stale_profile:
         with watch.phase("first_profile"):
@@ -53,7 +67,7 @@ def train(
         plans = make_plans(model, known, assigned, budget, config)
     with customized(model, plans) as compact:
         with watch.phase("probe"):
-            probed = _probe_keys(assigned.explore, config.probes_per_round, generator)
+            probed = _probe_keys(assigned.explore, config, generator)
             probe_norms = _probe(model, data, probed, config, generator)
         with watch.phase("train"):
             tuned = tune(model, compact, data.train, config)
@@ -63,11 +77,6 @@ def train(
     utilities = roles.utility(torch.cat([tuned.squared_norms, probe_norms]), tuned.tokens)
     work = _account(work, plans, assigned, data, tuned, probed, config)
     return Update(tuned.deltas, utilities, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
-
-
-def profile(model: nn.Module, data: LocalData, config: RunConfig) -> profiling.Profile:
-    """Section 4: activation on the participant's own data, seen through quantised experts."""
-    return profiling.profile(model, data.profile, bits=config.profile_bits)
 
 
 def make_plans(
@@ -107,12 +116,13 @@ def freeze(plan: LayerPlan, explored: Tensor) -> LayerPlan:
     )
 
 
-def _probe_keys(explore: Tensor, limit: int | None, generator: torch.Generator) -> list[ExpertKey]:
-    """The explored experts that are probed this round, ``limit`` of them drawn at random."""
+def _probe_keys(explore: Tensor, config: RunConfig, generator: torch.Generator) -> list[ExpertKey]:
+    """The explored experts that are probed this round, drawn at random where there are more than may be."""
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
-    if limit is None or limit >= len(keys):
+    count = roles.num_probed(config.assignment, len(keys), config.probes_per_round)
+    if count == len(keys):
         return keys
-    return [keys[i] for i in torch.randperm(len(keys), generator=generator)[:limit].tolist()]
+    return [keys[i] for i in torch.randperm(len(keys), generator=generator)[:count].tolist()]
 
 
 def _probe(
@@ -148,20 +158,14 @@ def _account(
     num_layers = len(plans)
     above = sum((num_layers - layer) / num_layers for layer, _ in probed)
     passes = (1 + 2 * config.num_probes * above) if probed else 0.0
-    return replace(
-        work,
-        num_tuned=int(assigned.exploit.sum()),
+    work = replace(
+        count_training(work, tuned, assigned.exploit, len(data.train)),
         num_frozen=sum(len(plan.groups) for plan in plans),
         num_merge_sources=sum(len(group) for plan in plans for group in plan.groups if len(group) > 1),
-        train_steps=len(data.train),
-        train_samples=tuned.num_samples,
-        train_tokens=tuned.num_tokens,
-        profile_samples=sum(len(batch["input_ids"]) for batch in data.profile),
-        profile_tokens=sum(int(batch["attention_mask"].sum()) for batch in data.profile),
-        num_quantized=assigned.exploit.numel(),
         probe_samples=round(passes * len(data.train[0]["input_ids"])),
         probe_tokens=round(passes * int(data.train[0]["attention_mask"].sum())),
     )
+    return count_profile(work, data, config)
 
 
-METHOD = Method("flux", "FLUX", assign, train, profiles=True)
+METHOD = Method("flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True)

@@ -1,7 +1,10 @@
 """FMD: the whole model is fine-tuned; experts that do not fit are offloaded to host memory.
 
-The reference of quality. What offloading costs is the device clock's matter (:mod:`fluxlib.devices.clock`): the
-arithmetic is the same wherever an expert lies.
+The reference of quality. Every participant tunes and uploads every expert. What offloading costs is the device
+clock's matter (:mod:`fluxlib.devices.clock`): the arithmetic is the same wherever an expert lies
+(:class:`fluxlib.moe.offloaded.OffloadedExperts` is what moves them on a GPU).
+
+Paper: section 5 of its set-up, "inactive experts offloaded to CPU RAM and fetched on demand".
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ from torch import nn
 
 from fluxlib.config import RunConfig
 from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
-from fluxlib.methods.local import Stopwatch, customized, tune
+from fluxlib.methods.local import Stopwatch, count_training, customized, tune
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.roles import Assignment, RoleState
 
 
-def assign(state: RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator) -> Assignment:
+def assign(
+    state: RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator, config: RunConfig
+) -> Assignment:
     """Everybody tunes every expert."""
     return Assignment(torch.ones_like(state.first, dtype=torch.bool), torch.zeros_like(state.first, dtype=torch.bool))
 
@@ -38,14 +43,8 @@ def train(
     plans = [LayerPlan(tuned=tuple(mask.nonzero().flatten().tolist())) for mask in roles.exploit]
     with watch.phase("train"), customized(model, plans) as compact:
         tuned = tune(model, compact, data.train, config)
-    work = Work(
-        num_experts=roles.exploit.numel(),
-        num_tuned=int(roles.exploit.sum()),
-        train_steps=len(data.train),
-        train_samples=tuned.num_samples,
-        train_tokens=tuned.num_tokens,
-        offloaded=True,
-    )
+    work = Work(num_experts=roles.exploit.numel(), offloaded=True)
+    work = count_training(work, tuned, roles.exploit, len(data.train))
     nothing = torch.full(roles.exploit.shape, float("nan"))
     update = Update(tuned.deltas, nothing, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s)
     return update, state

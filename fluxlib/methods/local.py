@@ -1,17 +1,23 @@
-"""Local fine-tuning, shared by all methods: a plan in, changes of the tuned experts out."""
+"""Local fine-tuning, shared by all methods: a plan in, changes of the tuned experts out.
+
+- :func:`tune` -- local steps on the tuned slots of a customised model,
+- :func:`run_steps` -- the same loop for any :class:`Learner`: what a method may do otherwise is the step itself.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fluxlib import profiling
 from fluxlib.config import RunConfig
-from fluxlib.methods.base import Batch, ExpertKey
+from fluxlib.methods.base import Batch, ExpertKey, LocalData, Work
 from fluxlib.moe import layers
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan, customize, restore
@@ -31,6 +37,21 @@ class Tuned:
     """Mean training loss of the steps, each before its update."""
     num_samples: int
     num_tokens: int
+    slot_tokens: int
+    """(token, slot) pairs computed per pass; choices of one token that fall on one merged slot are one pair."""
+
+
+class Learner(Protocol):
+    """What :func:`run_steps` trains: where gradients lie and what a step does to them."""
+
+    def squared_norms(self) -> Tensor:
+        """``[L, E]`` squared norm of each tuned expert's gradient, NaN for the others."""
+
+    def step(self) -> None:
+        """One optimizer step; no gradient is left."""
+
+    def deltas(self) -> dict[ExpertKey, dict[str, Tensor]]:
+        """New minus old weights of every tuned expert."""
 
 
 @contextmanager
@@ -62,13 +83,20 @@ def tune(model: nn.Module, compact: Sequence[CompactExperts], batches: Sequence[
     Raises:
         FloatingPointError: the loss became NaN or infinite; the round's step and loss are named.
     """
-    parameters = [p for experts in compact for p in experts.tuned_stacks().values() if p.shape[0]]
-    before = [{name: p.detach().clone() for name, p in experts.tuned_stacks().items()} for experts in compact]
-    optimizer = _optimizer(parameters, config)
-    device = parameters[0].device
-    shape = (len(compact), compact[0].num_experts)
-    norms, counts = [], torch.zeros(shape, dtype=torch.long)
-    losses, num_samples, num_tokens = [], 0, 0
+    return run_steps(model, _CompactLearner(compact, config), batches, config)
+
+
+def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], config: RunConfig) -> Tuned:
+    """The loop of :func:`tune`: forward, backward, count, step, once per batch.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite; the round's step and loss are named.
+    """
+    found = layers.find(model)
+    experts, num_experts = [layer.experts for layer in found], found[0].num_experts
+    device = next(model.parameters()).device
+    norms, counts = [], torch.zeros((len(experts), num_experts), dtype=torch.long)
+    losses, num_samples, num_tokens, slot_tokens = [], 0, 0, 0
     for step, cpu_batch in enumerate(batches):
         batch = to_device(cpu_batch, device)
         with capture(model) as seen, training_mode(model):
@@ -78,21 +106,42 @@ def tune(model: nn.Module, compact: Sequence[CompactExperts], batches: Sequence[
                 f"training loss is {loss.item()} at step {step + 1} (learning_rate {config.learning_rate:g})"
             )
         loss.backward()
-        norms.append(squared_gradient_norms(compact))
-        counts += routed_tokens([layer.top_k_index[0] for layer in seen.layers], batch["attention_mask"], shape[1])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norms.append(learner.squared_norms())
+        chosen = [layer.top_k_index[0] for layer in seen.layers]
+        counts += routed_tokens(chosen, batch["attention_mask"], num_experts)
+        slot_tokens += sum(num_pairs(*pair, batch["attention_mask"]) for pair in zip(experts, chosen, strict=True))
+        learner.step()
         losses.append(loss.item())
         num_samples += len(batch["input_ids"])
         num_tokens += int(batch["attention_mask"].sum())
-    deltas = {
-        (index, expert): {
-            name: (p.detach()[slot] - before[index][name][slot]) for name, p in experts.tuned_stacks().items()
+    mean = sum(losses) / len(losses)
+    return Tuned(learner.deltas(), torch.stack(norms), counts, mean, num_samples, num_tokens, slot_tokens)
+
+
+class _CompactLearner:
+    """Tuned slots of customised layers."""
+
+    def __init__(self, compact: Sequence[CompactExperts], config: RunConfig) -> None:
+        self.compact = compact
+        self.before = [{name: p.detach().clone() for name, p in layer.tuned_stacks().items()} for layer in compact]
+        parameters = [p for layer in compact for p in layer.tuned_stacks().values() if p.shape[0]]
+        self.optimizer = make_optimizer(parameters, config)
+
+    def squared_norms(self) -> Tensor:
+        return squared_gradient_norms(self.compact)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def deltas(self) -> dict[ExpertKey, dict[str, Tensor]]:
+        return {
+            (index, expert): {
+                name: (p.detach()[slot] - self.before[index][name][slot]) for name, p in layer.tuned_stacks().items()
+            }
+            for index, layer in enumerate(self.compact)
+            for slot, expert in enumerate(layer.plan.tuned)
         }
-        for index, experts in enumerate(compact)
-        for slot, expert in enumerate(experts.plan.tuned)
-    }
-    return Tuned(deltas, torch.stack(norms), counts, sum(losses) / len(losses), num_samples, num_tokens)
 
 
 def squared_gradient_norms(compact: Sequence[CompactExperts]) -> Tensor:
@@ -118,10 +167,57 @@ def routed_tokens(top_k_index: Sequence[Tensor], attention_mask: Tensor, num_exp
     return torch.stack([torch.bincount(index[real].reshape(-1), minlength=num_experts) for index in top_k_index]).cpu()
 
 
-def _optimizer(parameters: list[Tensor], config: RunConfig) -> torch.optim.Optimizer:
+def num_pairs(experts: nn.Module, top_k_index: Tensor, attention_mask: Tensor) -> int:
+    """(token, slot) pairs that a layer computes for the real tokens.
+
+    Args:
+        experts: the layer's experts; those with a ``slot_of`` map compute a slot once per token.
+        top_k_index: ``[N, k]``, ``N = B * T``.
+        attention_mask: ``[B, T]``, 1 for real tokens.
+    """
+    chosen = top_k_index[attention_mask.reshape(-1).bool()]
+    slot_of = getattr(experts, "slot_of", None)
+    if slot_of is None:
+        return chosen.numel()
+    slots = slot_of[chosen].sort(dim=1).values
+    return len(slots) + int((slots[:, 1:] != slots[:, :-1]).sum())
+
+
+def make_optimizer(parameters: Sequence[Tensor], config: RunConfig) -> torch.optim.Optimizer:
+    """The run's optimizer, without weight decay."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate)
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
+
+
+def profile(model: nn.Module, data: LocalData, config: RunConfig) -> profiling.Profile:
+    """Section 4: activation on the participant's own data, seen through quantised experts."""
+    return profiling.profile(model, data.profile, bits=config.profile_bits)
+
+
+def count_training(work: Work, tuned: Tuned, exploit: Tensor, num_steps: int) -> Work:
+    """``work`` with the account of the local steps; ``exploit`` is ``[L, E]``, the experts that were tuned."""
+    return replace(
+        work,
+        num_tuned=int(exploit.sum()),
+        train_steps=num_steps,
+        train_samples=tuned.num_samples,
+        train_tokens=tuned.num_tokens,
+        routed_tokens=int(tuned.tokens.sum()),
+        slot_tokens=tuned.slot_tokens,
+        tuned_tokens=int(tuned.tokens[exploit].sum()),
+    )
+
+
+def count_profile(work: Work, data: LocalData, config: RunConfig) -> Work:
+    """``work`` with the account of one profile of the full model."""
+    return replace(
+        work,
+        profile_samples=sum(len(batch["input_ids"]) for batch in data.profile),
+        profile_tokens=sum(int(batch["attention_mask"].sum()) for batch in data.profile),
+        profile_bits=config.profile_bits,
+        num_quantized=work.num_experts,
+    )
 
 
 class Stopwatch:

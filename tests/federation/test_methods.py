@@ -16,7 +16,13 @@ SMALL = {"local_steps": 2, "batch_size": 2, "rounds": 2, "tune_fraction": 0.5, "
 
 
 @pytest.mark.parametrize(
-    ("method", "tuned", "explored"), [("flux", [1, 1, 1, 3, 3, 3], [3, 3, 3, 1, 1, 1]), ("fmd", [8] * 6, [0] * 6)]
+    ("method", "tuned", "explored"),
+    [
+        ("flux", [1, 1, 1, 3, 3, 3], [3, 3, 3, 1, 1, 1]),
+        ("fmd", [8] * 6, [0] * 6),
+        ("fmq", [8] * 6, [0] * 6),
+        ("fmes", [4] * 6, [4] * 6),
+    ],
 )
 def test_every_method_runs_and_nothing_is_refused(
     make_config: Callable[..., RunConfig], method: str, tuned: list[int], explored: list[int]
@@ -27,6 +33,7 @@ def test_every_method_runs_and_nothing_is_refused(
     assert first.participants["num_tuned"].tolist() == tuned  # epsilon 0.3, then 0.8, of a budget of 4
     assert first.participants["num_explored"].tolist() == explored
     assert (first.rounds["round_device_s"].iloc[1:] > 0).all()
+    assert first.rounds["epsilon"].iloc[1:].isna().all() == (method != "flux")
     for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
 

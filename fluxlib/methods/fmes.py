@@ -1,0 +1,90 @@
+"""FMES: the most used experts are tuned, the others are dropped from the routing.
+
+Each participant tunes as many experts as FLUX would let it, those that its own data activates most, and takes the rest
+out of the top-k: their tokens go to experts that stay, the gate's weights renormalised as the model does it. A layer
+that is left with fewer tuned experts than top-k keeps its most used others, frozen, until it has top-k. Tuned experts
+are uploaded and averaged into the full model, of which no expert is ever dropped on the server.
+
+Paper: section 5 of its set-up, "tune the most frequently activated experts and drop the rest", similar to FedMoE.
+Deviation: the profile is made anew after every round in few bits, as FLUX makes it, so the baseline is spared a stale
+choice and an expensive profile; its choice is one round old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fluxlib import roles
+from fluxlib.config import RunConfig
+from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
+from fluxlib.methods.local import Stopwatch, count_profile, count_training, customized, profile, tune
+from fluxlib.moe import layers
+from fluxlib.moe.compact import LayerPlan
+
+
+def assign(
+    state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator, config: RunConfig
+) -> roles.Assignment:
+    """The experts of highest frequency within each budget; all others only report theirs."""
+    counts = [budget.num_tuned for budget in budgets]
+    exploit = roles.assign(roles.current_utilities(state), counts, 1.0, generator).exploit
+    return roles.Assignment(exploit, ~exploit)
+
+
+def train(
+    model: nn.Module,
+    state: ParticipantState,
+    assigned: Roles,
+    budget: Budget,
+    data: LocalData,
+    config: RunConfig,
+    round_number: int,
+    generator: torch.Generator,
+) -> tuple[Update, ParticipantState]:
+    """Drop, tune, profile."""
+    watch = Stopwatch()
+    work = Work(num_experts=assigned.exploit.numel())
+    known = state.profile
+    if known is None:
+        with watch.phase("first_profile"):
+            known = profile(model, data, config)
+        work = replace(work, first_profile=True)
+    plans = make_plans(model, known.frequency, assigned.exploit)
+    with watch.phase("train"), customized(model, plans) as compact:
+        tuned = tune(model, compact, data.train, config)
+    with watch.phase("profile"):
+        state = ParticipantState(profile(model, data, config), round_number)
+    assert state.profile is not None
+    work = replace(work, num_frozen=sum(len(plan.groups) for plan in plans))
+    work = count_profile(count_training(work, tuned, assigned.exploit, len(data.train)), data, config)
+    frequency = roles.first_utilities(state.profile.frequency)
+    return Update(tuned.deltas, frequency, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
+
+
+def make_plans(model: nn.Module, frequency: Tensor, exploit: Tensor) -> list[LayerPlan]:
+    """Per layer: the experts to tune, the most used others up to top-k frozen, the rest dropped.
+
+    Args:
+        frequency: ``[L, E]`` of the participant's profile.
+        exploit: bool ``[L, E]``.
+    """
+    plans = []
+    for layer, used, tuned in zip(layers.find(model), frequency, exploit, strict=True):
+        others = used.masked_fill(tuned, -1.0).argsort(descending=True, stable=True)
+        others = others[: layer.num_experts - int(tuned.sum())].tolist()
+        num_kept = max(0, layer.top_k - int(tuned.sum()))
+        plans.append(
+            LayerPlan(
+                tuned=tuple(tuned.nonzero().flatten().tolist()),
+                groups=tuple((expert,) for expert in sorted(others[:num_kept])),
+                dropped=tuple(sorted(others[num_kept:])),
+            )
+        )
+    return plans
+
+
+METHOD = Method("fmes", "FMES (frequent experts, the rest dropped)", assign, train, profiles=True)

@@ -1,0 +1,97 @@
+"""FMQ: what a step does to quantised experts, exactly."""
+
+import copy
+import dataclasses
+
+import torch
+from torch import nn
+
+from fluxlib import methods, seeding
+from fluxlib.methods.base import Budget, LocalData, ParticipantState, Roles, Update
+from fluxlib.methods.fmq import QuantizedLearner
+from fluxlib.methods.local import run_steps
+from fluxlib.moe import layers
+from fluxlib.moe.quantized import dequantize, quantize_tensor, quantized
+
+from .conftest import CONFIG
+
+LAYERS, EXPERTS = 4, 16
+EVERYTHING = torch.ones(LAYERS, EXPERTS, dtype=torch.bool)
+
+
+def train(name: str, model: nn.Module, data: LocalData, **changes: object) -> Update:
+    given = Roles(EVERYTHING, ~EVERYTHING)
+    config = CONFIG.model_copy(update=changes)
+    run = methods.get(name).train
+    return run(model, ParticipantState(), given, Budget(16, 16), data, config, 1, seeding.generator(0))[0]
+
+
+def rounded(stack: torch.Tensor, bits: int) -> torch.Tensor:
+    packed = quantize_tensor(stack, bits)
+    return torch.stack([dequantize(packed, expert) for expert in range(len(stack))])
+
+
+def test_a_step_quantises_the_moved_weights_and_passes_through_the_quantised_ones(
+    model: nn.Module, data: LocalData
+) -> None:
+    one, rate = dataclasses.replace(data, train=data.train[:1]), 2.0
+    update = train("fmq", model, one, optimizer="sgd", learning_rate=rate)
+    plain = copy.deepcopy(model)
+    for layer in layers.find(plain):
+        layer.experts.down_proj.data = rounded(layer.experts.down_proj.data, 4)
+        layer.experts.gate_up_proj.data = rounded(layer.experts.gate_up_proj.data, 4)
+    plain(**one.train[0]).loss.backward()
+    stack = layers.find(plain)[1].experts.down_proj
+    expected = rounded(stack.data - rate * stack.grad, 4) - stack.data
+    got = torch.stack([update.deltas[1, expert]["down_proj"] for expert in range(EXPERTS)])
+    assert (got - expected).norm() < 0.02 * expected.norm()  # a value beside an edge may fall to the other side
+    assert (got - expected).abs().gt(1e-6).float().mean() < 1e-3
+
+
+def test_experts_are_in_few_bits_after_every_step(model: nn.Module, data: LocalData) -> None:
+    with quantized(model, 4):
+        experts = [layer.experts for layer in layers.find(model)]
+        learner = QuantizedLearner(experts, CONFIG)
+        for batch in data.train:
+            run_steps(model, learner, [batch], CONFIG)
+            values = experts[0].expert_tensors(0)["down_proj"].flatten()[:64]
+            assert len(values.unique()) <= 16
+            assert all(p.numel() == 0 for held, _ in learner.optimizers.values() for p in held.values())
+
+
+def test_a_movement_of_less_than_half_a_level_is_lost(model: nn.Module, data: LocalData) -> None:
+    update = train("fmq", model, data, optimizer="sgd", learning_rate=1e-9)
+    assert all(float(t.abs().max()) < 1e-6 for tensors in update.deltas.values() for t in tensors.values())
+
+
+def test_an_expert_without_tokens_keeps_its_codes(model: nn.Module, data: LocalData) -> None:
+    few = {name: rows[:1, :2] for name, rows in data.train[0].items()}
+    few["labels"] = few["input_ids"]
+    update = train("fmq", model, dataclasses.replace(data, train=[few]), learning_rate=0.1)
+    idle = [tuple(key) for key in (update.tokens == 0).nonzero().tolist()]
+    assert idle
+    assert all(not t.any() for key in idle for t in update.deltas[key].values())
+
+
+def test_with_16_bits_it_is_fmd_and_with_8_nearly(model: nn.Module, data: LocalData) -> None:
+    full, same, near = (
+        train(name, model, data, fmq_bits=bits, optimizer="sgd", learning_rate=100.0)
+        for name, bits in (("fmd", 4), ("fmq", 16), ("fmq", 8))
+    )
+    one, other, close = (torch.cat([u.deltas[k]["down_proj"].flatten() for k in u.deltas]) for u in (full, same, near))
+    assert torch.equal(one, other)
+    assert torch.cosine_similarity(one, close, dim=0) > 0.99
+
+
+def test_what_it_costs_is_told_to_the_clock(model: nn.Module, data: LocalData) -> None:
+    work = train("fmq", model, data).work
+    assert (work.num_tuned, work.num_quantized, work.weight_bits, work.offloaded) == (64, 64, 4, True)
+    assert work.tuned_tokens == work.routed_tokens == work.slot_tokens == 4 * LAYERS * work.train_tokens
+
+
+def test_gradient_norms_are_those_of_the_quantised_model(model: nn.Module, data: LocalData) -> None:
+    with quantized(model, 4):
+        learner = QuantizedLearner([layer.experts for layer in layers.find(model)], CONFIG)
+        norms = run_steps(model, learner, data.train[:1], CONFIG).squared_norms
+    assert norms.shape == (1, LAYERS, EXPERTS)
+    assert (norms > 0).sum() > 0 and norms.isfinite().all()
