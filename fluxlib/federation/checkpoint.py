@@ -37,6 +37,7 @@ from fluxlib.federation import nodes as node_states
 from fluxlib.federation import wire as wires
 from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.strategy import FluxStrategy
+from fluxlib.federation.sync import ExpertStore
 from fluxlib.federation.tables import Totals
 from fluxlib.federation.wire import WireType
 from fluxlib.roles import RoleState
@@ -68,7 +69,8 @@ class Checkpoints:
 
     def __init__(self, out: Path, config: RunConfig, wire: WireType) -> None:
         self.folder = out / "checkpoints" / config.run_id
-        self._identity = {"format": FORMAT, "config": config.model_dump(mode="json"), "wire": wire}
+        numbers = config.model_dump(mode="json", exclude={"round_timeout_s", "join_timeout_s"})
+        self._identity = {"format": FORMAT, "config": numbers, "wire": wire}
         self._nodes: dict[str, list[str]] = {}
         """File names and the nodes whose newest state they hold."""
 
@@ -88,16 +90,11 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep(self._named())
         store = strategy.store
-        experts = {
-            wires.key_name(key, name): tensor.contiguous()
-            for key in store.changed()
-            for name, tensor in store.tensors(key).items()
-        }
         names = {table: f"{table}-{round_index}.parquet" for table in TABLES}
         names |= {kind: f"{kind}-{round_index}.safetensors" for kind in ("experts", "roles")}
-        _save_tensors(self.folder / names["experts"], experts)
+        save_tensors(self.folder / names["experts"], store_tensors(store))
         roles = {name: torch.from_numpy(array.copy()) for name, array in strategy.role_state.to_arrays().items()}
-        _save_tensors(self.folder / names["roles"], roles)
+        save_tensors(self.folder / names["roles"], roles)
         for table in TABLES:
             records.write(table, frame(table), self.folder / names[table], {"run_id": strategy.config.run_id})
         if isinstance(grid, LocalGrid):
@@ -173,7 +170,7 @@ class Checkpoints:
         changed = grid.take_changed()
         tensors = node_states.collect(grid, changed)
         name = f"nodes-{round_index}.safetensors"
-        _save_tensors(self.folder / name, tensors)
+        save_tensors(self.folder / name, tensors)
         keys = [str(node) for node in changed]
         kept = {file: [key for key in old if key not in set(keys)] for file, old in self._nodes.items()}
         self._nodes = {file: old for file, old in kept.items() if old} | {name: keys}
@@ -191,12 +188,22 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
 
+def store_tensors(store: ExpertStore) -> dict[str, Tensor]:
+    """The experts that are no longer the base's, by their names on the wire, in the model's own type."""
+    return {
+        wires.key_name(key, name): tensor.contiguous()
+        for key in store.changed()
+        for name, tensor in store.tensors(key).items()
+    }
+
+
 def _pair(name: str) -> tuple[int, int]:
     layer, expert = name.split(".")
     return int(layer), int(expert)
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``tensors`` as safetensors, and see them on disk before going on."""
     save_file({name: tensor.detach().cpu() for name, tensor in tensors.items()}, path)
     _sync(path)
 

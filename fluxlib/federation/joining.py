@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
 from fluxlib.config import RunConfig
 from fluxlib.federation import messages
+from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.messages import Instruction, JoinReport
 from fluxlib.federation.outcome import RunFailed
 from fluxlib.federation.replies import DAMAGED
@@ -22,23 +23,25 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5
 
 
-def join(grid: Grid, config: RunConfig, store: ExpertStore, timeout_s: float) -> dict[int, Member]:
+def join(grid: Grid, config: RunConfig, store: ExpertStore) -> dict[int, Member]:
     """All participants of the run, by number; waits until enough nodes are connected.
 
     Raises:
-        RunFailed: a participant is missing after ``timeout_s``, two nodes claim the same part of the data, or a node
-            has another base model.
+        RunFailed: a participant is missing after ``config.join_timeout_s``, two nodes claim the same part of the data,
+            or a node has another base model.
     """
     found: dict[int, Member] = {}
     problems: list[str] = []
     asked: set[int] = set()
-    deadline = time.monotonic() + timeout_s
-    while len(found) < config.participants:
+    waiting: set[str] = set()
+    deadline = time.monotonic() + config.join_timeout_s
+    while True:
         nodes = [node for node in grid.get_node_ids() if node not in asked]
         asked.update(nodes)
-        for reply in grid.send_and_receive(_invitations(nodes, config, store), timeout=timeout_s):
+        for reply in _answers(grid, _invitations(nodes, config, store), waiting):
             _take(reply, config, store, found, problems)
-        if len(found) >= config.participants or (problems and not nodes) or time.monotonic() > deadline:
+        settled = problems and not nodes and not waiting
+        if len(found) >= config.participants or settled or time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
     if len(found) < config.participants:
@@ -46,10 +49,25 @@ def join(grid: Grid, config: RunConfig, store: ExpertStore, timeout_s: float) ->
         listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         reason = f"; {problems[0]}" if problems else ""
         raise RunFailed(
-            f"{len(found)} of participants={config.participants} joined within {timeout_s:g} s; "
+            f"{len(found)} of participants={config.participants} joined within {config.join_timeout_s:g} s; "
             f"missing: {listed}{reason}"
         )
     return found
+
+
+def _answers(grid: Grid, invitations: Iterable[Message], waiting: set[str]) -> Iterator[Message]:
+    """Answers that are there by now; ``waiting`` holds the messages that are not answered yet.
+
+    A node that is gone must not hold up the others, so nobody is waited for here.
+    """
+    if isinstance(grid, LocalGrid):
+        yield from grid.send_and_receive(invitations)
+        return
+    for invitation in invitations:
+        waiting.update(identifier for identifier in grid.push_messages([invitation]) if identifier)
+    for reply in grid.pull_messages(list(waiting)) if waiting else []:
+        waiting.discard(reply.metadata.reply_to_message_id)
+        yield reply
 
 
 def _invitations(nodes: list[int], config: RunConfig, store: ExpertStore) -> Iterator[Message]:
@@ -73,4 +91,4 @@ def _take(reply: Message, config: RunConfig, store: ExpertStore, found: dict[int
         log.warning("node %d cannot take part: %s", node, error)
         return
     if report.participant < config.participants:
-        found[report.participant] = Member(node, report.version, report.digest)
+        found[report.participant] = Member(node, report.holding)

@@ -9,14 +9,13 @@ What a Flower engine guarantees is kept:
 * each node has its own :class:`flwr.app.Context`, whose ``state`` lasts from message to message;
 * an exception in the client app becomes an error reply, and that node's state stays as it was;
 * neither side sees what the other does to a message: values are immutable bytes behind new containers;
-* a reply that took longer than the time limit is lost. A Python call cannot be interrupted from outside, so the
-  time limit is checked when the call returns; it holds for each node, since nodes stand for devices in parallel.
+* a participant that takes longer than the time limit is given up, and its reply is lost (:mod:`time_limit` says how);
+  the limit holds for each node, since nodes stand for devices in parallel.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +27,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fluxlib.federation import wire
+from fluxlib.federation import time_limit, wire
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +43,8 @@ class LocalGrid(Grid):
         num_nodes: number of nodes, one per data partition.
         node_config: further entries of a node's configuration, by partition; ``None`` for none.
         run_id: identifier that messages and contexts carry.
+        on_given_up: called when a node is given up, before the next one starts: what that call may still be writing
+            to must not be used any more.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class LocalGrid(Grid):
         num_nodes: int,
         node_config: Callable[[int], dict[str, Any]] | None = None,
         run_id: int = 1,
+        on_given_up: Callable[[], None] | None = None,
     ) -> None:
         if num_nodes < 1:
             raise ValueError(f"num_nodes is {num_nodes}, allowed is at least 1")
         self.client_app = client_app
         self.num_nodes = num_nodes
         self._node_config = node_config
+        self._on_given_up = on_given_up
         self._run = Run.create_empty(run_id)
         self._contexts: dict[int, Context] = {}
         self._waiting: dict[str, Message] = {}
@@ -139,26 +142,31 @@ class LocalGrid(Grid):
         return message_id
 
     def _deliver(self, message: Message, timeout: float | None) -> Message | None:
-        start = time.monotonic()
         node_id = message.metadata.dst_node_id
         try:
             stored = self.context(node_id)
-            state = RecordDict({name: record.copy() for name, record in stored.state.items()})
-            context = Context(stored.run_id, node_id, dict(stored.node_config), state, dict(stored.run_config))
-            incoming = Message(content=wire.share(message.content), metadata=message.metadata)
-            reply = self.client_app(incoming, context)
-            outgoing = (
-                reply if reply.has_error() else Message(content=wire.share(reply.content), metadata=reply.metadata)
-            )
-            stored.state = context.state
+            outgoing, state = time_limit.call(timeout, self._work, message, stored)
+            stored.state = state
             self._changed.add(node_id)
+        except time_limit.TimeLimitExceeded as error:
+            log.warning("participant at node %d is given up, its reply is lost: %s", node_id, error)
+            if self._on_given_up:
+                self._on_given_up()
+            return None
         except Exception as error:  # a participant's fault costs its reply, never the run
             log.warning("participant at node %d failed: %s: %s", node_id, type(error).__name__, error)
             reason = f"{type(error).__name__}: {error}"
             outgoing = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
         self._count += 1
         outgoing.metadata.__dict__["_message_id"] = f"{self._run.run_id}-{self._count}"
-        if timeout is not None and time.monotonic() - start > timeout:
-            log.warning("participant at node %d took longer than %g s, its reply is lost", node_id, timeout)
-            return None
         return outgoing
+
+    def _work(self, message: Message, stored: Context) -> tuple[Message, RecordDict]:
+        """The client app's reply and the node's state after it; nothing that is kept is changed."""
+        state = RecordDict({name: record.copy() for name, record in stored.state.items()})
+        context = Context(stored.run_id, stored.node_id, dict(stored.node_config), state, dict(stored.run_config))
+        incoming = Message(content=wire.share(message.content), metadata=message.metadata)
+        reply = self.client_app(incoming, context)
+        if not reply.has_error():
+            reply = Message(content=wire.share(reply.content), metadata=reply.metadata)
+        return reply, context.state

@@ -30,16 +30,16 @@ OnOutcome = Callable[[RoundOutcome], None]
 class Options:
     """What a run's numbers do not depend on (``wire`` aside, which rounds what is sent).
 
-    ``out`` is the folder of tables and checkpoints, ``None`` to write nothing. ``round_timeout_s`` is the time a
-    participant may take for one message; ``join_timeout_s`` the time to wait for all participants to be there.
+    ``out`` is the folder of tables and checkpoints, ``None`` to write nothing. ``superlink`` names the connection of
+    Flower's configuration that the deployment engine uses. ``keep_experts`` also writes the tuned experts.
     """
 
     out: Path | None = None
     on_round: OnRound | None = None
     on_outcome: OnOutcome | None = None
     wire: WireType = "float32"
-    round_timeout_s: float | None = None
-    join_timeout_s: float = 600.0
+    superlink: str | None = None
+    keep_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class RunResult:
         if self.path is None:
             return {}
         return {name: table_path(self.path, name, self.run_id) for name in ("rounds", "participants")}
+
+
+def experts_path(out: Path, run_id: str) -> Path:
+    """Where a run's tuned experts lie in the folder ``out``: safetensors under ``"<layer>.<expert>.<tensor>"``."""
+    return out / "experts" / f"{run_id}.safetensors"
 
 
 def table_path(out: Path, table: str, run_id: str) -> Path:

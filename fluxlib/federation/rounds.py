@@ -6,6 +6,7 @@ import datetime
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pandas as pd
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -14,10 +15,12 @@ from safetensors import SafetensorError
 
 from fluxlib import methods, models, records
 from fluxlib.config import ConfigError, RunConfig
+from fluxlib.federation import lock
 from fluxlib.federation.budgets import make_budgets
-from fluxlib.federation.checkpoint import Checkpoints
+from fluxlib.federation.checkpoint import Checkpoints, save_tensors, store_tensors
+from fluxlib.federation.exchange import exchange
 from fluxlib.federation.joining import join
-from fluxlib.federation.options import Options, RunResult, check, table_path
+from fluxlib.federation.options import Options, RunResult, check, experts_path, table_path
 from fluxlib.federation.outcome import RunFailed
 from fluxlib.federation.participant import load_task
 from fluxlib.federation.strategy import FluxStrategy
@@ -39,7 +42,8 @@ def serve(grid: Grid, config: RunConfig, options: Options) -> RunResult:
         CheckpointError: there is a checkpoint of this configuration, and it is damaged.
     """
     check(config, options.out)
-    return _Run(grid, config, options).go()
+    with lock.hold(options.out, config.run_id) if options.out else nullcontext():
+        return _Run(grid, config, options).go()
 
 
 class _Run:
@@ -73,7 +77,7 @@ class _Run:
     def go(self) -> RunResult:
         """All rounds; tables are written however the run ends, the checkpoint stays unless it is complete."""
         done = self._resume()
-        self.strategy.roster.enrol(join(self.grid, self.config, self.strategy.store, self.options.join_timeout_s))
+        self.strategy.roster.enrol(join(self.grid, self.config, self.strategy.store))
         self.strategy.summary()
         stopped = self._first_row() if done == 0 else False
         try:
@@ -85,6 +89,8 @@ class _Run:
             raise
         complete = done == self.config.rounds
         self._write("complete" if complete else "stopped", "")
+        if self.options.keep_experts:
+            self._keep_experts()
         if self.checkpoints and complete:
             self.checkpoints.remove()
         frames = {table: self._frame(table) for table in self.rows}
@@ -107,9 +113,9 @@ class _Run:
 
     def _round(self, number: int) -> bool:
         """One round: profiles that are missing, training, aggregation, evaluation, rows, checkpoint."""
-        start, strategy, timeout = time.perf_counter(), self.strategy, self.options.round_timeout_s
+        start, strategy = time.perf_counter(), self.strategy
         requests = strategy.configure_profile(number, strategy.sample(number))
-        strategy.aggregate_profile(number, self.grid.send_and_receive(requests, timeout=timeout))
+        strategy.aggregate_profile(number, exchange(self.grid, requests, self.config.round_timeout_s))
         try:
             strategy.aggregate_train(number, self._replies(number))
         except RunFailed:
@@ -131,12 +137,10 @@ class _Run:
 
     def _replies(self, number: int) -> Iterator[Message]:
         """Replies to the round's requests; who asks for every expert anew is asked once more, with every expert."""
-        strategy, timeout = self.strategy, self.options.round_timeout_s
+        strategy, timeout_s = self.strategy, self.config.round_timeout_s
         requests = strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.grid)
-        replies = self.grid.send_and_receive(requests, timeout=timeout)
-        yield from strategy.notice_resync(strategy.roster.in_order(replies))
-        again = self.grid.send_and_receive(strategy.configure_resync(number), timeout=timeout)
-        yield from strategy.roster.in_order(again)
+        yield from strategy.notice_resync(exchange(self.grid, requests, timeout_s))
+        yield from exchange(self.grid, strategy.configure_resync(number), timeout_s)
 
     def _evaluate(self) -> tuple[Score, float]:
         """Score of the full global model on the server's test split, and the seconds it took."""
@@ -154,11 +158,19 @@ class _Run:
         names = [column.name for column in records.columns(table)]
         return records.validate(table, pd.DataFrame(self.rows[table], columns=names)).to_pandas()
 
+    def _keep_experts(self) -> None:
+        """Write the experts that are no longer the base's: with the base, they are the tuned model."""
+        assert self.options.out is not None
+        path = experts_path(self.options.out, self.config.run_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, store_tensors(self.strategy.store))
+
     def _write(self, status: str, failure: str) -> None:
         out = self.options.out
         if out is None:
             return
-        shares = histogram(self.task.train, self.parts) if len(self.parts) <= 1000 else []
+        private = self.config.engine == "deployment"  # what the participants hold is known to them alone
+        shares = [] if private or len(self.parts) > 1000 else histogram(self.task.train, self.parts)
         about = records.about_run(
             self.config.model_dump(mode="json"),
             self.start,

@@ -18,7 +18,6 @@ def run(
     on_round: OnRound | None = None,
     out: Path | str | None = None,
     wire: WireType = "float32",
-    round_timeout_s: float | None = None,
     on_outcome: OnOutcome | None = None,
 ) -> RunResult:
     """Run ``config`` and give its tables and the tuned model.
@@ -30,7 +29,6 @@ def run(
         out: folder for ``rounds/<run_id>.parquet``, ``participants/<run_id>.parquet`` (a ``.json`` beside each) and,
             while the run lasts, ``checkpoints/<run_id>/``. The same configuration and folder go on from a checkpoint.
         wire: type in which experts and changes travel.
-        round_timeout_s: time one participant may take for one message; a later reply counts as missing.
         on_outcome: called with what happened in each round, participant by participant, before its row.
 
     Raises:
@@ -41,7 +39,7 @@ def run(
     if wire not in WIRE_TYPES:
         raise ConfigError(f"wire is {wire!r}, allowed are {', '.join(WIRE_TYPES)}")
     folder = Path(out) if out is not None else None
-    return ENGINES[config.engine](config, Options(folder, on_round, on_outcome, wire, round_timeout_s))
+    return ENGINES[config.engine](config, Options(folder, on_round, on_outcome, wire))
 
 
 def run_local(config: RunConfig, chosen: Options) -> RunResult:
@@ -49,7 +47,8 @@ def run_local(config: RunConfig, chosen: Options) -> RunResult:
     results: list[RunResult] = []
     app = server_app.make_app(config, chosen, results.append)
     participant.forget_workspace()  # the base model on disk may be another by now
-    with LocalGrid(client_app.app, config.participants).identity() as grid:
+    nodes = LocalGrid(client_app.app, config.participants, on_given_up=participant.forget_workspace)
+    with nodes.identity() as grid:
         app(grid, Context(grid.run.run_id, 0, {}, RecordDict(), {}))
     return results[0]
 

@@ -79,7 +79,7 @@ def test_killed_again_and_again(config: RunConfig, tmp_path: Path) -> None:
     as_uninterrupted(federation.run(config, out=tmp_path), config)
 
 
-@pytest.mark.parametrize("name", ["_save_tensors", "_replace_text"])
+@pytest.mark.parametrize("name", ["save_tensors", "_replace_text"])
 def test_killed_while_writing_the_checkpoint_before_is_whole(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -113,7 +113,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_save_tensors", full)
+        patch.setattr(checkpoint, "save_tensors", full)
         with pytest.raises(OSError, match="No space left"):
             federation.run(config, out=tmp_path)
     as_uninterrupted(federation.run(config, out=tmp_path), config)

@@ -280,11 +280,11 @@ def test_a_late_participant_is_missing(make_config: Make, monkeypatch: pytest.Mo
     import time
 
     def slow(request: Message, reply: Message, context: Context) -> Message:
-        time.sleep(0.5 * (context.node_id == NODE))
+        time.sleep(2.2 * (context.node_id == NODE))
         return reply
 
     monkeypatch.setattr(client_app, "app", wrapped(slow))
-    result = federation.run(make_config(rounds=1), round_timeout_s=0.5)
+    result = federation.run(make_config(rounds=1, round_timeout_s=2.0))
     assert result.participants["rejected"].tolist() == ["", "missing", ""]
 
 

@@ -35,7 +35,7 @@ def grid(config: RunConfig) -> Iterator[LocalGrid]:
 @pytest.fixture
 def strategy(config: RunConfig, store: ExpertStore, grid: LocalGrid) -> FluxStrategy:
     made = FluxStrategy(config, methods.get(config.method), store, make_budgets(config, *store.shape))
-    made.roster.enrol(join(grid, config, store, 1.0))
+    made.roster.enrol(join(grid, config, store))
     return made
 
 

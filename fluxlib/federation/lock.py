@@ -1,0 +1,59 @@
+"""One run, one process: two that write the same tables and checkpoints would spoil both.
+
+The lock is the operating system's own on an open file, so it ends with the process however that ends: nothing has to
+be removed after a crash. The file says who holds it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fluxlib.config import ConfigError
+
+
+@contextmanager
+def hold(folder: Path, run_id: str) -> Iterator[None]:
+    """Hold the run called ``run_id`` in ``folder`` for the time of the block.
+
+    Raises:
+        ConfigError: another process holds it; the message names its process number and machine.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{run_id}.lock"
+    file = _acquire(path, run_id)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still held: whoever waits for it finds that out in _acquire
+        os.close(file)
+
+
+def _acquire(path: Path, run_id: str) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
+            os.close(file)
+            raise ConfigError(
+                f"out is {path.parent}, in which {holder} is running {run_id} at this moment; "
+                "wait for it, end it, or choose another folder"
+            ) from None
+        if _is_at(path, file):
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            return file
+        os.close(file)  # the holder before removed the file between our opening and our locking it
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
