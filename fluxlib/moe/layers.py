@@ -122,6 +122,9 @@ def find(model: nn.Module) -> list[MoELayer]:
             f"{error}, at {', '.join(names[:2])} ({len(names)} in all)" for error, names in unknown.items()
         )
         raise ValueError(f"model: {kind} has experts in a form that is not handled ({len(layers)} are): {what}")
+    if not layers and (others := [name for name, module in modules.items() if name and _is_mixture(module)]):
+        what = f"{type(modules[others[0]]).__name__}, at {', '.join(others[:2])} ({len(others)} in all)"
+        raise ValueError(f"model: {kind} has experts in a form that is not handled (no fused 'experts' module): {what}")
     if not layers:
         raise ValueError(f"model: {kind} has no MoE layer (no fused 'experts' module); a dense model cannot be used")
     return layers
@@ -224,6 +227,11 @@ def check_expert(expert: int, num_experts: int) -> None:
     """Raise ValueError for the number of an expert that does not exist."""
     if not 0 <= expert < num_experts:
         raise ValueError(f"expert: expected 0..{num_experts - 1}, got {expert}")
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    """Whether a module calls itself a mixture of experts."""
+    return type(module).__name__.endswith(("MoE", "Moe", "MoeBlock", "Experts"))
 
 
 def _sizes(experts: Any, layout: Layout) -> tuple[int, int, int]:
