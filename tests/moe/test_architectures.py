@@ -137,7 +137,5 @@ def test_output_and_gradients_equal_the_reference(tiny: SimpleNamespace, model_t
 def test_a_mixture_without_fused_experts_is_not_called_dense() -> None:
     sizes = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = tf.DogeConfig(**sizes, is_moe=True, num_experts=4)
-        vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_moe=True, num_experts=4
-    )
     with torch.device("meta"), pytest.raises(ValueError, match="not handled .*: DogeCDMoE, at model.layers.0.mlp"):
         layers.find(tf.AutoModelForCausalLM.from_config(config))
