@@ -54,6 +54,8 @@ def plan(
     align: bool = False,
     dim: int = 32,
     seed: int = 0,
+    budgets: Sequence[int] | None = None,
+    grams: Sequence[Tensor] | None = None,
 ) -> list[LayerPlan]:
     """What becomes of every expert: its own slot, or a share of a merged one.
 
@@ -70,6 +72,9 @@ def plan(
         align: match neurons to the slot's heaviest expert before averaging (beyond the paper).
         dim: length of the features.
         seed: of the clustering.
+        budgets: slots of each layer, instead of those of ``kind``; see :func:`budgets_by_error`.
+        grams: scalar products ``[E, E]`` of each layer's experts, which say what resembles what; None: those of
+            their weights. See :func:`output_grams`.
 
     Returns:
         One plan per MoE layer. Layers are read one at a time; nothing as large as an expert is kept.
@@ -84,12 +89,13 @@ def plan(
         raise ValueError(f"tuned must be {tuple(profile.frequency.shape)}, got {tuple(tuned.shape)}")
     rest = [(~row).nonzero().flatten() for row in tuned.cpu().bool()]
     alpha = merge_weights(profile, weights).cpu()
-    grams = [_checked_gram(layer) for layer in found]
-    if kind == "joint":
+    grams = [_checked_gram(layer, grams) for layer in found]
+    if kind == "joint" and budgets is None:
         shares = [_shares(*parts) for parts in zip(grams, alpha, rest, strict=True)]
         labels = joint_clusters(shares, [row[members] for row, members in zip(alpha, rest, strict=True)], num_merged)
     else:
-        budgets = layer_budgets(profile.frequency, tuned.sum(dim=1), num_merged, kind, rounding)
+        if budgets is None:
+            budgets = layer_budgets(profile.frequency, tuned.sum(dim=1), num_merged, kind, rounding)
         budgets = [min(max(slots, 1), len(members)) for slots, members in zip(budgets, rest, strict=True)]
         points = [from_gram(gram[members][:, members], dim) for gram, members in zip(grams, rest, strict=True)]
         labels = cluster(points, budgets, method, seed)
@@ -119,9 +125,9 @@ def discard(profile: Profile, tuned: Tensor) -> list[LayerPlan]:
     return [LayerPlan(tuned=_numbers(row.nonzero()), dropped=_numbers((~row).nonzero())) for row in masks]
 
 
-def _checked_gram(layer: layers.MoELayer) -> Tensor:
+def _checked_gram(layer: layers.MoELayer, given: Sequence[Tensor] | None) -> Tensor:
     try:
-        return check_finite(gram_of(layer.experts))
+        return check_finite(gram_of(layer.experts) if given is None else given[layer.index])
     except ValueError as error:
         raise ValueError(f"model: layer {layer.index} ({layer.name}): {error}") from error
 

@@ -10,7 +10,7 @@ Paper: sections 5 and 6; ``customized_moe(model, exps_config)`` there, :func:`cu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +66,12 @@ class LayerPlan:
         """All experts that the plan names."""
         return [*self.tuned, *(e for group in self.groups for e in group), *self.dropped]
 
+    def shares(self, group: int) -> tuple[float, ...]:
+        """Share of each member in a group's merged expert; they add up to 1. Paper: equation 2."""
+        weights = self.weights[group] if self.weights is not None else (1.0,) * len(self.groups[group])
+        total = float(sum(weights))
+        return tuple(weight / total if total > 0 else 1 / len(weights) for weight in weights)
+
     def check(self, num_experts: int) -> None:
         """Raise ValueError unless the plan covers experts 0..num_experts-1 exactly."""
         missing = sorted(set(range(num_experts)) - set(self.experts))
@@ -88,6 +94,7 @@ class CompactExperts(ReplacedExperts):
         original: The experts module to stand in for.
         plan: What becomes of each expert.
         dtype: Type of the tuned parameters (float32 beside a 16-bit model); None takes the original's.
+        known: Merged tensors of groups that need not be merged again, by number.
 
     Attributes:
         slot_of: ``[E]`` long, the slot of each expert, -1 for dropped ones. Tuned slots come first.
@@ -98,8 +105,15 @@ class CompactExperts(ReplacedExperts):
 
     slot_of: Tensor
 
-    def __init__(self, original: nn.Module, plan: LayerPlan, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        original: nn.Module,
+        plan: LayerPlan,
+        dtype: torch.dtype | None = None,
+        known: Mapping[int, dict[str, Tensor]] | None = None,
+    ) -> None:
         super().__init__(original)
+        known = known or {}
         plan.check(self.num_experts)
         self.plan, self.num_tuned, self.num_merged = plan, len(plan.tuned), len(plan.groups)
         self.activation = Activation(original)
@@ -111,7 +125,7 @@ class CompactExperts(ReplacedExperts):
         self.register_buffer("slot_of", slot_of, persistent=False)
         self.method = "auto"
         self._joins = any(len(group) > 1 for group in plan.groups)
-        merged = [merge(original, plan, group) for group in range(self.num_merged)]
+        merged = [known.get(group) or merge(original, plan, group) for group in range(self.num_merged)]
         for name in self.layout.names:
             stack = getattr(original, name).detach()
             tuned = stack[list(plan.tuned)].to(dtype or stack.dtype)
@@ -192,9 +206,7 @@ class CompactExperts(ReplacedExperts):
 def merge(experts: nn.Module, plan: LayerPlan, group: int) -> dict[str, Tensor]:
     """Weighted sum of a group's experts, accumulated in float32 (float64 for a float64 model). Paper: equation 2."""
     members = plan.groups[group]
-    weights = plan.weights[group] if plan.weights is not None else (1.0,) * len(members)
-    total = float(sum(weights))
-    shares = [weight / total for weight in weights] if total > 0 else [1 / len(members)] * len(members)
+    shares = plan.shares(group)
     orders = plan.permutations[group] if plan.permutations is not None else (None,) * len(members)
     out: dict[str, Tensor] = {}
     for expert, share, order in zip(members, shares, orders, strict=True):
@@ -207,13 +219,19 @@ def merge(experts: nn.Module, plan: LayerPlan, group: int) -> dict[str, Tensor]:
     return {name: tensor.to(expert_tensors(experts, members[0])[name].dtype) for name, tensor in out.items()}
 
 
-def customize(model: nn.Module, plans: Sequence[LayerPlan], dtype: torch.dtype | None = None) -> nn.Module:
+def customize(
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    dtype: torch.dtype | None = None,
+    known: Sequence[Mapping[int, dict[str, Tensor]]] | None = None,
+) -> nn.Module:
     """Put a :class:`CompactExperts` at every MoE layer, in place, and freeze everything but the tuned slots.
 
     Args:
         model: A model of any handled layout, with its original experts.
         plans: One per MoE layer.
         dtype: Type of the tuned parameters; None takes the model's.
+        known: Per layer, merged slots that are still good; see :func:`fluxlib.merging.reusable_slots`.
 
     Returns:
         The model.
@@ -232,7 +250,7 @@ def customize(model: nn.Module, plans: Sequence[LayerPlan], dtype: torch.dtype |
             raise ValueError(f"plans[{layer.index}]: {error}") from error
     layers.freeze(model)
     for layer, plan in zip(found, plans, strict=True):
-        compact = CompactExperts(layer.experts, plan, dtype)
+        compact = CompactExperts(layer.experts, plan, dtype, known[layer.index] if known else None)
         if plan.dropped:
             compact.on_restore.append(routing.mask(layer, plan.dropped))
         layers.replace(model, layer, compact)
