@@ -4,22 +4,31 @@
 - :mod:`fluxlib.figures.times` -- time to target as a table, and in words
 - :mod:`fluxlib.figures.comparison` -- convergence and time to accuracy of several methods
 - :mod:`fluxlib.figures.portraits` -- one model, one partition, one run
+- :mod:`fluxlib.figures.plans` -- a configuration before it is run, and roles over rounds
+- :mod:`fluxlib.figures.runs` -- single runs side by side
 """
 
 from fluxlib.figures.canvas import Picture, save
 from fluxlib.figures.comparison import convergence, time_to_accuracy
+from fluxlib.figures.plans import overview, roles_over_rounds, slots
 from fluxlib.figures.portraits import activation, activation_by_label, partition, phases
+from fluxlib.figures.runs import compare_runs, curves
 from fluxlib.figures.times import describe_times, time_to_target, times_to_target
 
 __all__ = [
     "Picture",
     "activation",
     "activation_by_label",
+    "compare_runs",
     "convergence",
+    "curves",
     "describe_times",
+    "overview",
     "partition",
     "phases",
+    "roles_over_rounds",
     "save",
+    "slots",
     "time_to_accuracy",
     "time_to_target",
     "times_to_target",

@@ -1,0 +1,132 @@
+"""Sliders and menus, and the configuration that they stand for."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from fluxlib import methods, models, style, tasks
+from fluxlib.config import RunConfig, make_config
+from fluxlib.devices import catalogue
+
+CLOCK_MODELS = ("self", "llama-moe-3.5b", "deepseek-moe-16b")
+"""Whose shapes memory and time are predicted for."""
+
+WIDTH = "300px"
+
+
+class Controls:
+    """The left side of the dashboard: everything that a reader may turn.
+
+    Attributes:
+        widgets: by the name of the parameter; ``participant`` is the one whose plan is shown.
+        base: what is not on the dashboard stays as it is here.
+    """
+
+    def __init__(self, base: RunConfig) -> None:
+        import ipywidgets
+
+        self.base = base
+        menu, slide, count = ipywidgets.Dropdown, ipywidgets.FloatSlider, ipywidgets.IntSlider
+        fleets = [("fleet: " + name, name) for name in catalogue.FLEETS]
+        fleets += [(device.title, name) for name, device in catalogue.DEVICES.items()]
+        shown = list(dict.fromkeys((*CLOCK_MODELS, base.clock_model)))
+        shapes = [("the mini model itself" if name == "self" else name, name) for name in shown]
+        quarter = {"min": 0.0, "max": 1.0, "step": 0.05, "readout_format": ".2f", "continuous_update": False}
+        self.widgets: dict[str, Any] = {
+            "model": menu(options=list(dict.fromkeys((*models.known()[:2], base.model))), value=base.model),
+            "task": menu(options=list(tasks.TASKS), value=base.task),
+            "method": menu(options=_methods(), value=base.method),
+            "fleet": menu(options=fleets, value=base.fleet),
+            "clock_model": menu(options=shapes, value=base.clock_model),
+            "tune_fraction": slide(value=base.tune_fraction, **quarter),
+            "merge_fraction": slide(value=base.merge_fraction, **quarter),
+            "participants": count(value=base.participants, min=1, max=16, continuous_update=False),
+            "participant": count(value=0, min=0, max=base.participants - 1, continuous_update=False),
+            "rounds": count(value=base.rounds, min=1, max=40, continuous_update=False),
+            "local_steps": count(value=base.local_steps, min=1, max=8, continuous_update=False),
+            "layer_budget": menu(options=["adaptive", "uniform", "single"], value=base.layer_budget),
+        }
+        for name, widget in self.widgets.items():
+            widget.description = LABELS[name]
+            widget.style.description_width = "92px"
+            widget.layout.width = WIDTH
+            widget.tooltip = HELP[name]
+
+    def view(self) -> list[Any]:
+        """The widgets in the order in which a reader needs them, under three headings."""
+        import ipywidgets
+
+        def heading(text: str) -> Any:
+            return ipywidgets.HTML(f"<b>{text}</b>")
+
+        groups = {
+            "What": ("model", "task", "method"),
+            "Where": ("fleet", "clock_model", "participants", "participant"),
+            "Budgets": ("tune_fraction", "merge_fraction", "layer_budget", "rounds", "local_steps"),
+        }
+        return [item for title, names in groups.items()
+                for item in (heading(title), *(self.widgets[name] for name in names))]  # fmt: skip
+
+    @property
+    def participant(self) -> int:
+        """Whose plan is shown."""
+        return int(self.widgets["participant"].value)
+
+    def config(self) -> RunConfig:
+        """The configuration that the widgets say.
+
+        Its ``variant`` names what was turned, so that two settings never share a place in the store.
+
+        Raises:
+            ConfigError: a combination that cannot be.
+        """
+        chosen = {name: widget.value for name, widget in self.widgets.items() if name != "participant"}
+        return make_config(self.base.model_dump() | chosen | {"variant": self._variant(chosen)})
+
+    def follow_participants(self) -> None:
+        """Keep the shown participant within their number."""
+        most = self.widgets["participants"].value - 1
+        self.widgets["participant"].value = min(self.participant, most)
+        self.widgets["participant"].max = most
+
+    def _variant(self, chosen: dict[str, Any]) -> str:
+        named = ("model", "task", "method", "tune_fraction", "merge_fraction")
+        rest = {**self.base.model_dump(), **chosen}
+        rest = {name: value for name, value in sorted(rest.items()) if name not in (*named, "variant", "seed")}
+        digest = hashlib.sha256(repr(rest).encode()).hexdigest()[:4]
+        return f"t{round(100 * chosen['tune_fraction'])}-m{round(100 * chosen['merge_fraction'])}-{digest}"
+
+
+def _methods() -> list[tuple[str, str]]:
+    return [(style.method(name).title, name) for name in style.order(methods.METHODS)]
+
+
+LABELS = {
+    "model": "model",
+    "task": "task",
+    "method": "method",
+    "fleet": "devices",
+    "clock_model": "shapes of",
+    "tune_fraction": "tuned",
+    "merge_fraction": "merged",
+    "participants": "participants",
+    "participant": "look at",
+    "rounds": "rounds",
+    "local_steps": "local steps",
+    "layer_budget": "per layer",
+}
+HELP = {
+    "model": "base model that is fine-tuned",
+    "task": "generated task; its samples are dealt to the participants",
+    "method": "what a participant does in a round",
+    "fleet": "devices of the participants, on the device clock",
+    "clock_model": "model whose shapes memory and time are predicted for",
+    "tune_fraction": "B_tune: share of all experts that fits with gradients",
+    "merge_fraction": "B_non: share of all experts that fits beside them, merged and frozen",
+    "participants": "number of participants",
+    "participant": "the participant whose data and plan are shown",
+    "rounds": "rounds of the run",
+    "local_steps": "optimizer steps of a participant in a round",
+    "layer_budget": "how merged slots are spread over layers (eq. 1)",
+}
