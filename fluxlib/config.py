@@ -88,6 +88,7 @@ class RunConfig(BaseModel):
     task_size: int | None = Field(
         None, ge=10, description="samples of the task before the 80/20 split; None: its own default"
     )
+    data_path: str | None = Field(None, description="files of a public data set; None: they come from the hub")
 
     local_steps: int = Field(4, ge=1)
     batch_size: int = Field(16, ge=1)

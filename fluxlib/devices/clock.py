@@ -37,7 +37,7 @@ from fluxlib.moe import layers
 from fluxlib.records import PHASES
 
 WEIGHT_BYTES = 2
-"""Frozen and working weights, activations and everything on the wire: 16 bit."""
+"""Frozen and working weights and activations: 16 bit."""
 TRAIN_STATE_BYTES = 16
 """A tuned parameter on its device: 16-bit copy and gradient, 32-bit master weight and two moments."""
 OPTIMIZER_TRAFFIC_BYTES = 26
@@ -117,7 +117,6 @@ def phase_seconds(
     device: Device,
     link: Link,
     tokens_per_sample: int | None = None,
-    wire_bits: int = 16,
 ) -> dict[str, float]:
     """Seconds of each phase of one participant's round, one entry per name in :data:`fluxlib.records.PHASES`.
 
@@ -125,18 +124,18 @@ def phase_seconds(
         work: what was done, in units that do not depend on the device.
         shapes: the model whose sizes are charged; shares of ``work.num_experts`` become shares of its experts.
         tokens_per_sample: counts samples as this many tokens each; None: the tokens that were counted.
-        wire_bits: bits per weight on the link, both ways.
 
     ``pcie`` is what offloading adds to ``train``: the part of the bus traffic, or of the optimizer's work on the
     host, that no arithmetic hides.
     """
     load = _Load(work, shapes, tokens_per_sample)
-    expert_wire_bytes = shapes.expert_parameters * wire_bits / 8
+    on_link = shapes.expert_parameters / 8  # bytes per bit of an expert's weights
     merged = load.experts(work.num_merge_sources) * shapes.expert_parameters * WEIGHT_BYTES
     quantized = load.experts(work.num_quantized) * shapes.expert_parameters
     step = train_step_seconds(load, device)
+    down, up = (load.experts(n) for n in (work.num_downloaded, work.num_uploaded))
     return {
-        "download": _transfer(load.experts(work.num_downloaded) * expert_wire_bytes, link.down_bytes_per_s, link),
+        "download": _transfer(down * work.download_bits * on_link, link.down_bytes_per_s, link),
         "merge": max(merged / _held_rate(shapes, device), 3 * merged / device.memory_rate),
         "quantize": max(
             quantized * WEIGHT_BYTES / _held_rate(shapes, device),
@@ -146,7 +145,7 @@ def phase_seconds(
         "train": work.train_steps * step,
         "probe": forward_seconds(load, work.probe_samples, work.probe_tokens, 8 * WEIGHT_BYTES, device, kept=True),
         "pcie": work.train_steps * offload_seconds(load, device, hidden_s=step),
-        "upload": _transfer(load.experts(work.num_uploaded) * expert_wire_bytes, link.up_bytes_per_s, link),
+        "upload": _transfer(up * work.upload_bits * on_link, link.up_bytes_per_s, link),
     }
 
 

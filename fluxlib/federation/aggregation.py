@@ -38,8 +38,9 @@ class ExpertMean:
     def add(self, changes: Experts, tokens: Tensor) -> None:
         """Take in one accepted reply; ``tokens`` is ``[layers, experts]``."""
         self.num_updates += 1
+        weights = tokens.tolist()
         for key, tensors in changes.items():
-            weight = float(tokens[key])
+            weight = float(weights[key[0]][key[1]])
             found = self._sums.get(key)
             if found is None:
                 self._sums[key] = _Sum(weight, 1, dict(tensors))

@@ -39,7 +39,6 @@ from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.strategy import FluxStrategy
 from fluxlib.federation.sync import ExpertStore
 from fluxlib.federation.tables import Totals
-from fluxlib.federation.wire import WireType
 from fluxlib.roles import RoleState
 
 log = logging.getLogger(__name__)
@@ -65,12 +64,12 @@ class Resumed:
 
 
 class Checkpoints:
-    """The checkpoints of one run in ``out``; one configuration and wire type resume from their own only."""
+    """The checkpoints of one run in ``out``; one configuration resumes from its own only."""
 
-    def __init__(self, out: Path, config: RunConfig, wire: WireType) -> None:
+    def __init__(self, out: Path, config: RunConfig) -> None:
         self.folder = out / "checkpoints" / config.run_id
         numbers = config.model_dump(mode="json", exclude={"round_timeout_s", "join_timeout_s"})
-        self._identity = {"format": FORMAT, "config": numbers, "wire": wire}
+        self._identity = {"format": FORMAT, "config": numbers}
         self._nodes: dict[str, list[str]] = {}
         """File names and the nodes whose newest state they hold."""
 

@@ -14,8 +14,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
 from fluxlib.federation import wire as wires
-from fluxlib.federation.sync import NOTHING, Delta, Digests, frozen_digest
-from fluxlib.federation.wire import WireError, WireType
+from fluxlib.federation.sync import APPROXIMATE, NOTHING, Delta, Digests, frozen_digest
+from fluxlib.federation.wire import Form, WireError
 from fluxlib.methods.base import ExpertKey
 from fluxlib.moe import layers
 
@@ -45,7 +45,8 @@ class Held:
 
     def save(self, state: RecordDict) -> None:
         """Write into ``state``."""
-        state["held"] = ConfigRecord({"version": self.version, "digest": self.digest})
+        approximate = [number for key in sorted(self.approximate()) for number in key]
+        state["held"] = ConfigRecord({"version": self.version, "digest": self.digest, "approximate": approximate})
         state["experts"] = self.arrays
 
     def updated(self, delta: Delta, base: Digests) -> Held:
@@ -57,6 +58,8 @@ class Held:
         if not (delta.from_version <= self.version <= delta.version):
             raise ResyncNeeded(f"holds version {self.version}, the delta is {delta.from_version} to {delta.version}")
         kept = {} if delta.from_version == NOTHING else dict(self.arrays)
+        for name in delta.arrays:  # exact and approximate replace each other
+            kept.pop(name.removesuffix(APPROXIMATE) if name.endswith(APPROXIMATE) else name + APPROXIMATE, None)
         held = Held(delta.version, delta.digest, wires.make_record({**kept, **delta.arrays}))
         found = base.with_changes(held.expert_digests()).total()
         if found != delta.digest:
@@ -71,6 +74,10 @@ class Held:
             grouped.setdefault(key, {})[tensor] = array
         return grouped
 
+    def approximate(self) -> frozenset[ExpertKey]:
+        """Experts that are held only approximately."""
+        return frozenset(wires.parse_name(name)[0] for name in self.arrays if name.endswith(APPROXIMATE))
+
     def expert_digests(self) -> dict[ExpertKey, bytes]:
         """Digest of each expert that differs from the base."""
         return {key: wires.digest(arrays) for key, arrays in self.experts().items()}
@@ -83,13 +90,13 @@ class Workspace:
     participant holds; participants at the same version cost no write at all.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, wire: WireType = "float32") -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, wire: Form = "float32") -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.wire = wire
         self._layers = layers.find(model)
         keys = [(layer.index, expert) for layer in self._layers for expert in range(layer.num_experts)]
-        self.base = Digests({key: wires.tensors_digest(self._tensors(key), wire) for key in keys})
+        self.base = Digests({key: wires.tensors_digest(self._tensors(key)) for key in keys})
         self.base_digest = self.base.total()
         self.frozen_digest = frozen_digest(model)
         self._base_tensors: dict[ExpertKey, dict[str, Tensor]] = {}
@@ -117,12 +124,17 @@ class Workspace:
         experts = self._layers[key[0]].experts
         if key not in self._base_tensors:
             self._base_tensors[key] = {name: tensor.clone() for name, tensor in self._tensors(key).items()}
-        if arrays is None:
-            layers.write_expert(experts, key[1], self._base_tensors[key])
-        else:
-            layers.write_expert(
-                experts, key[1], {name: wires.decode(array, self.wire) for name, array in arrays.items()}
-            )
+        base = self._base_tensors[key]
+        tensors = base if arrays is None else dict(self._decode(base, name, array) for name, array in arrays.items())
+        layers.write_expert(experts, key[1], tensors)
+
+    def _decode(self, base: Mapping[str, Tensor], name: str, array: Array) -> tuple[str, Tensor]:
+        plain = name.removesuffix(APPROXIMATE)
+        if plain not in base:
+            raise WireError(f"an expert has no tensor {plain!r}, it has {', '.join(base)}")
+        form = self.wire if plain == name else "int4"
+        tensor = wires.decode(array, form, base[plain].shape)
+        return plain, tensor if form == "float32" else base[plain].float() + tensor.float().to(base[plain].device)
 
     def _tensors(self, key: ExpertKey) -> dict[str, Tensor]:
         return layers.expert_tensors(self._layers[key[0]].experts, key[1])

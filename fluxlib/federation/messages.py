@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from fluxlib.config import RunConfig
 from fluxlib.federation import wire as wires
-from fluxlib.federation.sync import Delta
-from fluxlib.federation.wire import WireError, WireType
+from fluxlib.federation.sync import Delta, Holding
+from fluxlib.federation.wire import Form, WireError
 from fluxlib.methods.base import Budget, ExpertKey, Roles, Update, Work
 
 JOIN, PROFILE, TRAIN = "query.join", "query.profile", "train"
@@ -35,6 +35,10 @@ JOIN, PROFILE, TRAIN = "query.join", "query.profile", "train"
 
 DONE, RESYNC = "done", "resync"
 """Status of a reply: the work was done, or the participant needs every expert anew."""
+
+
+Shapes = Mapping[ExpertKey, Mapping[str, tuple[int, ...]]]
+"""Shapes of the tensors of every expert of a model."""
 
 
 @lru_cache(maxsize=64)
@@ -50,7 +54,7 @@ class Instruction:
     config: str
     round: int
     participant: int
-    wire: WireType
+    wire: Form
     delta: Delta
     roles: Roles | None = None
     budget: Budget | None = None
@@ -67,6 +71,7 @@ class Instruction:
             "digest": self.delta.digest,
             "num_experts": self.delta.num_experts,
             "num_bytes": self.delta.num_bytes,
+            "num_approximate": self.delta.num_approximate,
         }
         if self.roles is not None and self.budget is not None:
             values["shape"] = list(self.roles.exploit.shape)
@@ -92,6 +97,7 @@ class Instruction:
             values["digest"],
             values["num_experts"],
             values["num_bytes"],
+            values["num_approximate"],
         )
         return cls(values["run"], values["round"], values["participant"], values["wire"], delta, roles, budget)
 
@@ -122,16 +128,25 @@ class JoinReport(_Report):
     """What a participant holds; ``frozen_digest`` is that of the weights which are never exchanged."""
 
     frozen_digest: str = ""
+    approximate: frozenset[ExpertKey] = frozenset()
+
+    @property
+    def holding(self) -> Holding:
+        """What is held, as the server remembers it."""
+        return Holding(self.version, self.digest, self.approximate)
 
     def to_records(self) -> RecordDict:
         """As message content."""
-        return RecordDict({"config": self.header(status=DONE, frozen_digest=self.frozen_digest)})
+        flat = [number for key in sorted(self.approximate) for number in key]
+        return RecordDict({"config": self.header(status=DONE, frozen_digest=self.frozen_digest, approximate=flat)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> JoinReport:
         """Inverse of :meth:`to_records`."""
         values = content["config"]
-        return cls(*_header(values), frozen_digest=values["frozen_digest"])
+        flat = values["approximate"]
+        held = frozenset(zip(flat[::2], flat[1::2], strict=True))
+        return cls(*_header(values), frozen_digest=values["frozen_digest"], approximate=held)
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,7 @@ class ProfileReport(_Report):
     def to_records(self) -> RecordDict:
         """As message content."""
         more = {"status": DONE, "shape": list(self.frequency.shape), "frequency": _floats(self.frequency)}
-        account = {"work": json.dumps(asdict(self.work)), "phases": json.dumps(dict(self.phases_s))}
+        account = {"work": json.dumps(vars(self.work)), "phases": json.dumps(dict(self.phases_s))}
         return RecordDict({"config": self.header(**more, **account)})
 
     @classmethod
@@ -164,12 +179,12 @@ class TrainReport(_Report):
     update: Update
     num_bytes: int = 0
 
-    def to_records(self, wire: WireType) -> RecordDict:
-        """As message content; changes are rounded to ``wire``."""
+    def to_records(self, wire: Form) -> RecordDict:
+        """As message content; changes are rounded to ``wire``, and lent where that leaves them as they are."""
         update = self.update
         arrays = wires.make_record(
             {
-                wires.key_name(key, name): wires.encode(tensor, wire)
+                wires.key_name(key, name): wires.lend(tensor, wire)
                 for key, tensors in update.deltas.items()
                 for name, tensor in tensors.items()
             }
@@ -179,15 +194,15 @@ class TrainReport(_Report):
             shape=list(update.tokens.shape),
             utilities=_floats(update.utilities),
             tokens=_floats(update.tokens),
-            work=json.dumps(asdict(update.work)),
+            work=json.dumps(vars(update.work)),
             phases=json.dumps(dict(update.phases_s)),
         )
         metrics = MetricRecord({"loss": float(update.loss), "num-examples": int(update.num_samples)})
         return RecordDict({"arrays": arrays, "config": config, "metrics": metrics})
 
     @classmethod
-    def from_records(cls, content: RecordDict, wire: WireType) -> TrainReport:
-        """Inverse of :meth:`to_records`.
+    def from_records(cls, content: RecordDict, wire: Form, shapes: Shapes | None = None) -> TrainReport:
+        """Inverse of :meth:`to_records`; coded types need the ``shapes`` of the model's experts.
 
         Raises:
             WireError, KeyError, TypeError, ValueError: not the records of a reply.
@@ -195,7 +210,7 @@ class TrainReport(_Report):
         values, metrics, arrays = content["config"], content["metrics"], content["arrays"]
         shape = tuple(values["shape"])
         update = Update(
-            deltas=_experts(arrays, wire),
+            deltas=_experts(arrays, wire, shapes or {}),
             utilities=_from_floats(values["utilities"], shape),
             tokens=_from_floats(values["tokens"], shape),
             loss=float(metrics["loss"]),
@@ -220,11 +235,16 @@ def _header(values: ConfigRecord) -> tuple[int, int, int, str]:
     return int(values["participant"]), int(values["round"]), int(values["version"]), str(values["digest"])
 
 
-def _experts(arrays: ArrayRecord, wire: WireType) -> dict[ExpertKey, dict[str, Tensor]]:
+def _experts(arrays: ArrayRecord, wire: Form, shapes: Shapes) -> dict[ExpertKey, dict[str, Tensor]]:
     found: dict[ExpertKey, dict[str, Tensor]] = {}
     for name, array in arrays.items():
         key, tensor = wires.parse_name(name)
-        found.setdefault(key, {})[tensor] = wires.decode(array, wire)
+        tensors = found.get(key)
+        if tensors is None:
+            tensors = found[key] = {}
+        shape = shapes.get(key, {}).get(tensor)
+        # A coded tensor that the model does not have cannot be read; its name is what will be refused.
+        tensors[tensor] = torch.zeros(0) if wires.is_coded(wire) and shape is None else wires.decode(array, wire, shape)
     return found
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fluxlib.federation.held import Held
 from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.sync import ExpertStore
+from fluxlib.federation.wire import key_name, make_record
 
 EXPERTS = "experts"
 _RECORDS = "records"
@@ -68,8 +69,11 @@ def restore(tensors: Mapping[str, Tensor], nodes: Iterable[str], grid: LocalGrid
 
 def _experts(state: RecordDict, store: ExpertStore) -> ArrayRecord:
     """Experts that had changed by the held version and not since; the others come with the next delta."""
-    version = int(state["held"]["version"])
-    return store.record(key for key in store.changed() if store.changed_at[key] <= version)
+    version, flat = int(state["held"]["version"]), state["held"]["approximate"]
+    approximate = set(zip(flat[::2], flat[1::2], strict=True))
+    keys = [key for key in store.changed() if store.changed_at[key] <= version]
+    arrays = {key: store.approximation(key) if key in approximate else store.arrays(key) for key in keys}
+    return make_record({key_name(key, name): array for key in keys for name, array in arrays[key].items()})
 
 
 def _to_json(value: Any) -> Any:

@@ -16,7 +16,6 @@ from fluxlib.devices import catalogue
 from fluxlib.federation.budgets import make_budgets
 from fluxlib.federation.outcome import RoundOutcome
 from fluxlib.federation.tables import Row
-from fluxlib.federation.wire import WireType
 from fluxlib.moe import layers
 
 OnRound = Callable[[Row], "bool | None"]
@@ -28,7 +27,7 @@ OnOutcome = Callable[[RoundOutcome], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What a run's numbers do not depend on (``wire`` aside, which rounds what is sent).
+    """What a run's numbers do not depend on.
 
     ``out`` is the folder of tables and checkpoints, ``None`` to write nothing. ``superlink`` names the connection of
     Flower's configuration that the deployment engine uses. ``keep_experts`` also writes the tuned experts.
@@ -37,7 +36,6 @@ class Options:
     out: Path | None = None
     on_round: OnRound | None = None
     on_outcome: OnOutcome | None = None
-    wire: WireType = "float32"
     superlink: str | None = None
     keep_experts: bool = False
 
@@ -82,7 +80,7 @@ def check(config: RunConfig, out: Path | None = None) -> None:
             raise ValueError(f"task is {config.task!r}, allowed are {', '.join(tasks.TASKS)}")
         catalogue.fleet(config.fleet, config.participants)
         catalogue.link(config.link)
-        num_train = len(tasks.load(config.task, config.seed, config.task_size).train)
+        num_train = len(tasks.load(config.task, config.seed, config.task_size, config.data_path).train)
         if config.participants > num_train:
             raise ValueError(f"participants is {config.participants}, allowed is at most {num_train} training samples")
         settings = models.config(config.model)

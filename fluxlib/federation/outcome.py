@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+from fluxlib.federation.sync import Delta, Holding
+from fluxlib.federation.wire import Form, bits_per_weight
 from fluxlib.methods.base import Budget, Roles, Update, Work
 from fluxlib.roles import Fault
 
@@ -15,11 +17,40 @@ class RunFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Download:
+    """What was sent to a participant; ``weight_bits`` are bits per weight on the link, summed over the experts."""
+
+    num_bytes: int = 0
+    num_experts: int = 0
+    weight_bits: float = 0.0
+    after: Holding | None = None
+
+    @classmethod
+    def of(cls, delta: Delta, wire: Form) -> Download:
+        """The account of one delta; its arrays are not kept."""
+        bits = delta.num_experts * bits_per_weight(wire) + delta.num_approximate * bits_per_weight("int4")
+        return cls(delta.num_bytes, delta.num_experts + delta.num_approximate, bits, delta.after)
+
+    def then(self, later: Download) -> Download:
+        """Both, one after the other."""
+        return Download(
+            self.num_bytes + later.num_bytes,
+            self.num_experts + later.num_experts,
+            self.weight_bits + later.weight_bits,
+            later.after,
+        )
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits per weight of an expert, on average."""
+        return self.weight_bits / self.num_experts if self.num_experts else 16.0
+
+
+@dataclass(frozen=True)
 class FirstProfile:
     """A profile that a participant was asked for before its first round: what the request and the work took."""
 
-    num_bytes: int
-    num_experts: int
+    download: Download
     work: Work | None = None
     seconds: float = 0.0
 
@@ -31,8 +62,7 @@ class Outcome:
     participant: int
     roles: Roles
     budget: Budget
-    downlink_bytes: int = 0
-    num_downloaded: int = 0
+    download: Download = field(default_factory=Download)
     uplink_bytes: int = 0
     rejected: str = "missing"
     detail: str = "no reply came within the time limit"
@@ -41,12 +71,17 @@ class Outcome:
     phases_s: dict[str, float] = field(default_factory=dict)
     loss: float = math.nan
     num_samples: int = 0
+    utility_faults: str = ""
+
+    @property
+    def downlink_bytes(self) -> int:
+        """Payload of the requests."""
+        return self.download.num_bytes
 
     def count_first_profile(self, found: FirstProfile) -> None:
         """Add a profile that was made for this round, before it."""
         self.first_profile = found
-        self.downlink_bytes += found.num_bytes
-        self.num_downloaded += found.num_experts
+        self.download = self.download.then(found.download)
 
     def accept(self, update: Update, num_bytes: int) -> None:
         """Keep what an update says about itself; its tensors are not kept."""

@@ -21,11 +21,12 @@ from flwr.app import Context, Message
 
 from fluxlib import methods, models, profiling, seeding, tasks
 from fluxlib.config import RunConfig
-from fluxlib.federation import messages
+from fluxlib.federation import feedback, messages
+from fluxlib.federation import wire as wires
 from fluxlib.federation.held import Held, ResyncNeeded, Workspace
 from fluxlib.federation.messages import Instruction
 from fluxlib.federation.state import load_state, save_state
-from fluxlib.federation.wire import WireType
+from fluxlib.federation.wire import Form
 from fluxlib.methods.base import Batch, LocalData, ParticipantState, Work
 from fluxlib.tasks.batches import sample_batches
 from fluxlib.tasks.partition import partition
@@ -39,7 +40,7 @@ class ParticipantError(RuntimeError):
 
 
 @lru_cache(maxsize=1)
-def workspace(model: str, wire: WireType, device: str = "cpu") -> Workspace:
+def workspace(model: str, wire: Form, device: str = "cpu") -> Workspace:
     """The process's one model in memory, shared by all participants that run in it."""
     loaded, tokenizer = models.load(model)
     return Workspace(loaded.to(device), tokenizer, wire)
@@ -57,7 +58,12 @@ def join(message: Message, context: Context) -> Message:
     held = Held.load(context.state, space.base_digest)
     participant = _partition_id(context)
     report = messages.JoinReport(
-        participant, instruction.round, held.version, held.digest, frozen_digest=space.frozen_digest
+        participant,
+        instruction.round,
+        held.version,
+        held.digest,
+        frozen_digest=space.frozen_digest,
+        approximate=held.approximate(),
     )
     return Message(report.to_records(), reply_to=message)
 
@@ -120,11 +126,21 @@ def train(message: Message, context: Context) -> Message:
             chance,
         )
     save_state(context.state, state)
-    work = replace(update.work, num_downloaded=instruction.delta.num_experts, num_uploaded=len(update.deltas))
+    if feedback.is_used(config.uplink_wire):
+        update = replace(update, deltas=feedback.add_residual(update.deltas, context.state))
+    work = replace(
+        update.work,
+        num_downloaded=instruction.delta.num_experts + instruction.delta.num_approximate,
+        num_uploaded=len(update.deltas),
+        upload_bits=wires.bits_per_weight(config.uplink_wire),
+    )
     report = messages.TrainReport(
         participant, instruction.round, held.version, held.digest, update=replace(update, work=work)
     )
-    return Message(report.to_records(instruction.wire), reply_to=message)
+    content = report.to_records(config.uplink_wire)
+    if feedback.is_used(config.uplink_wire):
+        feedback.keep_residual(update.deltas, content["arrays"], config.uplink_wire, context.state)
+    return Message(content, reply_to=message)
 
 
 def local_data(config: RunConfig, space: Workspace, participant: int, round_index: int) -> LocalData:
@@ -148,6 +164,7 @@ def load_task(config: RunConfig) -> tuple[tasks.Task, list[list[int]]]:
         config.task,
         config.seed,
         config.task_size,
+        config.data_path,
         config.participants,
         config.partition,
         config.alpha,
@@ -157,9 +174,16 @@ def load_task(config: RunConfig) -> tuple[tasks.Task, list[list[int]]]:
 
 @lru_cache(maxsize=4)
 def _load_task(
-    name: str, seed: int, size: int | None, num_participants: int, scheme: str, alpha: float, equal_sizes: bool
+    name: str,
+    seed: int,
+    size: int | None,
+    path: str | None,
+    num_participants: int,
+    scheme: str,
+    alpha: float,
+    equal_sizes: bool,
 ) -> tuple[tasks.Task, list[list[int]]]:
-    task = tasks.load(name, seed=seed, size=size)
+    task = tasks.load(name, seed=seed, size=size, path=path)
     chance = seeding.generator(seed, "partition")
     return task, partition(task.train, num_participants, chance, scheme, alpha, equal_sizes)  # type: ignore[arg-type]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from fluxlib.federation.sync import NOTHING
+from fluxlib.federation.sync import Holding
 
 NOBODY = -1
 """Number of a node that is no participant of this run."""
@@ -15,11 +15,10 @@ NOBODY = -1
 
 @dataclass(frozen=True)
 class Member:
-    """A participant's node, and the version and digest of what it holds."""
+    """A participant's node, and what it holds."""
 
     node_id: int
-    version: int
-    digest: str
+    holding: Holding
 
 
 class Roster:
@@ -28,29 +27,29 @@ class Roster:
     def __init__(self) -> None:
         self.nodes: dict[int, int] = {}
         self._participants: dict[int, int] = {}
-        self._held: dict[int, tuple[int, str]] = {}
+        self._held: dict[int, Holding] = {}
 
     def enrol(self, members: Mapping[int, Member]) -> None:
-        """Take in every participant's node, version and digest, by participant."""
+        """Take in every participant's node and what it holds, by participant."""
         self.nodes = {participant: member.node_id for participant, member in members.items()}
         self._participants = {node: participant for participant, node in self.nodes.items()}
-        self._held = {participant: (member.version, member.digest) for participant, member in members.items()}
+        self._held = {participant: member.holding for participant, member in members.items()}
 
     def sender(self, reply: Message) -> int:
         """The participant that a reply came from, or :data:`NOBODY`."""
         return self._participants.get(reply.metadata.src_node_id, NOBODY)
 
-    def held(self, participant: int) -> tuple[int, str]:
-        """Version and digest of what ``participant`` holds; ``(NOTHING, "")`` where that is not known."""
-        return self._held.get(participant, (NOTHING, ""))
+    def held(self, participant: int) -> Holding:
+        """What ``participant`` holds; nothing where that is not known."""
+        return self._held.get(participant, Holding())
 
-    def confirm(self, participant: int, version: int, digest: str) -> None:
+    def confirm(self, participant: int, holding: Holding) -> None:
         """``participant`` said that it holds this."""
-        self._held[participant] = (version, digest)
+        self._held[participant] = holding
 
     def forget(self, participant: int) -> None:
         """What ``participant`` holds is not known any more: it will get every expert."""
-        self._held[participant] = (NOTHING, "")
+        self._held[participant] = Holding()
 
     def in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
         """Replies by participant where all are at hand: the order of addition decides the last bits of a mean.

@@ -58,12 +58,12 @@ class _Run:
             raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
         self.task, self.parts = load_task(config)
         self._check_lengths()
-        store = ExpertStore(self.model, options.wire)
+        store = ExpertStore(self.model, config.downlink_wire, config.merged_downlink == "4bit")
         self.strategy = FluxStrategy(config, methods.get(config.method), store, make_budgets(config, *store.shape))
         self.row_maker = RowMaker(config, self.model, self.task.metric, len(store.keys))
         self.rows: dict[str, list[Row]] = {"rounds": [], "participants": []}
         self.totals = Totals()
-        self.checkpoints = Checkpoints(options.out, config, options.wire) if options.out else None
+        self.checkpoints = Checkpoints(options.out, config) if options.out else None
 
     def _check_lengths(self) -> None:
         """Refuse a ``max_tokens`` that the task's longest responses do not fit into."""
@@ -176,7 +176,6 @@ class _Run:
             self.start,
             status=status,
             failure=failure,
-            wire=self.options.wire,
             labels_by_participant=shares,
         )
         for table in self.rows:

@@ -6,18 +6,16 @@ from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import RunConfig
 from fluxlib.federation import client_app, participant, server_app
 from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.options import OnOutcome, OnRound, Options, RunResult
-from fluxlib.federation.wire import WIRE_TYPES, WireType
 
 
 def run(
     config: RunConfig,
     on_round: OnRound | None = None,
     out: Path | str | None = None,
-    wire: WireType = "float32",
     on_outcome: OnOutcome | None = None,
 ) -> RunResult:
     """Run ``config`` and give its tables and the tuned model.
@@ -28,7 +26,6 @@ def run(
             stops the run after that round.
         out: folder for ``rounds/<run_id>.parquet``, ``participants/<run_id>.parquet`` (a ``.json`` beside each) and,
             while the run lasts, ``checkpoints/<run_id>/``. The same configuration and folder go on from a checkpoint.
-        wire: type in which experts and changes travel.
         on_outcome: called with what happened in each round, participant by participant, before its row.
 
     Raises:
@@ -36,10 +33,8 @@ def run(
         RunFailed: too few good replies in a round; what was complete before is written.
         CheckpointError: a checkpoint of this configuration that cannot be read.
     """
-    if wire not in WIRE_TYPES:
-        raise ConfigError(f"wire is {wire!r}, allowed are {', '.join(WIRE_TYPES)}")
     folder = Path(out) if out is not None else None
-    return ENGINES[config.engine](config, Options(folder, on_round, on_outcome, wire))
+    return ENGINES[config.engine](config, Options(folder, on_round, on_outcome))
 
 
 def run_local(config: RunConfig, chosen: Options) -> RunResult:

@@ -27,11 +27,11 @@ from fluxlib.federation import messages
 from fluxlib.federation import wire as wires
 from fluxlib.federation.aggregation import ExpertMean
 from fluxlib.federation.messages import Instruction, ProfileReport
-from fluxlib.federation.outcome import FirstProfile, Outcome, RoundOutcome
+from fluxlib.federation.outcome import Download, FirstProfile, Outcome, RoundOutcome
 from fluxlib.federation.replies import DAMAGED, Expected, Rejected, read_reply
 from fluxlib.federation.roster import Roster
-from fluxlib.federation.sync import Delta, ExpertStore
-from fluxlib.methods.base import Budget, Method, Roles
+from fluxlib.federation.sync import Delta, ExpertStore, Holding
+from fluxlib.methods.base import Budget, ExpertKey, Method, Roles
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class FluxStrategy(Strategy):
         for participant in participants:
             if self.method.profiles and participant not in self.profiled:
                 message, delta = self._message(messages.PROFILE, server_round, participant)
-                self._profiles[participant] = FirstProfile(delta.num_bytes, delta.num_experts)
+                self._profiles[participant] = FirstProfile(Download.of(delta, self.store.wire))
                 yield message
 
     def aggregate_profile(self, server_round: int, replies: Iterable[Message]) -> None:
@@ -100,10 +100,12 @@ class FluxStrategy(Strategy):
             except DAMAGED as error:
                 log.warning("profile of participant %d refused: %s", participant, error)
                 continue
-            self.roster.confirm(participant, report.version, report.digest)
+            asked = self._profiles[participant]
+            held = asked.download.after
+            if held is not None and (report.version, report.digest) == (held.version, held.digest):
+                self.roster.confirm(participant, held)
             self.profiled.add(participant)
             seconds = sum(report.phases_s.values())
-            asked = self._profiles[participant]
             self._profiles[participant] = replace(asked, work=report.work, seconds=seconds)
         self.role_state = replace(self.role_state, first=first)
 
@@ -201,17 +203,25 @@ class FluxStrategy(Strategy):
     def _message(
         self, kind: str, server_round: int, participant: int, outcome: Outcome | None = None
     ) -> tuple[Message, Delta]:
-        delta = self.store.delta(*self.roster.held(participant))
+        held = self.roster.held(participant)
+        merged = self._merged(outcome) if self.config.merged_downlink == "4bit" else frozenset()
+        delta = self.store.delta(held.version, held.digest, held.approximate, merged)
         part = (outcome.roles, outcome.budget) if outcome else (None, None)
         instruction = Instruction(self._config_text, server_round, participant, self.store.wire, delta, *part)
         content, group = instruction.to_records(), str(server_round)
         return Message(content, self.roster.nodes[participant], kind, group_id=group), delta
 
+    def _merged(self, outcome: Outcome | None) -> frozenset[ExpertKey]:
+        """Experts that a participant neither tunes nor probes; before training that is not known, and all may be."""
+        if outcome is None:
+            return frozenset(self.store.keys)
+        kept = outcome.roles.exploit | outcome.roles.explore
+        return frozenset((layer, expert) for layer, expert in (~kept).nonzero().tolist())
+
     def _train_message(self, server_round: int, participant: int) -> Message:
         outcome = self._current[participant]
         message, delta = self._message(messages.TRAIN, server_round, participant, outcome)
-        outcome.downlink_bytes += delta.num_bytes
-        outcome.num_downloaded += delta.num_experts
+        outcome.download = outcome.download.then(Download.of(delta, self.store.wire))
         return message
 
     def _accept(
@@ -240,20 +250,21 @@ class FluxStrategy(Strategy):
             return
         update = report.update
         outcome.accept(update, report.num_bytes)
-        self.roster.confirm(participant, report.version, report.digest)
+        assert outcome.download.after is not None
+        self.roster.confirm(participant, outcome.download.after)
         mean.add(update.deltas, update.tokens)
         utilities[participant] = update.utilities
 
     def _expected(self, server_round: int, outcome: Outcome) -> Expected:
-        store = self.store
+        held = outcome.download.after or Holding()
         return Expected(
             outcome.participant,
             server_round,
-            store.version,
-            store.digest,
-            store.wire,
+            held.version,
+            held.digest,
+            self.config.uplink_wire,
             outcome.roles.exploit,
-            store.shapes,
+            self.store.shapes,
         )
 
     def _remember_utilities(self, utilities: Tensor) -> None:

@@ -14,7 +14,7 @@ from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.outcome import Outcome, RoundOutcome
 from fluxlib.methods.base import Work
-from fluxlib.records import PHASES
+from fluxlib.records import PHASES, write_experts
 from fluxlib.tasks.evaluate import Score
 
 Row = dict[str, Any]
@@ -34,7 +34,8 @@ class Totals:
 class RowMaker:
     """Makes table rows of one run; ``model`` gives the shapes when the clock is to use the run's own.
 
-    The clock charges 16 bits per weight on the link, as the real models would travel, whatever the run's wire type.
+    On the link the clock charges 16 bits per weight for what travels exactly, since that is the real models' own type,
+    and what they take for the coded types.
     """
 
     def __init__(self, config: RunConfig, model: torch.nn.Module, metric_name: str, num_experts: int) -> None:
@@ -135,6 +136,9 @@ class RowMaker:
             "uplink_bytes": outcome.uplink_bytes,
             "downlink_bytes": outcome.downlink_bytes,
             "rejected": outcome.rejected,
+            "utility_faults": outcome.utility_faults,
+            "exploited": write_experts(outcome.roles.exploit),
+            "explored": write_experts(outcome.roles.explore),
             **{f"{phase}_device_s": device[phase] for phase in PHASES},
             **{f"{phase}_wall_s": wall[phase] for phase in PHASES},
         }
@@ -144,7 +148,8 @@ class RowMaker:
         device = self.fleet[outcome.participant]
         tokens = self.config.clock_tokens_per_sample
         # Experts that came with the profile request crossed the link before this one.
-        work = replace(outcome.work, num_downloaded=outcome.num_downloaded)
+        down = outcome.download
+        work = replace(outcome.work, num_downloaded=down.num_experts, download_bits=down.mean_bits)
         main = clock.phase_seconds(work, self.shapes, device, self.link, tokens)
         first = None
         if outcome.first_profile is not None and outcome.first_profile.work is not None:

@@ -5,6 +5,7 @@ conversion costs 40 microseconds a tensor, mostly header parsing; this one costs
 the same bytes, so Flower's mods and other engines see ordinary arrays.
 
 * :func:`encode`, :func:`decode`   tensor to array and back
+* :func:`lend`                     the same as encode, but bytes are made only for who asks for them
 * :func:`num_bytes`                payload of an array, headers excluded: what the tables call bytes
 * :func:`digest`, :func:`tensors_digest`   SHA-256 of an expert in its wire form
 * :func:`share`                    the same arrays behind new containers, for messages passed by reference
@@ -15,9 +16,9 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,12 +26,19 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
 from fluxlib.methods.base import ExpertKey
+from fluxlib.moe.packing import Packed
 
-WireType = Literal["float32", "bfloat16"]
-WIRE_TYPES: tuple[WireType, ...] = ("float32", "bfloat16")
-"""``float32``: exact. ``bfloat16``: half the bytes, sent as a ``uint16`` view because NumPy has no bfloat16."""
+Form = Literal["float32", "bfloat16", "int8", "int4"]
+FORMS: tuple[Form, ...] = get_args(Form)
+"""``float32``: exact. ``bfloat16``: half the bytes, sent as a ``uint16`` view because NumPy has no bfloat16.
+``int8``, and ``int4`` for experts that are only merged: codes and a scale per block (:mod:`fluxlib.moe.packing`),
+sent as plain bytes."""
 
-_NUMPY_NAME = {"float32": "float32", "bfloat16": "uint16"}
+BLOCK = 64
+"""Values per scale of the coded types."""
+
+_NUMPY_NAME = {"float32": "float32", "bfloat16": "uint16", "int8": "uint8", "int4": "uint8"}
+_CODE_BITS = {"int8": 8, "int4": 4}
 _STYPE = "numpy.ndarray"
 
 
@@ -58,11 +66,39 @@ def parse_name(name: str) -> tuple[ExpertKey, str]:
     return (int(layer), int(expert)), tensor
 
 
-def encode(tensor: Tensor, wire: WireType = "float32") -> Array:
+def encode(tensor: Tensor, wire: Form = "float32") -> Array:
     """A Flower array with its own copy of ``tensor``'s values, rounded to ``wire``."""
     values = wire_view(tensor, wire)
-    data = b"".join((_header(values.dtype.str, values.shape), values.data.cast("B")))
+    data = b"".join((_header(values.dtype.str, values.shape), values))  # type: ignore[arg-type]
     return _shell({"dtype": _NUMPY_NAME[wire], "shape": values.shape, "stype": _STYPE, "data": data})
+
+
+class LentArray(Array):
+    """An array whose bytes are made when somebody asks for them; in process nobody does.
+
+    ``data`` is what the bytes of an ordinary array are, so every engine and mod can use it, or put others in its place.
+    """
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """Bytes of ``numpy.save``."""
+        fields = self.__dict__
+        if fields["data"] is None:
+            fields["data"] = encode(fields["tensor"]).data
+        return fields["data"]  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, value: bytes) -> None:
+        self.__dict__["data"], self.__dict__["tensor"] = value, None
+
+
+def lend(tensor: Tensor, wire: Form = "float32") -> Array:
+    """:func:`encode` without a copy where none is needed; ``tensor`` must not change any more."""
+    if wire != "float32" or tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return encode(tensor, wire)
+    array = LentArray.__new__(LentArray)
+    array.__dict__.update(dtype="float32", shape=tuple(tensor.shape), stype=_STYPE, data=None, tensor=tensor.detach())
+    return array
 
 
 def make_record(arrays: dict[str, Array]) -> ArrayRecord:
@@ -75,8 +111,11 @@ def make_record(arrays: dict[str, Array]) -> ArrayRecord:
     return record
 
 
-def decode(array: Array, wire: WireType = "float32") -> Tensor:
-    """The tensor of ``array``, in memory of its own; float32 or bfloat16 on the CPU.
+def decode(array: Array, wire: Form = "float32", shape: Sequence[int] | None = None) -> Tensor:
+    """The tensor of ``array`` on the CPU, float32 or bfloat16; not to be written to if the array was lent.
+
+    Args:
+        shape: of the tensor; the coded types do not carry it.
 
     Raises:
         WireError: another type than ``wire``, or bytes that do not fit the stated shape.
@@ -84,13 +123,29 @@ def decode(array: Array, wire: WireType = "float32") -> Tensor:
     expected = _NUMPY_NAME[wire]
     if array.dtype != expected or array.stype != _STYPE:
         raise WireError(f"array is {array.dtype} ({array.stype}), allowed is {expected} ({_STYPE}) for {wire}")
-    values = _values(array).copy()
-    tensor = torch.from_numpy(values)
-    return tensor.view(torch.bfloat16) if wire == "bfloat16" else tensor
+    lent = array.__dict__.get("tensor")
+    if lent is not None:
+        return lent if lent.shape == array.shape else _misfit(array, lent)  # type: ignore[no-any-return]
+    values = torch.from_numpy(_values(array).copy())
+    if wire in _CODE_BITS:
+        return _decode_bytes(values, wire, tuple(shape or ()))
+    return values.view(torch.bfloat16) if wire == "bfloat16" else values
 
 
-def wire_view(tensor: Tensor, wire: WireType) -> np.ndarray:
+def is_coded(wire: Form) -> bool:
+    """Whether arrays of this type hold codes instead of numbers."""
+    return wire in _CODE_BITS
+
+
+def bits_per_weight(wire: Form) -> float:
+    """What a weight of a real model takes on the link, for the device clock; its own type has 16 bits."""
+    return _CODE_BITS[wire] + 16 / BLOCK if wire in _CODE_BITS else 16.0
+
+
+def wire_view(tensor: Tensor, wire: Form) -> np.ndarray:
     """``tensor`` in its wire form as a contiguous NumPy array; shares memory where no conversion is needed."""
+    if wire in _CODE_BITS:
+        return _encode_bytes(tensor, wire)
     if wire == "bfloat16":
         return tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
     return tensor.detach().to("cpu", torch.float32).contiguous().numpy()
@@ -111,7 +166,7 @@ def digest(tensors: Mapping[str, Array]) -> bytes:
     return _combine({name: _array_digest(array) for name, array in tensors.items()})
 
 
-def tensors_digest(tensors: Mapping[str, Tensor], wire: WireType) -> bytes:
+def tensors_digest(tensors: Mapping[str, Tensor], wire: Form = "float32") -> bytes:
     """What :func:`digest` gives for the same tensors once encoded, without encoding them."""
     return _combine({name: _sha256(wire_view(tensor, wire)) for name, tensor in tensors.items()})
 
@@ -124,7 +179,7 @@ def share(content: RecordDict) -> RecordDict:
     shared = RecordDict()
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
-            shared[name] = make_record({key: _shell(array.__dict__) for key, array in record.items()})
+            shared[name] = make_record({key: _twin(array) for key, array in record.items()})
         else:
             shared[name] = record.copy()
             for key, value in record.items():
@@ -138,6 +193,33 @@ def _shell(fields: dict[str, Any]) -> Array:
     array = Array.__new__(Array)
     array.__dict__.update(fields)
     return array
+
+
+def _twin(array: Array) -> Array:
+    twin = object.__new__(type(array))
+    twin.__dict__.update(array.__dict__)
+    return twin
+
+
+def _misfit(array: Array, lent: Tensor) -> Tensor:
+    raise WireError(f"array claims {array.dtype}{tuple(array.shape)}, it holds {tuple(lent.shape)}")
+
+
+def _encode_bytes(tensor: Tensor, wire: Form) -> np.ndarray:
+    packed = Packed(tensor.detach().to("cpu", torch.float32)[None], _CODE_BITS[wire], BLOCK)
+    parts = (packed.codes, packed.scale_bits, packed.unit_bits)
+    return torch.cat([part.flatten().view(torch.uint8) for part in parts]).numpy()
+
+
+def _decode_bytes(data: Tensor, wire: Form, shape: tuple[int, ...]) -> Tensor:
+    blocks = -(-math.prod(shape) // BLOCK)
+    sizes = [blocks * BLOCK * _CODE_BITS[wire] // 8, 2 * blocks, 4]
+    if data.dim() != 1 or len(data) != sum(sizes):
+        raise WireError(f"{data.numel()} bytes, allowed are {sum(sizes)} for {wire} values of shape {shape}")
+    codes, scales, unit = (part.clone()[None] for part in data.split(sizes))
+    packed = Packed(torch.empty(0, *shape), _CODE_BITS[wire], BLOCK)
+    packed.codes, packed.scale_bits, packed.unit_bits = codes, scales.view(torch.int16), unit.view(torch.int32)[0]
+    return packed.read(0)
 
 
 def _sha256(values: np.ndarray) -> bytes:

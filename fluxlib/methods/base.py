@@ -83,6 +83,9 @@ class Work:
     """Whether experts (FMD), or with few ``weight_bits`` their optimizer state (FMQ), may live in host memory."""
     num_downloaded: int = 0
     num_uploaded: int = 0
+    download_bits: float = 16.0
+    """Bits per weight of the downloaded experts on the link, on average."""
+    upload_bits: float = 16.0
     first_profile: bool = False
     """Whether the profile was made before training, in the round's critical path (round 1 or a fresh profile)."""
 

@@ -55,7 +55,7 @@ def test_a_transfer_is_bytes_over_rate_and_half_as_long_on_twice_the_link():
     assert found["download"] == pytest.approx(3.0)
     faster = replace(LINK, up_bytes_per_s=2e3, down_bytes_per_s=4e3)
     assert seconds(work, link=faster)["upload"] == pytest.approx(1.0)
-    assert seconds(work, wire_bits=4)["upload"] == pytest.approx(0.5)
+    assert seconds(replace(work, upload_bits=4))["upload"] == pytest.approx(0.5)
     assert seconds(work, link=replace(LINK, latency_s=5.0))["upload"] == pytest.approx(7.0)
 
 

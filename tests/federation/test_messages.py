@@ -30,7 +30,7 @@ def test_an_instruction_is_read_as_it_was_written(store: ExpertStore, make_confi
 
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
-def test_a_report_is_read_as_it_was_written(wire: messages.WireType) -> None:
+def test_a_report_is_read_as_it_was_written(wire: messages.Form) -> None:
     update = Update(
         deltas={(0, 3): {"w": torch.tensor([[0.5, -1.25]])}, (1, 0): {"w": torch.ones(1, 2)}},
         utilities=torch.tensor([[1.0, torch.nan]]),
@@ -100,8 +100,8 @@ def test_no_text_and_no_sample_leaves_a_participant(
     allowed = {
         "arrays": None,
         "metrics": {"loss", "num-examples"},
-        "config": {"participant", "round", "version", "digest", "status", "frozen_digest", "shape", "frequency",
-                   "utilities", "tokens", "work", "phases"},
+        "config": {"participant", "round", "version", "digest", "status", "frozen_digest", "approximate", "shape",
+                   "frequency", "utilities", "tokens", "work", "phases"},
     }  # fmt: skip
     for reply in sent:
         for name, record in reply.content.items():

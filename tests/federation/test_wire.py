@@ -98,8 +98,8 @@ def test_an_object_array_is_never_unpickled() -> None:
         wire.decode(Array("float32", (1,), "numpy.ndarray", buffer.getvalue()))
 
 
-@pytest.mark.parametrize("kind", wire.WIRE_TYPES)
-def test_an_expert_has_the_same_digest_on_both_sides(kind: wire.WireType) -> None:
+@pytest.mark.parametrize("kind", wire.FORMS)
+def test_an_expert_has_the_same_digest_on_both_sides(kind: wire.Form) -> None:
     tensors = {"b": torch.randn(2, 3), "a": torch.randn(4)}
     arrays = {name: wire.encode(tensor, kind) for name, tensor in reversed(tensors.items())}
     assert wire.digest(arrays) == wire.tensors_digest(tensors, kind)
