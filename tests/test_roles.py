@@ -255,3 +255,18 @@ def test_coverage_spares_what_others_tune_too() -> None:
     exploit = roles.assign(utilities, [2, 2], 1.0, seeded(), overdue=torch.ones(1, 3).bool()).exploit
     assert exploit[:, 0].sum(dim=0).tolist() == [2, 1, 1]
     assert exploit[1, 0].tolist() == [True, False, True]
+
+
+def test_missing_counts_what_is_due_of_the_optional() -> None:
+    state, nan = roles.RoleState.start(torch.full((2, 1, 4), 0.5)), math.nan
+    asked = torch.tensor([[[True, False, False, False]]]).repeat(2, 1, 1)
+    optional = torch.tensor([[[False, True, True, False]]]).repeat(2, 1, 1)
+    sent = torch.tensor([[[1.0, 2.0, nan, nan]], [[nan, nan, 3.0, 4.0]]])
+    state = roles.update(state, sent, asked=asked, optional=optional, at_least=torch.tensor([1, 2]))
+    assert [(f.participant, f.kind, f.count) for f in state.faults] == [(1, "missing", 2), (1, "unasked", 1)]
+
+
+def test_only_kinds_that_use_probes_are_given_some() -> None:
+    assert roles.num_probed("flux", 5, None) == 5
+    assert roles.num_probed("proportional", 5, 3) == 3
+    assert roles.num_probed("utility", 5, 3) == 0

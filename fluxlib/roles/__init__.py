@@ -12,7 +12,7 @@ Everything is a pure function of its arguments. P participants, L MoE layers, E 
 """
 
 from fluxlib.roles.assignment import Assignment, assign
-from fluxlib.roles.policy import PROBES, priorities
+from fluxlib.roles.policy import PROBES, num_probed, priorities
 from fluxlib.roles.state import Fault, RoleState, ages, current_utilities, overdue, uncertainty_bonus, update
 from fluxlib.roles.utility import epsilon_schedule, first_utilities, utility
 
@@ -26,6 +26,7 @@ __all__ = [
     "current_utilities",
     "epsilon_schedule",
     "first_utilities",
+    "num_probed",
     "overdue",
     "priorities",
     "uncertainty_bonus",

@@ -20,6 +20,13 @@ PROBES = ("flux", "proportional")
 """Kinds that look at explored experts: what the others choose by would not change, or not by their own rule."""
 
 
+def num_probed(kind: AssignmentKind, num_explored: int, limit: int | None) -> int:
+    """Of ``num_explored`` experts, those that a participant probes in a round: at most ``limit``, unless it is None."""
+    if kind not in PROBES:
+        return 0
+    return num_explored if limit is None else min(limit, num_explored)
+
+
 def priorities(
     state: RoleState, kind: AssignmentKind, generator: torch.Generator, *, uncertainty: float = 0.0
 ) -> Tensor:

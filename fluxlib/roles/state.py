@@ -129,6 +129,8 @@ def update(
     utilities: Tensor,
     tuned: Tensor | None = None,
     asked: Tensor | None = None,
+    optional: Tensor | None = None,
+    at_least: Tensor | None = None,
     bound: float = 100.0,
 ) -> RoleState:
     """State after one round.
@@ -138,6 +140,8 @@ def update(
             answer.
         tuned: bool ``[P, L, E]``: updates that were aggregated.
         asked: bool ``[P, L, E]``: experts whose utility was to be measured; others are ignored and reported.
+        optional: bool ``[P, L, E]``, with ``asked``: experts whose utility may come too.
+        at_least: ``[P]`` how many of the optional ones are due; what lacks counts as missing.
         bound: a utility above ``bound`` times the median of the participants' largest known ones is cut to that,
             since one lie must not outweigh everything an honest participant can ever report.
 
@@ -153,9 +157,10 @@ def update(
         faults += _faults(kind, wrong, values)
         values = values.masked_fill(wrong, math.nan)
     if asked is not None:
-        faults += _faults("missing", asked & utilities.isnan(), values)
-        faults += _faults("unasked", ~asked & ~values.isnan(), values)
-        values = values.masked_fill(~asked, math.nan)
+        allowed = asked if optional is None else asked | optional
+        faults += _missing(utilities, asked, allowed & ~asked, at_least)
+        faults += _faults("unasked", ~allowed & ~values.isnan(), values)
+        values = values.masked_fill(~allowed, math.nan)
     cap = _cap(state, values, bound)
     faults += _faults("huge", values > cap, values)
     values = values.clamp(max=cap)
@@ -180,6 +185,15 @@ def _cap(state: RoleState, values: Tensor, bound: float) -> float:
     known = torch.fmax(state.measured, values).nan_to_num(nan=0.0).flatten(1).amax(dim=1)
     known = known[known > 0]
     return bound * float(known.median()) if len(known) else math.inf
+
+
+def _missing(utilities: Tensor, asked: Tensor, optional: Tensor, at_least: Tensor | None) -> list[Fault]:
+    """What did not come: each expert asked for, and as many optional ones as lack of those that are due."""
+    came = ~utilities.isnan()
+    count = (asked & ~came).flatten(1).sum(dim=1)
+    if at_least is not None:
+        count = count + (at_least.to(count) - (optional & came).flatten(1).sum(dim=1)).clamp(min=0)
+    return [Fault(p, "missing", int(count[p]), math.nan) for p in count.nonzero().flatten().tolist()]
 
 
 def _faults(kind: str, wrong: Tensor, values: Tensor) -> list[Fault]:
