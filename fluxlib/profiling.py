@@ -4,13 +4,14 @@
   itself is left as it was,
 - :class:`Profile` is the result, frozen,
 - :func:`frequency_error`, :func:`rank_correlation` and :func:`top_overlap` say how far a profile is from
-  another: fewer bits, fewer samples, or one round older.
+  another: fewer bits, fewer samples, or one round older; :func:`expected_error` says it of the samples without another.
 
 L MoE layers, E experts per layer, N tokens (padding is never counted).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +38,8 @@ class Profile:
         fingerprint: per layer (experts, top-k, hidden size, expert size): the model it is of.
         gate: ``[L, E]`` squared gate weight summed over the tokens, as a share of the layer's sum; empty if it was not
             measured.
+        sampling_error: what :func:`frequency_error` to expect of so few samples, against all the data they were drawn
+            from, see :func:`expected_error`; NaN for a single sample.
     """
 
     frequency: Tensor
@@ -47,6 +50,7 @@ class Profile:
     num_tokens: int
     fingerprint: tuple[tuple[int, ...], ...] = ()
     gate: Tensor = field(default_factory=lambda: torch.empty(0))
+    sampling_error: float = math.nan
 
     @property
     def num_samples(self) -> int:
@@ -106,17 +110,42 @@ def profile(
         if bits < 16:
             layers.restore(model, write=False)
         model.train(training)
-    tokens, received, gate, samples, num_tokens = counts
+    received, gate, counts_of, num_tokens = counts
+    tokens = counts_of.sum(dim=0)
     return Profile(
         frequency=tokens / tokens.sum(dim=1, keepdim=True),
         tokens=tokens,
         attention=(received / tokens.clamp(min=1)).float(),
         gate=(gate / gate.sum(dim=1, keepdim=True)).float(),
-        samples=samples,
+        samples=counts_of > 0,
         bits=bits,
         num_tokens=num_tokens,
         fingerprint=fingerprint(model),
+        sampling_error=expected_error(counts_of),
     )
+
+
+def expected_error(counts: Tensor) -> float:
+    """Frequency error to expect from having seen only some samples of the data.
+
+    Frequencies are ratios of sums over samples; their standard errors follow from how much samples differ (tokens of
+    one sample go to similar experts, so counting tokens would promise too much). A normal variable's mean distance
+    from its mean is ``sqrt(2 / pi)`` standard errors.
+
+    Args:
+        counts: ``[S, L, E]`` tokens of each sample routed to each expert.
+
+    Returns:
+        As :func:`frequency_error`: summed over experts, mean over layers; NaN for one sample.
+    """
+    num_samples, counts = len(counts), counts.double()
+    if num_samples < 2:
+        return math.nan
+    totals = counts.sum(dim=0)
+    routed = totals.sum(dim=1, keepdim=True)
+    residuals = counts - totals / routed * counts.sum(dim=2, keepdim=True)
+    error = (num_samples / (num_samples - 1) * residuals.square().sum(dim=0)).sqrt() / routed
+    return float(math.sqrt(2 / math.pi) * error.sum(dim=1).mean())
 
 
 def frequency_error(estimate: Profile, truth: Profile) -> float:
@@ -160,11 +189,11 @@ def _check_finite(model: nn.Module) -> None:
 
 def _count(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], max_samples: int | None, attention: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Tokens ``[L, E]``, attention and squared gate weights over them, samples ``[S, L, E]``, number of tokens."""
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Attention and squared gate weights ``[L, E]`` over the tokens, tokens ``[S, L, E]``, number of tokens."""
     sizes = [layer.num_experts for layer in layers.find(model)]
-    tokens = torch.zeros(len(sizes), max(sizes), dtype=torch.long)
-    received, gate, samples, num_tokens, num_samples = tokens.double(), tokens.double(), [], 0, 0
+    received = torch.zeros(len(sizes), max(sizes), dtype=torch.float64)
+    gate, counts, num_tokens, num_samples = received.clone(), [], 0, 0
     # The head's logits are not needed.
     body = getattr(model, "base_model", model)
     with capture(body, attention=attention) as seen:
@@ -176,16 +205,15 @@ def _count(
             body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             mask = batch["attention_mask"].bool()
             found = [_count_layer(layer, mask, max(sizes)) for layer in seen.layers]
-            tokens += torch.stack([hits.sum(dim=0).cpu() for hits, *_ in found])
             received += torch.stack([attended.double().cpu() for _, attended, _ in found])
             gate += torch.stack([squares.double().cpu() for *_, squares in found])
-            samples.append(torch.stack([hits > 0 for hits, *_ in found], dim=1).cpu())
+            counts.append(torch.stack([hits for hits, *_ in found], dim=1).cpu())
             num_tokens += int(mask.sum())
             num_samples += len(mask)
             seen.clear()
     if num_tokens == 0:
         raise ValueError(f"batches must hold at least one token, got {num_samples} samples of padding only")
-    return tokens, received, gate, torch.cat(samples), num_tokens
+    return received, gate, torch.cat(counts), num_tokens
 
 
 def _count_layer(layer: LayerCapture, mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
