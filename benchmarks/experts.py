@@ -243,7 +243,7 @@ def where_time_goes(step: Step) -> list[Row]:
     """Shares of a customised step's own CPU time, by kind of operation."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         step.model(**step.batch).loss.backward()
     step.optimizer.zero_grad()
     shares = dict.fromkeys([*KINDS, "other"], 0.0)
