@@ -28,6 +28,7 @@ LAYERS = (
     ("methods", "pretraining"),
     ("devices",),
     ("federation",),
+    ("studies",),
     ("style", "figures", "widgets", "workflow", "doctor", "cli"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
@@ -145,7 +146,7 @@ def test_every_profile_names_runs_that_exist(path):
     assert len(profile.runs) == len({run.model_dump_json() for run in profile.runs.values()})
     for run in profile.runs.values():
         assert run.method in methods.METHODS
-        assert run.task in (*tasks.TASKS, *tasks.FORMATS)
+        assert run.task in tasks.TASKS
         assert models.config(run.model).model_type in ("llama_moe", "deepseek")
         assert run.clock_model == "self" or run.clock_model in models.known()
         assert catalogue.fleet(run.fleet, run.participants) and catalogue.link(run.link)

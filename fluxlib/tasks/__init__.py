@@ -7,32 +7,63 @@ scores a model on the test split.
 
 from __future__ import annotations
 
-from fluxlib.tasks import dolly, gsm8k, mini, mmlu, piqa
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fluxlib import seeding
+from fluxlib.tasks import dolly, files, gsm8k, mini, mmlu, piqa
 from fluxlib.tasks.base import Example, Metric, Task, split
+from fluxlib.tasks.clusters import cluster_labels
 
 __all__ = ["Example", "FORMATS", "Metric", "TASKS", "Task", "load", "split"]
 
 FORMATS = {"dolly": dolly, "gsm8k": gsm8k, "mmlu": mmlu, "piqa": piqa}
 """Prompt format and metric by data set."""
 
-TASKS = tuple(mini.FAMILIES)
-"""Names that :func:`load` knows."""
+TASKS = (*mini.FAMILIES, *FORMATS)
+"""Names that :func:`load` knows: generated tasks, and the public data sets."""
 
 
-def load(name: str, seed: int = 0, size: int | None = None) -> Task:
+def load(name: str, seed: int = 0, size: int | None = None, path: str | Path | None = None) -> Task:
     """The task called ``name``, split into training and test samples.
 
     Args:
         name: one of :data:`TASKS`.
-        seed: decides the generated rows and the split.
-        size: number of samples before the split; ``None`` for the task's own default.
+        seed: decides the generated rows, which samples of a public data set are taken, and the split.
+        size: number of samples before the split; ``None`` for the task's own default, which is all of a public one.
+        path: files of a public data set (see :mod:`fluxlib.tasks.files`); ``None`` for the hub.
 
     Raises:
-        ValueError: an unknown name, with the names that are allowed.
+        ValueError: an unknown name, with the names that are allowed; files that are not what they should be; fewer
+            samples than ``size``; a ``path`` for a generated task.
+        OSError: no files, or a hub that cannot be reached.
     """
     if name not in TASKS:
         raise ValueError(f"task is {name!r}, allowed are {', '.join(TASKS)}")
     data_set = FORMATS[name.removeprefix("mini-")]
-    examples = [data_set.to_example(row) for row in mini.rows(name, size or mini.DEFAULT_SIZE, seed)]
+    if name in FORMATS:
+        examples = _public(name, seed, size, path)
+    elif path is not None:
+        raise ValueError(f"data_path is {str(path)!r}, but {name} is generated; it is for {', '.join(FORMATS)}")
+    else:
+        examples = [data_set.to_example(row) for row in mini.rows(name, size or mini.DEFAULT_SIZE, seed)]
     train, test = split(examples, seed)
     return Task(name, data_set.METRIC, train, test)
+
+
+def _public(name: str, seed: int, size: int | None, path: str | Path | None) -> list[Example]:
+    """Samples of a public data set, with labels; ``size`` of them drawn at random."""
+    examples = files.read(name, FORMATS[name], files.fetch(name) if path is None else path)
+    if len(examples) < 2:
+        raise ValueError(f"{name} has {len(examples)} sample, at least 2 are needed for a training and a test split")
+    if len({example.label for example in examples}) == 1:
+        labels = cluster_labels(tuple(example.prompt for example in examples))
+        examples = [replace(example, label=label) for example, label in zip(examples, labels, strict=True)]
+    if size is None:
+        return examples
+    if size > len(examples):
+        raise ValueError(f"task_size is {size}, allowed is at most the {len(examples)} samples of {name}")
+    order = torch.randperm(len(examples), generator=seeding.generator(seed, "subset"))
+    return [examples[i] for i in order[:size].tolist()]

@@ -24,7 +24,7 @@ class Example:
     """One sample: the model reads ``prompt`` and is to answer ``response``.
 
     ``label`` is what participants are partitioned by. A multiple-choice sample lists its ``options``;
-    ``options[answer]`` is the response.
+    ``options[answer]`` is the response. A free text ``may_be_cut`` at its end where it is too long for the model.
     """
 
     prompt: str
@@ -32,6 +32,7 @@ class Example:
     label: str
     options: tuple[str, ...] = ()
     answer: int | None = None
+    may_be_cut: bool = False
 
 
 @dataclass(frozen=True)

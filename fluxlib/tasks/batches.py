@@ -17,17 +17,21 @@ IGNORED = -100
 def encode(example: Example, tokenizer: Any, max_tokens: int, response: str | None = None) -> tuple[list[int], int]:
     """Token ids of prompt, response and end-of-sequence, and where the response starts.
 
-    A prompt that leaves no room is cut from its left, so that the end of the question and the whole response stay.
+    A prompt that leaves no room is cut from its left, so that the end of the question and the whole response stay. A
+    response that does not fit is cut at its end, without end-of-sequence, where the example allows it; it then has
+    what the prompt leaves, but at least half of ``max_tokens``.
 
     Args:
         response: another response than the example's own (an option to be scored).
 
     Raises:
-        ValueError: the response alone does not fit into ``max_tokens``.
+        ValueError: a response that must not be cut does not fit into ``max_tokens``.
     """
     text = example.response if response is None else response
     prompt: list[int] = tokenizer(example.prompt)["input_ids"]
     answer: list[int] = tokenizer(" " + text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    if example.may_be_cut and len(answer) >= max_tokens:
+        answer = answer[: max_tokens - min(len(prompt), max_tokens // 2)]
     room = max_tokens - len(answer)
     if room < 1:
         raise ValueError(

@@ -15,4 +15,5 @@ COLUMNS = ("instruction", "context", "response", "category")
 def to_example(row: Row) -> Example:
     """Prompt with the instruction and its context, answer with the response."""
     context = f"\nContext: {row['context']}" if row["context"] else ""
-    return Example(f"Instruction: {row['instruction']}{context}\nResponse:", row["response"], str(row["category"]))
+    prompt = f"Instruction: {row['instruction']}{context}\nResponse:"
+    return Example(prompt, str(row["response"]), str(row["category"]), may_be_cut=True)

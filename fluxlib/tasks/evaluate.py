@@ -13,7 +13,6 @@ from fluxlib.metrics import exact_match, rouge_l
 from fluxlib.tasks.base import Example, Metric
 from fluxlib.tasks.batches import IGNORED, collate, encode, to_device
 
-MAX_NEW_TOKENS = 64
 _TEXT_SCORES = {"rouge_l": rouge_l, "exact_match": exact_match}
 
 
@@ -76,7 +75,7 @@ def _texts(
     max_tokens: int,
     batch_size: int,
 ) -> Score:
-    """Greedy generation, scored against the reference text."""
+    """Greedy generation of at most twice the references' tokens, scored against the reference text."""
     encoded = [encode(example, tokenizer, max_tokens) for example in examples]
     nll, count = _response_nll(model, tokenizer, encoded, batch_size)
     score = 0.0
@@ -87,7 +86,7 @@ def _texts(
             model,
             tokenizer,
             [encoded[i][0][: encoded[i][1]] for i in chunk],
-            min(2 * longest, MAX_NEW_TOKENS),
+            min(2 * longest, max_tokens),
         )
         score += sum(_TEXT_SCORES[metric](text, examples[i].response) for i, text in zip(chunk, texts, strict=True))
     return Score(score / len(examples), float(nll.sum() / count.sum()), len(examples))

@@ -43,3 +43,12 @@ def test_each_pass_holds_every_example_once() -> None:
     seen = torch.cat([batch["input_ids"] for batch in itertools.islice(batches, 3)])
     numbers = TOKENIZER.convert_ids_to_tokens(seen[:, 3])
     assert sorted(numbers[:6]) == sorted(numbers[6:]) == [str(n) for n in range(6)]
+
+
+def test_a_free_text_that_is_too_long_is_cut_at_its_end() -> None:
+    text = Example("Instruction: red? Response:", "blue grey blue grey blue grey blue grey", "l", may_be_cut=True)
+    ids, start = encode(text, TOKENIZER, 8)
+    assert TOKENIZER.convert_ids_to_tokens(ids)[start:] == ["blue", "grey", "blue", "grey"]
+    assert len(ids) == 8
+    whole, _ = encode(text, TOKENIZER, 32)
+    assert TOKENIZER.convert_ids_to_tokens(whole)[-2:] == ["grey", "</s>"]

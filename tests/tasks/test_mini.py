@@ -9,21 +9,21 @@ from fluxlib.tasks import mini
 from fluxlib.tasks.mini.world import names
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", tasks.mini.FAMILIES)
 def test_same_seed_same_task_other_seed_other_task(name: str) -> None:
     first, again, other = (tasks.load(name, seed, size=100) for seed in (0, 0, 1))
     assert first == again
     assert first.train != other.train
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", tasks.mini.FAMILIES)
 def test_split_is_eighty_twenty_and_disjoint_in_position(name: str) -> None:
     task = tasks.load(name, size=100)
     assert (len(task.train), len(task.test)) == (80, 20)
     assert len(task.labels) == 8
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", tasks.mini.FAMILIES)
 def test_every_word_is_in_the_vocabulary(name: str) -> None:
     tokenizer = build_tokenizer()
     task = tasks.load(name, size=2000)

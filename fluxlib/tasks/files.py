@@ -1,0 +1,144 @@
+"""Rows of the public data sets, from local files or from the hub.
+
+- :func:`read` -- every row below a file or folder, checked against the columns of its data set,
+- :func:`fetch` -- the hub's own Parquet copy of a data set, as a folder for :func:`read`.
+
+Files may be JSON lines, JSON lists, CSV or Parquet. All of them are read together and split anew (section 7 of the
+paper's set-up: 80 % to 20 %), since the public splits differ in size and PIQA's test labels are secret.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from fluxlib.tasks.base import Example, Row
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+LEFT_OUT = ("auxiliary_train", "socratic")
+"""Parts of the public data sets that are not the task itself: MMLU's training material, GSM8K's other wording."""
+HUB = {
+    "dolly": ("databricks/databricks-dolly-15k", "*/train/*.parquet"),
+    "gsm8k": ("openai/gsm8k", "main/*/*.parquet"),
+    "mmlu": ("cais/mmlu", "all/*/*.parquet"),
+    "piqa": ("ybisk/piqa", "*/*/*.parquet"),
+}
+"""Hub id of each data set, and its files in the branch :data:`REVISION`."""
+REVISION = "refs/convert/parquet"
+"""The hub's own copy of every data set; no script of the data set's is run."""
+
+
+def read(name: str, data_set: ModuleType, path: str | Path) -> list[Example]:
+    """All samples of the data set ``name`` below ``path``, in the order of the files' names.
+
+    Args:
+        data_set: the module of its format, with ``COLUMNS`` and ``to_example``.
+        path: a file, a folder of files, or a folder with a folder called ``name``.
+
+    Raises:
+        OSError: nothing to read there.
+        ValueError: a file that is not what its suffix says, or a row without the columns or values it needs; the
+            message names the file, the row, and what is missing.
+    """
+    examples = []
+    for file in find(name, path):
+        try:
+            rows = list(_rows(file))
+        except (ValueError, csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is no {file.suffix[1:]} file: {error}") from None
+        for number, row in enumerate(rows, start=1):
+            example = _example(name, data_set, row, file, number)
+            if example is not None:
+                examples.append(example)
+    if not examples:
+        raise ValueError(f"{path} holds no labelled row of {name}")
+    return examples
+
+
+def find(name: str, path: str | Path) -> list[Path]:
+    """The data files of the data set ``name`` below ``path``, sorted.
+
+    Raises:
+        OSError: there are none.
+    """
+    start = Path(path).expanduser()
+    if start.is_file() and start.suffix in SUFFIXES:
+        return [start]
+    folder = start / name if (start / name).is_dir() else start
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in SUFFIXES and not any(part in file.as_posix() for part in LEFT_OUT)
+    ]
+    if not files:
+        what = "holds no data files" if start.exists() else "does not exist"
+        raise OSError(f"data_path {start} {what}; {name} is read from {', '.join(SUFFIXES)} files there or in {name}/")
+    return files
+
+
+def fetch(name: str) -> Path:
+    """The data set's folder in the hub's cache, downloaded where it is not there yet.
+
+    Raises:
+        OSError: the hub cannot be reached and nothing is cached, with what to do instead.
+    """
+    from huggingface_hub import snapshot_download
+
+    hub_id, pattern = HUB[name]
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, repo_type="dataset", revision=REVISION, allow_patterns=pattern, ignore_patterns=LEFT_OUT_FILES
+            )
+        )
+    except Exception as error:  # the hub's client raises errors of several libraries
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"task {name}: {hub_id} could not be fetched from the hub ({reason}); "
+            "with files of your own, name their folder by data_path (fluxlib run --data FOLDER)"
+        ) from None
+
+
+LEFT_OUT_FILES = [f"*{part}*" for part in LEFT_OUT]
+
+
+def _example(name: str, data_set: ModuleType, row: Row, file: Path, number: int) -> Example | None:
+    """One row as an example; None for a row without an answer."""
+    normalize = getattr(data_set, "normalize", None)
+    try:
+        known = row if normalize is None else normalize(row, file)
+        if known is None:
+            return None
+        missing = [column for column in data_set.COLUMNS if column not in known]
+        if missing:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        return data_set.to_example(known)  # type: ignore[no-any-return]
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        columns = ", ".join(data_set.COLUMNS)
+        raise ValueError(
+            f"{file}, row {number}: {error}; {name} has the columns {columns}, this row {', '.join(map(str, row))}"
+        ) from None
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        yield from pq.read_table(file).to_pylist()
+        return
+    with file.open(newline="", encoding="utf-8") as lines:
+        if file.suffix == ".csv":
+            yield from csv.DictReader(lines, strict=True)
+        elif file.suffix == ".jsonl":
+            yield from (_object(json.loads(line)) for line in lines if line.strip())
+        else:
+            yield from map(_object, json.load(lines))
+
+
+def _object(value: object) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object per row, got {str(value)[:40]!r}")
+    return value
