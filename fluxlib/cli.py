@@ -74,6 +74,7 @@ def run(
     participants: Annotated[int, typer.Option(help="number of participants")] = 10,
     seed: Annotated[int, typer.Option(help="every source of chance derives from it")] = 0,
     engine: Annotated[str, typer.Option(help="what runs the Flower apps")] = "local",
+    data: Annotated[Path | None, typer.Option(help="files of dolly, gsm8k, mmlu or piqa; default: the hub's")] = None,
     out: Annotated[Path, typer.Option(help="folder of the tables")] = Path("build/runs"),
     settings: SetOption = None,
     as_json: JsonOption = False,
@@ -84,7 +85,7 @@ def run(
     named = {
         "method": method, "model": model, "task": task, "rounds": rounds,
         "participants": participants, "seed": seed, "engine": engine,
-    }  # fmt: skip
+    } | ({} if data is None else {"data_path": str(data.resolve())})  # fmt: skip
     more = parse_settings(settings)
     for name in sorted(set(named) & set(more)):
         raise ConfigError(f"{name} is an option of its own: --{name} VALUE")
