@@ -1,6 +1,7 @@
 """What one participant does in one round: FLUX and its baselines, all of one type.
 
-To add a method, write a file with a :class:`~fluxlib.methods.base.Method` and name it in :data:`METHODS`.
+To add a method, write a file with a :class:`~fluxlib.methods.base.Method` and name it in :data:`REGISTERED`; see
+``docs/add-a-method.md``.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 from fluxlib.methods import flux, fmd, fmes, fmq
 from fluxlib.methods.base import Method
 
-METHODS: dict[str, Method] = {method.name: method for method in (flux.METHOD, fmd.METHOD, fmq.METHOD, fmes.METHOD)}
+REGISTERED = (flux.METHOD, fmd.METHOD, fmq.METHOD, fmes.METHOD)
+METHODS: dict[str, Method] = {method.name: method for method in REGISTERED}
 
 
 def get(name: str) -> Method:
