@@ -1,0 +1,14 @@
+"""What the study notebooks measure, as rows of the ``measurements`` table.
+
+A notebook names what is to be measured and shows it; how it is measured is here, so that both mini models, all tasks
+and all seeds go through the same code.
+
+- :mod:`fluxlib.studies.bench` -- a model, one participant's batches, and rows of the table,
+- :mod:`fluxlib.studies.profiling`, :mod:`fluxlib.studies.training` -- section 4 of the paper,
+- :mod:`fluxlib.studies.merging`, :mod:`fluxlib.studies.overhead` -- section 5,
+- :mod:`fluxlib.studies.verdicts` -- the paper's number beside ours, and whether they agree.
+"""
+
+from fluxlib.studies.bench import Bench, benches, measurements, row
+
+__all__ = ["Bench", "benches", "measurements", "row"]

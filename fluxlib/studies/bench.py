@@ -1,0 +1,135 @@
+"""One participant's point of view: a model, its own batches, and what it measures as rows of a table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fluxlib import models, profiling, seeding, tasks
+from fluxlib.config import ConfigError
+from fluxlib.moe import layers
+from fluxlib.tasks.batches import make_batch
+from fluxlib.tasks.partition import partition
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[str, Any]
+BATCH = 16
+"""Samples per batch."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model and the samples of one participant of a federation.
+
+    Attributes:
+        parts: training samples of each participant; those of the first are ``local``'s.
+        held_out: ``[B, T]`` batches of its samples that nothing else here has seen; errors are measured on them.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    model_name: str
+    task: str
+    seed: int
+    parts: Sequence[Sequence[tasks.Example]]
+    held_out: Sequence[dict[str, Tensor]]
+
+    def local(self, num_samples: int, participant: int = 0) -> list[dict[str, Tensor]]:
+        """The participant's first samples in batches; the same samples whatever their number."""
+        return batches(self.parts[participant][:num_samples], self.tokenizer)
+
+    def profile(self, num_samples: int, bits: int = 4) -> profiling.Profile:
+        """Profile of the first participant's first samples."""
+        return profiling.profile(self.model, self.local(num_samples), bits)
+
+    def row(self, study: str, setting: str, value: float, **more: Any) -> Row:
+        """One observation; see :func:`row`."""
+        return row(study, setting, value, model=self.model_name, task=self.task, seed=self.seed, **more)
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts over all layers."""
+        return sum(layer.num_experts for layer in layers.find(self.model))
+
+
+def benches(
+    model: str, task_names: Iterable[str], seeds: Iterable[int], participants: int = 8, held_out: int = 32
+) -> Iterator[Bench]:
+    """One bench per task and seed, of participants with a Dirichlet (0.5) mix of labels; the model is loaded once.
+
+    Raises:
+        ConfigError: an unknown task or no seed, before anything is loaded.
+    """
+    names, seeds = list(task_names), list(seeds)
+    unknown = [name for name in names if name not in tasks.TASKS]
+    if unknown or not names:
+        raise ConfigError(f"tasks: unknown {unknown}; allowed are {', '.join(tasks.TASKS)}, at least one")
+    if not seeds:
+        raise ConfigError("seeds: at least one is needed, got none")
+    loaded, tokenizer = models.load(model)
+    start = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    for name in names:
+        for seed in seeds:
+            loaded.load_state_dict(start)
+            task = tasks.load(name, seed)
+            shares = partition(task.train, participants, seeding.generator(seed, "partition"), "dirichlet", 0.5)
+            order = torch.randperm(len(shares[0]), generator=seeding.generator(seed, "bench")).tolist()
+            shares[0] = [shares[0][i] for i in order]
+            parts = [[task.train[i] for i in share] for share in shares]
+            apart, parts[0] = parts[0][-held_out:], parts[0][:-held_out]
+            yield Bench(loaded, tokenizer, Path(model).name, name, seed, parts, batches(apart, tokenizer))
+
+
+def batches(examples: Sequence[tasks.Example], tokenizer: Any, max_tokens: int = 128) -> list[dict[str, Tensor]]:
+    """Samples in batches of :data:`BATCH`, in the given order."""
+    return [make_batch(examples[i : i + BATCH], tokenizer, max_tokens) for i in range(0, len(examples), BATCH)]
+
+
+def row(
+    study: str,
+    setting: str,
+    value: float,
+    *,
+    model: str,
+    task: str = "",
+    seed: int = 0,
+    x: float | None = None,
+    layer: int | None = None,
+    expert: int | None = None,
+    unit: str = "",
+) -> Row:
+    """One observation, with the columns of the ``measurements`` table except ``run_id``."""
+    return {
+        "study": study, "model": model, "task": task, "seed": seed, "setting": setting, "x": x, "layer": layer,
+        "expert": expert, "value": float(value), "unit": unit,
+    }  # fmt: skip
+
+
+def measurements(rows: Iterable[Row], run_id: str) -> pd.DataFrame:
+    """Rows as a ``measurements`` table."""
+    import pandas as pd
+
+    frame = pd.DataFrame(list(rows))
+    frame.insert(0, "run_id", run_id)
+    return frame.astype({"x": "float64", "layer": "Int64", "expert": "Int64"})
+
+
+def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each work, in turns after one warm-up, so that a busy moment of the machine hits all of them."""
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    return times
