@@ -79,7 +79,7 @@ def train(
     round_number: int,
     generator: torch.Generator,
 ) -> tuple[Update, ParticipantState]:
-    tuned = [(int(layer), int(expert)) for layer, expert in assigned.exploit.nonzero()]
+    tuned = [(layer, expert) for layer, expert in assigned.exploit.nonzero().tolist()]
     update = Update(
         deltas={key: MADE[key] for key in tuned},
         utilities=torch.where(assigned.exploit, 1.0, torch.nan),

@@ -175,3 +175,73 @@ def test_deltas_are_made_once_per_version(store: ExpertStore) -> None:
     store.apply(changes(store, (0, 0)))
     arguments = SimpleNamespace(version=0, digest=store.digest_of_version[0])
     assert store.delta(**vars(arguments)) is store.delta(**vars(arguments))
+
+
+# Lossy forms: differences from the base, and experts that are only held approximately.
+
+
+@pytest.mark.parametrize(("kind", "error"), [("bfloat16", 2**-8), ("int8", 1 / 120)])
+def test_rounding_is_of_the_whole_change_and_does_not_add_up(tiny: Any, kind: wire.Form, error: float) -> None:
+    store, one = ExpertStore(tiny.build_model(), kind), Workspace(tiny.build_model(), None, kind)
+    held, plain = base(one), ExpertStore(tiny.build_model())
+    for seed in range(6):
+        store.apply({key: {n: 1e-3 * t for n, t in c.items()} for key, c in changes(store, (0, 0), seed=seed).items()})
+        held = held.updated(store.delta(held.version, held.digest), one.base)
+    one.load(held)
+    for name, tensor in ExpertStore(one.model).tensors((0, 0)).items():
+        change = store.tensors((0, 0))[name] - plain.tensors((0, 0))[name]
+        assert (tensor - store.tensors((0, 0))[name]).abs().max() <= error * change.abs().max() + 1e-7
+
+
+def test_merged_experts_come_in_4_bits_and_exactly_once_they_are_tuned(tiny: Any, space: Workspace) -> None:
+    store = ExpertStore(tiny.build_model(), approximates=True)
+    both = frozenset({(0, 0), (1, 1)})
+    store.apply(changes(store, (0, 0), (1, 1)))
+    first = store.delta(0, space.base_digest, merged=both - {(0, 0)})
+    assert (first.num_experts, first.num_approximate, first.approximate) == (1, 1, frozenset({(1, 1)}))
+    assert first.num_bytes == EXPERT_BYTES + 2 * (32 + 2 + 4)  # 64 codes of 4 bits, a scale, a unit
+    held = base(space).updated(first, space.base)
+    assert held.approximate() == first.approximate and held.digest == first.digest != store.digest
+    space.load(held)
+    got = ExpertStore(space.model).tensors((1, 1))["down_proj"]
+    assert 0 < (got - store.tensors((1, 1))["down_proj"]).norm() < 0.2 * store.tensors((1, 1))["down_proj"].norm()
+    store.apply(changes(store, (0, 0), seed=1))
+    second = store.delta(*vars(first.after).values(), merged=frozenset({(0, 0)}))  # now the other one is tuned
+    assert (second.num_experts, second.num_approximate) == (1, 1) and second.approximate == {(0, 0)}
+    held = held.updated(second, space.base)
+    assert held.approximate() == {(0, 0)} and len(held.arrays) == 4
+    last = store.delta(*vars(second.after).values())
+    assert (last.num_experts, last.num_approximate, last.digest) == (1, 0, store.digest)
+    space.load(held.updated(last, space.base))
+    assert same_weights(space.model, store.model)
+
+
+def test_an_approximate_expert_that_did_not_change_stays_as_it_is(tiny: Any, space: Workspace) -> None:
+    store, every = ExpertStore(tiny.build_model(), approximates=True), frozenset({(0, 0), (1, 1)})
+    store.apply(changes(store, (0, 0)))
+    first = store.delta(0, space.base_digest, merged=every)
+    store.apply(changes(store, (1, 1)))
+    second = store.delta(*vars(first.after).values(), merged=every)
+    assert (second.num_experts, second.num_approximate, second.approximate) == (0, 1, every)
+    assert base(space).updated(first, space.base).updated(second, space.base).approximate() == every
+
+
+def test_who_holds_another_approximation_than_the_server_thinks_gets_everything(tiny: Any, space: Workspace) -> None:
+    store, every = ExpertStore(tiny.build_model(), approximates=True), frozenset({(0, 0), (1, 1)})
+    store.apply(changes(store, (0, 0)))
+    held = base(space).updated(store.delta(0, space.base_digest), space.base)  # exact
+    store.apply(changes(store, (1, 1)))
+    wrong = store.delta(1, held.digest, frozenset({(0, 0)}), every)
+    with pytest.raises(ResyncNeeded, match="digest"):
+        held.updated(wrong, space.base)
+    full = store.delta(NOTHING, "", frozenset(), every)
+    again = base(space).updated(full, space.base)
+    assert (full.num_experts, full.num_approximate, again.approximate()) == (0, 2, every)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_a_difference_from_another_base_is_noticed(tiny: Any, kind: wire.Form) -> None:
+    store, other = ExpertStore(tiny.build_model(), kind, approximates=True), Workspace(tiny.build_model(1), None, kind)
+    store.apply(changes(store, (0, 0)))
+    with pytest.raises(ResyncNeeded, match="digest"):
+        base(other).updated(store.delta(), other.base)

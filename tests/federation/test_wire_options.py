@@ -1,0 +1,96 @@
+"""Whole runs with every way of sending experts: bytes, faults, and going on after a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fluxlib import federation
+from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import make_config as checked_config
+from fluxlib.federation import client_app
+
+Make = Callable[..., RunConfig]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "int8 up": {"uplink_wire": "int8"},
+    "int8 down": {"downlink_wire": "int8"},
+    "4bit": {"merged_downlink": "4bit"},
+    "all": {"merged_downlink": "4bit", "uplink_wire": "int8", "downlink_wire": "int8"},
+}
+
+
+class Killed(BaseException):
+    """Stands for the process's end."""
+
+
+@pytest.fixture(params=OPTIONS.values(), ids=OPTIONS)
+def option(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return request.param
+
+
+def same(one: federation.RunResult, other: federation.RunResult) -> None:
+    keep = [name for name in one.rounds.columns if not name.endswith("wall_s") and name != "peak_memory_bytes"]
+    pd.testing.assert_frame_equal(one.rounds[keep], other.rounds[keep], check_exact=True)
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fewer_bytes_less_time_nothing_refused_nearly_the_same_model(make_config: Make, option: dict[str, Any]) -> None:
+    plain, found = (federation.run(make_config(method="flux", link="100mbps", **o)) for o in ({}, option))
+    assert (found.participants["rejected"] == "").all()
+    assert found.rounds["device_s"].iloc[-1] < plain.rounds["device_s"].iloc[-1]
+    for direction in ("uplink", "downlink"):
+        less = f"{direction}_wire" in option or (direction == "downlink" and "merged_downlink" in option)
+        name = f"{direction}_bytes"
+        assert (found.rounds[name].sum() < plain.rounds[name].sum()) == less
+    for a, b in zip(found.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+
+
+def test_a_killed_run_ends_as_an_uninterrupted_one(make_config: Make, option: dict[str, Any], tmp_path: Path) -> None:
+    def kill(row: dict[str, Any]) -> None:
+        if row["round"] == 2:
+            raise Killed
+
+    config = make_config(rounds=4, participants=4, participants_per_round=3, **option)
+    with pytest.raises(Killed):
+        federation.run(config, on_round=kill, out=tmp_path)
+    same(federation.run(config, out=tmp_path), federation.run(config))
+
+
+def test_a_participant_that_lost_its_state_recovers(
+    make_config: Make, option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = ClientApp()
+    original = client_app.app
+
+    def forgetful(message: Message, context: Context) -> Message:
+        reply = original(message, context)
+        if context.node_id == 3 and reply.content["config"]["round"] == 2:
+            for name in ("held", "experts"):
+                del context.state[name]
+        return reply
+
+    app.query("join")(forgetful)
+    app.train()(forgetful)
+    monkeypatch.setattr(client_app, "app", app)
+    result = federation.run(make_config(**option))
+    assert (result.participants["rejected"] == "").all()
+    sent = result.participants.query("round == 3").set_index("participant")["downlink_bytes"]
+    assert sent[2 - 1] > sent[0]
+
+
+def test_what_is_no_wire_type_is_refused_by_name() -> None:
+    for name in ("uplink_wire", "downlink_wire"):
+        with pytest.raises(ConfigError, match=f"{name}: Input should be 'float32', 'bfloat16' or 'int8', got 'int1'"):
+            checked_config({name: "int1"})
+    with pytest.raises(ConfigError, match="merged_downlink: Input should be 'exact', '4bit' or 'merged'"):
+        checked_config({"merged_downlink": "2bit"})
