@@ -2,5 +2,6 @@
 
 from fluxlib.gradients.exact import true_norms, watch
 from fluxlib.gradients.probes import probe_cost, probe_norms
+from fluxlib.gradients.quality import Quality, quality
 
-__all__ = ["probe_cost", "probe_norms", "true_norms", "watch"]
+__all__ = ["Quality", "probe_cost", "probe_norms", "quality", "true_norms", "watch"]

@@ -1,0 +1,67 @@
+"""How good estimated squared norms are: error, bias and spread, and whether they put experts in the right order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Estimates of squared norms ``|g|^2`` against the true ones.
+
+    Attributes:
+        cosine_distance: ``1 - cos`` between the vectors of utilities (eq. 3): what the paper puts at 0.29.
+        rank_correlation: Spearman's, of utilities; ties share their mean rank.
+        bias: mean of estimate over truth, minus 1; 0 for an unbiased estimator.
+        spread: standard deviation of estimate over truth. One unguided probe has ``sqrt(2)``: p is normal.
+    """
+
+    cosine_distance: float
+    rank_correlation: float
+    bias: float
+    spread: float
+
+
+def quality(estimated: Tensor, true: Tensor, tokens: Tensor) -> Quality:
+    """Compare several estimates of the same norms.
+
+    Args:
+        estimated: ``[R, N]`` squared norms, R independent repeats (other directions) over N experts.
+        true: ``[N]`` squared norms from backpropagation; experts with 0 are left out.
+        tokens: ``[N]`` tokens routed to each expert: utility is ``tokens * sqrt(norm)``.
+
+    Raises:
+        ValueError: shapes that do not fit, or no expert with a gradient.
+    """
+    if estimated.dim() != 2 or true.shape != estimated.shape[1:] or tokens.shape != true.shape:
+        shapes = f"{tuple(estimated.shape)}, {tuple(true.shape)} and {tuple(tokens.shape)}"
+        raise ValueError(f"estimated, true and tokens must be [R, N], [N] and [N], got {shapes}")
+    used = true > 0
+    if not used.any():
+        raise ValueError("true: no expert has a gradient")
+    norms, truth, weight = (value[..., used].double() for value in (estimated, true, tokens))
+    utilities, best = weight * norms.clamp(min=0).sqrt(), weight * truth.sqrt()
+    ratio = norms / truth
+    cosine = torch.nn.functional.cosine_similarity(utilities, best[None], dim=1)
+    order = torch.stack([_correlation(ranks(row), ranks(best)) for row in utilities])
+    return Quality(
+        cosine_distance=float(1 - cosine.mean()),
+        rank_correlation=float(order.mean()),
+        bias=float(ratio.mean() - 1),
+        spread=float((ratio - 1).square().mean().sqrt()),
+    )
+
+
+def ranks(values: Tensor) -> Tensor:
+    """``[N]`` ranks counted from 0; equal values share the mean of theirs."""
+    _, group, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return (last - (counts + 1) / 2)[group].double()
+
+
+def _correlation(first: Tensor, second: Tensor) -> Tensor:
+    first, second = first - first.mean(), second - second.mean()
+    return (first @ second) / (first.norm() * second.norm()).clamp(min=1e-12)
