@@ -6,8 +6,12 @@
 - :mod:`fluxlib.figures.portraits` -- one model, one partition, one run
 - :mod:`fluxlib.figures.plans` -- a configuration before it is run, and roles over rounds
 - :mod:`fluxlib.figures.runs` -- single runs side by side
+- :mod:`fluxlib.figures.measured` -- what figures of the ``measurements`` table share
+- :mod:`fluxlib.figures.profiling`, :mod:`fluxlib.figures.merging` -- sections 4 and 5 of the paper
+- :mod:`fluxlib.figures.probes`, :mod:`fluxlib.figures.roles`, :mod:`fluxlib.figures.role_tables` -- section 6
 """
 
+from fluxlib.figures import measured, merging, probes, profiling, role_tables, roles
 from fluxlib.figures.canvas import Picture, save
 from fluxlib.figures.comparison import convergence, time_to_accuracy
 from fluxlib.figures.plans import overview, roles_over_rounds, slots
@@ -23,9 +27,15 @@ __all__ = [
     "convergence",
     "curves",
     "describe_times",
+    "measured",
+    "merging",
     "overview",
     "partition",
     "phases",
+    "probes",
+    "profiling",
+    "role_tables",
+    "roles",
     "roles_over_rounds",
     "save",
     "slots",
