@@ -128,6 +128,16 @@ class RunConfig(BaseModel):
         "exact", description="how experts travel that the participant will only merge"
     )
 
+    aggregation: Literal["mean", "trimmed_mean", "median", "krum"] = Field(
+        "mean", description="how the changes of one expert are combined; see federation.robust"
+    )
+    trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="share of an expert's tuners that may be bad")
+    clip_norm: float | None = Field(None, gt=0, description="bound on the norm of a participant's whole change")
+    clip_quantile: float | None = Field(None, gt=0, lt=1, description="quantile of the norms that clip_norm follows")
+    noise_multiplier: float = Field(0.0, ge=0, description="standard deviation of the noise, in units of clip_norm")
+    noise: Literal["server", "participant"] = Field("server", description="who adds it: central or local privacy")
+    withhold_reports: bool = Field(False, description="participants send no utilities, token counts or frequencies")
+
     fleet: str = "paper"
     link: str = "1gbps"
     clock_model: str = "self"
@@ -148,6 +158,13 @@ class RunConfig(BaseModel):
                 f"max_tuners is {self.max_tuners}, allowed is at least tune_fraction times the {asked} participants "
                 f"of a round, {self.tune_fraction * asked:g} (there must be places for all of their budgets)"
             )
+        if (self.noise_multiplier or self.clip_quantile) and self.clip_norm is None:
+            name = "noise_multiplier" if self.noise_multiplier else "clip_quantile"
+            raise ValueError(f"{name} is set and clip_norm is not; it needs a norm to refer to")
+        if self.noise_multiplier and self.noise == "server" and self.aggregation != "mean":
+            raise ValueError(f"aggregation is {self.aggregation!r}, allowed with noise on the server is 'mean'")
+        if self.withhold_reports and self.assignment != "random":
+            raise ValueError(f"assignment is {self.assignment!r}, allowed with withhold_reports is 'random'")
         if self.tune_fraction + self.merge_fraction > 1 and self.tune_fraction < 1:
             raise ValueError(
                 f"tune_fraction + merge_fraction is {self.tune_fraction + self.merge_fraction:g}, allowed is at most 1 "

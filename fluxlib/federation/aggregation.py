@@ -47,6 +47,10 @@ class ExpertMean:
             else:
                 _accumulate(found, weight, tensors)
 
+    def num_tuners(self, key: ExpertKey) -> int:
+        """How many replies changed this expert."""
+        return self._sums[key].count
+
     def result(self) -> dict[ExpertKey, dict[str, Tensor]]:
         """Mean change of every expert that at least one reply tuned."""
         return {key: _mean(total) for key, total in self._sums.items()}

@@ -21,7 +21,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ class Checkpoints:
             "digests": store.digest_of_version,
             "changed_at": {f"{layer}.{expert}": v for (layer, expert), v in store.changed_at.items() if v},
             "profiled": sorted(strategy.profiled),
+            "clip_norm": strategy.guard.bound,
         }
         _replace_text(self.folder / "manifest.json", json.dumps(manifest))
         self._sweep(self._named(manifest))
@@ -145,6 +146,8 @@ class Checkpoints:
         roles = {name: tensor.numpy() for name, tensor in load_file(self.folder / files["roles"]).items()}
         strategy.role_state = RoleState.from_arrays(roles)
         strategy.profiled = set(manifest["profiled"])
+        if strategy.guard.clip is not None:
+            strategy.guard.clip = replace(strategy.guard.clip, bound=manifest["clip_norm"])
         self._nodes = {name: list(keys) for name, keys in manifest["nodes"].items()}
         if isinstance(grid, LocalGrid):
             for name, keys in self._nodes.items():

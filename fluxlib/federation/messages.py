@@ -58,6 +58,7 @@ class Instruction:
     delta: Delta
     roles: Roles | None = None
     budget: Budget | None = None
+    clip_norm: float | None = None
 
     def to_records(self) -> RecordDict:
         """As message content."""
@@ -79,6 +80,8 @@ class Instruction:
             values["explore"] = _pack(self.roles.explore)
             values["num_tuned"] = self.budget.num_tuned
             values["num_merged"] = self.budget.num_merged
+        if self.clip_norm is not None:
+            values["clip_norm"] = self.clip_norm
         return RecordDict({"arrays": self.delta.arrays, "config": ConfigRecord(values)})
 
     @classmethod
@@ -99,7 +102,8 @@ class Instruction:
             values["num_bytes"],
             values["num_approximate"],
         )
-        return cls(values["run"], values["round"], values["participant"], values["wire"], delta, roles, budget)
+        header = (values["run"], values["round"], values["participant"], values["wire"])
+        return cls(*header, delta, roles, budget, values.get("clip_norm"))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ class TrainReport(_Report):
 
     update: Update
     num_bytes: int = 0
+    within: bool | None = None
+    """Whether the change was within an adaptive bound on its norm; None: nobody asked."""
 
     def to_records(self, wire: Form) -> RecordDict:
         """As message content; changes are rounded to ``wire``, and lent where that leaves them as they are."""
@@ -198,6 +204,8 @@ class TrainReport(_Report):
             phases=json.dumps(dict(update.phases_s)),
         )
         metrics = MetricRecord({"loss": float(update.loss), "num-examples": int(update.num_samples)})
+        if self.within is not None:
+            metrics["norm_bit"] = int(self.within)
         return RecordDict({"arrays": arrays, "config": config, "metrics": metrics})
 
     @classmethod
@@ -218,7 +226,8 @@ class TrainReport(_Report):
             work=Work(**json.loads(values["work"])),
             phases_s=json.loads(values["phases"]),
         )
-        return cls(*_header(values), update=update, num_bytes=wires.record_bytes(arrays))
+        within = bool(metrics["norm_bit"]) if "norm_bit" in metrics else None
+        return cls(*_header(values), update=update, num_bytes=wires.record_bytes(arrays), within=within)
 
 
 def resync_request(participant: int, round_index: int, version: int, digest: str) -> RecordDict:

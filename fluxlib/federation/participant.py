@@ -17,11 +17,12 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 
+import torch
 from flwr.app import Context, Message
 
 from fluxlib import methods, models, profiling, seeding, tasks
 from fluxlib.config import RunConfig
-from fluxlib.federation import feedback, messages
+from fluxlib.federation import feedback, messages, privacy
 from fluxlib.federation import wire as wires
 from fluxlib.federation.held import Held, ResyncNeeded, Workspace
 from fluxlib.federation.messages import Instruction
@@ -86,12 +87,13 @@ def profile(message: Message, context: Context) -> Message:
         found = profiling.profile(space.model, data.profile, bits=config.profile_bits)
     seconds = time.perf_counter() - start
     save_state(context.state, ParticipantState(found, instruction.round))
+    seen = torch.ones_like(found.frequency) if config.withhold_reports else found.frequency
     report = messages.ProfileReport(
         participant,
         instruction.round,
         held.version,
         held.digest,
-        frequency=found.frequency,
+        frequency=seen / seen.sum(1, keepdim=True) if config.withhold_reports else seen,
         work=profile_work(data, found.frequency.numel(), config),
         phases_s={"profile": seconds},
     )
@@ -126,6 +128,8 @@ def train(message: Message, context: Context) -> Message:
             chance,
         )
     save_state(context.state, state)
+    secret = privacy.noise_generator(config, "noise", instruction.round, participant)
+    update, within = privacy.protect(update, config, instruction.clip_norm, secret)
     if feedback.is_used(config.uplink_wire):
         update = replace(update, deltas=feedback.add_residual(update.deltas, context.state))
     work = replace(
@@ -135,7 +139,12 @@ def train(message: Message, context: Context) -> Message:
         upload_bits=wires.bits_per_weight(config.uplink_wire),
     )
     report = messages.TrainReport(
-        participant, instruction.round, held.version, held.digest, update=replace(update, work=work)
+        participant,
+        instruction.round,
+        held.version,
+        held.digest,
+        update=replace(update, work=work),
+        within=within if config.clip_quantile else None,
     )
     content = report.to_records(config.uplink_wire)
     if feedback.is_used(config.uplink_wire):

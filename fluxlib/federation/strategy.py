@@ -25,10 +25,11 @@ from fluxlib import roles, seeding
 from fluxlib.config import RunConfig
 from fluxlib.federation import messages
 from fluxlib.federation import wire as wires
-from fluxlib.federation.aggregation import ExpertMean
 from fluxlib.federation.messages import Instruction, ProfileReport
 from fluxlib.federation.outcome import Download, FirstProfile, Outcome, RoundOutcome
+from fluxlib.federation.privacy import Guard
 from fluxlib.federation.replies import DAMAGED, Expected, Rejected, read_reply
+from fluxlib.federation.robust import Aggregate, make_aggregate
 from fluxlib.federation.roster import Roster
 from fluxlib.federation.sync import Delta, ExpertStore, Holding
 from fluxlib.methods.base import Budget, ExpertKey, Method, Roles
@@ -56,6 +57,7 @@ class FluxStrategy(Strategy):
         self.roster = Roster()
         self.profiled: set[int] = set()
         self.role_state = roles.RoleState.start(torch.ones(config.participants, *store.shape))
+        self.guard = Guard(config)
         self.last: RoundOutcome | None = None
         self._config_text = config.model_dump_json()
         self._current: dict[int, Outcome] = {}
@@ -157,7 +159,7 @@ class FluxStrategy(Strategy):
         Raises:
             RunFailed: fewer good replies than ``min_replies_frac`` of those asked; nothing is applied.
         """
-        mean = ExpertMean()
+        mean = make_aggregate(self.config)
         utilities = torch.full_like(self.role_state.measured, math.nan)
         extra: list[tuple[int, str]] = []
         for reply in self.roster.in_order(replies):
@@ -171,6 +173,7 @@ class FluxStrategy(Strategy):
             len(changes),
         )
         self.last.require(self.config.min_replies_frac)
+        changes = self.guard.finish(server_round, changes, mean.num_tuners, len(self.last.accepted))
         self.store.apply(changes)
         self._remember_utilities(utilities)
         num_samples = sum(outcome.num_samples for outcome in self.last.accepted)
@@ -206,8 +209,10 @@ class FluxStrategy(Strategy):
         held = self.roster.held(participant)
         merged = self._merged(outcome) if self.config.merged_downlink == "4bit" else frozenset()
         delta = self.store.delta(held.version, held.digest, held.approximate, merged)
-        part = (outcome.roles, outcome.budget) if outcome else (None, None)
-        instruction = Instruction(self._config_text, server_round, participant, self.store.wire, delta, *part)
+        bound = self.guard.bound if outcome else None
+        assigned, budget = (outcome.roles, outcome.budget) if outcome else (None, None)
+        header = (self._config_text, server_round, participant, self.store.wire)
+        instruction = Instruction(*header, delta, assigned, budget, bound)
         content, group = instruction.to_records(), str(server_round)
         return Message(content, self.roster.nodes[participant], kind, group_id=group), delta
 
@@ -228,7 +233,7 @@ class FluxStrategy(Strategy):
         self,
         server_round: int,
         reply: Message,
-        mean: ExpertMean,
+        mean: Aggregate,
         utilities: Tensor,
         extra: list[tuple[int, str]],
     ) -> None:
@@ -252,7 +257,7 @@ class FluxStrategy(Strategy):
         outcome.accept(update, report.num_bytes)
         assert outcome.download.after is not None
         self.roster.confirm(participant, outcome.download.after)
-        mean.add(update.deltas, update.tokens)
+        mean.add(*self.guard.admit(update.deltas, update.tokens, report.within))
         utilities[participant] = update.utilities
 
     def _expected(self, server_round: int, outcome: Outcome) -> Expected:

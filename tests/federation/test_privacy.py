@@ -1,0 +1,147 @@
+"""Clipping, noise and their account; and why Flower's own mods cannot do it for some experts of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
+
+from fluxlib import federation, seeding
+from fluxlib.config import ConfigError, RunConfig, make_config
+from fluxlib.federation import LocalGrid, client_app, privacy
+from fluxlib.federation.privacy import AdaptiveClip, Guard
+
+Make = Callable[..., RunConfig]
+
+CHANGES = {(0, 1): {"w": torch.tensor([3.0, 0.0])}, (1, 2): {"w": torch.tensor([0.0, 4.0])}}
+
+
+def test_the_norm_is_of_all_experts_together() -> None:
+    assert privacy.norm(CHANGES) == 5.0 and privacy.norm({}) == 0.0
+    clipped, within = privacy.clip(CHANGES, 2.5)
+    assert not within and clipped[0, 1]["w"].tolist() == [1.5, 0.0] and clipped[1, 2]["w"].tolist() == [0.0, 2.0]
+    same, within = privacy.clip(CHANGES, 5.0)
+    assert within and same[0, 1]["w"] is CHANGES[0, 1]["w"]
+
+
+def test_noise_has_the_deviation_that_was_asked_for() -> None:
+    zeros = {(0, 0): {"w": torch.zeros(20_000)}}
+    noisy = privacy.add_noise(zeros, 0.5, seeding.generator(0, "noise"))[0, 0]["w"]
+    assert float(noisy.std()) == pytest.approx(0.5, rel=0.03) and abs(float(noisy.mean())) < 0.02
+
+
+def test_an_adaptive_bound_moves_towards_its_quantile() -> None:
+    clip = AdaptiveClip(1.0, 0.5)
+    assert clip.after(10, 10).bound == pytest.approx(math.exp(-0.1))
+    assert clip.after(0, 10).bound == pytest.approx(math.exp(0.1))
+    assert clip.after(5, 10).bound == 1.0 and AdaptiveClip(1.0).after(0, 10).bound == 1.0
+    norms = torch.linspace(1, 3, 21)
+    for _ in range(200):
+        clip = clip.after(int((norms <= clip.bound).sum()), len(norms))
+    assert clip.bound == pytest.approx(2.0, abs=0.15)
+
+
+def test_what_rounds_cost() -> None:
+    assert privacy.spent_epsilon(0, 5) == math.inf
+    assert privacy.spent_epsilon(1.0, 1, 1e-5) == pytest.approx(0.5 + 2 * math.sqrt(0.5 * math.log(1e5)))
+    orders = torch.linspace(1.001, 200, 100_000, dtype=torch.float64)
+    by_search = (10 * orders / (2 * 4.0) + math.log(1e6) / (orders - 1)).min()
+    assert privacy.spent_epsilon(2.0, 10, 1e-6) == pytest.approx(float(by_search), rel=1e-4)
+
+
+def test_a_noisy_count_is_paid_for_by_more_noise_on_the_changes() -> None:
+    assert privacy.change_multiplier(1.0, 40, adaptive=False) == 1.0
+    assert privacy.change_multiplier(1.0, 40, adaptive=True) == pytest.approx((1 - 1 / 16) ** -0.5)
+    with pytest.raises(ValueError, match="allowed with clip_quantile is less than 1 for 10 replies"):
+        privacy.change_multiplier(1.0, 10, adaptive=True)
+
+
+def test_central_noise_is_on_the_sum_so_more_tuners_dilute_it() -> None:
+    guard = Guard(RunConfig(clip_norm=2.0, noise_multiplier=0.5))
+    zeros = {(0, e): {"w": torch.zeros(20_000)} for e in (0, 1)}
+    noisy = guard.finish(1, zeros, lambda key: 1 + 3 * key[1], 4)
+    assert [float(noisy[0, e]["w"].std()) for e in (0, 1)] == pytest.approx([1.0, 0.25], rel=0.03)
+
+
+def test_the_server_clips_what_a_participant_did_not() -> None:
+    changes, weights = Guard(RunConfig(clip_norm=2.5)).admit(CHANGES, torch.full((2, 4), 7.0), None)
+    assert privacy.norm(changes) == pytest.approx(2.5) and (weights == 7).all()
+    _, weights = Guard(RunConfig(clip_norm=2.5, noise_multiplier=1)).admit(CHANGES, torch.full((2, 4), 7.0), None)
+    assert (weights == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise_multiplier": 1.0}, "noise_multiplier is set and clip_norm is not"),
+        ({"clip_quantile": 0.5}, "clip_quantile is set and clip_norm is not"),
+        ({"noise_multiplier": 1.0, "clip_norm": 1.0, "aggregation": "median"}, "allowed with noise on the server"),
+        ({"withhold_reports": True}, "allowed with withhold_reports is 'random'"),
+        ({"trim_fraction": 0.5}, "trim_fraction: Input should be less than 0.5"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clip_norm": 0.05},
+        {"clip_norm": 0.05, "clip_quantile": 0.5},
+        {"clip_norm": 0.05, "noise_multiplier": 0.1},
+        {"clip_norm": 0.05, "noise_multiplier": 0.1, "clip_quantile": 0.5},
+        {"clip_norm": 0.05, "noise_multiplier": 0.1, "noise": "participant", "uplink_wire": "int8"},
+        {"aggregation": "median"},
+        {"aggregation": "krum", "clip_norm": 0.05, "noise_multiplier": 0.1, "noise": "participant"},
+    ],
+    ids=str,
+)
+def test_runs_go_through_and_repeat_with_every_option(make_config: Make, options: dict[str, Any]) -> None:
+    plain, one, other = (federation.run(make_config(rounds=2, **o)) for o in ({}, options, options))
+    assert (one.participants["rejected"] == "").all()
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert any(not torch.equal(a, b) for a, b in zip(one.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_withheld_reports_never_leave(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    replies: list[Message] = []
+    deliver = LocalGrid._deliver
+
+    def watch(grid: LocalGrid, message: Message, timeout: float | None) -> Message | None:
+        replies.append(deliver(grid, message, timeout))  # type: ignore[arg-type]
+        return replies[-1]
+
+    monkeypatch.setattr(LocalGrid, "_deliver", watch)
+    config = make_config(method="flux", assignment="random", withhold_reports=True, rounds=2)
+    assert (federation.run(config).participants["rejected"] == "").all()
+    found = [dict(reply.content["config"]) for reply in replies]
+    profiles = [torch.frombuffer(bytearray(c["frequency"]), dtype=torch.float32) for c in found if "frequency" in c]
+    trained = [c for c in found if "tokens" in c]
+    assert len(profiles) == 3 and len(trained) == 6
+    assert all(torch.equal(p, torch.full((8,), 0.25)) for p in profiles)
+    for content in trained:
+        assert not any(content["tokens"]), "token counts"
+        assert torch.frombuffer(bytearray(content["utilities"]), dtype=torch.float32).isnan().all()
+
+
+@pytest.mark.parametrize("mod", [fixedclipping_mod, adaptiveclipping_mod, LocalDpMod(1.0, 1.0, 1.0, 1e-5)])
+def test_flowers_mods_refuse_a_reply_with_some_experts(mod: Any) -> None:
+    """Why they are not used: they compare the reply's arrays with the request's, one by one."""
+
+    def app(message: Message, context: Context) -> Message:
+        arrays = ArrayRecord({"0.1.w": Array(torch.ones(2).numpy())})
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"loss": 1.0})}), reply_to=message)
+
+    with LocalGrid(client_app.app, 1).identity():
+        arrays = ArrayRecord({f"0.{e}.w": Array(torch.zeros(2).numpy()) for e in (0, 1)})
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"clipping_norm": 1.0})})
+        reply = mod(Message(content, 2, "train", group_id="1"), Context(1, 2, {}, RecordDict(), {}), app)
+    assert reply.has_error() and "expects the keys in the ArrayRecord of the reply" in str(reply.error.reason)
