@@ -21,6 +21,7 @@ def test_statistics_are_those_of_the_ratio_and_of_utilities() -> None:
     found = quality(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0]))
     # Ratios 4, 0, 0, 4; utilities (2, 0) and (0, 2) against (1, 1).
     assert found.bias == pytest.approx(1.0)
+    assert found.bias_error == 0.0  # both repeats have the same mean ratio
     assert found.spread == pytest.approx(math.sqrt((9 + 1 + 1 + 9) / 4))
     assert found.cosine_distance == pytest.approx(1 - 1 / math.sqrt(2))
 

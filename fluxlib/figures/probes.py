@@ -42,7 +42,7 @@ def role_utilities(measured: pd.DataFrame) -> Picture:
             part = wide[wide["layer"] == layer]
             marker = LOOKS[int(layer) % len(LOOKS)][1]
             ax.scatter(part["true"], part[name].clip(lower=low), 22, color=shade, marker=marker, edgecolor="black",
-                       linewidth=0.4, label=f"layer {layer}", zorder=2)  # fmt: skip
+                       linewidth=0.4, label=f"layer {int(layer)}", zorder=2)  # fmt: skip
         ax.set(title=name, xlabel="true utility", xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     axes[0].set_ylabel("estimated, one probe")
     axes[0].legend(fontsize=7, loc="upper left", handletextpad=0.2)
@@ -80,10 +80,15 @@ def role_probes(measured: pd.DataFrame) -> Picture:
     _reference(axes[0, 0], TARGET_DISTANCE, f"to reach: {TARGET_DISTANCE:.2f}")
     axes[0, 0].set_ylim(bottom=0)
     axes[1, 0].axhline(0, color="black", linewidth=0.8)
+    for name, (color, *_) in looks.items():
+        error = rows[(rows["setting"] == name) & (rows["study"] == "probe_bias_error")].groupby("x")["value"].mean()
+        middle = rows[(rows["setting"] == name) & (rows["study"] == "probe_bias")].groupby("x")["value"].mean()
+        cost = [passes[name, x] for x in error.index]
+        axes[1, 0].errorbar(cost, middle[error.index], 2 * error, color=color, capsize=2, linestyle="none")
     axes[1, 1].set_ylim(bottom=0)
     axes[0, 1].legend(loc="lower right", fontsize=7)
     counts = ", ".join(f"{x:g}" for x in sorted(rows["x"].dropna().unique()))
-    caption(figure, *about(rows), f"marks: {counts} probes per expert")
+    caption(figure, *about(rows), f"marks: {counts} probes per expert; bars: 2 standard errors")
     return figure
 
 
@@ -113,9 +118,7 @@ def role_seconds(measured: pd.DataFrame, participants: pd.DataFrame, shares: pd.
     left.set(xlabel="milliseconds per expert, measured here (median)", xlim=(0, 1150 * times.max()))
     left.grid(axis="y", visible=False)
     _stack_shares(right, shares)
-    caption(
-        figure, about(rows)[0], f"right: {participants['setting'].iloc[0]}, round 2 on"
-    )
+    caption(figure, about(rows)[0], f"right: {participants['setting'].iloc[0]}, round 2 on")
     return figure
 
 

@@ -69,8 +69,8 @@ def role_map(roles: pd.DataFrame, num_experts: int, participants: Sequence[int] 
         ax.grid(visible=False)
     for ax in axes[-1]:
         ax.set_xlabel("round")
-    for ax in axes[:, 0]:
-        ax.set_ylabel(f"MoE layer ({num_experts} experts each)")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.supylabel(f"MoE layer ({num_experts} experts each)", fontsize=9)
     names = ("merged", "explored", "tuned")
     handles = [
         Patch(facecolor=c, edgecolor="black", linewidth=0.5, label=n) for c, n in zip(colors, names, strict=True)
@@ -126,19 +126,19 @@ def role_ablation(outcome: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
             values = outcome.loc[outcome["setting"] == name, column].to_numpy(dtype=float)
             reached = values[~np.isnan(values)]
             missed = len(values) - len(reached)
-            if not missed:
+            if column == "final_metric":  # a bar would have to begin at 0
+                ax.plot([place - 0.3, place + 0.3], [values.mean()] * 2, color=color, linewidth=3)
+            elif not missed:
                 ax.bar(place, values.mean(), 0.7, color=color, hatch=hatch, edgecolor="white")
             else:
                 ax.annotate(f"not reached: {missed}/{len(values)}", (place, 0), (0, 4), textcoords="offset points",
                             rotation=90, ha="center", va="bottom", fontsize=7)  # fmt: skip
             spots = place + np.linspace(-0.12, 0.12, len(reached)) if len(reached) > 1 else [place] * len(reached)
-            if len(values) > 1:
+            if len(values) > 1 or column == "final_metric":
                 ax.plot(spots, reached, "o", color="black", markersize=3, markerfacecolor="white", linestyle="none")
         ax.set_xticks(range(len(looks)), list(looks), rotation=30, ha="right")
         ax.set_title(title)
         ax.grid(axis="x", visible=False)
-    low = outcome["final_metric"].min()
-    axes[0].set_ylim(bottom=max(0.0, low - 0.35 * (outcome["final_metric"].max() - low) - 0.05))
     target, share = outcome["target"].iloc[0], outcome["target_fraction"].iloc[0]
     axes[0].axhline(target, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
     seeds = outcome["seed"].nunique()
@@ -146,7 +146,7 @@ def role_ablation(outcome: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
         figure,
         about(rounds)[0],
         f"dashed: target, {share:.0%} of {outcome['setting'].iloc[0]}'s mean final score".replace("%", " %"),
-        "bars: mean; marks: seeds" if seeds > 1 else "1 seed",
+        "bars, lines: mean; marks: seeds" if seeds > 1 else "1 seed",
         f"device clock: shapes of {clock_shapes(rounds)}",
     )
     return figure

@@ -16,12 +16,14 @@ class Quality:
         cosine_distance: ``1 - cos`` between the vectors of utilities (eq. 3): what the paper puts at 0.29.
         rank_correlation: Spearman's, of utilities; ties share their mean rank.
         bias: mean of estimate over truth, minus 1; 0 for an unbiased estimator.
+        bias_error: standard error of the bias over the repeats; infinite for one.
         spread: standard deviation of estimate over truth. One unguided probe has ``sqrt(2)``: p is normal.
     """
 
     cosine_distance: float
     rank_correlation: float
     bias: float
+    bias_error: float
     spread: float
 
 
@@ -45,12 +47,14 @@ def quality(estimated: Tensor, true: Tensor, tokens: Tensor) -> Quality:
     norms, truth, weight = (value[..., used].double() for value in (estimated, true, tokens))
     utilities, best = weight * norms.clamp(min=0).sqrt(), weight * truth.sqrt()
     ratio = norms / truth
+    means = ratio.mean(dim=1)
     cosine = torch.nn.functional.cosine_similarity(utilities, best[None], dim=1)
     order = torch.stack([_correlation(ranks(row), ranks(best)) for row in utilities])
     return Quality(
         cosine_distance=float(1 - cosine.mean()),
         rank_correlation=float(order.mean()),
         bias=float(ratio.mean() - 1),
+        bias_error=float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("inf"),
         spread=float((ratio - 1).square().mean().sqrt()),
     )
 

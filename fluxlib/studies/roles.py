@@ -63,7 +63,7 @@ def probe_quality(
             for count in counts:
                 mean = single[: draws // count * count].view(-1, count, len(keys)).mean(dim=1)
                 found = gradients.quality(mean, true, tokens)
-                for measure in MEASURES:
+                for measure in (*MEASURES, "bias_error") if draws >= 2 * count else MEASURES:
                     yield bench.row(f"probe_{measure}", name, getattr(found, measure), x=count)
                 passes = gradients.probe_cost(bench.model, keys, count, how["sides"]) / len(keys)
                 yield bench.row("probe_passes", name, passes, x=count, unit="forward passes per expert")
