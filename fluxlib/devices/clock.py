@@ -4,10 +4,12 @@ What is modelled, per participant and phase of :data:`fluxlib.records.PHASES`:
 
 - arithmetic and memory traffic as a roofline: the longer of the two, at the achieved rates of the device;
 - training: forward through all kept slots, backward through them for the activations, weight gradients for the
-  tuned share of them, and the optimizer's traffic over tuned weights (AdamW in 32 bit);
-- offloading: as many experts as fit stay on the device with their training state, the others cross the bus twice
-  per step and their gradients once, and their optimizer runs on the host, both behind the device's arithmetic as far
-  as that reaches (:func:`offload_seconds`; ZeRO-Offload, Ren et al. 2021);
+  tuned share of them, and AdamW's traffic over tuned weights; those, their gradients and moments are in 32 bit
+  (quantised experts stay in their few bits), as :mod:`fluxlib.devices.memory` plans them;
+- offloading, where that state does not fit: the faster of two placements, as many experts as fit with their training
+  state, or as many as fit with their weights alone (what :class:`fluxlib.moe.offloaded.OffloadedExperts` does).
+  Weights and gradients of the others cross the bus and their optimizer runs on the host, both behind the device's
+  arithmetic as far as that reaches (:func:`step_seconds`; ZeRO-Offload, Ren et al. 2021);
 - merging and quantising: reading the full model from where the participant keeps it (host memory, or its own
   memory where that is unified and large enough), and writing the result;
 - down- and upload: bytes of experts over the link, plus its latency;
@@ -31,17 +33,15 @@ from transformers import PreTrainedModel
 
 from fluxlib import models
 from fluxlib.devices.catalogue import SERVER, Device, Link
-from fluxlib.devices.memory import RESERVE_FRAC
+from fluxlib.devices.memory import RESERVE_FRAC, STATE_BYTES, TUNED_DTYPE
 from fluxlib.methods.base import Work
 from fluxlib.moe import layers
 from fluxlib.records import PHASES
 
 WEIGHT_BYTES = 2
 """Frozen and working weights and activations: 16 bit."""
-TRAIN_STATE_BYTES = 16
-"""A tuned parameter on its device: 16-bit copy and gradient, 32-bit master weight and two moments."""
-OPTIMIZER_TRAFFIC_BYTES = 26
-"""AdamW, per parameter and step: reads gradient (2), master and moments (12), writes those (12)."""
+MOMENT_BYTES = STATE_BYTES["adamw"]
+"""AdamW's two moments, per tuned parameter."""
 ACTIVATION_BYTES = 34
 """Per token, layer and unit of width: Korthikanti et al. 2022, table 2, without the attention scores."""
 BACKWARD_SHARE = 2 / 3
@@ -132,7 +132,7 @@ def phase_seconds(
     on_link = shapes.expert_parameters / 8  # bytes per bit of an expert's weights
     merged = load.experts(work.num_merge_sources) * shapes.expert_parameters * WEIGHT_BYTES
     quantized = load.experts(work.num_quantized) * shapes.expert_parameters
-    step = train_step_seconds(load, device)
+    step, offload = step_seconds(load, device)
     down, up = (load.experts(n) for n in (work.num_downloaded, work.num_uploaded))
     return {
         "download": _transfer(down * work.download_bits * on_link, link.down_bytes_per_s, link),
@@ -144,7 +144,7 @@ def phase_seconds(
         "profile": forward_seconds(load, work.profile_samples, work.profile_tokens, work.profile_bits, device),
         "train": work.train_steps * step,
         "probe": forward_seconds(load, work.probe_samples, work.probe_tokens, 8 * WEIGHT_BYTES, device, kept=True),
-        "pcie": work.train_steps * offload_seconds(load, device, hidden_s=step),
+        "pcie": work.train_steps * offload,
         "upload": _transfer(up * work.upload_bits * on_link, link.up_bytes_per_s, link),
     }
 
@@ -171,17 +171,24 @@ class _Load:
         return self.batch_size * self.tokens_per_sample
 
     @property
-    def kept(self) -> float:
-        """Expert slots in the customised model: all of them when nothing was merged away."""
-        return self.experts(self.work.num_tuned + self.work.num_frozen)
-
-    @property
     def tuned_parameters(self) -> float:
         return self.experts(self.work.num_tuned) * self.shapes.expert_parameters
 
 
-def train_step_seconds(load: _Load, device: Device) -> float:
-    """One optimizer step on the device.
+@dataclass(frozen=True)
+class Placement:
+    """Where tuned parameters lie during training, as counts; what is not resident is on the host."""
+
+    trained: float
+    """On the device with gradient and moments."""
+    resident: float = 0.0
+    """On the device, with weights alone; updated on the host."""
+    away: float = 0.0
+    """On the host altogether."""
+
+
+def step_seconds(load: _Load, device: Device) -> tuple[float, float]:
+    """One optimizer step on the device, and what offloading adds to it, in the faster of the placements.
 
     Arithmetic: forward, activation gradients (the same again), and weight gradients for the share of routed
     traffic that goes to tuned experts, taken as their share of all experts. Memory: every kept weight read twice,
@@ -193,45 +200,72 @@ def train_step_seconds(load: _Load, device: Device) -> float:
     routed = shapes.expert_flops(tokens)
     tuned_share = work.num_tuned / work.num_experts
     flops = 2 * (dense + routed) + tuned_share * routed
-    weights = shapes.other_parameters * WEIGHT_BYTES + load.kept * _slot_bytes(load, work.weight_bits)
+    weights = shapes.other_parameters * WEIGHT_BYTES + _kept_traffic(load, work.weight_bits)
     activations = ACTIVATION_BYTES * tokens * shapes.num_layers * shapes.hidden_size
-    traffic = 2 * weights + load.tuned_parameters * WEIGHT_BYTES + 2 * activations
-    resident = load.tuned_parameters * (resident_frac(load, device) if work.offloaded else 1.0)
-    optimizer = resident * (OPTIMIZER_TRAFFIC_BYTES + 2 * work.weight_bits / 8)
-    return max(flops / device.flops_per_s, traffic / device.memory_rate) + optimizer / device.memory_rate
+    traffic = 2 * weights + load.tuned_parameters * _gradient_bytes(work.weight_bits) + 2 * activations
+    computing = max(flops / device.flops_per_s, traffic / device.memory_rate)
+    options = []
+    for placed in placements(load, device):
+        step = computing + placed.trained * _update_traffic(work.weight_bits) / device.memory_rate
+        options.append((step, offload_seconds(load, device, placed, hidden_s=step)))
+    return min(options, key=sum)
+
+
+def placements(load: _Load, device: Device) -> list[Placement]:
+    """The ways in which the tuned experts can lie in the memory that a reserve, other weights and activations leave.
+
+    Everything with its training state where that fits (or where the method does not offload); else as much of it as
+    fits, or as many experts as fit with their weights alone.
+    """
+    shapes, bits, every = load.shapes, load.work.weight_bits, load.tuned_parameters
+    activations = ACTIVATION_BYTES * load.step_tokens * shapes.num_layers * shapes.hidden_size
+    left = device.memory_bytes * (1 - RESERVE_FRAC) - shapes.other_parameters * WEIGHT_BYTES - activations
+    trained = max(0.0, left) / (_rest_bytes(bits) + _gradient_bytes(bits) + MOMENT_BYTES)
+    if not load.work.offloaded or trained >= every:
+        return [Placement(every)]
+    resident = min(every, max(0.0, left) / _rest_bytes(bits))
+    return [Placement(trained, away=every - trained), Placement(0.0, resident, every - resident)]
+
+
+def offload_seconds(load: _Load, device: Device, placed: Placement, hidden_s: float) -> float:
+    """What offloading adds to a step whose own time on the device is ``hidden_s``.
+
+    An expert that the host updates comes over the bus once if it is resident, and for the forward and again for the
+    backward pass if it is not; its gradient goes back. The two directions overlap with each other and with the
+    arithmetic. The optimizer streams the state on the host while the backward pass of earlier layers goes on.
+    """
+    bits, updated = load.work.weight_bits, placed.resident + placed.away
+    down, up = (updated + placed.away) * _rest_bytes(bits), updated * _gradient_bytes(bits)
+    bus = max(down, up) / device.bus_rate
+    host = updated * _update_traffic(bits) / device.host_rate
+    return max(0.0, bus - hidden_s, host - BACKWARD_SHARE * hidden_s)
+
+
+def _rest_bytes(bits: int) -> float:
+    """A tuned parameter's weight at rest: 32 bit, or the few bits that it is quantised to."""
+    return bits / 8 if bits < 8 * WEIGHT_BYTES else TUNED_DTYPE.itemsize
+
+
+def _gradient_bytes(bits: int) -> int:
+    """A tuned parameter's gradient: 32 bit, or that of the unpacked weight."""
+    return WEIGHT_BYTES if bits < 8 * WEIGHT_BYTES else TUNED_DTYPE.itemsize
+
+
+def _update_traffic(bits: int) -> float:
+    """AdamW, per parameter and step: weight and moments are read and written, the gradient is read."""
+    return 2 * (_rest_bytes(bits) + MOMENT_BYTES) + _gradient_bytes(bits)
+
+
+def _kept_traffic(load: _Load, bits: int) -> float:
+    """Traffic of reading every kept expert once; a tuned one is cast to 16 bit before its product."""
+    tuned = _rest_bytes(bits) + 2 * WEIGHT_BYTES
+    return load.tuned_parameters * tuned + load.experts(load.work.num_frozen) * _slot_bytes(load, bits)
 
 
 def _slot_bytes(load: _Load, bits: int) -> float:
-    """Traffic of reading one expert once; below 16 bit it is unpacked: written and read again in 16 bit."""
+    """Traffic of reading one frozen expert once; below 16 bit it is unpacked: written and read again in 16 bit."""
     unpacked = 0 if bits >= 8 * WEIGHT_BYTES else 2 * WEIGHT_BYTES
     return load.shapes.expert_parameters * (bits / 8 + unpacked)
-
-
-def resident_frac(load: _Load, device: Device) -> float:
-    """Share of the tuned experts that stays on the device with its training state, when the rest is offloaded.
-
-    Memory left after a reserve, the other weights and the activations of a step, over what the experts need.
-    """
-    shapes = load.shapes
-    activations = ACTIVATION_BYTES * load.step_tokens * shapes.num_layers * shapes.hidden_size
-    left = device.memory_bytes * (1 - RESERVE_FRAC) - shapes.other_parameters * WEIGHT_BYTES - activations
-    needed = load.tuned_parameters * TRAIN_STATE_BYTES
-    return min(1.0, max(0.0, left / needed)) if needed else 1.0
-
-
-def offload_seconds(load: _Load, device: Device, hidden_s: float) -> float:
-    """What offloading adds to a step whose own time on the device is ``hidden_s``.
-
-    An offloaded expert comes over the bus for the forward and again for the backward pass, its gradient goes back;
-    the two directions overlap with each other and with the arithmetic. Its optimizer streams the state on the host
-    while the backward pass of earlier layers goes on.
-    """
-    if not load.work.offloaded:
-        return 0.0
-    away = load.tuned_parameters * (1 - resident_frac(load, device))
-    bus = 2 * away * WEIGHT_BYTES / device.bus_rate
-    host = away * (OPTIMIZER_TRAFFIC_BYTES + 2 * WEIGHT_BYTES) / device.host_rate
-    return max(0.0, bus - hidden_s, host - BACKWARD_SHARE * hidden_s)
 
 
 def forward_seconds(
@@ -247,8 +281,8 @@ def forward_seconds(
     tokens = load.tokens(samples, counted_tokens)
     passes = samples / load.batch_size if load.batch_size else 1.0
     flops = shapes.dense_flops(tokens, tokens / samples) + shapes.expert_flops(tokens)
-    slots = load.kept if kept else shapes.num_experts
-    weights = shapes.other_parameters * WEIGHT_BYTES + slots * _slot_bytes(load, bits)
+    experts = _kept_traffic(load, bits) if kept else shapes.num_experts * _slot_bytes(load, bits)
+    weights = shapes.other_parameters * WEIGHT_BYTES + experts
     return max(flops / device.flops_per_s, passes * weights / device.memory_rate)
 
 

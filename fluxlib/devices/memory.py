@@ -24,6 +24,8 @@ from fluxlib.devices.planner import Planner
 
 METHODS = ("flux", "fmd", "fmq", "fmes")
 KERNELS = ("auto", "grouped", "slots")
+TUNED_DTYPE = torch.float32
+"""Type of tuned weights and of their gradients, unless one is given."""
 STATE_BYTES = {"adamw": 8, "sgd": 0}
 """Optimizer state per tuned parameter."""
 RESERVE_FRAC = 0.1
@@ -41,7 +43,7 @@ def plan_memory(
     batch: int = 16,
     tokens: int = 512,
     dtype: torch.dtype = torch.bfloat16,
-    tuned_dtype: torch.dtype = torch.float32,
+    tuned_dtype: torch.dtype = TUNED_DTYPE,
     optimizer: str = "adamw",
     bits: int = 4,
     merged_per_tuned: float = 1.0,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-from fluxlib.devices import clock
+from fluxlib import models
+from fluxlib.devices import clock, memory
 from fluxlib.devices.catalogue import DEVICES, LINKS, Device, Link
 from fluxlib.devices.clock import Shapes, phase_seconds, round_seconds
 from fluxlib.methods.base import Work
@@ -91,9 +93,14 @@ def test_training_arithmetic_is_two_passes_and_the_weight_gradients_of_the_tuned
 def test_training_traffic_is_kept_weights_twice_then_gradients_then_the_optimizer():
     slow = replace(DEVICE, memory_bytes_per_s=1e3)
     work = replace(WORK, num_tuned=20, num_frozen=30)
-    # Kept: 3,000 others + 5 experts, 2 bytes, twice; gradients of 2 experts; 30 bytes per tuned parameter.
-    step = 2 * (6_000 + 5 * 2_000) + 2 * 2_000 + 2_000 * 30
+    # Kept: 3,000 others and 3 merged experts, 2 bytes; 2 tuned ones, read in 4, written and read again in 2; all that
+    # twice. Then the gradients of 2 experts; weight and two moments read and written, the gradient read.
+    step = 2 * (6_000 + 3 * 2_000 + 2 * 8_000) + 2 * 4_000 + 2_000 * 28
     assert seconds(work, slow)["train"] == pytest.approx(2 * step / 1e3)
+    # In 4 bits: unpacked like the others; gradients in 2 bytes; half a byte of codes, written back.
+    few = replace(work, weight_bits=4)
+    step = 2 * (6_000 + 5 * 4_500) + 2 * 2_000 + 2_000 * 19
+    assert seconds(few, slow)["train"] == pytest.approx(2 * step / 1e3)
 
 
 def test_fewer_kept_experts_never_take_longer():
@@ -117,16 +124,43 @@ def test_offloading_costs_nothing_where_everything_fits():
     assert seconds(work) == seconds(replace(work, offloaded=False))
 
 
-def test_what_does_not_fit_crosses_the_bus_twice_behind_the_arithmetic():
-    # 90 % of the memory, less 6,000 bytes of others, holds 5 of the 10 experts with 16 bytes per parameter.
+def test_what_does_not_fit_crosses_the_bus_behind_the_arithmetic_in_the_better_placement():
+    # 90 % of the memory, less 6,000 bytes of others, holds 5 of the 10 experts with 16 bytes per parameter, or all 10
+    # with the 4 bytes of their weights.
     small = replace(DEVICE, memory_bytes=(6_000 + 5 * 16_000) / 0.9, memory_bytes_per_s=1e15)
     work = replace(WORK, num_tuned=100, offloaded=True)
     slow_bus = replace(small, bus_bytes_per_s=1e3, host_bytes_per_s=1e15)
     step = seconds(work, slow_bus)["train"] / 2
-    assert seconds(work, slow_bus)["pcie"] == pytest.approx(2 * (2 * 5_000 * 2 / 1e3 - step))
+    # 5 experts twice, in 4 bytes; or all 10 once: the same.
+    assert seconds(work, slow_bus)["pcie"] == pytest.approx(2 * (2 * 5_000 * 4 / 1e3 - step))
     slow_host = replace(small, bus_bytes_per_s=1e15, host_bytes_per_s=1e3)
-    assert seconds(work, slow_host)["pcie"] == pytest.approx(2 * (5_000 * 30 / 1e3 - step * 2 / 3))
+    assert seconds(work, slow_host)["pcie"] == pytest.approx(2 * (5_000 * 28 / 1e3 - step * 2 / 3))
     assert seconds(work, small)["pcie"] == 0.0
+    # Room for 2 experts with state, or 8 with weights alone: 8 twice, or 10 once and 2 once more.
+    smaller = replace(slow_bus, memory_bytes=(6_000 + 2 * 16_000) / 0.9)
+    assert seconds(work, smaller)["pcie"] == pytest.approx(2 * (12_000 * 4 / 1e3 - step))
+    # In 4 bits all weights stay; codes come and gradients of 2 bytes go.
+    few = replace(work, weight_bits=4)
+    assert seconds(few, smaller)["pcie"] < seconds(work, smaller)["pcie"] / 2
+
+
+def test_what_stays_on_the_device_is_what_the_planner_says():
+    """Weights alone, in the planner's type. The planner also sees the cast copy and the gradient of the expert at work;
+    activations are each module's own estimate, so the batch is tiny."""
+    config = models.LlamaMoeConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=4,
+        num_experts=8, num_selects=2, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    device = replace(DEVICE, memory_bytes=4_000_000)
+    plan = memory.plan_memory(config, "fmd", device.memory_bytes, batch=1, tokens=4)
+    with torch.device("meta"):
+        shapes = clock.shapes_of("tiny", models.LlamaMoeForCausalLM(config))
+    work = Work(num_experts=100, num_tuned=100, train_steps=1, train_samples=1, train_tokens=4, offloaded=True)
+    found = clock.placements(clock._Load(work, shapes, None), device)[1]
+    assert 2 < plan.num_resident < plan.num_experts
+    assert found.resident / shapes.expert_parameters == pytest.approx(plan.num_resident, abs=2)
+    resident_bytes = clock.TUNED_DTYPE.itemsize * shapes.expert_parameters * plan.num_resident
+    assert resident_bytes == next(row.num_bytes for row in plan.rows if row.kind == "tuned experts")
 
 
 def test_merging_reads_its_sources_from_where_the_full_model_lies():
