@@ -10,7 +10,7 @@ from fluxlib import models
 from fluxlib.devices import census, dry_run, memory, stand_ins
 from fluxlib.devices.live_bytes import LiveBytes
 from fluxlib.devices.stand_ins import Slots
-from fluxlib.moe import layers
+from fluxlib.moe import layers, offloaded
 from fluxlib.moe.compact import LayerPlan, customize
 from fluxlib.moe.quantized import quantize
 
@@ -99,6 +99,51 @@ def test_the_peak_of_a_step_is_within_ten_percent(name, method, num_tuned, num_m
     measured = measured_step(config, plan, **options)
     assert plan.peak_bytes == pytest.approx(measured, rel=0.1)
     assert sum(row.num_bytes for row in plan.rows if row.where == "device") == plan.peak_bytes
+
+
+@pytest.mark.parametrize("num_bytes", [1_200_000, 1_400_000])
+def test_the_peak_with_offloading_is_within_ten_percent(monkeypatch, num_bytes):
+    """As on a GPU: an expert on the device is a copy, a gradient leaves as soon as it is made."""
+    config = CONFIGS["llama"]
+    plan = memory.plan_memory(config, "fmd", num_bytes, batch=1, tokens=32, dtype=torch.float32, kernel="slots")
+    assert plan.fits and 2 < plan.num_resident < plan.num_experts
+    plain = offloaded.DeviceSet._load
+
+    def load(self, key, host, device):
+        entry = plain(self, key, host, device)
+        entry.tensors = {name: tensor.clone() for name, tensor in entry.tensors.items()}
+        return entry
+
+    monkeypatch.setattr(offloaded.DeviceSet, "_load", load)
+    monkeypatch.setattr(offloaded, "_accumulate", lambda parameters, gradients: None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    offloaded.offload(model, plan.num_resident)
+    live = LiveBytes()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        live.mark(tensor, "weights")
+    with live:
+        model(**batch_of(config, 1, 32), use_cache=False).loss.backward()
+    on_host = 4 * plan.num_experts * census.census(config).expert_parameters
+    assert plan.peak_bytes == pytest.approx(live.peak_bytes - on_host, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_peak_of_quantised_training_is_within_ten_percent(name, bits):
+    config = CONFIGS[name]
+    plan = memory.plan_memory(config, "fmq", batch=4, tokens=64, bits=bits, dtype=torch.float32)
+    assert plan.num_tuned == plan.num_experts
+    model = quantize(AutoModelForCausalLM.from_config(config, dtype=torch.float32), bits).train()
+    live = LiveBytes()
+    for layer in layers.find(model):
+        layer.experts.collects_gradients = True
+    for tensor in [*model.parameters(), *model.buffers()]:
+        live.mark(tensor, "weights")
+    state = torch.empty(8 * plan.num_tuned * census.census(config).expert_parameters, dtype=torch.uint8)
+    live.mark(state, "optimizer")
+    with live:
+        model(**batch_of(config, 4, 64), use_cache=False).loss.backward()
+    assert plan.peak_bytes == pytest.approx(live.peak_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek"])
