@@ -34,8 +34,8 @@ FEDERATED_RUN = NOTEBOOKS / "04_federated_run.ipynb"
 # Study notebooks, executed once per model, and the figures that each leaves.
 STUDIES = {
 }
-# Studies that read the tables of federated runs as well.
-READS_RUNS = ()
+# Studies that read the tables of federated runs as well, and which of their parameters name the variants they read.
+READS_RUNS = {"03_role_assignment": ("assignments", "epsilons", "options")}
 
 try:
     for study, parameters in PROFILE.studies.items():
@@ -112,7 +112,10 @@ for study in PROFILE.studies:
         name: f"study_{study}"
         input:
             notebook=NOTEBOOKS / f"{study}.ipynb",
-            rounds=expand(f"{RESULTS}/rounds/{{run_id}}.parquet", run_id=PROFILE.runs if study in READS_RUNS else []),
+            rounds=lambda wildcards, study=study: [
+                f"{RESULTS}/rounds/{run_id}.parquet"
+                for run_id in steps.runs_read(PROFILE, study, READS_RUNS.get(study, ()), wildcards.model)
+            ],
         output:
             table=f"{RESULTS}/measurements/{study}-{{model}}.parquet",
             about=f"{RESULTS}/measurements/{study}-{{model}}.json",

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,10 +80,34 @@ def _configure(content: dict[str, Any], point: dict[str, Any], changes: dict[str
     parameters = dict(content.get("run") or {})
     for axis in ("model", "task", "method"):
         parameters |= (content.get(f"per_{axis}") or {}).get(point[axis]) or {}
+    if parameters.get("data_path"):
+        # Notebooks are executed in their own folder.
+        parameters["data_path"] = str(Path(parameters["data_path"]).expanduser().resolve())
     try:
         return make_config(parameters | changes | point)
     except ConfigError as error:
         raise ConfigError(f"{path}, run {point | changes}:\n{error}") from None
+
+
+def runs_read(profile: Profile, study: str, groups: Sequence[str], model: str) -> list[str]:
+    """Ids of the runs that a study reads: FLUX's on one model and the study's ``task``, in the variants it names.
+
+    Args:
+        groups: parameters of the study, each a mapping from what a variant is called to its name.
+
+    Raises:
+        ConfigError: a variant that no run of the profile has.
+    """
+    settings = profile.studies[study]
+    wanted = {variant for group in groups for variant in (settings.get(group) or {}).values()}
+    found = {
+        run_id: run.variant
+        for run_id, run in profile.runs.items()
+        if (run.method, Path(run.model).name, run.task) == ("flux", model, settings.get("task"))
+    }
+    if missing := sorted(wanted - set(found.values())):
+        raise ConfigError(f"{study} reads variants {missing}, the profile has {sorted(set(found.values()))}")
+    return [run_id for run_id, variant in found.items() if variant in wanted]
 
 
 def _only(kind: str, content: dict[str, Any], allowed: tuple[str, ...], path: Path) -> None:

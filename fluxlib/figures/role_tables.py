@@ -60,8 +60,8 @@ def outcomes(
 
     Returns:
         ``final_metric``, ``final_loss``, ``mean_metric`` (over all scored rounds), ``target``, ``round``, ``device_s``
-        and ``wall_s`` to target (NaN: not reached), ``covered_frac`` and ``load_cv``: standard deviation over mean of
-        how often each expert was tuned.
+        and ``wall_s`` to target (NaN: not reached; ``<clock>_at_least``: the whole run then), ``covered_frac`` and
+        ``load_cv``: standard deviation over mean of how often each expert was tuned.
     """
     num_experts = int(rounds["num_experts"].max())
     roles = roles_table(participants)
@@ -76,7 +76,8 @@ def outcomes(
         row = {"setting": key[0], "seed": key[1], "final_metric": final[key], "final_loss": run["loss"].iloc[-1],
                "mean_metric": run["metric"].mean(), "target": target, "target_fraction": target_fraction}  # fmt: skip
         times = {c: time_to_target(run[c].tolist(), run["metric"].tolist(), target) for c in TIMES}
-        rows.append(row | times | {"covered_frac": covered[key], "load_cv": load_cv[key]})
+        ends = {f"{c}_at_least": run[c].iloc[-1] if times[c] != times[c] else times[c] for c in TIMES}
+        rows.append(row | times | ends | {"covered_frac": covered[key], "load_cv": load_cv[key]})
     return pd.DataFrame(rows)
 
 

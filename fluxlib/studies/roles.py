@@ -16,7 +16,7 @@ from fluxlib.gradients.exact import ExpertKey
 from fluxlib.methods.local import routed_tokens
 from fluxlib.moe import layers
 from fluxlib.moe.capture import capture
-from fluxlib.studies.bench import Bench, Row, interleaved
+from fluxlib.studies.bench import Bench, Row, interleaved, row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +30,18 @@ PROBES: dict[str, dict[str, Any]] = {
 
 MEASURES = ("cosine_distance", "rank_correlation", "bias", "spread")
 """Fields of :class:`fluxlib.gradients.Quality`; each is a study of its own, ``probe_<measure>``."""
+
+
+OUTCOMES = (
+    "final_metric",
+    "final_loss",
+    "mean_metric",
+    "round_at_least",
+    "device_s_at_least",
+    "covered_frac",
+    "load_cv",
+)
+"""What runs are compared by, of :func:`fluxlib.figures.role_tables.outcomes`."""
 
 
 def truth(bench: Bench, num_experts: int) -> tuple[dict[str, Tensor], list[ExpertKey], Tensor, Tensor]:
@@ -97,6 +109,15 @@ def probe_seconds(benches: Iterable[Bench], num_experts: int, repeats: int) -> I
 def _two_passes(bench: Bench, batch: Mapping[str, Tensor]) -> None:
     for _ in range(2):
         bench.model(**batch, use_cache=False)
+
+
+def outcome_rows(outcome: pd.DataFrame, group: str, model: str, task: str) -> Iterator[Row]:
+    """What runs came to (:func:`fluxlib.figures.role_tables.outcomes`) as rows: study ``<group>_<column>``."""
+    units = {"device_s_at_least": "s"}
+    for run in outcome.to_dict("records"):
+        for column in OUTCOMES:
+            more = {"model": model, "task": task, "seed": run["seed"], "unit": units.get(column, "")}
+            yield row(f"{group}_{column}", run["setting"], run[column], **more)
 
 
 def read_runs(

@@ -1,0 +1,171 @@
+"""The paper's number beside ours, from the ``measurements`` table, and whether they agree.
+
+Per seed: the mean over tasks; then the mean, smallest and largest over seeds. ``agrees``: the mean reaches the paper's
+size. ``agrees in direction``: it does not, but every seed points the paper's way. ``does not``: anything else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CLOCK_LINK = "1 Gb/s"
+COLUMNS = ("claim", "paper", "reach", "ours", "smallest", "largest", "seeds", "verdict")
+
+
+def profiling(table: pd.DataFrame) -> pd.DataFrame:
+    """Section 4: unevenness, 4-bit error, staleness, round time."""
+    uneven = _seeds(table, "activation", reduce="max", by="layer")
+    age = {name: _seeds(table, "profile_age", f"{name}, a quarter tuned") for name in ("fresh", "stale")}
+    merged = {name: _seeds(table, "stale_merge", name) for name in ("fresh", "stale")}
+    saving = table[(table["study"] == "round_saving") & (table["setting"] == CLOCK_LINK)]
+    return _frame([
+        _line("busiest expert of the first layer over that of the last", "above 1", 1.0, uneven[:, 0] / uneven[:, -1]),
+        _line("4-bit profile: error of the frequency", "0.1101", 0.1101, _seeds(table, "profile_error",
+              "frequency error", x=4), "smaller"),
+        _line("the same, against what this project set out to reach", "", 0.08, _seeds(table, "profile_error",
+              "frequency error", x=4), "smaller"),
+        _line("one round old: error added to the frequency", "under 0.02", 0.02, age["stale"] - age["fresh"],
+              "smaller"),
+        _line("one round old: error added to the merged model, relative", "under 0.02", 0.02,
+              merged["stale"] / merged["fresh"] - 1, "smaller"),
+        _line(f"profile beside upload and server: round time saved, best case at {CLOCK_LINK}", "0.282", 0.282,
+              np.array([saving["value"].max()])),
+    ])  # fmt: skip
+
+
+def merging(table: pd.DataFrame) -> pd.DataFrame:
+    """Section 5: discarding, depth, budgets, clustering, weights, overhead."""
+    error = {name: _seeds(table, "error", name) for name in _settings(table, "error")}
+    loss = {name: _seeds(table, "loss", name) for name in _settings(table, "loss")}
+    lines = [
+        _below("merged (adaptive) under discarded: error of the model", "any", 0.0, error, "adaptive", "discarded"),
+        _below("merged (adaptive) under discarded: loss added", "any", 0.0,
+               {name: value - loss["full model"] for name, value in loss.items()}, "adaptive", "discarded"),
+        _line("error of the first layer at the end, over that of the last", "above 1", 1.0, _early_over_late(table)),
+        _below("adaptive budgets under one slot per layer", "0.656", 0.656, error, "adaptive", "single"),
+        _below("adaptive budgets under uniform", "0.476", 0.476, error, "adaptive", "uniform"),
+        *(
+            _below(f"beyond the paper: {kind} under {other}", size, float(size), error, kind, other)
+            for kind in ("measured", "joint + squared gate")
+            for other, size in (("single", "0.656"), ("uniform", "0.476"))
+        ),
+        _below("attention x frequency under frequency", "0.192", 0.192, error, "weights: attention x frequency",
+               "weights: frequency"),
+        _below("beyond the paper: squared gate under frequency", "0.192", 0.192, error, "weights: squared gate",
+               "weights: frequency"),
+        _below("beyond the paper: neurons aligned under not", "any", 0.0, error, "aligned", "adaptive"),
+        _below("beyond the paper: similar outputs under similar weights", "any", 0.0, error, "outputs", "adaptive"),
+    ]  # fmt: skip
+    for shape in ("32 x 16 experts", "27 x 64 experts"):
+        slow, fused = (_seeds(table, "clustering_seconds", f"{shape}, {m}", "median") for m in ("per layer", "fused"))
+        lines.append(_line(f"fused clustering, {shape}: times faster", "40", 40.0, slow / fused))
+        slow, fused = (_seeds(table, "clustering_inertia", f"{shape}, {m}") for m in ("per layer", "fused"))
+        lines.append(_line(f"its inertia over the reference's, {shape}", "", 1.02, fused / slow, "smaller"))
+    for x in (64, 512):
+        share = _seeds(table, "own_share_device", f"{CLOCK_LINK}, overlapped", x=x)
+        lines.append(_line(f"FLUX's own share of a round, {x} samples, {CLOCK_LINK}", "0.05", 0.05, share, "smaller"))
+    return _frame(lines)
+
+
+def roles(table: pd.DataFrame) -> pd.DataFrame:
+    """Section 6: forward-only utilities, share of a round, assignment and epsilon."""
+    distance = {name: _seeds(table, "probe_cosine_distance", name, x=1) for name in _settings(table, "probe_passes")}
+    lines = [
+        _line("utilities from one probe per expert, one-sided: cosine distance", "0.29", 0.29,
+              distance["one-sided (paper)"], "smaller"),
+        _line("the same, two-sided and guided", "", 0.20, distance["two-sided, guided"], "smaller"),
+        _line("its cost, over two whole forward passes per expert", "", 1.0,
+              _seeds(table, "probe_passes", "two-sided, guided", x=1) / 2, "smaller"),
+        _line("its bias, in standard errors", "", 3.0, np.abs(_seeds(table, "probe_bias", "two-sided, guided", x=1))
+              / _seeds(table, "probe_bias_error", "two-sided, guided", x=1), "smaller"),
+    ]  # fmt: skip
+    for clock in _settings(table, "probe_share"):
+        share = _seeds(table, "probe_share", clock)
+        lines.append(_line(f"share of a round spent on probes, {clock}", "0.05", 0.05, share, "smaller"))
+    for group in ("assignment", "epsilon", "options"):
+        score, time = ({name: _seeds(table, f"{group}_{column}", name) for name in _settings(table, f"{group}_{column}")}
+                       for column in ("final_metric", "device_s_at_least"))  # fmt: skip
+        first, *others = score
+        for other in others:
+            lines.append(_line(f"{first} above {other}: final score", "any", 0.0, score[first] - score[other]))
+            lines.append(
+                _line(f"{other} over {first}: device seconds to target", "above 1", 1.0, time[other] / time[first])
+            )
+    return _frame(lines)
+
+
+def sentences(verdicts: pd.DataFrame, where: str) -> str:
+    """One bullet per claim, in Markdown: the paper's number, ours, and the verdict."""
+    bullets = []
+    for item in verdicts.to_dict("records"):
+        spread = (
+            "" if item["seeds"] < 2 else f" ({item['smallest']:.3g} to {item['largest']:.3g}, {item['seeds']} seeds)"
+        )
+        paper = f"paper {item['paper']}" if item["paper"] else f"to reach {item['reach']:g}"
+        bullets.append(f"- {item['claim']}: {paper}, ours **{item['ours']:.3g}**{spread}: *{item['verdict']}*")
+    return f"On {where}:\n\n" + "\n".join(bullets)
+
+
+def judge(values: np.ndarray, reach: float, better: str = "larger") -> str:
+    """``agrees``, ``agrees in direction`` or ``does not`` for one value per seed.
+
+    Args:
+        reach: the size to reach. Where larger is better 0 is the point at which the direction turns (1 for a ratio
+            whose size to reach is 1 or more); where smaller is better there is a size only.
+    """
+    mean = float(np.mean(values))
+    if better == "smaller":
+        return "agrees" if mean <= reach else "does not"
+    turn = 1.0 if reach >= 1 else 0.0
+    if mean >= reach and mean > turn:
+        return "agrees"
+    return "agrees in direction" if (np.asarray(values) > turn).all() else "does not"
+
+
+def _line(claim: str, paper: str, reach: float, values: np.ndarray, better: str = "larger") -> tuple:
+    summary = (float(np.mean(values)), float(np.min(values)), float(np.max(values)), len(values))
+    return claim, paper, reach, *summary, judge(values, reach, better)
+
+
+def _below(claim: str, paper: str, reach: float, values: dict[str, np.ndarray], better: str, worse: str) -> tuple:
+    """How far ``better`` lies below ``worse``, as a share of it."""
+    return _line(claim, paper, reach, 1 - values[better] / values[worse])
+
+
+def _early_over_late(table: pd.DataFrame) -> np.ndarray:
+    rows = table[table["study"] == "growth"]
+    last = rows[rows["layer"] == rows["layer"].max()]
+    first, late = (last[last["x"] == x].groupby("seed")["value"].mean() for x in (0, last["x"].max()))
+    return (first / late).to_numpy()
+
+
+def _settings(table: pd.DataFrame, study: str) -> list[str]:
+    return list(table.loc[table["study"] == study, "setting"].unique())
+
+
+def _seeds(
+    table: pd.DataFrame,
+    study: str,
+    setting: str | None = None,
+    reduce: str = "mean",
+    x: float | None = None,
+    by: str | None = None,
+) -> np.ndarray:
+    """One value per seed ``[seeds]``, or per seed and layer ``[seeds, layers]``: reduced per task, then the mean."""
+    rows = table[table["study"] == study]
+    rows = rows if setting is None else rows[rows["setting"] == setting]
+    rows = rows if x is None else rows[rows["x"] == x]
+    keys = ["seed", "task"] + ([by] if by else [])
+    values = rows.groupby(keys)["value"].agg(reduce).groupby(["seed"] + ([by] if by else [])).mean()
+    return values.unstack(by).to_numpy(dtype=float) if by else values.to_numpy(dtype=float)
+
+
+def _frame(lines: list[tuple]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(lines, columns=list(COLUMNS))
