@@ -77,6 +77,16 @@ def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
     assert (slow.variant, slow.learning_rate, slow.rounds) == ("slow", 1e-5, 3)
 
 
+def test_a_study_reads_the_runs_of_the_variants_it_names(tmp_path):
+    variants = {"slow": {"run": {"learning_rate": 1e-5}}}
+    studies = {"03": {"task": "t", "curves": {"plain": "", "slow": "slow"}, "other": {"fast": "fast"}}}
+    found = workflow.load_profile(profile(tmp_path / "mini.yaml", variants=variants, studies=studies))
+    assert workflow.runs_read(found, "03", ("curves",), "m") == ["flux-m-t-seed0", "flux-slow-m-t-seed0"]
+    assert workflow.runs_read(found, "03", (), "m") == []
+    with pytest.raises(ConfigError, match=r"reads variants \['fast'\], the profile has \['', 'slow'\]"):
+        workflow.runs_read(found, "03", ("other",), "m")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

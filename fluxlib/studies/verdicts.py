@@ -88,14 +88,13 @@ def roles(table: pd.DataFrame) -> pd.DataFrame:
         share = _seeds(table, "probe_share", clock)
         lines.append(_line(f"share of a round spent on probes, {clock}", "0.05", 0.05, share, "smaller"))
     for group in ("assignment", "epsilon", "options"):
-        score, time = ({name: _seeds(table, f"{group}_{column}", name) for name in _settings(table, f"{group}_{column}")}
-                       for column in ("final_metric", "device_s_at_least"))  # fmt: skip
-        first, *others = score
-        for other in others:
-            lines.append(_line(f"{first} above {other}: final score", "any", 0.0, score[first] - score[other]))
-            lines.append(
-                _line(f"{other} over {first}: device seconds to target", "above 1", 1.0, time[other] / time[first])
-            )
+        names = _settings(table, f"{group}_final_metric")
+        score = {name: _seeds(table, f"{group}_final_metric", name) for name in names}
+        time = {name: _seeds(table, f"{group}_device_s_at_least", name) for name in names}
+        for other in names[1:]:
+            gained, ratio = score[names[0]] - score[other], time[other] / time[names[0]]
+            lines.append(_line(f"{names[0]} above {other}: final score", "any", 0.0, gained))
+            lines.append(_line(f"{other} over {names[0]}: device seconds to target", "above 1", 1.0, ratio))
     return _frame(lines)
 
 
