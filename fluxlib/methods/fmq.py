@@ -8,7 +8,8 @@ is lost, and what is not lost is rounded. That error, adding up, is what the pap
 What travels: participants quantise what they download, which the server could do for them, so codes and scales are
 enough in both directions. A participant reports the difference of its dequantised experts after and before its steps.
 The server adds the mean difference to its own weights in full precision and is evaluated with those: the rounding of
-what nobody tuned does not enter the model.
+what nobody tuned does not enter the model. The device clock charges the codes; the bytes in the tables are those that
+this process sent, of full-precision tensors with the same content.
 
 Paper: section 5 of its set-up, "expert parameters quantized to INT4 so that the whole model fits, then fine-tuned".
 Deviation: 16 levels best for normal weights (:mod:`fluxlib.moe.packing`), with half the error of evenly spaced ones;
@@ -32,6 +33,9 @@ from fluxlib.methods.base import Budget, ExpertKey, LocalData, Method, Participa
 from fluxlib.methods.local import Stopwatch, count_training, make_optimizer, run_steps
 from fluxlib.moe import layers
 from fluxlib.moe.quantized import QuantizedExperts, dequantize, quantized
+
+SCALE_BITS = 16 / 64
+"""Of a block's scale, per weight."""
 
 
 def assign(
@@ -63,7 +67,8 @@ def train(
             tuned = run_steps(model, QuantizedLearner(experts, config), data.train, config)
     num_experts = assigned.exploit.numel()
     work = Work(num_experts=num_experts, num_quantized=num_experts, profile_bits=config.fmq_bits)
-    work = replace(work, weight_bits=config.fmq_bits, offloaded=True)
+    travelling = config.fmq_bits + SCALE_BITS
+    work = replace(work, weight_bits=config.fmq_bits, offloaded=True, download_bits=travelling, upload_bits=travelling)
     work = count_training(work, tuned, assigned.exploit, len(data.train))
     nothing = torch.full(assigned.exploit.shape, float("nan"))
     return Update(tuned.deltas, nothing, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state

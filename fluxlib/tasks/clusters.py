@@ -7,6 +7,7 @@ needs no further model and gives the same labels on every machine of the same ar
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from functools import lru_cache
 
@@ -20,6 +21,7 @@ def cluster_labels(texts: tuple[str, ...], num_clusters: int = NUM_CLUSTERS) -> 
     import numpy as np
     from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
 
@@ -28,6 +30,9 @@ def cluster_labels(texts: tuple[str, ...], num_clusters: int = NUM_CLUSTERS) -> 
     counts = TfidfVectorizer(sublinear_tf=True, stop_words="english", token_pattern=r"(?u)\b\w+\b").fit_transform(texts)
     size = min(DIMENSIONS, min(counts.shape) - 1)
     points = normalize(TruncatedSVD(size, random_state=0).fit_transform(counts)) if size > 0 else counts.toarray()
-    found = KMeans(num_clusters, n_init=4, random_state=0).fit_predict(np.asarray(points))
+    with warnings.catch_warnings():
+        # Fewer different prompts than clusters: some stay empty.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = KMeans(num_clusters, n_init=4, random_state=0).fit_predict(np.asarray(points))
     by_size = {cluster: rank for rank, (cluster, _) in enumerate(Counter(found.tolist()).most_common())}
     return tuple(f"cluster{by_size[cluster]}" for cluster in found.tolist())

@@ -86,6 +86,7 @@ def test_with_16_bits_it_is_fmd_and_with_8_nearly(model: nn.Module, data: LocalD
 def test_what_it_costs_is_told_to_the_clock(model: nn.Module, data: LocalData) -> None:
     work = train("fmq", model, data).work
     assert (work.num_tuned, work.num_quantized, work.weight_bits, work.offloaded) == (64, 64, 4, True)
+    assert (work.download_bits, work.upload_bits) == (4.25, 4.25)
     assert work.tuned_tokens == work.routed_tokens == work.slot_tokens == 4 * LAYERS * work.train_tokens
 
 
