@@ -149,7 +149,8 @@ class RowMaker:
         tokens = self.config.clock_tokens_per_sample
         # Experts that came with the profile request crossed the link before this one.
         down = outcome.download
-        work = replace(outcome.work, num_downloaded=down.num_experts, download_bits=down.mean_bits)
+        bits = min(outcome.work.download_bits, down.mean_bits)
+        work = replace(outcome.work, num_downloaded=down.num_experts, download_bits=bits)
         main = clock.phase_seconds(work, self.shapes, device, self.link, tokens)
         first = None
         if outcome.first_profile is not None and outcome.first_profile.work is not None:
