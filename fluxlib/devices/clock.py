@@ -3,8 +3,9 @@
 What is modelled, per participant and phase of :data:`fluxlib.records.PHASES`:
 
 - arithmetic and memory traffic as a roofline: the longer of the two, at the achieved rates of the device;
-- training: forward through all kept slots, backward through them for the activations, weight gradients for the
-  tuned share of them, and AdamW's traffic over tuned weights; those, their gradients and moments are in 32 bit
+- training: forward through the kept slots, backward through them for the activations, weight gradients for the tokens
+  that went to tuned ones (choices of a token that fall on one merged slot are computed once), and AdamW's
+  traffic over tuned weights; those, their gradients and moments are in 32 bit
   (quantised experts stay in their few bits), as :mod:`fluxlib.devices.memory` plans them;
 - offloading, where that state does not fit: the faster of two placements, as many experts as fit with their training
   state, or as many as fit with their weights alone (what :class:`fluxlib.moe.offloaded.OffloadedExperts` does).
@@ -19,7 +20,8 @@ Not modelled: kernel launches and Python, padding, an expert that no token of a 
 neuron alignment, contention between participants for the server's network, stragglers and failures.
 
 Numbers of experts are carried over from the run as shares: a quarter of the mini model's experts tuned is a quarter
-of LLaMA-MoE's. Tokens are the run's own, or ``samples * tokens_per_sample``.
+of LLaMA-MoE's; so are the shares of tokens that went to tuned experts. Tokens are the run's own, or
+``samples * tokens_per_sample``.
 """
 
 from __future__ import annotations
@@ -171,6 +173,17 @@ class _Load:
         return self.batch_size * self.tokens_per_sample
 
     @property
+    def tuned_share(self) -> float:
+        """Share of the routed tokens that went to tuned experts; their share of the experts where none were counted."""
+        work = self.work
+        return work.tuned_tokens / work.routed_tokens if work.routed_tokens else work.num_tuned / work.num_experts
+
+    @property
+    def slot_share(self) -> float:
+        """(token, slot) pairs computed, as a share of the (token, expert) choices."""
+        return self.work.slot_tokens / self.work.routed_tokens if self.work.routed_tokens else 1.0
+
+    @property
     def tuned_parameters(self) -> float:
         return self.experts(self.work.num_tuned) * self.shapes.expert_parameters
 
@@ -190,16 +203,15 @@ class Placement:
 def step_seconds(load: _Load, device: Device) -> tuple[float, float]:
     """One optimizer step on the device, and what offloading adds to it, in the faster of the placements.
 
-    Arithmetic: forward, activation gradients (the same again), and weight gradients for the share of routed
-    traffic that goes to tuned experts, taken as their share of all experts. Memory: every kept weight read twice,
+    Arithmetic: forward, activation gradients (the same again), and weight gradients for the routed tokens that went to
+    tuned experts. Memory: every kept weight read twice,
     weight gradients written, activations written and read. The optimizer follows and overlaps with nothing.
     """
     shapes, work = load.shapes, load.work
     tokens = load.step_tokens
     dense = shapes.dense_flops(tokens, load.tokens_per_sample)
     routed = shapes.expert_flops(tokens)
-    tuned_share = work.num_tuned / work.num_experts
-    flops = 2 * (dense + routed) + tuned_share * routed
+    flops = 2 * (dense + load.slot_share * routed) + load.tuned_share * routed
     weights = shapes.other_parameters * WEIGHT_BYTES + _kept_traffic(load, work.weight_bits)
     activations = ACTIVATION_BYTES * tokens * shapes.num_layers * shapes.hidden_size
     traffic = 2 * weights + load.tuned_parameters * _gradient_bytes(work.weight_bits) + 2 * activations

@@ -90,6 +90,18 @@ def test_training_arithmetic_is_two_passes_and_the_weight_gradients_of_the_tuned
     assert full == pytest.approx(tokens * 20_000 / 1e9)
 
 
+def test_training_arithmetic_counts_tokens_where_they_were_counted():
+    fast_memory = replace(DEVICE, memory_bytes_per_s=1e15)
+    tokens = 200_000
+    work = replace(WORK, num_frozen=50, num_tuned=50, routed_tokens=40, slot_tokens=40, tuned_tokens=40)
+    # 8,000 FLOPs forward (2,000 dense, 2 experts of 1,000), as many backward, 4,000 for all weight gradients.
+    assert seconds(work, fast_memory)["train"] == pytest.approx(tokens * 20_000 / 1e9)
+    rare = replace(work, tuned_tokens=10)
+    assert seconds(rare, fast_memory)["train"] == pytest.approx(tokens * 17_000 / 1e9)
+    joined = replace(rare, slot_tokens=30)
+    assert seconds(joined, fast_memory)["train"] == pytest.approx(tokens * 15_000 / 1e9)
+
+
 def test_training_traffic_is_kept_weights_twice_then_gradients_then_the_optimizer():
     slow = replace(DEVICE, memory_bytes_per_s=1e3)
     work = replace(WORK, num_tuned=20, num_frozen=30)
