@@ -6,6 +6,7 @@ tables. Names of methods, models and tasks are checked by the registries that ow
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -171,6 +172,12 @@ class RunConfig(BaseModel):
                 "(more slots than experts)"
             )
         return self
+
+    @property
+    def numbers(self) -> str:
+        """Digest of what the numbers depend on: runs that differ in engine or patience only have the same."""
+        text = self.model_dump_json(exclude={"engine", "round_timeout_s", "join_timeout_s"})
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def run_id(self) -> str:

@@ -13,16 +13,16 @@ app = ClientApp()
 @app.query("join")
 def join(message: Message, context: Context) -> Message:
     """Say which participant this is and what it holds."""
-    return participant.join(message, context)
+    return participant.kept_on_disk(participant.join)(message, context)
 
 
 @app.query("profile")
 def profile(message: Message, context: Context) -> Message:
     """Profile the model before the first round, for first utilities."""
-    return participant.profile(message, context)
+    return participant.kept_on_disk(participant.profile)(message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round of local work."""
-    return participant.train(message, context)
+    return participant.kept_on_disk(participant.train)(message, context)

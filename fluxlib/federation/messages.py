@@ -184,6 +184,8 @@ class TrainReport(_Report):
     num_bytes: int = 0
     within: bool | None = None
     """Whether the change was within an adaptive bound on its norm; None: nobody asked."""
+    spans: tuple[tuple[str, float, float, int], ...] = ()
+    """Phases with start and end in seconds since 1970 on the participant's clock, and their round."""
 
     def to_records(self, wire: Form) -> RecordDict:
         """As message content; changes are rounded to ``wire``, and lent where that leaves them as they are."""
@@ -202,6 +204,7 @@ class TrainReport(_Report):
             tokens=_floats(update.tokens),
             work=json.dumps(vars(update.work)),
             phases=json.dumps(dict(update.phases_s)),
+            spans=json.dumps(self.spans),
         )
         metrics = MetricRecord({"loss": float(update.loss), "num-examples": int(update.num_samples)})
         if self.within is not None:
@@ -226,8 +229,9 @@ class TrainReport(_Report):
             work=Work(**json.loads(values["work"])),
             phases_s=json.loads(values["phases"]),
         )
+        spans = tuple((str(name), float(a), float(b), int(r)) for name, a, b, r in json.loads(values["spans"]))
         within = bool(metrics["norm_bit"]) if "norm_bit" in metrics else None
-        return cls(*_header(values), update=update, num_bytes=wires.record_bytes(arrays), within=within)
+        return cls(*_header(values), update=update, num_bytes=wires.record_bytes(arrays), within=within, spans=spans)
 
 
 def resync_request(participant: int, round_index: int, version: int, digest: str) -> RecordDict:

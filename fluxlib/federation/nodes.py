@@ -6,16 +6,16 @@ as they are, arrays as tensors and everything else as the bytes of a JSON text.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
+from fluxlib.federation.disk import records_from_json, records_to_json
 from fluxlib.federation.held import Held
 from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.sync import ExpertStore
@@ -37,8 +37,7 @@ def collect(grid: LocalGrid, nodes: Iterable[int]) -> dict[str, Tensor]:
                 for key, array in record.items():
                     tensors[f"{node}/{name}/{key}"] = torch.from_numpy(array.numpy())
             else:
-                kind = "metric" if isinstance(record, MetricRecord) else "config"
-                plain[name] = [kind, {key: _to_json(value) for key, value in record.items()}]
+                plain[name] = records_to_json(record)
         text = json.dumps(plain).encode()
         tensors[f"{node}/{_RECORDS}"] = torch.from_numpy(np.frombuffer(text, np.uint8).copy())
     return tensors
@@ -54,9 +53,8 @@ def restore(tensors: Mapping[str, Tensor], nodes: Iterable[str], grid: LocalGrid
             continue
         state = states[node]
         if rest == _RECORDS:
-            for record, (kind, values) in json.loads(tensor.numpy().tobytes()).items():
-                made = {key: _from_json(value) for key, value in values.items()}
-                state[record] = MetricRecord(made) if kind == "metric" else ConfigRecord(made)
+            for record, value in json.loads(tensor.numpy().tobytes()).items():
+                state[record] = records_from_json(value)
         else:
             record, _, key = rest.partition("/")
             state.setdefault(record, ArrayRecord())[key] = Array(tensor.numpy())
@@ -74,11 +72,3 @@ def _experts(state: RecordDict, store: ExpertStore) -> ArrayRecord:
     keys = [key for key in store.changed() if store.changed_at[key] <= version]
     arrays = {key: store.approximation(key) if key in approximate else store.arrays(key) for key in keys}
     return make_record({key_name(key, name): array for key in keys for name, array in arrays[key].items()})
-
-
-def _to_json(value: Any) -> Any:
-    return {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
-
-
-def _from_json(value: Any) -> Any:
-    return base64.b64decode(value["bytes"]) if isinstance(value, dict) else value

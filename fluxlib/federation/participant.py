@@ -11,24 +11,27 @@ the server aggregates, and used in the next (stale by one).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import islice
+from pathlib import Path
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fluxlib import methods, models, profiling, seeding, tasks
 from fluxlib.config import RunConfig
-from fluxlib.federation import feedback, messages, privacy
+from fluxlib.federation import disk, feedback, later, messages, privacy
 from fluxlib.federation import wire as wires
 from fluxlib.federation.held import Held, ResyncNeeded, Workspace
 from fluxlib.federation.messages import Instruction
-from fluxlib.federation.state import load_state, save_state
+from fluxlib.federation.state import STATE_RECORDS, load_state, save_state
+from fluxlib.federation.sync import NOTHING
 from fluxlib.federation.wire import Form
-from fluxlib.methods.base import Batch, LocalData, ParticipantState, Work
+from fluxlib.methods.base import Batch, LocalData, Method, ParticipantState, Update, Work
+from fluxlib.profiling import Profile
 from fluxlib.tasks.batches import sample_batches
 from fluxlib.tasks.partition import partition
 
@@ -76,11 +79,9 @@ def profile(message: Message, context: Context) -> Message:
     participant = _expect(instruction, config, context)
     space = _workspace(instruction, context)
     try:
-        held = Held.load(context.state, space.base_digest).updated(instruction.delta, space.base)
+        held, _ = _catch_up(instruction, config, context, space)
     except ResyncNeeded:
         return _ask_for_resync(message, instruction, context)
-    held.save(context.state)
-    space.load(held)
     data = local_data(config, space, participant, instruction.round)
     start = time.perf_counter()
     with _forgetting_on_error():
@@ -102,22 +103,22 @@ def profile(message: Message, context: Context) -> Message:
 
 def train(message: Message, context: Context) -> Message:
     """Catch up, do the method's part of the round, keep its state, reply with the update."""
+    begin = time.time()
     instruction = Instruction.from_records(message.content)
     config = messages.parse_config(instruction.config)
     participant = _expect(instruction, config, context)
     space = _workspace(instruction, context)
     try:
-        held = Held.load(context.state, space.base_digest).updated(instruction.delta, space.base)
+        held, earlier = _catch_up(instruction, config, context, space)
     except ResyncNeeded:
         return _ask_for_resync(message, instruction, context)
-    held.save(context.state)
-    space.load(held)
     if instruction.roles is None or instruction.budget is None:
         raise ParticipantError("a training message needs roles and a budget")
     data = local_data(config, space, participant, instruction.round)
     chance = seeding.generator(config.seed, "train", instruction.round, participant)
+    method, ready = methods.get(config.method), time.time()
     with _forgetting_on_error():
-        update, state = methods.get(config.method).train(
+        update, state = method.train(
             space.model,
             load_state(context.state),
             instruction.roles,
@@ -127,6 +128,7 @@ def train(message: Message, context: Context) -> Message:
             instruction.round,
             chance,
         )
+        update, state = _profile_for_next(method, update, state, space, data, config, instruction, context)
     save_state(context.state, state)
     secret = privacy.noise_generator(config, "noise", instruction.round, participant)
     update, within = privacy.protect(update, config, instruction.clip_norm, secret)
@@ -136,7 +138,7 @@ def train(message: Message, context: Context) -> Message:
         update.work,
         num_downloaded=instruction.delta.num_experts + instruction.delta.num_approximate,
         num_uploaded=len(update.deltas),
-        upload_bits=wires.bits_per_weight(config.uplink_wire),
+        upload_bits=min(update.work.upload_bits, wires.bits_per_weight(config.uplink_wire)),
     )
     report = messages.TrainReport(
         participant,
@@ -145,11 +147,29 @@ def train(message: Message, context: Context) -> Message:
         held.digest,
         update=replace(update, work=work),
         within=within if config.clip_quantile else None,
+        spans=(*earlier, *_spans(begin, ready, update.phases_s, instruction.round)),
     )
     content = report.to_records(config.uplink_wire)
     if feedback.is_used(config.uplink_wire):
         feedback.keep_residual(update.deltas, content["arrays"], config.uplink_wire, context.state)
     return Message(content, reply_to=message)
+
+
+def profile_held(state: RecordDict, round_number: int) -> Profile:
+    """The profile of what ``state`` holds, on the samples of that round: what a process in the background does."""
+    about = state[later.PENDING]
+    config = messages.parse_config(str(about["run"]))
+    space = workspace(config.model, str(about["wire"]), str(about["device"]))  # type: ignore[arg-type]
+    space.load(Held.load(state, space.base_digest))
+    return make_profile(config, space, int(about["participant"]), round_number)
+
+
+def make_profile(config: RunConfig, space: Workspace, participant: int, round_number: int) -> Profile:
+    """What the method makes of the samples that a participant profiles in that round; ``space`` holds its model."""
+    method = methods.get(config.method)
+    assert method.afterwards is not None
+    with _forgetting_on_error():
+        return method.afterwards(space.model, local_data(config, space, participant, round_number), config)
 
 
 def local_data(config: RunConfig, space: Workspace, participant: int, round_index: int) -> LocalData:
@@ -207,6 +227,90 @@ def profile_work(data: LocalData, num_experts: int, config: RunConfig) -> Work:
         num_quantized=num_experts,
         first_profile=True,
     )
+
+
+def _catch_up(
+    instruction: Instruction, config: RunConfig, context: Context, space: Workspace
+) -> tuple[Held, list[later.Span]]:
+    """Finish the last round's profile, apply the delta, and make the model that of this participant.
+
+    Raises:
+        ResyncNeeded: the delta does not fit what is held.
+    """
+    state, before = context.state, Held.load(context.state, space.base_digest)
+    unknown = instruction.delta.from_version == NOTHING and before.version > 0
+    if unknown or str(state["run"]["config"] if "run" in state else config.numbers) != config.numbers:
+        for name in (later.PENDING, *STATE_RECORDS, feedback.RESIDUAL):  # what is kept is of another run
+            if name in state:
+                del state[name]
+    state["run"] = ConfigRecord({"config": config.numbers})
+
+    def make(round_number: int) -> Profile:
+        space.load(before)
+        return make_profile(config, space, instruction.participant, round_number)
+
+    spans = later.finish(_folder(context), state, make)
+    held = before.updated(instruction.delta, space.base)
+    held.save(state)
+    space.load(held)
+    return held, spans
+
+
+def _profile_for_next(
+    method: Method,
+    update: Update,
+    state: ParticipantState,
+    space: Workspace,
+    data: LocalData,
+    config: RunConfig,
+    instruction: Instruction,
+    context: Context,
+) -> tuple[Update, ParticipantState]:
+    """The profile that the next round will use: made now, or noted for when the reply is out."""
+    if method.afterwards is None or not config.stale_profile:
+        return update, state
+    if _folder(context) is not None and context.node_config.get(later.BACKGROUND):
+        device = str(context.node_config.get("torch-device", "cpu"))
+        about = {"run": instruction.config, "participant": instruction.participant}
+        later.note(context.state, instruction.round, wire=instruction.wire, device=device, **about)
+        return update, state
+    start = time.perf_counter()
+    found = method.afterwards(space.model, data, config)
+    phases = update.phases_s | {"profile": time.perf_counter() - start}
+    return replace(update, phases_s=phases), ParticipantState(found, instruction.round)
+
+
+def _spans(begin: float, ready: float, phases_s: Mapping[str, float], round_number: int) -> list[later.Span]:
+    """Phases one after another, as they were: methods measure how long each took, and nothing happens between."""
+    spans, now = [("catch_up", begin, ready, round_number)], ready
+    for name, seconds in phases_s.items():
+        spans.append((name, now, now + seconds, round_number))
+        now += seconds
+    return spans
+
+
+def _folder(context: Context) -> Path | None:
+    """Where this participant keeps its state; each has a folder of its own."""
+    folder = context.node_config.get(disk.STATE_DIR)
+    return Path(str(folder)) / f"participant-{_partition_id(context)}" if folder else None
+
+
+def kept_on_disk(handler: Callable[[Message, Context], Message]) -> Callable[[Message, Context], Message]:
+    """``handler`` with the node's state read from its folder before and written to it after, where it has one."""
+
+    @wraps(handler)
+    def kept(message: Message, context: Context) -> Message:
+        folder = _folder(context) if context.node_config.get(disk.STATE_DIR) else None
+        if folder is None:
+            return handler(message, context)
+        if "held" not in context.state:
+            disk.restore(folder, context.state)
+        reply = handler(message, context)
+        disk.keep(folder, context.state)
+        later.start(folder, context.state)
+        return reply
+
+    return kept
 
 
 @contextmanager

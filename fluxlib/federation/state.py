@@ -20,6 +20,7 @@ from fluxlib.profiling import Profile
 
 PROFILE, PARTICIPANT = "profile", "participant"
 """Names of the records."""
+STATE_RECORDS = (PROFILE, PARTICIPANT)
 
 
 def save_state(state: RecordDict, value: ParticipantState) -> None:

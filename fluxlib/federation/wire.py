@@ -132,6 +132,23 @@ def decode(array: Array, wire: Form = "float32", shape: Sequence[int] | None = N
     return values.view(torch.bfloat16) if wire == "bfloat16" else values
 
 
+def shape_of(data: bytes, dtype: str) -> tuple[int, ...]:
+    """Shape that the header of an array's bytes states.
+
+    Raises:
+        WireError: bytes of something else.
+    """
+    try:
+        buffer = io.BytesIO(data)
+        np.lib.format.read_magic(buffer)
+        shape, _, found = np.lib.format.read_array_header_1_0(buffer)
+    except ValueError as error:
+        raise WireError(f"{len(data)} bytes are no array: {error}") from None
+    if found != np.dtype(dtype):
+        raise WireError(f"array claims {dtype}, its bytes hold {found}")
+    return tuple(shape)
+
+
 def is_coded(wire: Form) -> bool:
     """Whether arrays of this type hold codes instead of numbers."""
     return wire in _CODE_BITS

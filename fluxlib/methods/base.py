@@ -128,6 +128,7 @@ TrainFn = Callable[
     [torch.nn.Module, ParticipantState, Roles, Budget, LocalData, RunConfig, int, torch.Generator],
     tuple[Update, ParticipantState],
 ]
+ProfileFn = Callable[[torch.nn.Module, LocalData, RunConfig], Profile]
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ class Method:
     ``assign`` knows their frequencies (``role_state.first``) and ``train`` the profile (``state.profile``).
     ``utilities``: they report the utilities of what they tuned, and a missing one is a fault.
     ``explores``: the budget is split by epsilon, which is empty in the tables otherwise.
+    ``afterwards(model, data, config)``: the profile for the next round, of the model that was held in this one, before
+    training. It may be made when the reply is out, so nothing of it can be in the reply (stale by one).
     """
 
     name: str
@@ -149,3 +152,4 @@ class Method:
     profiles: bool
     utilities: bool = False
     explores: bool = False
+    afterwards: ProfileFn | None = None

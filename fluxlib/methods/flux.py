@@ -54,7 +54,7 @@ def train(
     round_number: int,
     generator: torch.Generator,
 ) -> tuple[Update, ParticipantState]:
-    """Merge, probe, tune, profile."""
+    """Merge, probe, tune; the profile for the next round comes afterwards (``Method.afterwards``)."""
     watch = Stopwatch()
     work = Work(num_experts=assigned.exploit.numel())
     known = state.profile
@@ -71,9 +71,6 @@ def train(
             probe_norms = _probe(model, data, probed, config, generator)
         with watch.phase("train"):
             tuned = tune(model, compact, data.train, config)
-    if config.stale_profile:
-        with watch.phase("profile"):
-            state = ParticipantState(profile(model, data, config), round_number)
     utilities = roles.utility(torch.cat([tuned.squared_norms, probe_norms]), tuned.tokens)
     work = _account(work, plans, assigned, data, tuned, probed, config)
     return Update(tuned.deltas, utilities, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
@@ -168,4 +165,4 @@ def _account(
     return count_profile(work, data, config)
 
 
-METHOD = Method("flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True)
+METHOD = Method("flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, afterwards=profile)

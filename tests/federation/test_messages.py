@@ -101,7 +101,7 @@ def test_no_text_and_no_sample_leaves_a_participant(
         "arrays": None,
         "metrics": {"loss", "num-examples"},
         "config": {"participant", "round", "version", "digest", "status", "frozen_digest", "approximate", "shape",
-                   "frequency", "utilities", "tokens", "work", "phases"},
+                   "frequency", "utilities", "tokens", "work", "phases", "spans"},
     }  # fmt: skip
     for reply in sent:
         for name, record in reply.content.items():
