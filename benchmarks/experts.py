@@ -27,11 +27,14 @@ import transformers as tf
 from _measure import Row, interleaved, machine, seconds, summary, table, use_clock, write
 from torch import Tensor, nn
 
+from fluxlib.devices import memory
+from fluxlib.devices.live_bytes import LiveBytes
 from fluxlib.moe import compact, gemm, layers
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.kernels import sort_pairs
 from fluxlib.moe.packing import BITS, quantize_tensor
+from fluxlib.moe.quantized import quantize
 
 CPU = torch.device("cpu")
 STEP_TARGET, MEMORY_TARGET, FORWARD_TARGET = 4.0, 0.25, 1.1
@@ -337,27 +340,70 @@ def quantization(hidden: int, width: int, repeats: int) -> list[Row]:
     return rows
 
 
-def peak_memory(shape: Shape, full: Step, small: Step) -> list[Row]:
-    """Largest memory alive in a step of both models: measured, and predicted from the configuration alone."""
-    from fluxlib.devices import dry_run
+def peak_memory(shape: Shape, full: Step) -> list[Row]:
+    """Largest memory alive in a step of each method: measured, and predicted from the configuration alone.
 
-    rows, length = [], shape.tokens // 4
-    planned = dry_run.Slots(shape.num_tuned, shape.num_merged, shape.num_experts - shape.num_tuned)
-    for label, step, slots in (("full, grouped_mm", full, None), ("compact", small, planned)):
-        live = dry_run.LiveBytes()
-        for tensor in [*step.model.parameters(), *step.model.buffers()]:
-            live.mark(tensor, "weights")
-        with live:
-            step.model(**step.batch).loss.backward()
-        step.optimizer.zero_grad()
-        states = sum(2 * p.numel() * p.element_size() for p in step.trainable)
-        row: Row = {"what": label, "measured_bytes": live.peak_bytes + states}
-        if slots is not None:
-            meta = dry_run.meta_model(build(shape).config, torch.float32)
-            peak = dry_run.train_peak(meta, [slots] * shape.num_layers, 4, length, torch.float32, 8)
-            row |= {"predicted_bytes": peak.num_bytes, "ratio": peak.num_bytes / row["measured_bytes"]}
-        rows.append(row)
+    Offloading needs a second memory: its peak is measured in tests/devices/test_memory.py and by benchmarks/gpu.py.
+    """
+    rows = [{"what": "full, grouped_mm", "measured_bytes": _measured_peak(full.model, full.batch)}]
+    total = shape.num_layers * shape.num_experts
+    tuned, merged = shape.num_layers * shape.num_tuned, shape.num_layers * shape.num_merged
+    for method, num_tuned, num_merged in (("flux", tuned, merged), ("fmes", tuned, 0), ("fmq", total, 0)):
+        model = build(shape)
+        planned = memory.plan_memory(
+            model.config, method, None, num_tuned, num_merged, batch=4, tokens=shape.tokens // 4, dtype=torch.float32,
+            kernel="slots",
+        )  # fmt: skip
+        if method == "fmq":
+            _drop_originals(quantize(model))
+            for layer in layers.find(model):
+                layer.experts.collects_gradients = True
+        else:
+            plans = [plan(shape, layer) for layer in range(shape.num_layers)]
+            if method == "fmes":
+                plans = [LayerPlan(p.tuned, dropped=tuple(e for group in p.groups for e in group)) for p in plans]
+            compact.customize(model, plans)
+            for layer in layers.find(model):
+                layer.experts.method = "slots"
+        states = total * planned_state(shape) if method == "fmq" else 0
+        rows.append(_compared(method, _measured_peak(model, full.batch) + states, planned.peak_bytes))
+        if planned.profile_bytes:
+            model = _drop_originals(quantize(build(shape)))
+            measured = _measured_peak(model, full.batch, trains=False)
+            rows.append(_compared("4-bit profile of flux", measured, planned.profile_bytes))
     return rows
+
+
+def planned_state(shape: Shape) -> int:
+    """AdamW's moments of one expert, bytes."""
+    return 8 * 3 * shape.hidden * shape.width
+
+
+def _drop_originals(model: Any) -> Any:
+    """Let go of the experts that quantized ones stand for."""
+    for layer in layers.find(model):
+        layer.experts.original.to("meta")
+    return model
+
+
+def _compared(what: str, measured: int, predicted: int) -> Row:
+    return {"what": what, "measured_bytes": measured, "predicted_bytes": predicted, "ratio": predicted / measured}
+
+
+def _measured_peak(model: Any, batch: dict[str, Tensor], trains: bool = True) -> int:
+    """Bytes alive at the peak of a step, AdamW's moments of what has parameters included."""
+    live = LiveBytes()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        live.mark(tensor, "weights")
+    with live:
+        if trains:
+            model(**batch, use_cache=False).loss.backward()
+        else:
+            with torch.no_grad():
+                model(input_ids=batch["input_ids"], use_cache=False)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    return live.peak_bytes + sum(2 * p.numel() * p.element_size() for p in trainable)
 
 
 def verdict(steps: Sequence[Row], kept: Sequence[Row]) -> list[Row]:
@@ -400,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> Row:
     result["forward_all_kept"] = forward_all_kept(shape, full.model, full.batch, options.repeats)
     result["floor"] = floor(shape, small)
     result["where_time_goes"] = where_time_goes(small)
-    result["memory"] = peak_memory(shape, full, small)
+    result["memory"] = peak_memory(shape, full)
     del steps, full, small
     result["real_layers"] = [r for n, s in real.items() for r in real_layer(n, s, max(3, options.repeats // 2))]
     first = next(iter(real.values()))
