@@ -9,6 +9,6 @@ and all seeds go through the same code.
 - :mod:`fluxlib.studies.verdicts` -- the paper's number beside ours, and whether they agree.
 """
 
-from fluxlib.studies.bench import Bench, benches, measurements, row
+from fluxlib.studies.bench import REAL_SHAPES, Bench, benches, measurements, row
 
-__all__ = ["Bench", "benches", "measurements", "row"]
+__all__ = ["REAL_SHAPES", "Bench", "benches", "measurements", "row"]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 BATCH = 16
 """Samples per batch."""
+REAL_SHAPES = {"mini-llama-moe": "llama-moe-3.5b", "mini-deepseek-moe": "deepseek-moe-16b"}
+"""Whose sizes the device clock counts for a mini model; another model counts its own."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,16 @@ def measurements(rows: Iterable[Row], run_id: str) -> pd.DataFrame:
 
 
 def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each work, in turns after one warm-up, so that a busy moment of the machine hits all of them."""
+    """Seconds of each work, in turns after one warm-up, so that a busy moment of the machine hits all of them.
+
+    Processor time of this process: on one thread that of an idle machine, whatever else runs beside it.
+    """
     for work in works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
-            start = time.perf_counter()
+            start = time.process_time()
             work()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -20,25 +21,27 @@ OWN = ("merge", "quantize", "profile", "probe")
 
 
 def on_the_clock(
-    model: str, clock_model: str, device: str = "l20", samples: int = 64, tokens_per_sample: int = 256
+    model: str, clock_model: str, device: str = "l20", profiled: int = 32, tokens_per_sample: int = 256
 ) -> Iterator[Row]:
-    """Seconds of each phase at the shapes of ``clock_model``, by link.
+    """Seconds of each phase at the shapes of ``clock_model``, by link and by samples trained on in a round (x).
 
+    A quarter of the experts tuned, a quarter frozen; ``profiled`` samples profiled, 8 probes on 16 samples.
     Rows ``phase_device_s``; ``own_share_device``: merging, profiling and probing as a share of the round, all of them
     in the way (``serial``), and what is left of it with the profile beside upload and server (``overlapped``).
     """
     shapes = clock.shapes(clock_model)
-    work = flux_work(shapes.num_experts, samples, tokens_per_sample, samples // 2)
-    server_s = clock.server_seconds([work] * 10, shapes)
-    for link in catalogue.LINKS.values():
+    for link, samples in itertools.product(catalogue.LINKS.values(), (64, 512)):
+        work = flux_work(shapes.num_experts, samples, tokens_per_sample, profiled)
+        server_s = clock.server_seconds([work] * 10, shapes)
         phases = clock.phase_seconds(work, shapes, catalogue.DEVICES[device], link, tokens_per_sample)
         for phase, seconds in phases.items():
-            yield row("phase_device_s", f"{link.title}: {phase}", seconds, model=model, unit="s")
+            yield row("phase_device_s", f"{link.title}: {phase}", seconds, model=model, x=samples, unit="s")
         own = sum(phases[name] for name in OWN)
         others = sum(seconds for name, seconds in phases.items() if name not in OWN) + server_s
         overlapped = clock.round_seconds([phases], [False], server_s).total_s
-        yield row("own_share_device", f"{link.title}, serial", own / (own + others), model=model)
-        yield row("own_share_device", f"{link.title}, overlapped", 1 - others / overlapped, model=model)
+        shares = {"serial": own / (own + others), "overlapped": 1 - others / overlapped}
+        for name, share in shares.items():
+            yield row("own_share_device", f"{link.title}, {name}", share, model=model, x=samples)
 
 
 def measured(cases: Iterable[Case], repeats: int, steps: int = 4, probes: int = 8) -> Iterator[Row]:

@@ -43,8 +43,8 @@ def merging(table: pd.DataFrame) -> pd.DataFrame:
     error = {name: _seeds(table, "error", name) for name in _settings(table, "error")}
     loss = {name: _seeds(table, "loss", name) for name in _settings(table, "loss")}
     lines = [
-        _below("merged (adaptive) under discarded: error of the model", "any", 0.0, error, "adaptive", "discarded"),
-        _below("merged (adaptive) under discarded: loss added", "any", 0.0,
+        _below("merged (adaptive) under discarded: error of the model", "lower", 0.0, error, "adaptive", "discarded"),
+        _below("merged (adaptive) under discarded: loss added", "lower", 0.0,
                {name: value - loss["full model"] for name, value in loss.items()}, "adaptive", "discarded"),
         _line("error of the first layer at the end, over that of the last", "above 1", 1.0, _early_over_late(table)),
         _below("adaptive budgets under one slot per layer", "0.656", 0.656, error, "adaptive", "single"),
@@ -58,8 +58,8 @@ def merging(table: pd.DataFrame) -> pd.DataFrame:
                "weights: frequency"),
         _below("beyond the paper: squared gate under frequency", "0.192", 0.192, error, "weights: squared gate",
                "weights: frequency"),
-        _below("beyond the paper: neurons aligned under not", "any", 0.0, error, "aligned", "adaptive"),
-        _below("beyond the paper: similar outputs under similar weights", "any", 0.0, error, "outputs", "adaptive"),
+        _below("beyond the paper: neurons aligned under not", "lower", 0.0, error, "aligned", "adaptive"),
+        _below("beyond the paper: similar outputs under similar weights", "lower", 0.0, error, "outputs", "adaptive"),
     ]  # fmt: skip
     for shape in ("32 x 16 experts", "27 x 64 experts"):
         slow, fused = (_seeds(table, "clustering_seconds", f"{shape}, {m}", "median") for m in ("per layer", "fused"))
@@ -93,7 +93,7 @@ def roles(table: pd.DataFrame) -> pd.DataFrame:
         time = {name: _seeds(table, f"{group}_device_s_at_least", name) for name in names}
         for other in names[1:]:
             gained, ratio = score[names[0]] - score[other], time[other] / time[names[0]]
-            lines.append(_line(f"{names[0]} above {other}: final score", "any", 0.0, gained))
+            lines.append(_line(f"{names[0]} above {other}: final score", "lower", 0.0, gained))
             lines.append(_line(f"{other} over {names[0]}: device seconds to target", "above 1", 1.0, ratio))
     return _frame(lines)
 
