@@ -33,6 +33,10 @@ FEDERATED_RUN = NOTEBOOKS / "04_federated_run.ipynb"
 
 # Study notebooks, executed once per model, and the figures that each leaves.
 STUDIES = {
+    "01_profiling": ["activation_by_layer", "profile_error", "sample_size", "drift", "round_saving"],
+    "02_merging": [
+        "discarding", "error_growth", "attention_frequency", "layer_budgets", "clustering_time", "merge_options", "own_share",
+    ],
 }
 # Studies that read the tables of federated runs as well, and which of their parameters name the variants they read.
 READS_RUNS = {"03_role_assignment": ("assignments", "epsilons", "options")}
