@@ -229,14 +229,38 @@ def placements(load: _Load, device: Device) -> list[Placement]:
     Everything with its training state where that fits (or where the method does not offload); else as much of it as
     fits, or as many experts as fit with their weights alone.
     """
-    shapes, bits, every = load.shapes, load.work.weight_bits, load.tuned_parameters
-    activations = ACTIVATION_BYTES * load.step_tokens * shapes.num_layers * shapes.hidden_size
-    left = device.memory_bytes * (1 - RESERVE_FRAC) - shapes.other_parameters * WEIGHT_BYTES - activations
-    trained = max(0.0, left) / (_rest_bytes(bits) + _gradient_bytes(bits) + MOMENT_BYTES)
+    bits, every = load.work.weight_bits, load.tuned_parameters
+    left = device.memory_bytes * (1 - RESERVE_FRAC) - _base_bytes(load)
+    trained = max(0.0, left) / _trained_bytes(bits)
     if not load.work.offloaded or trained >= every:
         return [Placement(every)]
     resident = min(every, max(0.0, left) / _rest_bytes(bits))
     return [Placement(trained, away=every - trained), Placement(0.0, resident, every - resident)]
+
+
+def device_bytes(work: Work, shapes: Shapes, device: Device, tokens_per_sample: int | None = None) -> int:
+    """Memory of a training step on the device, by the rule that the clock places experts with.
+
+    In closed form, for every round of a run: :mod:`fluxlib.devices.memory` is exact and takes a dry run. What is
+    offloaded fills the usable memory at most; what does not offload may exceed it.
+    """
+    load = _Load(work, shapes, tokens_per_sample)
+    needed = _base_bytes(load) + load.tuned_parameters * _trained_bytes(work.weight_bits)
+    needed += load.experts(work.num_frozen) * shapes.expert_parameters * WEIGHT_BYTES
+    usable = device.memory_bytes * (1 - RESERVE_FRAC)
+    return round(min(needed, max(usable, _base_bytes(load))) if work.offloaded else needed)
+
+
+def _base_bytes(load: _Load) -> float:
+    """All weights outside routed experts, and the activations of a step."""
+    shapes = load.shapes
+    activations = ACTIVATION_BYTES * load.step_tokens * shapes.num_layers * shapes.hidden_size
+    return shapes.other_parameters * WEIGHT_BYTES + activations
+
+
+def _trained_bytes(bits: int) -> float:
+    """A tuned parameter on the device: weight, gradient and moments."""
+    return _rest_bytes(bits) + _gradient_bytes(bits) + MOMENT_BYTES
 
 
 def offload_seconds(load: _Load, device: Device, placed: Placement, hidden_s: float) -> float:

@@ -69,6 +69,7 @@ class RowMaker:
             "num_participants": len(outcome.participants),
             "num_rejected": outcome.num_rejected,
             "num_tuned": outcome.num_tuned,
+            "device_memory_bytes": self._device_bytes(outcome),
         }
         return row, after
 
@@ -157,6 +158,12 @@ class RowMaker:
             found = clock.phase_seconds(outcome.first_profile.work, self.shapes, device, self.link, tokens)
             first = {name: found[name] for name in ("quantize", "profile")}
         return _Seconds(main, first)
+
+    def _device_bytes(self, outcome: RoundOutcome) -> int | None:
+        """Predicted memory of the most loaded participant, at the clock model's shapes."""
+        tokens = self.config.clock_tokens_per_sample
+        works = [(o.work, self.fleet[o.participant]) for o in outcome.accepted if o.work is not None]
+        return max((clock.device_bytes(work, self.shapes, device, tokens) for work, device in works), default=None)
 
     def _round_time(self, outcome: RoundOutcome, seconds: dict[int, _Seconds]) -> clock.RoundTime:
         works = [o.work for o in outcome.accepted if o.work is not None]

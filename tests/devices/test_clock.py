@@ -175,6 +175,22 @@ def test_what_stays_on_the_device_is_what_the_planner_says():
     assert resident_bytes == next(row.num_bytes for row in plan.rows if row.kind == "tuned experts")
 
 
+def test_memory_is_weights_state_and_activations_and_offloading_stays_within_the_device():
+    shapes = replace(SHAPES, hidden_size=1)
+    work = replace(WORK, num_tuned=20, num_frozen=30)
+    # 3,000 others, 2 tuned experts with 16 bytes a parameter, 3 frozen ones; 100,000 tokens a step, 34 bytes each.
+    expected = 6_000 + 2 * 16_000 + 3 * 2_000 + 3_400_000
+    assert clock.device_bytes(work, shapes, DEVICE) == expected
+    assert clock.device_bytes(work, shapes, DEVICE, tokens_per_sample=20_000) == expected + 3_400_000
+    all_tuned = replace(WORK, num_tuned=100)
+    quantised = replace(all_tuned, weight_bits=4)
+    assert clock.device_bytes(all_tuned, SHAPES, DEVICE) == 6_000 + 10 * 16_000
+    assert clock.device_bytes(quantised, SHAPES, DEVICE) == 6_000 + 10 * 10_500
+    small = replace(DEVICE, memory_bytes=100_000)
+    assert clock.device_bytes(replace(all_tuned, offloaded=True), SHAPES, small) == 90_000
+    assert clock.device_bytes(all_tuned, SHAPES, small) == 166_000
+
+
 def test_merging_reads_its_sources_from_where_the_full_model_lies():
     work = replace(WORK, num_merge_sources=50)
     assert seconds(work, replace(DEVICE, bus_bytes_per_s=1e3))["merge"] == pytest.approx(5 * 2_000 / 1e3)
