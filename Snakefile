@@ -37,6 +37,10 @@ STUDIES = {
     "02_merging": [
         "discarding", "error_growth", "attention_frequency", "layer_budgets", "clustering_time", "merge_options", "own_share",
     ],
+    "03_role_assignment": [
+        "role_utilities", "role_probes", "role_seconds", "role_map", "role_convergence", "role_ablation", "role_coverage",
+        "role_epsilon", "role_options",
+    ],
 }
 # Studies that read the tables of federated runs as well, and which of their parameters name the variants they read.
 READS_RUNS = {"03_role_assignment": ("assignments", "epsilons", "options")}

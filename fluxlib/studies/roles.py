@@ -120,6 +120,16 @@ def outcome_rows(outcome: pd.DataFrame, group: str, model: str, task: str) -> It
             yield row(f"{group}_{column}", run["setting"], run[column], **more)
 
 
+def share_rows(participants: pd.DataFrame, model: str, task: str) -> Iterator[Row]:
+    """Share of a participant's round that probing takes, by clock and seed, from the second round on."""
+    kept = participants[(participants["rejected"] == "") & (participants["round"] > 1)]
+    for seed, rows in kept.groupby("seed"):
+        for clock, name in (("device", "device clock"), ("wall", "measured here, no link")):
+            total = rows[[f"{phase}_{clock}_s" for phase in records.PHASES]].fillna(0.0).to_numpy().sum()
+            share = rows[f"probe_{clock}_s"].sum() / total
+            yield row("probe_share", name, share, model=model, task=task, seed=int(str(seed)))
+
+
 def read_runs(
     folder: Path, model: str, task: str, seeds: Iterable[int], variants: Mapping[str, str], method: str = "flux"
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
