@@ -66,7 +66,9 @@ def role_probes(measured: pd.DataFrame) -> Picture:
         for name, (color, marker, line, _) in looks.items():
             found = rows[(rows["study"] == f"probe_{measure}") & (rows["setting"] == name)].groupby("x")["value"]
             bands = np.array([interval(values.to_numpy()) for _, values in found])
-            cost = [passes[name, x] for x in found.groups]
+            # Side by side where error bars would hide each other.
+            aside = 1.06 ** list(looks).index(name) if measure == "bias" else 1.0
+            cost = [aside * passes[name, x] for x in found.groups]
             ax.plot(cost, bands[:, 0], color=color, marker=marker, linestyle=line, label=name)
             ax.fill_between(cost, bands[:, 1], bands[:, 2], color=color, alpha=0.15, linewidth=0)
         ax.set(title=title, xscale="log")
@@ -80,10 +82,10 @@ def role_probes(measured: pd.DataFrame) -> Picture:
     _reference(axes[0, 0], TARGET_DISTANCE, f"to reach: {TARGET_DISTANCE:.2f}")
     axes[0, 0].set_ylim(bottom=0)
     axes[1, 0].axhline(0, color="black", linewidth=0.8)
-    for name, (color, *_) in looks.items():
+    for place, (name, (color, *_)) in enumerate(looks.items()):
         error = rows[(rows["setting"] == name) & (rows["study"] == "probe_bias_error")].groupby("x")["value"].mean()
         middle = rows[(rows["setting"] == name) & (rows["study"] == "probe_bias")].groupby("x")["value"].mean()
-        cost = [passes[name, x] for x in error.index]
+        cost = [1.06**place * passes[name, x] for x in error.index]
         axes[1, 0].errorbar(cost, middle[error.index], 2 * error, color=color, capsize=2, linestyle="none")
     axes[1, 1].set_ylim(bottom=0)
     axes[0, 1].legend(loc="lower right", fontsize=7)
@@ -118,7 +120,12 @@ def role_seconds(measured: pd.DataFrame, participants: pd.DataFrame, shares: pd.
     left.set(xlabel="milliseconds per expert, measured here (median)", xlim=(0, 1150 * times.max()))
     left.grid(axis="y", visible=False)
     _stack_shares(right, shares)
-    caption(figure, about(rows)[0], f"right: {participants['setting'].iloc[0]}, round 2 on")
+    caption(
+        figure,
+        *about(rows)[:1],
+        f"{rows['seed'].nunique()} seed(s)",
+        f"right: {participants['setting'].iloc[0]}, round 2 on",
+    )
     return figure
 
 

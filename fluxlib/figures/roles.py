@@ -67,6 +67,8 @@ def role_map(roles: pd.DataFrame, num_experts: int, participants: Sequence[int] 
         ax.set_yticks([(layer + 0.5) * num_experts for layer in range(num_layers)], [str(i) for i in range(num_layers)])
         ax.set_title(f"participant {participant}")
         ax.grid(visible=False)
+    for ax in axes.flat[len(shown) :]:
+        ax.set_visible(False)
     for ax in axes[-1]:
         ax.set_xlabel("round")
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -80,11 +82,14 @@ def role_map(roles: pd.DataFrame, num_experts: int, participants: Sequence[int] 
 
 
 @drawn
-def role_convergence(rounds: pd.DataFrame, clocks: Sequence[str] = ("round", "device_s")) -> Picture:
+def role_convergence(
+    rounds: pd.DataFrame, clocks: Sequence[str] = ("round", "device_s"), varied: str = "assignment"
+) -> Picture:
     """Score and test loss of runs that differ in one setting, over rounds and over the device clock.
 
     Args:
         rounds: the ``rounds`` table of runs of one model and task, with the column ``setting``.
+        varied: what the settings are settings of, for the legend.
     """
     figure = Picture(figsize=(3.7 * len(clocks), 4.6))
     axes = axes_grid(figure, 2, len(clocks), sharex="col", sharey="row")
@@ -104,7 +109,7 @@ def role_convergence(rounds: pd.DataFrame, clocks: Sequence[str] = ("round", "de
         axes[row, 0].set_ylabel(title)
     for ax, clock in zip(axes[1], clocks, strict=True):
         ax.set_xlabel(style.CLOCKS[clock])
-    axes[1, 0].legend(fontsize=8)
+    axes[1, 0].legend(fontsize=8, title=varied, title_fontsize=8)
     caption(figure, *about(rounds), f"device clock: shapes of {clock_shapes(rounds)}")
     return figure
 
@@ -137,7 +142,7 @@ def role_ablation(outcome: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
             if len(values) > 1 or column == "final_metric":
                 ax.plot(spots, reached, "o", color="black", markersize=3, markerfacecolor="white", linestyle="none")
         ax.set_xticks(range(len(looks)), list(looks), rotation=30, ha="right")
-        ax.set_title(title)
+        ax.set(title=title, xlim=(-0.6, len(looks) - 0.4))
         ax.grid(axis="x", visible=False)
     target, share = outcome["target"].iloc[0], outcome["target_fraction"].iloc[0]
     axes[0].axhline(target, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
