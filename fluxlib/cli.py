@@ -1,6 +1,7 @@
-"""The ``fluxlib`` command: run one federated run, look after the machine, execute a notebook, list results.
+"""The ``fluxlib`` command: run, compare and export federated runs, profile a model, plan memory, execute notebooks.
 
-Wrong input ends with one message and exit code 2, a failure on the way with exit code 1.
+Wrong input ends with one message and exit code 2, a failure on the way with exit code 1. Every command that gives
+results gives them as JSON too, with ``--json``.
 """
 
 # Heavy imports live inside the commands, so that --help is quick.
@@ -27,6 +28,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="any other parameter; repeat as needed"),
 ]
+PictureOption = Annotated[Path, typer.Option(help="pdf, png and csv are written under this name")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for a machine to read")]
 
 
@@ -76,10 +78,19 @@ def run(
     engine: Annotated[str, typer.Option(help="what runs the Flower apps")] = "local",
     data: Annotated[Path | None, typer.Option(help="files of dolly, gsm8k, mmlu or piqa; default: the hub's")] = None,
     out: Annotated[Path, typer.Option(help="folder of the tables")] = Path("build/runs"),
+    save: Annotated[Path | None, typer.Option(help="new folder for the tuned model and its card")] = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run one federated run, print a line per round, write its tables to --out."""
+    """Run one federated run, print a line per round, write its tables to --out.
+
+    A run that was interrupted goes on when the same command is given again.
+
+    \b
+    Examples:
+        fluxlib run --rounds 2 --participants 3 --set task_size=400 --set local_steps=2
+        fluxlib run --method fmd --task mini-mmlu --rounds 10 --save build/models/fmd
+    """
     from fluxlib.config import ConfigError, check_writable, make_config
 
     named = {
@@ -91,6 +102,8 @@ def run(
         raise ConfigError(f"{name} is an option of its own: --{name} VALUE")
     config = make_config(named | more)
     check_writable(out)
+    if save is not None:
+        _new_folder(save)
 
     from fluxlib import federation
 
@@ -99,10 +112,24 @@ def run(
     except (federation.RunFailed, federation.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    if save is not None:
+        from fluxlib import exports
+
+        exports.save_tuned(result, config, save)
     if as_json:
-        print(json.dumps({"run_id": result.run_id, "path": str(result.path), "last": _last(result.rounds)}))
+        saved = {} if save is None else {"saved": str(save)}
+        print(json.dumps({"run_id": result.run_id, "path": str(result.path), "last": _last(result.rounds)} | saved))
     else:
-        print(f"{result.run_id}: tables in {result.path}")
+        print(f"{result.run_id}: tables in {result.path}" + (f", tuned model in {save}" if save else ""))
+
+
+def _new_folder(folder: Path) -> None:
+    """Refuse a folder with something in it, before hours of work."""
+    from fluxlib.config import ConfigError, check_writable
+
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: a model is written to a new folder")
+    check_writable(folder)
 
 
 def _print_round(row: Any) -> None:
@@ -122,7 +149,12 @@ def notebook(
     parameters: Annotated[str, typer.Option(metavar="JSON", help="parameters as one JSON object")] = "{}",
     settings: SetOption = None,
 ) -> None:
-    """Execute a notebook with parameters, as `make reproduce` does; unknown parameters are refused first."""
+    """Execute a notebook with parameters, as `make reproduce` does; unknown parameters are refused first.
+
+    \b
+    Example:
+        fluxlib notebook notebooks/00_start_here.ipynb build/start.ipynb --set task_name=mini-piqa
+    """
     from fluxlib import workflow
     from fluxlib.config import ConfigError
 
@@ -154,7 +186,12 @@ def notebook(
 
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """Check Python, packages, memory, disk, devices, folders, models; say what to do about problems."""
+    """Check Python, packages, memory, disk, devices, folders, models; say what to do about problems.
+
+    \b
+    Example:
+        fluxlib doctor
+    """
     from fluxlib import doctor as checks
 
     results = checks.examine()
@@ -177,7 +214,13 @@ def plan(
     checkpointing: Annotated[bool, typer.Option(help="recompute activations in the backward pass")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Predict a participant's peak memory, and the experts that fit: B_tune and B_non. Needs no weights."""
+    """Predict a participant's peak memory, and the experts that fit: B_tune and B_non. Needs no weights.
+
+    \b
+    Examples:
+        fluxlib plan --model deepseek-moe-16b --memory 48GiB
+        fluxlib plan --device rtx-3060 --batch 2 --tokens 128 --json
+    """
     from fluxlib.config import ConfigError
 
     if memory and device:
@@ -195,15 +238,19 @@ def plan(
 
 @app.command(name="list")
 def list_runs(
-    out: Annotated[Path | None, typer.Option(help="folder of tables; default: those of every profile")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of tables; default: every profile's, build/runs")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the runs in the store: last round, score, both clocks."""
-    from fluxlib import records
-    from fluxlib.config import PROFILES, results_dir
+    """List the runs in the store: last round, score, both clocks.
 
-    folders = [out] if out else [results_dir(profile) for profile in PROFILES]
-    files = [file for folder in folders for file in sorted(folder.glob("rounds/*.parquet"))]
+    \b
+    Example:
+        fluxlib list --json
+    """
+    from fluxlib import records, store
+
+    folders = [out] if out else store.folders()
+    files = list(store.runs(folders).values())
     last = [_last(records.read("rounds", file)) | {"path": str(file)} for file in files]
     if as_json:
         print(json.dumps(last))
@@ -212,6 +259,139 @@ def list_runs(
         print(f"no runs in {', '.join(map(str, folders))}: `make reproduce` or `fluxlib run` makes some")
     for row in last:
         print(f"{records.describe_round(row)}  {row['path']}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="run ids, unique parts of one, or paths of tables")],
+    target: Annotated[float, typer.Option(help="share of the reference's last score that is to be reached")] = 0.95,
+    reference: Annotated[str, typer.Option(help="run that sets the target; default: the best of them")] = "",
+    picture: PictureOption = Path("build/compare/curves"),
+    out: Annotated[Path | None, typer.Option(help="folder of tables; default: every profile's, build/runs")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Curves and time to target of any stored runs, side by side.
+
+    \b
+    Examples:
+        fluxlib compare flux-mini-llama-moe-mini-mmlu-seed0 fmd-mini-llama-moe-mini-mmlu-seed0
+        fluxlib compare data/results/mini/rounds/*.parquet --target 0.9 --json
+    """
+    from fluxlib import store
+    from fluxlib.config import ConfigError, check_writable
+
+    if not 0 < target <= 1:
+        raise ConfigError(f"--target is {target}, allowed is above 0 and at most 1")
+    places = [out] if out else None
+    found = store.load(runs, places)
+    best, score = store.best_final(store.load([reference], places) if reference else found)
+    check_writable(picture.parent)
+
+    from fluxlib import figures
+
+    times = figures.compare_runs(found, target * score)
+    drawn = figures.curves(found, target=target * score)
+    files = figures.save(drawn, picture.name, picture.parent, store.as_one(found))
+    if as_json:
+        rows = json.loads(times.to_json(orient="records"))
+        answer = {"target": target * score, "reference": best, "runs": rows, "picture": str(files["png"])}
+        print(json.dumps(answer))
+        return
+    print(f"target {target * score:.3f}: {target:.0%} of the last score of {best}")
+    print(times.drop(columns=["target"]).round(3).to_string(index=False, na_rep="not reached"))
+    print(f"curves: {files['png']}")
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="a mini model, a folder, or a hub name of any MoE model")],
+    text: Annotated[Path, typer.Argument(help="a text file: what the model is to read")],
+    bits: Annotated[int, typer.Option(help="of the experts meanwhile: 2, 3, 4, 8; 16: as they are")] = 16,
+    tokens: Annotated[int, typer.Option(help="tokens per sample")] = 128,
+    samples: Annotated[int, typer.Option(help="at most so many samples are read")] = 64,
+    picture: PictureOption = Path("build/profile/activation"),
+    as_json: JsonOption = False,
+) -> None:
+    """Which experts of any MoE model a text uses: a table by layer, and a picture.
+
+    \b
+    Example:
+        fluxlib profile mini-llama-moe README.md --bits 4
+    """
+    from fluxlib.config import ConfigError, check_writable
+
+    if not text.is_file():
+        raise ConfigError(f"no file {text}")
+    if tokens < 1 or samples < 1:
+        raise ConfigError(f"--tokens and --samples must be at least 1, got {tokens} and {samples}")
+    check_writable(picture.parent)
+    from fluxlib import exhibits, figures, models
+
+    try:
+        loaded, tokenizer = models.load(model)
+        batches = exhibits.text_batches(text.read_text(errors="replace"), tokenizer, tokens, samples)
+        with typer.progressbar(batches, label="reading", file=sys.stderr) as shown:
+            found = exhibits.profile_table(loaded, shown, bits)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    files = figures.save(figures.activation(found.frequency), picture.name, picture.parent, found.by_expert)
+    if as_json:
+        rows = json.loads(found.by_layer.to_json(orient="records"))
+        print(json.dumps({"model": model, "tokens": found.num_tokens, "layers": rows, "picture": str(files["png"])}))
+        return
+    print(f"{model}: {found.num_tokens} tokens of {text}, experts in {bits} bit")
+    print(found.by_layer.round(3).to_string(index=False))
+    print(f"picture: {files['png']}")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="a folder of `fluxlib run --save`")],
+    folder: Annotated[Path, typer.Argument(help="new folder for the compact model")],
+    participant: Annotated[int, typer.Option(help="for whose data and budget")] = 0,
+    tune: Annotated[float | None, typer.Option(help="share of experts kept unmerged; default: the run's")] = None,
+    merge: Annotated[float | None, typer.Option(help="merged slots, as a share; default: the run's")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a participant's compact model of a tuned one, and measure it beside the full one.
+
+    \b
+    Example:
+        fluxlib run --rounds 4 --save build/models/tuned
+        fluxlib export build/models/tuned build/models/participant-0 --participant 0
+    """
+    _new_folder(folder)
+    from fluxlib import exports
+
+    report = exports.save_participant(source, folder, participant, tune, merge)
+    print(json.dumps(report.to_dict()) if as_json else report.table())
+
+
+@app.command()
+def trials(
+    out: Annotated[Path | None, typer.Option(help="folder of tables; default: those of the profile tune")] = None,
+    figure: Annotated[Path | None, typer.Option(help="folder for trials.{pdf,png,csv}")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the trials of `make reproduce PROFILE=tune`: every setting of every method, and the best of each."""
+    from fluxlib import records
+    from fluxlib.config import ConfigError, results_dir
+
+    folder = out or results_dir("tune")
+    try:
+        rounds = records.read_all("rounds", folder)
+        parameters = {
+            run: json.loads((folder / "rounds" / f"{run}.json").read_text())["parameters"]
+            for run in rounds["run_id"].unique()
+        }
+        from fluxlib import figures
+
+        table = figures.trials(rounds, parameters)
+    except (records.TableError, ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    if figure is not None:
+        figures.save(figures.draw_trials(table), "trials", figure, table)
+    print(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="{:.4g}".format))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 REPO_ROOT = Path(__file__).resolve().parent.parent
 """The checkout this package was imported from (the package is installed in editable mode)."""
 
-PROFILES = ("smoke", "mini", "full", "paper")
+PROFILES = ("smoke", "mini", "full", "paper", "tune")
 
 AssignmentKind = Literal["flux", "random", "frequency", "utility", "proportional"]
 """By what experts are chosen to be tuned; see :func:`fluxlib.roles.priorities`."""

@@ -6,6 +6,7 @@
 - :mod:`fluxlib.figures.portraits` -- one model, one partition, one run
 - :mod:`fluxlib.figures.plans` -- a configuration before it is run, and roles over rounds
 - :mod:`fluxlib.figures.runs` -- single runs side by side
+- :mod:`fluxlib.figures.trials` -- the search for each method's settings
 - :mod:`fluxlib.figures.measured` -- what figures of the ``measurements`` table share
 - :mod:`fluxlib.figures.profiling`, :mod:`fluxlib.figures.merging` -- sections 4 and 5 of the paper
 - :mod:`fluxlib.figures.probes`, :mod:`fluxlib.figures.roles`, :mod:`fluxlib.figures.role_tables` -- section 6
@@ -18,6 +19,7 @@ from fluxlib.figures.plans import overview, roles_over_rounds, slots
 from fluxlib.figures.portraits import activation, activation_by_label, partition, phases
 from fluxlib.figures.runs import compare_runs, curves
 from fluxlib.figures.times import describe_times, time_to_target, times_to_target
+from fluxlib.figures.trials import draw_trials, trials
 
 __all__ = [
     "Picture",
@@ -27,6 +29,7 @@ __all__ = [
     "convergence",
     "curves",
     "describe_times",
+    "draw_trials",
     "measured",
     "merging",
     "overview",
@@ -42,4 +45,5 @@ __all__ = [
     "time_to_accuracy",
     "time_to_target",
     "times_to_target",
+    "trials",
 ]

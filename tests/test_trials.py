@@ -1,0 +1,80 @@
+"""The search for settings: what is compared at which moment, on hand-made trials."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from fluxlib import figures, workflow
+from fluxlib.config import REPO_ROOT
+
+
+def run(method: str, variant: str, scores: list[float], round_s: float, seed: int = 0) -> pd.DataFrame:
+    return pd.DataFrame({
+        "run_id": f"{method}-{variant}-{seed}", "model": "m", "task": "t", "method": method, "variant": variant,
+        "round": range(len(scores)), "metric": scores, "device_s": [round_s * i for i in range(len(scores))],
+    })  # fmt: skip
+
+
+SETTINGS = {"": (3e-3, 4), "fast": (1e-2, 4), "more": (3e-3, 8)}
+ROUNDS = pd.concat(
+    [
+        run("flux", "", [0.1, 0.2, 0.3], 1.0),
+        run("flux", "fast", [0.1, 0.3, 0.25], 1.0),
+        run("flux", "more", [0.1, 0.28, 0.9], 2.0),
+        run("fmd", "", [0.1, 0.5, 0.5], 5.0),
+        run("fmd", "fast", [0.1, 0.5, 0.6], 5.0),
+        run("fmd", "more", [0.1, 0.4, 0.7], 5.0),
+    ]
+)
+
+
+def parameters(rounds: pd.DataFrame) -> dict[str, dict[str, float]]:
+    return {
+        name: dict(zip(("learning_rate", "local_steps"), SETTINGS[name.split("-")[1]], strict=True))
+        for name in rounds["run_id"].unique()
+    }
+
+
+def test_trials_are_compared_when_the_quickest_of_the_method_has_ended() -> None:
+    found = figures.trials(ROUNDS, parameters(ROUNDS)).set_index(["method", "variant"])
+    assert found.loc["flux", "at_s"].tolist() == [2.0] * 3
+    assert found.loc[("flux", "more"), ["final", "score"]].tolist() == [0.9, 0.28]
+    assert found[found["is_best"]].index.tolist() == [("flux", ""), ("fmd", "more")]
+
+
+def test_seeds_are_averaged_and_equals_go_to_the_lower_rate() -> None:
+    rounds = pd.concat([
+        run("flux", "", [0.2, 0.4], 1.0), run("flux", "", [0.2, 0.6], 1.0, seed=1),
+        run("flux", "fast", [0.2, 0.5], 1.0), run("flux", "fast", [0.2, 0.5], 1.0, seed=1),
+    ])  # fmt: skip
+    found = figures.trials(rounds, parameters(rounds))
+    assert found["score"].tolist() == [0.5, 0.5] and found["num_seeds"].tolist() == [2, 2]
+    assert found["is_best"].tolist() == [True, False]
+
+
+def test_an_unequal_search_is_refused() -> None:
+    less = ROUNDS[ROUNDS["run_id"] != "fmd-more-0"]
+    with pytest.raises(ValueError, match="equally many trials; there are: flux on m 3, fmd on m 2"):
+        figures.trials(less, parameters(less))
+
+
+def test_the_picture_has_a_line_per_method_and_amount_of_work() -> None:
+    found = figures.trials(ROUNDS, parameters(ROUNDS))
+    (ax,) = figures.draw_trials(found).axes
+    assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == [
+        "FLUX, 4 steps", "FLUX, 8 steps", "FMD, 4 steps", "FMD, 8 steps",
+    ]  # fmt: skip
+
+
+def test_every_method_has_the_same_trials() -> None:
+    runs = workflow.load_profile(REPO_ROOT / "config" / "tune.yaml").runs.values()
+    by_method: dict[str, set[tuple[float, int]]] = {}
+    for one in runs:
+        by_method.setdefault(one.method, set()).add((one.learning_rate, one.local_steps))
+    assert set(by_method) == {"flux", "fmd", "fmq", "fmes"}
+    assert all(
+        found == {(rate, steps) for rate in (1e-3, 3e-3, 1e-2) for steps in (4, 8)} for found in by_method.values()
+    )
+    other = workflow.load_profile(REPO_ROOT / "config" / "full.yaml").runs.values()
+    assert not {one.seed for one in runs} & {one.seed for one in other}
