@@ -226,3 +226,71 @@ def test_whether_there_is_a_network_is_read_not_tried(tmp_path, monkeypatch):
     table.write_text("Iface Destination Gateway\neth0 00000000 0100A8C0\n")
     assert doctor._has_default_route(table)
     assert doctor._has_default_route(tmp_path / "none")
+
+
+def stored(tmp_path, run_id: str, metrics: list[float], step_s: float) -> None:
+    table = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.ROUNDS})
+    index = range(len(metrics))
+    seconds = [step_s * number for number in index]
+    table = table.assign(run_id=run_id, round=index, metric=metrics, metric_name="accuracy", device_s=seconds)
+    records.write("rounds", table.assign(wall_s=seconds), tmp_path / "rounds" / f"{run_id}.parquet", {})
+
+
+def test_compare_gives_curves_and_times_to_the_best_runs_target(call, tmp_path):
+    stored(tmp_path, "flux-m-t-seed0", [0.0, 0.5, 1.0], 1.0)
+    stored(tmp_path, "fmd-m-t-seed0", [0.0, 0.4, 0.8], 10.0)
+    arguments = ["compare", "flux", "fmd", "--out", tmp_path, "--target", 0.75, "--picture", tmp_path / "p" / "both"]
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert "target 0.750: 75% of the last score of flux-m-t-seed0" in out
+    assert (tmp_path / "p" / "both.pdf").is_file() and len(pd.read_csv(tmp_path / "p" / "both.csv")) == 6
+    answer = json.loads(call(*arguments, "--json")[1])
+    assert [row["device_s_to_target"] for row in answer["runs"]] == pytest.approx([1.5, 18.75])
+    answer = json.loads(call(*arguments, "--reference", "fmd", "--json")[1])
+    assert answer["target"] == pytest.approx(0.6) and answer["reference"] == "fmd-m-t-seed0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "nothing"], "error: 'nothing' is no run; give a run id, a unique part of one, or a path"),
+        (["compare", "flux", "--target", "2"], "error: --target is 2.0, allowed is above 0 and at most 1"),
+        (["profile", "mini-llama-moe", "nothing.txt"], "error: no file nothing.txt"),
+        (["profile", "mini-llama-moe", "README.md", "--bits", "5"], "error: bits must be one of"),
+        (["profile", "mini-lama-moe", "README.md"], "error: 'mini-lama-moe' is no folder, no known name"),
+        (["export", "nowhere", "new"], "error: nowhere has no run.json"),
+    ],
+)
+def test_wrong_input_of_the_other_commands_is_one_message_too(call, tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "README.md").write_text("some words to read " * 5)
+    monkeypatch.chdir(tmp_path)
+    stored(tmp_path, "flux-m-t-seed0", [0.0, 1.0], 1.0)
+    code, out, err = call(*arguments, *(["--out", tmp_path] if arguments[0] == "compare" else []))
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(message) or err.startswith(message)
+
+
+def test_profile_says_which_experts_a_text_uses(call, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("which of these is the right one ? " * 40)
+    arguments = ["profile", "mini-llama-moe", text, "--tokens", 32, "--samples", 4, "--picture", tmp_path / "a"]
+    code, out, _ = call(*arguments)
+    assert code == 0 and "128 tokens of" in out and "busiest" in out
+    answer = json.loads(call(*arguments, "--json")[1])
+    assert answer["tokens"] == 128 and len(answer["layers"]) == 4
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_saved_only_into_a_new_folder(call, engine, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    code, _, err = call("run", "--out", tmp_path, "--save", tmp_path / "full")
+    assert code == 2 and engine.config is None
+    assert err == f"error: {tmp_path / 'full'} is not empty: a model is written to a new folder\n"
+
+
+@pytest.mark.parametrize("name", ["run", "compare", "profile", "export", "plan", "list", "doctor", "notebook"])
+def test_every_command_explains_itself_with_an_example(call, name):
+    code, out, _ = call(name, "--help")
+    assert code == 0
+    assert f"fluxlib {name}" in out.split("Example")[1]

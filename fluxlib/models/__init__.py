@@ -6,6 +6,7 @@ Importing this package makes the two models and the keys of their public checkpo
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from fluxlib.models.checkpoints import register_conversions, write_checksums
+from fluxlib.models.compacted import load_compact, save_compact
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM, DeepseekMoeModel
 from fluxlib.models.exporting import export
 from fluxlib.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel
@@ -38,7 +39,9 @@ __all__ = [
     "export",
     "known",
     "load",
+    "load_compact",
     "register",
     "resolve",
+    "save_compact",
     "write_checksums",
 ]

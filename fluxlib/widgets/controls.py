@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 from fluxlib import methods, models, style, tasks
@@ -130,3 +131,11 @@ HELP = {
     "local_steps": "optimizer steps of a participant in a round",
     "layer_budget": "how merged slots are spread over layers (eq. 1)",
 }
+
+
+def with_labels(message: str) -> str:
+    """``message`` with the label of a control after each parameter's name."""
+    for name, label in LABELS.items():
+        if label != name:
+            message = re.sub(rf"\b{name}\b", f"{name} ({label})", message)
+    return message

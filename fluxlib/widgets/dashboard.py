@@ -15,23 +15,15 @@ from typing import Any
 import pandas as pd
 
 from fluxlib import figures, records
-from fluxlib.config import PROFILES, REPO_ROOT, ConfigError, RunConfig, results_dir
+from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
+from fluxlib.store import folders, runs
 from fluxlib.widgets.background import COMPLETE, FAILED, IDLE, STOPPED, BackgroundRun
-from fluxlib.widgets.controls import Controls
+from fluxlib.widgets.controls import Controls, with_labels
 from fluxlib.widgets.monitor import HEADLESS
 from fluxlib.widgets.preview import Preview, preview
 
 TARGET_FRAC = 0.95
 """Target of a comparison: this share of the best score in it."""
-
-
-def stored_runs(folders: list[Path]) -> dict[str, Path]:
-    """Tables of ``rounds`` in ``folders``, by a label that says which run and where it lies."""
-    found: dict[str, Path] = {}
-    for folder in folders:
-        for file in sorted(folder.glob("rounds/*.parquet")):
-            found[f"{file.stem}  ({folder.name})"] = file
-    return found
 
 
 class Dashboard:
@@ -40,14 +32,14 @@ class Dashboard:
     Args:
         config: where the controls start, and everything that has no control.
         out: folder of the tables and checkpoints of runs that are started here.
-        store: more folders of runs to compare with; None: every profile's, and ``build/runs``.
+        store: more folders of runs to compare with; None: those of :func:`fluxlib.store.folders`.
     """
 
     def __init__(self, config: RunConfig, out: Path | str = "", store: list[Path] | None = None) -> None:
         import ipywidgets
 
         self.out = Path(out) if out else REPO_ROOT / "build" / "explore"
-        self._store = [self.out, *(store if store is not None else _default_store())]
+        self._store = list(dict.fromkeys([self.out, *(store if store is not None else folders())]))
         self.controls = Controls(config)
         self.preview: Preview | None = None
         self.run: BackgroundRun | None = None
@@ -90,8 +82,9 @@ class Dashboard:
                 self.preview, self._problem, warning = None, str(error), ""
             if self.preview is not None:
                 self.plan.value = self.preview.picture()._repr_png_()
-            self.plan.layout.opacity = "1" if self.preview is not None else "0.25"
-            self.message.value = _note(self._problem, "#b00020") or _note(warning, "#8a5a00")
+            # The picture of another choice would be taken for this one's.
+            self.plan.layout.visibility = "visible" if self.preview is not None else "hidden"
+            self.message.value = _note(with_labels(self._problem), "#b00020") or _note(warning, "#8a5a00")
             self._set_buttons()
             self._list_earlier()
 
@@ -156,7 +149,7 @@ class Dashboard:
         """Runs of the same model and task in the store; what was chosen stays chosen."""
         config = self.controls.base.model_copy(update={n: self.controls.widgets[n].value for n in ("model", "task")})
         part = f"-{Path(config.model).name}-{config.task}-seed"
-        fitting = {label: path for label, path in stored_runs(self._store).items() if part in label}
+        fitting = {label: path for label, path in runs(self._store).items() if part in label}
         kept = tuple(path for path in self.earlier.value if path in fitting.values())
         if list(self.earlier.options) != list(fitting.items()):
             self.earlier.options = list(fitting.items())
@@ -186,10 +179,6 @@ class Dashboard:
             if path in self.earlier.value and not (path.stem == own and path.parent.parent == self.out):
                 shown[label] = records.read("rounds", path)
         return shown
-
-
-def _default_store() -> list[Path]:
-    return [*(results_dir(profile) for profile in PROFILES), REPO_ROOT / "build" / "runs"]
 
 
 def _note(text: str, color: str) -> str:
