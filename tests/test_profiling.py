@@ -152,6 +152,39 @@ def test_error_measures_by_hand() -> None:
     assert profiling.top_overlap(profile_of([[0.1, 0.2, 0.3, 0.4]]), first, 2) == 0.0
 
 
+def test_expected_error_by_hand() -> None:
+    """Two samples that each send all tokens to one expert: residuals of one token, standard errors of a half."""
+    counts = torch.tensor([[[2, 0]], [[0, 2]]])
+    assert profiling.expected_error(counts) == pytest.approx(math.sqrt(2 / math.pi) * (0.5 + 0.5))
+    alike = torch.tensor([[[3, 1]], [[6, 2]], [[3, 1]]])
+    assert profiling.expected_error(alike) == pytest.approx(0.0)
+    assert math.isnan(profiling.expected_error(counts[:1]))
+
+
+def test_the_expected_error_is_that_of_fresh_samples() -> None:
+    """Topics decide: over many draws of 20 samples its mean is within a tenth of the true mean error."""
+    generator = torch.Generator().manual_seed(0)
+    topics = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]])
+    truth = topics.mean(dim=0)
+    expected, found = [], []
+    for _ in range(300):
+        topic = torch.randint(0, 2, (20,), generator=generator)
+        chosen = torch.multinomial(topics[topic], 30, replacement=True, generator=generator)
+        counts = torch.nn.functional.one_hot(chosen, 3).sum(dim=1)[:, None, :]
+        expected.append(profiling.expected_error(counts))
+        share = counts.sum(dim=0)[0] / counts.sum()
+        found.append(float((share - truth).abs().sum()))
+    assert sum(expected) == pytest.approx(sum(found), rel=0.1)
+
+
+def test_a_profile_of_another_model_is_refused() -> None:
+    found = profiling.profile(build(), [batch()], bits=16)
+    profiling.check_fits(found, build())
+    with pytest.raises(ValueError, match="profile is of another model"):
+        profiling.check_fits(found, build("llama_moe"))
+    assert found.sampling_error > 0
+
+
 def test_experts_never_used_have_no_frequency_and_no_attention() -> None:
     model = build()
     gate = model.model.layers[0].mlp.gate

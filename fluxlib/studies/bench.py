@@ -86,7 +86,10 @@ def benches(
             order = torch.randperm(len(shares[0]), generator=seeding.generator(seed, "bench")).tolist()
             shares[0] = [shares[0][i] for i in order]
             parts = [[task.train[i] for i in share] for share in shares]
-            apart, parts[0] = parts[0][-held_out:], parts[0][:-held_out]
+            apart = parts[0][-held_out:]
+            # Generated tasks repeat themselves: a sample whose copy is held out is held back too.
+            copies = {(example.prompt, example.response) for example in apart}
+            parts[0] = [e for e in parts[0] if (e.prompt, e.response) not in copies]
             yield Bench(loaded, tokenizer, Path(model).name, name, seed, parts, batches(apart, tokenizer))
 
 

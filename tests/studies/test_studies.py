@@ -1,0 +1,113 @@
+"""Rows of the study notebooks: their shape, the budgets they keep to, and verdicts on numbers by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from fluxlib import records, studies
+from fluxlib.config import ConfigError
+from fluxlib.devices import clock
+from fluxlib.studies import merging, overhead, profiling, training, verdicts
+
+
+@pytest.fixture(scope="module")
+def bench() -> studies.Bench:
+    (found,) = studies.benches("mini-llama-moe", ["mini-piqa"], [0], held_out=4)
+    return dataclasses.replace(found, parts=[part[:8] for part in found.parts[:2]])
+
+
+def test_unknown_tasks_and_no_seeds_stop_before_a_model_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"tasks: unknown \['mini-none'\]; allowed are mini-dolly"):
+        next(studies.benches("no-such-model", ["mini-none"], [0]))
+    with pytest.raises(ConfigError, match="at least one"):
+        next(studies.benches("no-such-model", [], [0]))
+    with pytest.raises(ConfigError, match="seeds: at least one"):
+        next(studies.benches("no-such-model", ["mini-piqa"], []))
+
+
+def test_held_out_samples_are_nobodys(bench: studies.Bench) -> None:
+    (whole,) = studies.benches("mini-llama-moe", ["mini-piqa"], [0], held_out=4)
+    held = {tuple(row.tolist()) for row in whole.held_out[0]["input_ids"]}
+    local = {tuple(row.tolist()) for batch in whole.local(10**6) for row in batch["input_ids"]}
+    assert len(whole.held_out[0]["input_ids"]) == 4
+    assert not held & local
+
+
+def test_rows_of_section_4_fit_the_table(bench: studies.Bench) -> None:
+    rows = [
+        *profiling.activation([bench], 4),
+        *profiling.by_bits([bench], 4, bits=(4,)),
+        *profiling.by_samples([bench], (2,), 4),
+        *training.drift([bench], rounds=1, participants=1, num_samples=4),
+        *training.round_saving("mini-llama-moe", "llama-moe-3.5b"),
+    ]
+    table = studies.measurements(rows, "01_profiling-test")
+    records.validate("measurements", table)
+    shares = table[table["study"] == "activation"].groupby("layer")["value"].sum()
+    assert shares.to_numpy() == pytest.approx(np.ones(len(shares)), abs=1e-5)
+    saved = table[table["study"] == "round_saving"]
+    assert saved["value"].between(0, 1).all() and len(saved) == 3 * len(training.SAMPLES)
+    claims = verdicts.profiling(table)
+    assert set(claims["verdict"]) <= {"agrees", "agrees in direction", "does not"}
+    assert claims["claim"].iloc[-1] in verdicts.sentences(claims, "a test")
+
+
+def test_a_short_federation_leaves_the_model_as_it_was(bench: studies.Bench) -> None:
+    before = [tensor.clone() for tensor in bench.model.state_dict().values()]
+    assert list(training.drift([bench], rounds=1, participants=1, num_samples=4))
+    assert all(torch.equal(a, b) for a, b in zip(before, bench.model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("tuned_by", ["frequency", "random"])
+def test_every_variant_keeps_to_the_budget(bench: studies.Bench, tuned_by: str) -> None:
+    (case,) = merging.cases([bench], 4, tuned_by, tune_fraction=0.5, merge_fraction=0.25)
+    assert int(case.tuned.sum()) == bench.num_experts // 2
+    plans = dict(merging._variants(case))
+    for setting, found in plans.items():
+        slots = sum(len(plan.groups) for plan in found)
+        assert slots <= case.num_merged, setting
+        if setting not in ("discarded", "single"):
+            assert slots == case.num_merged, setting
+    assert not any(plan.groups for plan in plans["discarded"])
+
+
+def test_who_is_tuned_has_two_rules(bench: studies.Bench) -> None:
+    with pytest.raises(ValueError, match="'frequency' or 'random', got 'luck'"):
+        merging.cases([bench], 4, "luck", 0.25, 0.25)
+    known = bench.profile(4)
+    busiest = known.frequency[training.most_used(known, 0.25)]
+    assert busiest.min() >= known.frequency[~training.most_used(known, 0.25)].max()
+
+
+def test_own_share_counts_what_only_flux_does() -> None:
+    rows = pd.DataFrame(overhead.on_the_clock("mini-llama-moe", "llama-moe-3.5b"))
+    seconds = rows[(rows["study"] == "phase_device_s") & (rows["x"] == 64)].set_index("setting")["value"]
+    own = sum(seconds[f"1 Gb/s: {phase}"] for phase in overhead.OWN)
+    total = sum(value for name, value in seconds.items() if name.startswith("1 Gb/s"))
+    work = training.flux_work(clock.shapes("llama-moe-3.5b").num_experts, 64, 256, 32)
+    server_s = clock.server_seconds([work] * 10, clock.shapes("llama-moe-3.5b"))
+    share = rows[(rows["setting"] == "1 Gb/s, serial") & (rows["x"] == 64)]["value"].item()
+    assert share == pytest.approx(own / (total + server_s))
+
+
+@pytest.mark.parametrize(
+    ("values", "reach", "better", "expected"),
+    [
+        ([0.5, 0.6], 0.476, "larger", "agrees"),
+        ([0.1, 0.2], 0.476, "larger", "agrees in direction"),
+        ([-0.1, 0.2], 0.476, "larger", "does not"),
+        ([0.0, 0.0], 0.0, "larger", "does not"),
+        ([45.0, 50.0], 40, "larger", "agrees"),
+        ([0.9, 1.2], 40, "larger", "does not"),
+        ([1.1, 3.0], 40, "larger", "agrees in direction"),
+        ([0.01], 0.02, "smaller", "agrees"),
+        ([0.03], 0.02, "smaller", "does not"),
+    ],
+)
+def test_verdicts_by_hand(values: list[float], reach: float, better: str, expected: str) -> None:
+    assert verdicts.judge(np.array(values), reach, better) == expected
