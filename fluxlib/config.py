@@ -120,6 +120,9 @@ class RunConfig(BaseModel):
     coverage: int | None = Field(None, ge=1, description="rounds that an expert may go untuned by all; None: any")
     max_tuners: int | None = Field(None, ge=1, description="participants that tune one expert at a time; None: all")
     uncertainty: float = Field(0.0, ge=0, description="weight of the bonus for utilities measured long ago")
+    explore_by: Literal["probes", "backward"] = Field(
+        "probes", description="utilities of explored experts: forward passes, or one backward pass for all of them"
+    )
     num_probes: int = Field(1, ge=1)
     probes_per_round: int | None = Field(8, ge=0, description="explored experts probed each round; None: all of them")
 
@@ -178,6 +181,11 @@ class RunConfig(BaseModel):
         """Digest of what the numbers depend on: runs that differ in engine or patience only have the same."""
         text = self.model_dump_json(exclude={"engine", "round_timeout_s", "join_timeout_s"})
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def probe_limit(self) -> int | None:
+        """Explored experts whose utility is measured in a round, at most; a backward pass measures all at once."""
+        return None if self.explore_by == "backward" else self.probes_per_round
 
     @property
     def run_id(self) -> str:

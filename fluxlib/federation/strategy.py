@@ -281,7 +281,7 @@ class FluxStrategy(Strategy):
             explored[outcome.participant] = outcome.roles.explore
         config = self.config
         at_least = [
-            roles.num_probed(config.assignment, int(count), config.probes_per_round) if self.method.explores else 0
+            roles.num_probed(config.assignment, int(count), config.probe_limit) if self.method.explores else 0
             for count in explored.sum(dim=(1, 2))
         ]
         asked = tuned if self.method.utilities else torch.zeros_like(tuned)

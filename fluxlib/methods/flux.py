@@ -116,7 +116,7 @@ def freeze(plan: LayerPlan, explored: Tensor) -> LayerPlan:
 def _probe_keys(explore: Tensor, config: RunConfig, generator: torch.Generator) -> list[ExpertKey]:
     """The explored experts that are probed this round, drawn at random where there are more than may be."""
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
-    count = roles.num_probed(config.assignment, len(keys), config.probes_per_round)
+    count = roles.num_probed(config.assignment, len(keys), config.probe_limit)
     if count == len(keys):
         return keys
     return [keys[i] for i in torch.randperm(len(keys), generator=generator)[:count].tolist()]
@@ -129,14 +129,22 @@ def _probe(
     config: RunConfig,
     generator: torch.Generator,
 ) -> Tensor:
-    """``[1, L, E]`` estimated squared gradient norms of the probed experts, NaN elsewhere."""
+    """``[1, L, E]`` squared gradient norms of the probed experts, NaN elsewhere.
+
+    Paper: estimates from forward passes. Deviation, with ``explore_by="backward"``: exact norms of all explored experts
+    from one backward pass, which keeps one expert's gradient at a time and no optimizer state. Its activations are
+    those of a training step, so it fits where training fits.
+    """
     seed = int(torch.randint(2**62, (1,), generator=generator))
     moe = layers.find(model)
     norms = torch.full((1, len(moe), moe[0].num_experts), float("nan"))
     if not probed:
         return norms
     batch = to_device(data.train[0], next(model.parameters()).device)
-    values = gradients.probe_norms(model, batch, probed, config.num_probes, seed)
+    if config.explore_by == "backward":
+        values = gradients.true_norms(model, batch, probed)
+    else:
+        values = gradients.probe_norms(model, batch, probed, config.num_probes, seed)
     for (layer, expert), value in zip(probed, values.tolist(), strict=True):
         norms[0, layer, expert] = value
     return norms
@@ -151,10 +159,7 @@ def _account(
     probed: Sequence[ExpertKey],
     config: RunConfig,
 ) -> Work:
-    # One pass to cache every layer's input; then each side of each probe runs the layers from the expert's upwards.
-    num_layers = len(plans)
-    above = sum((num_layers - layer) / num_layers for layer, _ in probed)
-    passes = (1 + 2 * config.num_probes * above) if probed else 0.0
+    passes = _forward_passes(probed, len(plans), config)
     work = replace(
         count_training(work, tuned, assigned.exploit, len(data.train)),
         num_frozen=sum(len(plan.groups) for plan in plans),
@@ -163,6 +168,20 @@ def _account(
         probe_tokens=round(passes * int(data.train[0]["attention_mask"].sum())),
     )
     return count_profile(work, data, config)
+
+
+def _forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConfig) -> float:
+    """What measuring the explored experts is worth, in forward passes of the whole model.
+
+    Probes: one pass to cache every layer's input, then each side of each runs the layers from the expert's upwards. A
+    backward pass is worth two, after a forward pass of its own.
+    """
+    if not probed:
+        return 0.0
+    if config.explore_by == "backward":
+        return 3.0
+    above = sum((num_layers - layer) / num_layers for layer, _ in probed)
+    return 1 + 2 * config.num_probes * above
 
 
 METHOD = Method("flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, afterwards=profile)

@@ -118,6 +118,14 @@ class TestFlux:
         state = roles.update(state, torch.full_like(state.first, torch.nan))
         assert tuners(coverage=1).min() == 1
 
+    def test_a_backward_pass_measures_all_explored_experts_exactly(self, model: nn.Module, data: LocalData) -> None:
+        update, _, given = train("flux", model, data, explore_by="backward")
+        assert torch.equal(~update.utilities.isnan(), given.exploit | given.explore)
+        assert update.work.probe_samples == 3 * len(data.train[0]["input_ids"])
+        probed, _, _ = train("flux", model, data, num_probes=400)
+        both = ~probed.utilities.isnan() & given.explore & (update.utilities > 0)
+        torch.testing.assert_close(probed.utilities[both], update.utilities[both], rtol=0.3, atol=0)
+
     def test_only_assignments_that_use_probes_pay_for_them(self, model: nn.Module, data: LocalData) -> None:
         update, _, given = train("flux", model, data, assignment="utility")
         assert torch.equal(~update.utilities.isnan(), given.exploit)
