@@ -101,16 +101,21 @@ def _relative(values: Tensor) -> Tensor:
 
 
 def _limited_top(values: Tensor, counts: Tensor, max_tuners: int) -> Tensor:
-    """Deferred acceptance: each proposes its best, an expert keeps its best ``max_tuners``, and again."""
-    relative, open_ = _relative(values), torch.ones_like(values, dtype=torch.bool)
-    while True:
-        proposed = _top(values.masked_fill(~open_, -math.inf), counts) & open_
-        crowded = (proposed.sum(dim=0) > max_tuners).nonzero().flatten()
-        if len(crowded) == 0:
-            return proposed
-        offers = relative[:, crowded].masked_fill(~proposed[:, crowded], -math.inf)
-        kept = _top(offers.T.contiguous(), torch.full((len(crowded),), max_tuners, device=values.device)).T
-        open_[:, crowded] &= kept | ~proposed[:, crowded]
+    """Deferred acceptance: each proposes its best, an expert keeps its best ``max_tuners``, losers propose the next."""
+    order, proposed = values.argsort(dim=1, descending=True, stable=True), _top(values, counts)
+    relative, position, last = _relative(values), counts.clone(), values.shape[1] - 1
+    while len(crowded := (proposed.sum(dim=0) > max_tuners).nonzero().flatten()):
+        asking = proposed[:, crowded]
+        offers = relative[:, crowded].masked_fill(~asking, -math.inf).T.contiguous()
+        kept = _top(offers, torch.full((len(crowded),), max_tuners, device=values.device)).T
+        proposed[:, crowded] = kept
+        lost = (asking & ~kept).sum(dim=1)
+        steps = torch.arange(int(lost.max()), device=values.device)
+        places = position[:, None] + steps
+        row, step = ((steps < lost[:, None]) & (places <= last)).nonzero(as_tuple=True)
+        proposed[row, order[row, places[row, step]]] = True
+        position += lost
+    return proposed
 
 
 def _cover(values: Tensor, exploit: Tensor, overdue: Tensor) -> Tensor:
