@@ -109,9 +109,9 @@ class RunConfig(BaseModel):
     profile_bits: Literal[2, 3, 4, 8, 16] = 4
     profile_batches: int = Field(2, ge=1)
     stale_profile: bool = True
-    layer_budget: Literal["adaptive", "uniform", "single"] = "adaptive"
+    layer_budget: Literal["adaptive", "uniform", "single", "joint"] = "adaptive"
     clustering: Literal["fused", "per_layer"] = "fused"
-    merge_weights: Literal["attention_frequency", "frequency", "uniform"] = "attention_frequency"
+    merge_weights: Literal["attention_frequency", "frequency", "uniform", "gate"] = "attention_frequency"
     align_neurons: bool = False
     assignment: AssignmentKind = Field("flux", description="what is exploited; see roles.priorities")
     epsilon: Literal["dynamic", "paper"] | float = Field(

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from fluxlib import merging, profiling
+from fluxlib.config import make_config
+from fluxlib.methods import flux
+from fluxlib.methods.base import Budget, Roles
 from fluxlib.moe import compact, layers
 from fluxlib.moe.compact import LayerPlan
 
@@ -211,6 +214,16 @@ def test_slots_of_other_shares_are_reused_within_a_tolerance() -> None:
         merging.reusable_slots(before, new, NONE, tolerance=-1)
     with pytest.raises(ValueError, match="one entry per layer, got 3, 1, 3"):
         merging.reusable_slots(before, new[:1], NONE)
+
+
+def test_a_run_can_ask_for_joint_budgets_and_gate_weights(model: nn.Module, profile: profiling.Profile) -> None:
+    config = make_config({"layer_budget": "joint", "merge_weights": "gate"})
+    exploit = NONE.clone()
+    exploit[:, 0] = True
+    plans = flux.make_plans(model, profile, Roles(exploit, NONE), Budget(3, 7), config)
+    assert sum(len(plan.groups) for plan in plans) == 7
+    assert plans[0].weights is not None
+    assert plans[0].weights[0] == pytest.approx(profile.gate[0, list(plans[0].groups[0])].tolist())
 
 
 def test_given_grams_are_checked(model: nn.Module, profile: profiling.Profile) -> None:
