@@ -127,8 +127,20 @@ def round_parts(name: str, repeats: int) -> list[Row]:
     def whole(**options: Any) -> None:
         compact.restore(merge(work, known, tuned, **options), write=False)
 
+    plans = merging.plan(work.model, known, tuned, work.num_merged)
+    compact.customize(work.model, plans)
+    before, changed = merging.compact_layers(work.model), work.tuned()
+    compact.restore(work.model, write=False)
+
+    def again(reuse: bool) -> None:
+        kept = merging.reusable_slots(before, plans, changed) if reuse else None
+        compact.restore(compact.customize(work.model, plans, known=kept), write=False)
+
     works: dict[str, Callable[[], Any]] = {
         "merge: plan and customise": whole,
+        "customise alone": partial(again, False),
+        "customise, slots without changed members reused": partial(again, True),
+        "budgets by measured error": partial(merging.error_curves, work.model, known, tuned, [work.first]),
         "merge, budgets and clusters at once": partial(whole, kind="joint", weights="gate"),
         "merge, neurons aligned": partial(whole, align=True),
         "profile of 16 samples, 4 bits": lambda: profiling.profile(work.model, [work.first], bits=4),
@@ -194,10 +206,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive, frequency": {"weights": "frequency"},
     "adaptive, gate": {"weights": "gate"},
     "adaptive, aligned": {"align": True},
+    "adaptive, similar outputs": {"grams": "outputs"},
+    "by error": {"budgets": "measured"},
+    "by error, gate": {"budgets": "measured", "weights": "gate"},
     "uniform, gate": {"kind": "uniform", "weights": "gate"},
     "joint, gate": {"kind": "joint", "weights": "gate"},
     "joint, gate, aligned": {"kind": "joint", "weights": "gate", "align": True},
+    "joint, gate, similar outputs": {"kind": "joint", "weights": "gate", "grams": "outputs"},
 }
+"""Options of a plan; ``measured`` and ``outputs`` stand for what :func:`options_of` finds out on the profiled samples."""
 
 
 def merge_errors(names: Sequence[str], seeds: int) -> list[Row]:
@@ -206,9 +223,11 @@ def merge_errors(names: Sequence[str], seeds: int) -> list[Row]:
     for name, work in cases(names, seeds):
         known, tuned = work.profile(), work.tuned()
         for label, options in VARIANTS.items():
-            plans = merging.plan(work.model, known, tuned, work.num_merged, **options)
             if label == "discard":
                 plans = merging.discard(known, enough(known, tuned, work))
+            else:
+                found_out = options_of(options, work, known, tuned)
+                plans = merging.plan(work.model, known, tuned, work.num_merged, **found_out)
             through = merging.output_error(work.model, plans, [work.held_out], accumulated=True)[-1]
             alone = merging.output_error(work.model, plans, [work.held_out]).mean()
             found.setdefault((name, label), []).append((float(through), float(alone)))
@@ -220,6 +239,17 @@ def merge_errors(names: Sequence[str], seeds: int) -> list[Row]:
             "model_error_sd": statistics.pstdev(model_errors), "layer_error": statistics.mean(layer_errors),
         })  # fmt: skip
     return rows
+
+
+def options_of(options: dict[str, Any], work: Work, known: profiling.Profile, tuned: Tensor) -> dict[str, Any]:
+    """Options with budgets and similarities measured on the first batch that was profiled."""
+    given = dict(options)
+    if given.get("grams") == "outputs":
+        given["grams"] = merging.output_grams(work.model, [work.first])
+    if given.pop("budgets", None) == "measured":
+        curves = merging.error_curves(work.model, known, tuned, [work.first], **given)
+        given["budgets"] = merging.budgets_by_error(curves, work.num_merged)
+    return given
 
 
 def enough(known: profiling.Profile, tuned: Tensor, work: Work) -> Tensor:
@@ -296,6 +326,8 @@ def verdict(result: Row) -> list[Row]:
 COMPARISONS = (
     ("adaptive (eq. 1)", "single", 0.656),
     ("adaptive (eq. 1)", "uniform", 0.476),
+    ("by error", "single", 0.656),
+    ("by error", "uniform", 0.476),
     ("joint, gate", "single", 0.656),
     ("joint, gate", "uniform", 0.476),
     ("joint, gate", "uniform, gate", 0.476),
