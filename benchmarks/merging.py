@@ -214,7 +214,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "joint, gate, aligned": {"kind": "joint", "weights": "gate", "align": True},
     "joint, gate, similar outputs": {"kind": "joint", "weights": "gate", "grams": "outputs"},
 }
-"""Options of a plan; ``measured`` and ``outputs`` stand for what :func:`options_of` finds out on the profiled samples."""
+"""Options of a plan; ``measured`` and ``outputs`` stand for what :func:`options_of` finds out."""
 
 
 def merge_errors(names: Sequence[str], seeds: int) -> list[Row]:
