@@ -6,7 +6,12 @@ needs), :func:`resolve` the folder.
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +49,7 @@ PUBLIC: dict[str, tuple[str, type, dict[str, Any]]] = {
     "deepseek-moe-16b-chat": ("deepseek-ai/deepseek-moe-16b-chat", DeepseekMoeConfig, {}),
 }
 QUIET_BELOW_BYTES = 2**30
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def data_folder() -> Path:
@@ -70,7 +76,9 @@ def config(name_or_path: str | Path) -> Any:
             return config_class(**fields)
     if name in MINI or Path(name).exists():
         return _read_config(_local_folder(name))
-    return _from_hub(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+    return _from_hub(
+        name, lambda offline: AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=offline)
+    )
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -83,7 +91,7 @@ def resolve(name_or_path: str | Path) -> Path:
     if name in MINI or Path(name).exists():
         return _local_folder(name)
     hub_id = PUBLIC[name][0] if name in PUBLIC else name
-    return _from_hub(name, lambda: _download(hub_id))
+    return _from_hub(name, lambda offline: _download(hub_id, offline))
 
 
 def load(
@@ -139,31 +147,53 @@ def _local_folder(name: str) -> Path:
     return folder
 
 
-def _from_hub(name: str, fetch: Callable[[], Any]) -> Any:
+def _from_hub(name: str, fetch: Callable[[bool], Any]) -> Any:
+    """Fetch what cannot be anything but a hub id; nothing is waited for where the hub has no address."""
+    if name not in PUBLIC and not HUB_ID.fullmatch(name):
+        near = difflib.get_close_matches(name, known(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise OSError(f"{name!r} is no folder, no known name ({', '.join(known())}) and no hub id (owner/name){hint}")
+    offline = _is_offline()
     try:
-        return fetch()
+        return fetch(offline)
     except OSError as error:
+        why = "the hub cannot be reached, and it is not in the cache" if offline else error
         raise OSError(
-            f"{name!r} is no folder, no known name ({', '.join(known())})"
-            f" and could not be fetched from the hub: {error}"
+            f"{name!r} is no folder, no known name ({', '.join(known())}) and could not be fetched from the hub: {why}"
         ) from error
 
 
-def _download(hub_id: str) -> Path:
+def _is_offline() -> bool:
+    """Whether the hub's name cannot be resolved; behind a proxy that says nothing."""
+    from huggingface_hub import constants
+
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return constants.HF_HUB_OFFLINE
+    try:
+        socket.getaddrinfo(address.hostname, address.port or 443)
+    except OSError:
+        return True
+    return False
+
+
+def _download(hub_id: str, offline: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     weights = "*.safetensors"
     try:
-        if not any(name.endswith(".safetensors") for name in HfApi().list_repo_files(hub_id)):
+        if offline:
+            weights = "*"  # whatever an earlier call chose lies in the cache
+        elif not any(name.endswith(".safetensors") for name in HfApi().list_repo_files(hub_id)):
             weights = "pytorch_model*.bin"
     except HFValidationError as error:
         raise OSError(str(error)) from error
     except Exception:
-        # Offline: whatever an earlier call chose lies in the cache.
         weights = "*"
     patterns = ["*.json", "tokenizer*", "*.model", weights]
-    return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*.py"]))
+    folder = snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*.py"], local_files_only=offline)
+    return Path(folder)
 
 
 def _read_config(folder: Path) -> Any:

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fluxlib import models
+from fluxlib.models import registry
 
 
 def exported_tensors(folder):
@@ -195,6 +196,27 @@ def test_unknown_names_list_the_known_ones(monkeypatch, tmp_path):
         models.load("mini-llama-moe")
     with pytest.raises(OSError, match=r"has no config\.json"):
         models.load(tmp_path)
+
+
+def test_what_can_be_no_hub_id_is_refused_without_asking_the_hub(monkeypatch):
+    def ask(*_, **__):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(registry, "_is_offline", ask)
+    for ask_for in (models.config, models.load):
+        for name in ("llama-moe-3.5", "./missing", "a/b/c", "/no/where"):
+            with pytest.raises(OSError, match=f"{name!r} is no folder, no known name .* and no hub id"):
+                ask_for(name)
+    with pytest.raises(OSError, match=r"did you mean deepseek-moe-16b\?"):
+        models.config("deepseek-moe")
+
+
+def test_without_an_address_of_the_hub_only_the_cache_is_asked(monkeypatch):
+    monkeypatch.setattr(registry.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(registry.socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError("no such name")))
+    for ask_for in (models.config, models.load):
+        with pytest.raises(OSError, match=r"'nobody/nothing' .* the hub cannot be reached, and it is not in the cache"):
+            ask_for("nobody/nothing")
 
 
 def test_mini_models_come_from_the_data_folder(monkeypatch, tmp_path, public_config, tensors_of, write):
