@@ -35,6 +35,12 @@ def test_a_normal_p_has_the_spread_and_distance_of_theory() -> None:
     assert abs(found.bias) < 0.03
 
 
+def test_rounding_of_a_tiny_gradient_does_not_count_as_bias() -> None:
+    found = quality(torch.tensor([[1.0, 1e-6]]), torch.tensor([1.0, 1e-9]), torch.ones(2))
+    assert (found.bias, found.spread) == (0.0, 0.0)
+    assert quality(torch.tensor([[1.0, 1e-6]]), torch.tensor([1.0, 1e-9]), torch.ones(2), floor=0).bias > 100
+
+
 def test_ties_share_their_rank() -> None:
     assert ranks(torch.tensor([5.0, 1.0, 5.0, 7.0])).tolist() == [1.5, 0.0, 1.5, 3.0]
 

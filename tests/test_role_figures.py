@@ -113,6 +113,7 @@ def measured() -> pd.DataFrame:
             values = {"cosine_distance": 0.1, "rank_correlation": 0.9, "bias": 0.0, "bias_error": 0.1, "spread": 1.0}
             rows += [{"study": f"probe_{n}", "setting": setting, "x": count, "value": v} for n, v in values.items()]
             rows.append({"study": "probe_passes", "setting": setting, "x": count, "value": 0.5 * count})
+    rows.append({"study": "probe_rank_correlation", "setting": "frequency alone", "x": 0, "value": 0.5})
     rows += [{"study": "probe_seconds", "setting": s, "x": 0, "value": 0.01} for s in ("one probe per pass", "other")]
     return table("measurements", [{"model": "mini", "task": "t", "seed": 0} | row for row in rows])
 
@@ -121,5 +122,6 @@ def test_pictures_of_probes(measured: pd.DataFrame, participants: pd.DataFrame) 
     assert [ax.get_title() for ax in probes.role_utilities(measured).axes] == ["one-sided (paper)", "two-sided"]
     picture = probes.role_probes(measured)
     assert {text.get_text() for text in picture.axes[0].texts} == {"paper: 0.29", "to reach: 0.20"}
+    assert {text.get_text() for text in picture.axes[1].texts} == {"frequency alone, no pass: 0.50"}
     seconds = probes.role_seconds(measured, participants, role_tables.probe_shares(participants))
     assert any("probe 25.0 %" in text.get_text() for text in seconds.axes[1].texts)

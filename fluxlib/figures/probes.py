@@ -61,6 +61,8 @@ def role_probes(measured: pd.DataFrame) -> Picture:
     axes = axes_grid(figure, 2, 2, sharex=True)
     rows = measured[measured["study"].str.startswith("probe_") & (measured["study"] != "probe_seconds")]
     passes = rows[rows["study"] == "probe_passes"].groupby(["setting", "x"])["value"].mean().to_dict()
+    free = rows[rows["x"] == 0].groupby("study")["value"].mean()
+    rows = rows[rows["x"] != 0]
     looks = looks_of(rows["setting"])
     for ax, (measure, title) in zip(axes.flat, MEASURES.items(), strict=True):
         for name, (color, marker, line, _) in looks.items():
@@ -71,6 +73,8 @@ def role_probes(measured: pd.DataFrame) -> Picture:
             cost = [aside * passes[name, x] for x in found.groups]
             ax.plot(cost, bands[:, 0], color=color, marker=marker, linestyle=line, label=name)
             ax.fill_between(cost, bands[:, 1], bands[:, 2], color=color, alpha=0.15, linewidth=0)
+        if f"probe_{measure}" in free:
+            _reference(ax, free[f"probe_{measure}"], f"frequency alone, no pass: {free[f'probe_{measure}']:.2f}")
         ax.set(title=title, xscale="log")
     ticks = sorted({round(float(value), 2) for value in passes.values()})
     axes[0, 0].set_xticks(ticks[:: max(1, len(ticks) // 5)], minor=False)

@@ -27,13 +27,15 @@ class Quality:
     spread: float
 
 
-def quality(estimated: Tensor, true: Tensor, tokens: Tensor) -> Quality:
+def quality(estimated: Tensor, true: Tensor, tokens: Tensor, floor: float = 1e-6) -> Quality:
     """Compare several estimates of the same norms.
 
     Args:
         estimated: ``[R, N]`` squared norms, R independent repeats (other directions) over N experts.
         true: ``[N]`` squared norms from backpropagation; experts with 0 are left out.
         tokens: ``[N]`` tokens routed to each expert: utility is ``tokens * sqrt(norm)``.
+        floor: bias and spread leave out experts whose norm is below this share of the largest. A difference of two
+            losses in 32 bit shows nothing of them but rounding, and their ratio would outweigh all others.
 
     Raises:
         ValueError: shapes that do not fit, or no expert with a gradient.
@@ -46,7 +48,8 @@ def quality(estimated: Tensor, true: Tensor, tokens: Tensor) -> Quality:
         raise ValueError("true: no expert has a gradient")
     norms, truth, weight = (value[..., used].double() for value in (estimated, true, tokens))
     utilities, best = weight * norms.clamp(min=0).sqrt(), weight * truth.sqrt()
-    ratio = norms / truth
+    seen = truth >= floor * truth.max()
+    ratio = norms[:, seen] / truth[seen]
     means = ratio.mean(dim=1)
     cosine = torch.nn.functional.cosine_similarity(utilities, best[None], dim=1)
     order = torch.stack([_correlation(ranks(row), ranks(best)) for row in utilities])

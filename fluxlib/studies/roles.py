@@ -28,6 +28,9 @@ PROBES: dict[str, dict[str, Any]] = {
 }
 """Ways to probe, as arguments of :func:`fluxlib.gradients.probe_norms`."""
 
+FREQUENCY = "frequency alone"
+"""What is known of utilities before anything is measured: tokens, which cost nothing."""
+
 MEASURES = ("cosine_distance", "rank_correlation", "bias", "spread")
 """Fields of :class:`fluxlib.gradients.Quality`; each is a study of its own, ``probe_<measure>``."""
 
@@ -69,6 +72,9 @@ def probe_quality(
     for bench in benches:
         batch, keys, true, tokens = truth(bench, num_experts)
         yield from _utilities(bench, "true", keys, true, tokens)
+        blind = gradients.quality(torch.ones(1, len(keys)), true, tokens)  # tokens alone: equal norms
+        for measure in MEASURES[:2]:
+            yield bench.row(f"probe_{measure}", FREQUENCY, getattr(blind, measure), x=0)
         for name, how in PROBES.items():
             single = torch.stack([gradients.probe_norms(bench.model, batch, keys, seed=s, **how) for s in range(draws)])
             yield from _utilities(bench, name, keys, single[0], tokens)

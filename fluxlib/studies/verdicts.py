@@ -84,6 +84,10 @@ def roles(table: pd.DataFrame) -> pd.DataFrame:
         _line("its bias, in standard errors", "", 3.0, np.abs(_seeds(table, "probe_bias", "two-sided, guided", x=1))
               / _seeds(table, "probe_bias_error", "two-sided, guided", x=1), "smaller"),
     ]  # fmt: skip
+    known = _seeds(table, "probe_rank_correlation", "frequency alone", x=0)
+    guided = _seeds(table, "probe_rank_correlation", "two-sided, guided", x=1)
+    lines.append(_line("its rank correlation with the true utilities, above that of frequency alone", "", 0.0,
+                       guided - known))  # fmt: skip
     for clock in _settings(table, "probe_share"):
         share = _seeds(table, "probe_share", clock)
         lines.append(_line(f"share of a round spent on probes, {clock}", "0.05", 0.05, share, "smaller"))
