@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
 from fluxlib.config import RunConfig
+from fluxlib.devices import catalogue
 from fluxlib.federation import messages
 from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.messages import Instruction, JoinReport
@@ -86,9 +87,12 @@ def _take(reply: Message, config: RunConfig, store: ExpertStore, found: dict[int
             raise ValueError(f"participant {report.participant} has another base model than the server")
         if report.participant in found:
             raise ValueError(f"participant {report.participant} joined twice; each needs a partition-id of its own")
+        if report.device and report.device not in catalogue.DEVICES:
+            allowed = ", ".join(catalogue.DEVICES)
+            raise ValueError(f"participant {report.participant}: device is {report.device!r}, allowed are {allowed}")
     except DAMAGED as error:
         problems.append(f"node {node}: {error}")
         log.warning("node %d cannot take part: %s", node, error)
         return
     if report.participant < config.participants:
-        found[report.participant] = Member(node, report.holding)
+        found[report.participant] = Member(node, report.holding, report.device)

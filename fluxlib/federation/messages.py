@@ -129,10 +129,14 @@ class _Report:
 
 @dataclass(frozen=True)
 class JoinReport(_Report):
-    """What a participant holds; ``frozen_digest`` is that of the weights which are never exchanged."""
+    """What a participant holds; ``frozen_digest`` is that of the weights which are never exchanged.
+
+    ``device`` is its name in :mod:`fluxlib.devices.catalogue`, empty where the run's fleet says what it stands for.
+    """
 
     frozen_digest: str = ""
     approximate: frozenset[ExpertKey] = frozenset()
+    device: str = ""
 
     @property
     def holding(self) -> Holding:
@@ -142,7 +146,8 @@ class JoinReport(_Report):
     def to_records(self) -> RecordDict:
         """As message content."""
         flat = [number for key in sorted(self.approximate) for number in key]
-        return RecordDict({"config": self.header(status=DONE, frozen_digest=self.frozen_digest, approximate=flat)})
+        more = {"frozen_digest": self.frozen_digest, "approximate": flat, "device": self.device}
+        return RecordDict({"config": self.header(status=DONE, **more)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> JoinReport:
@@ -150,7 +155,7 @@ class JoinReport(_Report):
         values = content["config"]
         flat = values["approximate"]
         held = frozenset(zip(flat[::2], flat[1::2], strict=True))
-        return cls(*_header(values), frozen_digest=values["frozen_digest"], approximate=held)
+        return cls(*_header(values), frozen_digest=values["frozen_digest"], approximate=held, device=values["device"])
 
 
 @dataclass(frozen=True)

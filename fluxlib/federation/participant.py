@@ -27,6 +27,7 @@ from fluxlib.federation import disk, feedback, later, messages, privacy
 from fluxlib.federation import wire as wires
 from fluxlib.federation.held import Held, ResyncNeeded, Workspace
 from fluxlib.federation.messages import Instruction
+from fluxlib.federation.own_data import read_examples
 from fluxlib.federation.state import STATE_RECORDS, load_state, save_state
 from fluxlib.federation.sync import NOTHING
 from fluxlib.federation.wire import Form
@@ -37,6 +38,9 @@ from fluxlib.tasks.partition import partition
 
 PARTITION = "partition-id"
 """Entry of a node's configuration that says which part of the data is its own."""
+
+DATA, DEVICE = "data", "device"
+"""Further entries: a file of samples of its own, and its device in the catalogue."""
 
 
 class ParticipantError(RuntimeError):
@@ -68,6 +72,7 @@ def join(message: Message, context: Context) -> Message:
         held.digest,
         frozen_digest=space.frozen_digest,
         approximate=held.approximate(),
+        device=str(context.node_config.get(DEVICE, "")),
     )
     return Message(report.to_records(), reply_to=message)
 
@@ -82,7 +87,7 @@ def profile(message: Message, context: Context) -> Message:
         held, _ = _catch_up(instruction, config, context, space)
     except ResyncNeeded:
         return _ask_for_resync(message, instruction, context)
-    data = local_data(config, space, participant, instruction.round)
+    data = local_data(config, space, participant, instruction.round, own_samples(context))
     start = time.perf_counter()
     with _forgetting_on_error():
         found = profiling.profile(space.model, data.profile, bits=config.profile_bits)
@@ -114,7 +119,7 @@ def train(message: Message, context: Context) -> Message:
         return _ask_for_resync(message, instruction, context)
     if instruction.roles is None or instruction.budget is None:
         raise ParticipantError("a training message needs roles and a budget")
-    data = local_data(config, space, participant, instruction.round)
+    data = local_data(config, space, participant, instruction.round, own_samples(context))
     chance = seeding.generator(config.seed, "train", instruction.round, participant)
     method, ready = methods.get(config.method), time.time()
     with _forgetting_on_error():
@@ -161,21 +166,35 @@ def profile_held(state: RecordDict, round_number: int) -> Profile:
     config = messages.parse_config(str(about["run"]))
     space = workspace(config.model, str(about["wire"]), str(about["device"]))  # type: ignore[arg-type]
     space.load(Held.load(state, space.base_digest))
-    return make_profile(config, space, int(about["participant"]), round_number)
+    own = Path(str(about["data"])) if about["data"] else None
+    return make_profile(config, space, int(about["participant"]), round_number, own)
 
 
-def make_profile(config: RunConfig, space: Workspace, participant: int, round_number: int) -> Profile:
+def make_profile(
+    config: RunConfig, space: Workspace, participant: int, round_number: int, own: Path | None = None
+) -> Profile:
     """What the method makes of the samples that a participant profiles in that round; ``space`` holds its model."""
     method = methods.get(config.method)
     assert method.afterwards is not None
     with _forgetting_on_error():
-        return method.afterwards(space.model, local_data(config, space, participant, round_number), config)
+        return method.afterwards(space.model, local_data(config, space, participant, round_number, own), config)
 
 
-def local_data(config: RunConfig, space: Workspace, participant: int, round_index: int) -> LocalData:
-    """This round's batches of ``participant``; they depend on seed, round and participant alone."""
-    task, parts = load_task(config)
-    examples = [task.train[index] for index in parts[participant]]
+def own_samples(context: Context) -> Path | None:
+    """The file of samples that this node's operator gave it; ``None``: its part of the run's task."""
+    path = context.node_config.get(DATA)
+    return Path(str(path)) if path else None
+
+
+def local_data(
+    config: RunConfig, space: Workspace, participant: int, round_index: int, own: Path | None = None
+) -> LocalData:
+    """This round's batches of ``participant``; they depend on its samples, seed, round and participant alone."""
+    if own is not None:
+        examples = read_examples(own)
+    else:
+        task, parts = load_task(config)
+        examples = [task.train[index] for index in parts[participant]]
 
     def draw(name: str, count: int, size: int) -> list[Batch]:
         chance = seeding.generator(config.seed, name, round_index, participant)
@@ -247,7 +266,7 @@ def _catch_up(
 
     def make(round_number: int) -> Profile:
         space.load(before)
-        return make_profile(config, space, instruction.participant, round_number)
+        return make_profile(config, space, instruction.participant, round_number, own_samples(context))
 
     spans = later.finish(_folder(context), state, make)
     held = before.updated(instruction.delta, space.base)
@@ -271,7 +290,8 @@ def _profile_for_next(
         return update, state
     if _folder(context) is not None and context.node_config.get(later.BACKGROUND):
         device = str(context.node_config.get("torch-device", "cpu"))
-        about = {"run": instruction.config, "participant": instruction.participant}
+        samples = str(own_samples(context) or "")
+        about = {"run": instruction.config, "participant": instruction.participant, "data": samples}
         later.note(context.state, instruction.round, wire=instruction.wire, device=device, **about)
         return update, state
     start = time.perf_counter()

@@ -15,10 +15,11 @@ NOBODY = -1
 
 @dataclass(frozen=True)
 class Member:
-    """A participant's node, and what it holds."""
+    """A participant's node, what it holds, and its device if it said so."""
 
     node_id: int
     holding: Holding
+    device: str = ""
 
 
 class Roster:
@@ -28,12 +29,15 @@ class Roster:
         self.nodes: dict[int, int] = {}
         self._participants: dict[int, int] = {}
         self._held: dict[int, Holding] = {}
+        self.devices: dict[int, str] = {}
+        """Devices of the catalogue, of those participants that said what theirs is."""
 
     def enrol(self, members: Mapping[int, Member]) -> None:
         """Take in every participant's node and what it holds, by participant."""
         self.nodes = {participant: member.node_id for participant, member in members.items()}
         self._participants = {node: participant for participant, node in self.nodes.items()}
         self._held = {participant: member.holding for participant, member in members.items()}
+        self.devices = {participant: member.device for participant, member in members.items() if member.device}
 
     def sender(self, reply: Message) -> int:
         """The participant that a reply came from, or :data:`NOBODY`."""

@@ -78,6 +78,7 @@ class _Run:
         """All rounds; tables are written however the run ends, the checkpoint stays unless it is complete."""
         done = self._resume()
         self.strategy.roster.enrol(join(self.grid, self.config, self.strategy.store))
+        self.row_maker.use_devices(self.strategy.roster.devices)
         self.strategy.summary()
         stopped = self._first_row() if done == 0 else False
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
-from fluxlib.config import RunConfig
+from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation import client_app, participant, server_app
 from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.options import OnOutcome, OnRound, Options, RunResult
@@ -17,6 +17,7 @@ def run(
     on_round: OnRound | None = None,
     out: Path | str | None = None,
     on_outcome: OnOutcome | None = None,
+    superlink: str | None = None,
 ) -> RunResult:
     """Run ``config`` and give its tables and the tuned model.
 
@@ -27,14 +28,18 @@ def run(
         out: folder for ``rounds/<run_id>.parquet``, ``participants/<run_id>.parquet`` (a ``.json`` beside each) and,
             while the run lasts, ``checkpoints/<run_id>/``. The same configuration and folder go on from a checkpoint.
         on_outcome: called with what happened in each round, participant by participant, before its row.
+        superlink: engine ``deployment`` only: the connection's name in Flower's configuration; ``None``: a federation
+            on this machine, for this one run.
 
     Raises:
         ConfigError: before any work, naming the parameter, what is allowed and what came.
         RunFailed: too few good replies in a round; what was complete before is written.
         CheckpointError: a checkpoint of this configuration that cannot be read.
     """
+    if superlink is not None and config.engine != "deployment":
+        raise ConfigError(f"superlink is {superlink!r}, which engine {config.engine!r} does not use")
     folder = Path(out) if out is not None else None
-    return ENGINES[config.engine](config, Options(folder, on_round, on_outcome))
+    return ENGINES[config.engine](config, Options(folder, on_round, on_outcome, superlink))
 
 
 def run_local(config: RunConfig, chosen: Options) -> RunResult:
@@ -48,5 +53,19 @@ def run_local(config: RunConfig, chosen: Options) -> RunResult:
     return results[0]
 
 
-ENGINES = {"local": run_local}
+def run_simulation(config: RunConfig, chosen: Options) -> RunResult:
+    """Flower's simulation engine, see :mod:`fluxlib.federation.simulation`."""
+    from fluxlib.federation import simulation
+
+    return simulation.run_simulation(config, chosen)
+
+
+def run_deployment(config: RunConfig, chosen: Options) -> RunResult:
+    """A SuperLink and SuperNodes, see :mod:`fluxlib.federation.deployment`."""
+    from fluxlib.federation.deployment import engine
+
+    return engine.run_deployment(config, chosen)
+
+
+ENGINES = {"local": run_local, "simulation": run_simulation, "deployment": run_deployment}
 """What runs the apps, by the name in ``RunConfig.engine``."""

@@ -47,6 +47,11 @@ class RowMaker:
         own = config.clock_model in ("self", config.model)
         self.shapes = clock.shapes_of(config.model, model) if own else clock.shapes(config.clock_model)
 
+    def use_devices(self, devices: dict[int, str]) -> None:
+        """These participants said what their devices are; the others stand for the run's fleet."""
+        for participant, name in devices.items():
+            self.fleet[participant] = catalogue.DEVICES[name]
+
     def base(self, score: Score, evaluate_wall_s: float) -> Row:
         """Row of round 0: the base model."""
         return self._row(0, score, evaluate_wall_s, Totals(), Totals())

@@ -91,6 +91,13 @@ class LentArray(Array):
     def data(self, value: bytes) -> None:
         self.__dict__["data"], self.__dict__["tensor"] = value, None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An ordinary array, for an engine that copies it into another process."""
+        return _shell, ({"dtype": self.dtype, "shape": self.shape, "stype": self.stype, "data": self.data},)
+
+
+LentArray.__qualname__ = "Array"  # Flower names the type of what it sends by this
+
 
 def lend(tensor: Tensor, wire: Form = "float32") -> Array:
     """:func:`encode` without a copy where none is needed; ``tensor`` must not change any more."""

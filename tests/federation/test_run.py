@@ -15,7 +15,7 @@ from flwr.app import Array, Context, Message
 from flwr.clientapp import ClientApp
 
 from fluxlib import federation, records, seeding
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
 from fluxlib.federation import RunFailed, client_app, participant
 from fluxlib.federation.server_app import from_run_config
 from fluxlib.federation.sync import ExpertStore
@@ -175,7 +175,7 @@ def test_a_damaged_base_model_is_refused_by_name(make_config: Make, tmp_path: Pa
 
 def test_flowers_run_configuration_uses_hyphens_and_empty_texts() -> None:
     config, out = from_run_config({"method": "fmd", "eval-every": 2, "task-size": "", "out": "results"})
-    assert (config.method, config.eval_every, config.task_size, out) == ("fmd", 2, None, Path("results"))
+    assert (config.method, config.eval_every, config.task_size, out) == ("fmd", 2, None, REPO_ROOT / "results")
     with pytest.raises(ConfigError, match="unknown parameter 'colour'"):
         from_run_config({"colour": "blue"})
 

@@ -1,0 +1,56 @@
+"""``make deploy-demo``: the whole of docs/deployment.md on one machine, from certificates to a tuned model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from fluxlib.config import RunConfig, make_config
+from fluxlib.federation import run
+from fluxlib.federation.deployment.processes import CONNECTION, LocalFederation
+from fluxlib.federation.tables import Row
+from fluxlib.records import describe_round
+
+
+def run_demo(folder: Path, participants: int, num_rounds: int, method: str) -> None:
+    """Start a federation in ``folder``, train on it over TLS, say where everything is.
+
+    Raises:
+        ConfigError, RunFailed: as :func:`fluxlib.federation.run`.
+    """
+    config = make_config(
+        {
+            "method": method, "task": "mini-mmlu", "rounds": num_rounds, "participants": participants,
+            "eval_samples": 64, "fleet": "mixed", "engine": "deployment", "join_timeout_s": 300.0,
+        }
+    )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    start = time.monotonic()
+    print(f"starting a SuperLink and {participants} SuperNodes; logs are in {folder / 'logs'}", flush=True)
+    with LocalFederation(folder, config, shared=False) as federation:
+        os.environ["FLWR_HOME"] = str(federation.home)
+        print(f"SuperLink at https://{federation.address}, ready after {time.monotonic() - start:.0f} s", flush=True)
+        result = run(config, on_round=_print, out=folder / "results", superlink=CONNECTION)
+    print(f"done after {time.monotonic() - start:.0f} s")
+    print(_summary(config, result.participants, folder))
+
+
+def _print(row: Row) -> None:
+    print(describe_round(row), flush=True)
+
+
+def _summary(config: RunConfig, people: pd.DataFrame, folder: Path) -> str:
+    last = people[people["round"] == config.rounds].to_dict(orient="records")
+    lines = [
+        f"  participant {row['participant']} ({row['device']}): {row['num_samples']} samples, "
+        f"sent {row['uplink_bytes']:,} bytes, got {row['downlink_bytes']:,} {row['rejected']}"
+        for row in last
+    ]
+    return "\n".join([
+        "in the last round:", *lines,
+        f"participants' folders: {folder}/node-*   tables and tuned experts: {folder / 'results'}",
+    ])  # fmt: skip
