@@ -116,10 +116,16 @@ def paper_line(ax: Any, value: float, text: str, place: float = 0.99, horizontal
         ax.axvline(value, color="#444444", linestyle=(0, (4, 3)), linewidth=0.9, zorder=0)
 
 
-def footer(figure: Any, rows: pd.DataFrame, *parts: str) -> None:
-    """Model, tasks, seeds and what bands are, below the figure."""
+def footer(figure: Any, rows: pd.DataFrame, *parts: str, chance: bool = True) -> None:
+    """Model, tasks, seeds and what bands are, below the figure.
+
+    Args:
+        chance: False: nothing was drawn, so seeds mean nothing.
+    """
     names = [name for name in pd.unique(rows["task"]) if name]
-    caption(figure, unique(rows, "model"), ", ".join(names), *parts, interval_name(int(rows["seed"].nunique())))
+    tasks = ", ".join(names) if len(names) < 3 else f"{len(names)} tasks"
+    seeds = interval_name(int(rows["seed"].nunique())) if chance else ""
+    caption(figure, unique(rows, "model"), tasks, *parts, seeds)
 
 
 def legend_below(figure: Any, ax: Any, columns: int = 4) -> None:

@@ -119,5 +119,5 @@ def round_saving(table: pd.DataFrame) -> Picture:
     paper_line(ax, 0.282, "paper: 0.282")
     ax.set(xlabel="samples trained on and profiled in a round", ylabel="share of the round saved", ylim=(0, 0.32))
     legend_below(figure, ax, 3)
-    footer(figure, rows, "device clock: NVIDIA L20, real shapes")
+    footer(figure, rows, "device clock: NVIDIA L20, shapes of the real model", chance=False)
     return figure
