@@ -1,6 +1,7 @@
-"""What each way of sending experts costs and saves: bytes, device time and score of the same run.
+"""What each way of sending experts, and each protection, costs: bytes, device time and score of the same run.
 
-    python benchmarks/wire.py                                       FLUX and FMD, all options, 12 rounds
+    python benchmarks/wire.py                                       FLUX and FMD, all wire options, 12 rounds
+    python benchmarks/wire.py --methods flux --options protection   clipping, noise, robust rules, withheld reports
     python benchmarks/wire.py --methods flux --options exact 4bit --rounds 30
 
 One JSON line per run: bytes per participant and round, device seconds per round at the shapes of ``--clock-model``
@@ -11,20 +12,31 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from fluxlib import federation
 from fluxlib.config import make_config
 
-OPTIONS: dict[str, dict[str, str]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {},
     "bf16": {"uplink_wire": "bfloat16", "downlink_wire": "bfloat16"},
     "int8 up": {"uplink_wire": "int8"},
     "int8 both": {"uplink_wire": "int8", "downlink_wire": "int8"},
     "4bit": {"merged_downlink": "4bit"},
     "4bit, int8 both": {"merged_downlink": "4bit", "uplink_wire": "int8", "downlink_wire": "int8"},
-    "merged": {"merged_downlink": "merged"},
-    "merged, int8 both": {"merged_downlink": "merged", "uplink_wire": "int8", "downlink_wire": "int8"},
 }
+PROTECTION: dict[str, dict[str, Any]] = {
+    "clip at the median": {"clip_norm": 1.0, "clip_quantile": 0.5},
+    "central noise 0.001": {"clip_norm": 1.0, "noise_multiplier": 0.001},
+    "central noise 0.01": {"clip_norm": 1.0, "noise_multiplier": 0.01},
+    "local noise 0.001": {"clip_norm": 1.0, "noise_multiplier": 0.001, "noise": "participant"},
+    "trimmed mean": {"aggregation": "trimmed_mean"},
+    "median": {"aggregation": "median"},
+    "krum": {"aggregation": "krum"},
+    "random roles": {"assignment": "random"},
+    "withheld reports": {"assignment": "random", "withhold_reports": True},
+}
+ALL = OPTIONS | PROTECTION
 
 
 def measure(method: str, option: str, given: argparse.Namespace) -> dict[str, object]:
@@ -32,7 +44,7 @@ def measure(method: str, option: str, given: argparse.Namespace) -> dict[str, ob
     config = make_config({
         "method": method, "model": given.model, "task": given.task, "rounds": given.rounds, "seed": given.seed,
         "participants": 8, "eval_samples": 200, "eval_every": given.rounds, "clock_model": given.clock_model,
-        "clock_tokens_per_sample": 128, **OPTIONS[option],
+        "clock_tokens_per_sample": 128, **ALL[option],
     })  # fmt: skip
     result = federation.run(config)
     later, last = result.rounds[result.rounds["round"] > 1], result.rounds.iloc[-1]
@@ -45,6 +57,7 @@ def measure(method: str, option: str, given: argparse.Namespace) -> dict[str, ob
         "round_device_s": round(later["round_device_s"].median(), 2),
         "download_device_s": round(people["download_device_s"].median(), 2),
         "upload_device_s": round(people["upload_device_s"].median(), 2),
+        "round_wall_s": round(later["round_wall_s"].median(), 2),
         "score": round(last["metric"], 4), "loss": round(last["loss"], 4),
     }  # fmt: skip
 
@@ -52,16 +65,17 @@ def measure(method: str, option: str, given: argparse.Namespace) -> dict[str, ob
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["flux", "fmd"])
-    parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=OPTIONS)
+    parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=[*ALL, "protection"])
     parser.add_argument("--model", default="mini-llama-moe")
     parser.add_argument("--task", default="mini-mmlu")
     parser.add_argument("--clock-model", default="llama-moe-3.5b")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    wanted = list(PROTECTION) if given.options == ["protection"] else given.options
     for method in given.methods:
-        for option in given.options:
-            if method == "fmd" and option.startswith(("4bit", "merged")):
+        for option in wanted:
+            if method == "fmd" and option.startswith("4bit"):
                 continue  # FMD merges nothing
             print(json.dumps(measure(method, option, given)), flush=True)
 

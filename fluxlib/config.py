@@ -128,7 +128,7 @@ class RunConfig(BaseModel):
 
     uplink_wire: WireType = Field("float32", description="type of changes on their way to the server")
     downlink_wire: WireType = Field("float32", description="type of experts on their way to participants")
-    merged_downlink: Literal["exact", "4bit", "merged"] = Field(
+    merged_downlink: Literal["exact", "4bit"] = Field(
         "exact", description="how experts travel that the participant will only merge"
     )
 

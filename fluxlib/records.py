@@ -120,9 +120,21 @@ MEASUREMENTS = (
 )
 """What the study notebooks measure beside federated runs: one long table for all of them."""
 
+TIMELINE = (
+    Column("run_id", "string", "", "as in rounds"),
+    Column("round", "int64", "", "round, counted from 1"),
+    Column("participant", "int64", "", "participant, counted from 0; -1: the server"),
+    Column("clock", "string", "", "wall: as measured here; device: as predicted by the device clock"),
+    Column("phase", "string", "", "a phase of participants, catch_up, or the server's aggregate and evaluate"),
+    Column("start_s", "float64", "s", "since the start of the run"),
+    Column("end_s", "float64", "s", "since the start of the run"),
+)
+"""When each phase began and ended; the wall's clock goes on during evaluation, the device's does not."""
+
 TABLES: dict[str, tuple[Column, ...]] = {
     "rounds": ROUNDS,
     "participants": PARTICIPANTS,
+    "timeline": TIMELINE,
     "measurements": MEASUREMENTS,
 }
 

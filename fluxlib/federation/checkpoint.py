@@ -43,10 +43,10 @@ from fluxlib.roles import RoleState
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a manifest means something else; older checkpoints are then not resumed from."""
 
-TABLES = ("rounds", "participants")
+TABLES = ("rounds", "participants", "timeline")
 
 
 class CheckpointError(RuntimeError):
@@ -61,6 +61,7 @@ class Resumed:
     totals: Totals
     rounds: pd.DataFrame
     participants: pd.DataFrame
+    timeline: pd.DataFrame
 
 
 class Checkpoints:
@@ -153,7 +154,7 @@ class Checkpoints:
             for name, keys in self._nodes.items():
                 node_states.restore(load_file(self.folder / name), keys, grid, strategy.store)
         tables = {table: records.read(table, self.folder / files[table]) for table in TABLES}
-        return Resumed(manifest["round"], Totals(**manifest["totals"]), tables["rounds"], tables["participants"])
+        return Resumed(manifest["round"], Totals(**manifest["totals"]), **tables)
 
     def _read_manifest(self) -> dict[str, Any] | None:
         path = self.folder / "manifest.json"

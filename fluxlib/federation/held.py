@@ -55,7 +55,7 @@ class Held:
         Raises:
             ResyncNeeded: ``delta`` starts later than, or ends before, what is held, or the result's digest is wrong.
         """
-        if not (delta.from_version <= self.version <= delta.version):
+        if delta.from_version != NOTHING and not (delta.from_version <= self.version <= delta.version):
             raise ResyncNeeded(f"holds version {self.version}, the delta is {delta.from_version} to {delta.version}")
         kept = {} if delta.from_version == NOTHING else dict(self.arrays)
         for name in delta.arrays:  # exact and approximate replace each other

@@ -2,8 +2,8 @@
 
 A node whose configuration has a ``state-dir`` and ``background-profile = true`` answers first. Then a process of its
 own reads what the participant holds from that folder, profiles it, and leaves the result there; the next message
-picks it up, or waits for it. The process is not Flower's: a client app's own process is ended soon after its reply. If it is
-gone without a result (killed, out of memory), the profile is made when it is needed, from the same model and
+picks it up, or waits for it. The process is not Flower's: a client app's own process is ended soon after its reply. If
+it is gone without a result (killed, out of memory), the profile is made when it is needed, from the same model and
 samples, so the numbers are the same however a profile came about.
 
 Everywhere else the participant profiles before it answers, in the same order as ever: one process can do one thing.
@@ -39,6 +39,8 @@ PENDING = "later"
 Span = tuple[str, float, float, int]
 """A phase, its start and end in seconds since 1970 on this machine's clock, and the round it belongs to."""
 
+_started: list[subprocess.Popen[bytes]] = []
+
 
 def note(state: RecordDict, round_number: int, **about: Any) -> None:
     """Write down that the model held now is to be profiled; ``about`` is what :func:`main` needs to know."""
@@ -53,7 +55,9 @@ def start(folder: Path, state: RecordDict) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # passed on: it is held until the process ends, however it ends
         command = [sys.executable, "-m", __name__, str(folder)]
         with (folder / "later.log").open("ab") as output:
-            subprocess.Popen(command, pass_fds=[lock.fileno()], stdout=output, stderr=output, start_new_session=True)
+            _started[:] = [process for process in _started if process.poll() is None]  # reaps those that have ended
+            settings: dict[str, Any] = {"stdout": output, "stderr": output, "start_new_session": True}
+            _started.append(subprocess.Popen(command, pass_fds=[lock.fileno()], **settings))
 
 
 def finish(folder: Path | None, state: RecordDict, make: Callable[[int], Profile]) -> list[Span]:

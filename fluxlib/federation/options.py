@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,14 @@ class RunResult:
     participants: pd.DataFrame
     path: Path | None
     model: Any
+    timeline: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def files(self) -> dict[str, Path]:
         """The table files by name; empty when nothing was written."""
         if self.path is None:
             return {}
-        return {name: table_path(self.path, name, self.run_id) for name in ("rounds", "participants")}
+        return {name: table_path(self.path, name, self.run_id) for name in ("rounds", "participants", "timeline")}
 
 
 def experts_path(out: Path, run_id: str) -> Path:

@@ -71,6 +71,9 @@ class Outcome:
     phases_s: dict[str, float] = field(default_factory=dict)
     loss: float = math.nan
     num_samples: int = 0
+    spans: tuple[tuple[str, float, float, int], ...] = ()
+    sent_s: float = 0.0
+    received_s: float = 0.0
     utility_faults: str = ""
 
     @property

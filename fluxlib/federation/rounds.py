@@ -17,7 +17,7 @@ from fluxlib import methods, models, records
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation import lock
 from fluxlib.federation.budgets import make_budgets
-from fluxlib.federation.checkpoint import Checkpoints, save_tensors, store_tensors
+from fluxlib.federation.checkpoint import TABLES, Checkpoints, save_tensors, store_tensors
 from fluxlib.federation.exchange import exchange
 from fluxlib.federation.joining import join
 from fluxlib.federation.options import Options, RunResult, check, experts_path, table_path
@@ -26,6 +26,7 @@ from fluxlib.federation.participant import load_task
 from fluxlib.federation.strategy import FluxStrategy
 from fluxlib.federation.sync import ExpertStore
 from fluxlib.federation.tables import Row, RowMaker, Totals
+from fluxlib.federation.timeline import Timeline
 from fluxlib.tasks.batches import encode
 from fluxlib.tasks.evaluate import Score, evaluate
 from fluxlib.tasks.partition import histogram
@@ -61,7 +62,7 @@ class _Run:
         store = ExpertStore(self.model, config.downlink_wire, config.merged_downlink == "4bit")
         self.strategy = FluxStrategy(config, methods.get(config.method), store, make_budgets(config, *store.shape))
         self.row_maker = RowMaker(config, self.model, self.task.metric, len(store.keys))
-        self.rows: dict[str, list[Row]] = {"rounds": [], "participants": []}
+        self.rows: dict[str, list[Row]] = {table: [] for table in TABLES}
         self.totals = Totals()
         self.checkpoints = Checkpoints(options.out, config) if options.out else None
 
@@ -103,7 +104,9 @@ class _Run:
         if found is None:
             return 0
         self.totals = found.totals
-        self.rows = {table: getattr(found, table).to_dict(orient="records") for table in ("rounds", "participants")}
+        self.rows = {table: getattr(found, table).to_dict(orient="records") for table in TABLES}
+        walls = (row["end_s"] for row in self.rows["timeline"] if row["clock"] == "wall")
+        self.row_maker.times = Timeline(self.config.run_id, max(walls, default=0.0))
         log.info("%s goes on after round %d", self.config.run_id, found.round)
         return found.round
 
@@ -123,13 +126,15 @@ class _Run:
             assert strategy.last is not None
             self.rows["participants"] += self.row_maker.participants(strategy.last)
             raise
-        wall_s = time.perf_counter() - start
+        wall_s, before, aggregated = time.perf_counter() - start, self.totals, time.time()
         assert strategy.last is not None
         due = number % self.config.eval_every == 0 or number == self.config.rounds
         score, seconds = self._evaluate() if due else (None, 0.0)
         row, self.totals = self.row_maker.round(strategy.last, score, seconds, wall_s, self.totals)
         self.rows["rounds"].append(row)
         self.rows["participants"] += self.row_maker.participants(strategy.last)
+        server = [("aggregate", strategy.aggregating_s, aggregated), ("evaluate", aggregated, aggregated + seconds)]
+        self.rows["timeline"] += self.row_maker.timeline(strategy.last, server[: 1 + due], before)
         if self.checkpoints and number < self.config.rounds:
             self.checkpoints.save(number, strategy, self.grid, self._frame, self.totals)
         if self.options.on_outcome:

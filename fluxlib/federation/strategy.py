@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -58,6 +59,7 @@ class FluxStrategy(Strategy):
         self.profiled: set[int] = set()
         self.role_state = roles.RoleState.start(torch.ones(config.participants, *store.shape))
         self.guard = Guard(config)
+        self.aggregating_s = 0.0
         self.last: RoundOutcome | None = None
         self._config_text = config.model_dump_json()
         self._current: dict[int, Outcome] = {}
@@ -164,6 +166,7 @@ class FluxStrategy(Strategy):
         extra: list[tuple[int, str]] = []
         for reply in self.roster.in_order(replies):
             self._accept(server_round, reply, mean, utilities, extra)
+        self.aggregating_s = time.time()
         changes = mean.result()
         self.last = RoundOutcome(
             server_round,
@@ -227,6 +230,7 @@ class FluxStrategy(Strategy):
         outcome = self._current[participant]
         message, delta = self._message(messages.TRAIN, server_round, participant, outcome)
         outcome.download = outcome.download.then(Download.of(delta, self.store.wire))
+        outcome.sent_s = time.time()
         return message
 
     def _accept(
@@ -255,6 +259,7 @@ class FluxStrategy(Strategy):
             return
         update = report.update
         outcome.accept(update, report.num_bytes)
+        outcome.spans, outcome.received_s = report.spans, time.time()
         assert outcome.download.after is not None
         self.roster.confirm(participant, outcome.download.after)
         mean.add(*self.guard.admit(update.deltas, update.tokens, report.within))

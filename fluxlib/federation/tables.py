@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.outcome import Outcome, RoundOutcome
+from fluxlib.federation.timeline import Timeline
 from fluxlib.methods.base import Work
 from fluxlib.records import PHASES, write_experts
 from fluxlib.tasks.evaluate import Score
@@ -44,6 +46,7 @@ class RowMaker:
         self.num_experts = num_experts
         self.fleet = catalogue.fleet(config.fleet, config.participants)
         self.link = catalogue.link(config.link)
+        self.times = Timeline(config.run_id)
         own = config.clock_model in ("self", config.model)
         self.shapes = clock.shapes_of(config.model, model) if own else clock.shapes(config.clock_model)
 
@@ -77,6 +80,13 @@ class RowMaker:
             "device_memory_bytes": self._device_bytes(outcome),
         }
         return row, after
+
+    def timeline(self, outcome: RoundOutcome, server: Sequence[tuple[str, float, float]], before: Totals) -> list[Row]:
+        """When each phase of the round began and ended on both clocks; ``server``: its own phases on the wall."""
+        seconds = {o.participant: self._phases(o) for o in outcome.accepted}
+        phases = [(seconds[o.participant].main, seconds[o.participant].first) for o in outcome.accepted]
+        server_s = self._round_time(outcome, seconds).server_s
+        return self.times.wall(outcome, server) + self.times.device(outcome, phases, server_s, before.device_s)
 
     def participants(self, outcome: RoundOutcome) -> list[Row]:
         """One row per participant that was asked, refused ones with the reason."""

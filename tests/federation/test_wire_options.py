@@ -92,5 +92,5 @@ def test_what_is_no_wire_type_is_refused_by_name() -> None:
     for name in ("uplink_wire", "downlink_wire"):
         with pytest.raises(ConfigError, match=f"{name}: Input should be 'float32', 'bfloat16' or 'int8', got 'int1'"):
             checked_config({name: "int1"})
-    with pytest.raises(ConfigError, match="merged_downlink: Input should be 'exact', '4bit' or 'merged'"):
+    with pytest.raises(ConfigError, match="merged_downlink: Input should be 'exact' or '4bit'"):
         checked_config({"merged_downlink": "2bit"})

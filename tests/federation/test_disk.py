@@ -1,0 +1,191 @@
+"""A participant's state on its disk: what is written, what a restart finds, and what damage costs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fluxlib.config import RunConfig
+from fluxlib.federation import LocalGrid, Options, RunResult, client_app, disk, later, participant, server_app, wire
+
+Make = Callable[..., RunConfig]
+
+
+def arrays(**values: float) -> Any:
+    return wire.make_record({name: wire.encode(torch.full((3, 5), value)) for name, value in values.items()})
+
+
+@pytest.fixture
+def state() -> RecordDict:
+    plain = ConfigRecord({"version": 3, "digest": "ab", "raw": b"\x00\x01", "list": [1, 2]})
+    return RecordDict({"held": plain, "experts": arrays(a=1.0, b=2.0), "m": MetricRecord({"x": 0.5})})
+
+
+def test_what_is_kept_comes_back(state: RecordDict, tmp_path: Path) -> None:
+    disk.keep(tmp_path, state)
+    found = RecordDict()
+    assert disk.restore(tmp_path, found) and found == state
+    assert not disk.restore(tmp_path / "nothing", RecordDict())
+
+
+def test_only_what_changed_is_written_and_what_is_gone_is_swept_up(state: RecordDict, tmp_path: Path) -> None:
+    disk.keep(tmp_path, state)
+    first = {path.name for path in tmp_path.iterdir()}
+    state["experts"] = arrays(a=1.0, b=7.0)
+    disk.keep(tmp_path, state)
+    entries = json.loads((tmp_path / "manifest.json").read_text())["arrays"]
+    assert entries["experts/a"]["file"] in first and entries["experts/b"]["file"] not in first
+    state["experts"] = arrays(b=7.0)
+    disk.keep(tmp_path, state)
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", entries["experts/b"]["file"]}
+    for value in range(2 * disk.MAX_FILES):
+        state["experts"] = arrays(**{f"k{i}": float(i) for i in range(value + 1)})
+        disk.keep(tmp_path, state)
+    assert len(list(tmp_path.iterdir())) <= disk.MAX_FILES + 1
+    found = RecordDict()
+    assert disk.restore(tmp_path, found) and found == state
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "bit": lambda folder: _flip(next(folder.glob("arrays-*"))),
+    "missing": lambda folder: next(folder.glob("arrays-*")).unlink(),
+    "truncated": lambda folder: next(folder.glob("arrays-*")).write_bytes(b"12"),
+    "manifest": lambda folder: (folder / "manifest.json").write_text("{"),
+    "list": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "format": lambda folder: (folder / "manifest.json").write_text('{"format": 99}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_noticed_and_the_folder_is_usable_again(
+    state: RecordDict, tmp_path: Path, damage: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.keep(tmp_path, state)
+    damage(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert not disk.restore(tmp_path, RecordDict())
+    assert "starts anew" in caplog.text
+    found = RecordDict()
+    (tmp_path / "manifest.json").unlink()
+    disk.keep(tmp_path, state)
+    assert disk.restore(tmp_path, found) and found == state
+
+
+def test_a_full_disk_costs_a_warning(
+    state: RecordDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.keep(tmp_path, state)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk, "save_file", full)
+    changed = RecordDict({"experts": arrays(a=9.0)})
+    with caplog.at_level(logging.WARNING):
+        disk.keep(tmp_path, changed)
+    assert "No space left" in caplog.text
+    found = RecordDict()
+    assert disk.restore(tmp_path, found) and found == state
+
+
+def run(config: RunConfig, app: ClientApp | None = None, **node: Any) -> RunResult:
+    results: list[RunResult] = []
+    server = server_app.make_app(config, Options(), results.append)
+    participant.forget_workspace()
+    with LocalGrid(app or client_app.app, config.participants, node_config=lambda _: node).identity() as grid:
+        server(grid, Context(1, 0, {}, RecordDict(), {}))
+    return results[0]
+
+
+def restarting(after_round: int, damage: Callable[[Path], Any] | None = None, folder: Path | None = None) -> ClientApp:
+    """A client app whose nodes lose what is in their memory after one round, and perhaps some of their disk."""
+
+    def handle(message: Message, context: Context) -> Message:
+        reply = client_app.app(message, context)
+        if message.metadata.message_type == "train" and message.content["config"]["round"] == after_round:
+            context.state = RecordDict()
+            if damage and folder and context.node_config["partition-id"] == 1:
+                damage(folder / "participant-1")
+        return reply
+
+    app = ClientApp()
+    app.query("join")(handle)
+    app.query("profile")(handle)
+    app.train()(handle)
+    return app
+
+
+def same(one: RunResult, other: RunResult, *columns: str) -> None:
+    for name in ("metric", "loss", "train_loss", "uplink_bytes", *columns):
+        assert one.rounds[name].tolist()[1:] == other.rounds[name].tolist()[1:], name
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"uplink_wire": "int8", "merged_downlink": "4bit"}], ids=["exact", "coded"])
+def test_a_restarted_node_goes_on_from_its_disk(make_config: Make, tmp_path: Path, options: dict[str, Any]) -> None:
+    config = make_config(method="flux", **options)
+    folder = {disk.STATE_DIR: str(tmp_path)}
+    found = run(config, restarting(1), **folder)
+    same(found, run(config), "downlink_bytes", "device_s")
+    assert (found.participants["rejected"] == "").all()
+
+
+def test_a_damaged_disk_costs_a_full_download(make_config: Make, tmp_path: Path) -> None:
+    config = make_config()
+    found = run(config, restarting(2, DAMAGE["bit"], tmp_path), **{disk.STATE_DIR: str(tmp_path)})
+    plain = run(config)
+    assert (found.participants["rejected"] == "").all()
+    assert found.rounds["downlink_bytes"].iloc[3] > plain.rounds["downlink_bytes"].iloc[3]
+
+
+def test_another_run_on_the_same_disk_starts_from_the_base(make_config: Make, tmp_path: Path) -> None:
+    folder = {disk.STATE_DIR: str(tmp_path)}
+    run(make_config(method="flux", seed=1), **folder)
+    config = make_config(method="flux", uplink_wire="int8")
+    run(config, **folder)
+    same(run(config, **folder), run(config))
+
+
+def test_a_profile_after_the_reply_gives_the_same_numbers(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+
+    def at_once(folder: Path, state: RecordDict) -> None:
+        if later.PENDING in state:
+            made.append(folder)
+            later.main(folder)
+
+    monkeypatch.setattr(later, "start", at_once)
+    config = make_config(method="flux")
+    node = {disk.STATE_DIR: str(tmp_path), later.BACKGROUND: True}
+    same(run(config, **node), run(config), "downlink_bytes", "device_s")
+    assert len(made) == 9
+    monkeypatch.setattr(later, "start", lambda folder, state: None)  # the process died at once
+    node[disk.STATE_DIR] = str(tmp_path / "other")
+    same(run(config, **node), run(config), "downlink_bytes", "device_s")
+
+
+def test_a_real_process_profiles_while_the_others_work(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(method="flux", participants=2, rounds=2)
+    node = {disk.STATE_DIR: str(tmp_path), later.BACKGROUND: True}
+    same(run(config, **node), run(config), "downlink_bytes", "device_s")
+    logs = [path.read_text() for path in tmp_path.glob("participant-*/later.log")]
+    assert len(logs) == 2 and not any("Traceback" in text for text in logs)
+    result = RecordDict()
+    assert disk.restore(tmp_path / "participant-0" / later.PENDING, result) and result["done"]["round"] >= 1
