@@ -92,7 +92,7 @@ def role_probes(measured: pd.DataFrame) -> Picture:
         cost = [1.06**place * passes[name, x] for x in error.index]
         axes[1, 0].errorbar(cost, middle[error.index], 2 * error, color=color, capsize=2, linestyle="none")
     axes[1, 1].set_ylim(bottom=0)
-    axes[0, 1].legend(loc="lower right", fontsize=7)
+    axes[1, 1].legend(loc="upper right", fontsize=7)
     counts = ", ".join(f"{x:g}" for x in sorted(rows["x"].dropna().unique()))
     caption(figure, *about(rows), f"marks: {counts} probes per expert; bars: 2 standard errors")
     return figure

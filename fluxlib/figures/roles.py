@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fluxlib import style
-from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, interval, interval_name, unique
+from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, interval_name, unique
 from fluxlib.figures.role_tables import coverage, load
 
 LOOKS = (
@@ -99,18 +99,19 @@ def role_convergence(
     for row, (column, title) in enumerate((("metric", metric), ("loss", "test loss"))):
         for ax, clock in zip(axes[row], clocks, strict=True):
             for name, (color, marker, line, _) in looks.items():
-                runs = scored[scored["setting"] == name].groupby("round")
-                times = runs[clock].mean() if clock != "round" else runs["round"].first()
-                bands = np.array([interval(values.to_numpy()) for _, values in runs[column]])
-                ax.plot(times, bands[:, 0], color=color, marker=marker, linestyle=line, label=name,
-                        markevery=max(1, len(bands) // 6))  # fmt: skip
-                if scored["seed"].nunique() > 1:
-                    ax.fill_between(times, bands[:, 1], bands[:, 2], color=color, alpha=0.10, linewidth=0)
+                mine = scored[scored["setting"] == name]
+                mean = mine.groupby("round", as_index=False)[["device_s", "wall_s", column]].mean()
+                ax.plot(mean[clock], mean[column], color=color, marker=marker, linestyle=line, label=name,
+                        markevery=max(1, len(mean) // 6))  # fmt: skip
+                for _, run in mine.groupby("seed") if mine["seed"].nunique() > 1 else ():
+                    ax.plot(run[clock], run[column], color=color, linewidth=0.6, alpha=0.45, zorder=1)
         axes[row, 0].set_ylabel(title)
     for ax, clock in zip(axes[1], clocks, strict=True):
         ax.set_xlabel(style.CLOCKS[clock])
     axes[1, 0].legend(fontsize=8, title=varied, title_fontsize=8)
-    caption(figure, *about(rounds), f"device clock: shapes of {clock_shapes(rounds)}")
+    seeds = rounds["seed"].nunique()
+    shown = f"{seeds} seeds: mean, and each one thin" if seeds > 1 else "1 seed"
+    caption(figure, about(rounds)[0], shown, f"device clock: shapes of {clock_shapes(rounds)}")
     return figure
 
 
@@ -147,13 +148,9 @@ def role_ablation(outcome: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
     target, share = outcome["target"].iloc[0], outcome["target_fraction"].iloc[0]
     axes[0].axhline(target, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
     seeds = outcome["seed"].nunique()
-    caption(
-        figure,
-        about(rounds)[0],
-        f"dashed: target, {share:.0%} of {outcome['setting'].iloc[0]}'s mean final score".replace("%", " %"),
-        "bars, lines: mean; marks: seeds" if seeds > 1 else "1 seed",
-        f"device clock: shapes of {clock_shapes(rounds)}",
-    )
+    dashed = f"dashed: target, {share:.0%} of {outcome['setting'].iloc[0]}'s mean final score".replace("%", " %")
+    marks = f"{seeds} seeds: bars and lines are means, marks single seeds" if seeds > 1 else "1 seed"
+    caption(figure, about(rounds)[0], f"{dashed}\n{marks}", f"device clock: shapes of {clock_shapes(rounds)}")
     return figure
 
 
