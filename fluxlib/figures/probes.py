@@ -124,10 +124,11 @@ def role_seconds(measured: pd.DataFrame, participants: pd.DataFrame, shares: pd.
     left.set(xlabel="milliseconds per expert, measured here (median)", xlim=(0, 1150 * times.max()))
     left.grid(axis="y", visible=False)
     _stack_shares(right, shares)
+    seeds = rows["seed"].nunique()
     caption(
         figure,
         *about(rows)[:1],
-        f"{rows['seed'].nunique()} seed(s)",
+        f"{seeds} seeds" if seeds > 1 else "1 seed",
         f"right: {participants['setting'].iloc[0]}, round 2 on",
     )
     return figure

@@ -178,7 +178,6 @@ def role_coverage(roles: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
     right.set(xlabel="experts, most tuned first (%)", ylabel="share of all tunings (%)", xlim=(0, 100), ylim=(0, 103))
     right.annotate("even", (62, 62), (4, -10), textcoords="offset points", fontsize=7)
     right.legend(fontsize=7, loc="lower right")
-    caption(
-        figure, f"{unique(rounds, 'model')}, {unique(rounds, 'task')}", f"mean of {rounds['seed'].nunique()} seed(s)"
-    )
+    seeds = rounds["seed"].nunique()
+    caption(figure, about(rounds)[0], f"mean of {seeds} seeds" if seeds > 1 else "1 seed")
     return figure
