@@ -207,6 +207,11 @@ def step_seconds(load: _Load, device: Device) -> tuple[float, float]:
     tuned experts. Memory: every kept weight read twice,
     weight gradients written, activations written and read. The optimizer follows and overlaps with nothing.
     """
+    return min((_step(load, device, option) for option in placements(load, device)), key=sum)
+
+
+def _step(load: _Load, device: Device, option: Placement) -> tuple[float, float]:
+    """:func:`step_seconds` for one placement."""
     shapes, work = load.shapes, load.work
     tokens = load.step_tokens
     dense = shapes.dense_flops(tokens, load.tokens_per_sample)
@@ -216,11 +221,8 @@ def step_seconds(load: _Load, device: Device) -> tuple[float, float]:
     activations = ACTIVATION_BYTES * tokens * shapes.num_layers * shapes.hidden_size
     traffic = 2 * weights + load.tuned_parameters * _gradient_bytes(work.weight_bits) + 2 * activations
     computing = max(flops / device.flops_per_s, traffic / device.memory_rate)
-    options = []
-    for placed in placements(load, device):
-        step = computing + placed.trained * _update_traffic(work.weight_bits) / device.memory_rate
-        options.append((step, offload_seconds(load, device, placed, hidden_s=step)))
-    return min(options, key=sum)
+    step = computing + option.trained * _update_traffic(work.weight_bits) / device.memory_rate
+    return step, offload_seconds(load, device, option, hidden_s=step)
 
 
 def placements(load: _Load, device: Device) -> list[Placement]:
@@ -236,6 +238,12 @@ def placements(load: _Load, device: Device) -> list[Placement]:
         return [Placement(every)]
     resident = min(every, max(0.0, left) / _rest_bytes(bits))
     return [Placement(trained, away=every - trained), Placement(0.0, resident, every - resident)]
+
+
+def placed(work: Work, shapes: Shapes, device: Device, tokens_per_sample: int | None = None) -> Placement:
+    """Where tuned experts lie during a step: the placement that :func:`step_seconds` counts with."""
+    load = _Load(work, shapes, tokens_per_sample)
+    return min(placements(load, device), key=lambda option: sum(_step(load, device, option)))
 
 
 def device_bytes(work: Work, shapes: Shapes, device: Device, tokens_per_sample: int | None = None) -> int:

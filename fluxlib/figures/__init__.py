@@ -6,18 +6,21 @@
 - :mod:`fluxlib.figures.portraits` -- one model, one partition, one run
 - :mod:`fluxlib.figures.plans` -- a configuration before it is run, and roles over rounds
 - :mod:`fluxlib.figures.runs` -- single runs side by side
+- :mod:`fluxlib.figures.timeline` -- what ran when
 - :mod:`fluxlib.figures.trials` -- the search for each method's settings
 - :mod:`fluxlib.figures.measured` -- what figures of the ``measurements`` table share
 - :mod:`fluxlib.figures.profiling`, :mod:`fluxlib.figures.merging` -- sections 4 and 5 of the paper
+- :mod:`fluxlib.figures.real` -- the public models on the catalogue's devices
 - :mod:`fluxlib.figures.probes`, :mod:`fluxlib.figures.roles`, :mod:`fluxlib.figures.role_tables` -- section 6
 """
 
-from fluxlib.figures import measured, merging, probes, profiling, role_tables, roles
+from fluxlib.figures import measured, merging, probes, profiling, real, role_tables, roles
 from fluxlib.figures.canvas import Picture, save
 from fluxlib.figures.comparison import convergence, time_to_accuracy
 from fluxlib.figures.plans import overview, roles_over_rounds, slots
 from fluxlib.figures.portraits import activation, activation_by_label, partition, phases
 from fluxlib.figures.runs import compare_runs, curves
+from fluxlib.figures.timeline import timeline
 from fluxlib.figures.times import describe_times, time_to_target, times_to_target
 from fluxlib.figures.trials import draw_trials, trials
 
@@ -37,6 +40,7 @@ __all__ = [
     "phases",
     "probes",
     "profiling",
+    "real",
     "role_tables",
     "roles",
     "roles_over_rounds",
@@ -44,6 +48,7 @@ __all__ = [
     "slots",
     "time_to_accuracy",
     "time_to_target",
+    "timeline",
     "times_to_target",
     "trials",
 ]
