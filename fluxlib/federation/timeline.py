@@ -59,7 +59,8 @@ class Timeline:
             phases: of each accepted participant, seconds by phase, and those of a profile made before the round.
             start_s: when the round began.
         """
-        rows, arrived = [], start_s
+        rows: list[Row] = []
+        arrived = start_s
         for one, (main, before) in zip(outcome.accepted, phases, strict=True):
             first = one.work is not None and one.work.first_profile
             spans = device_spans(main, before, first, start_s)
