@@ -24,7 +24,7 @@ SNAKEMAKE = $(BIN)/snakemake --cores $(JOBS) --rerun-triggers mtime params input
 .PHONY: help venv reproduce smoke test lint bench lab report clean
 
 help:  ## This list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 	@echo "  variables         PROFILE=mini|full|paper  JOBS=$(JOBS)  PYTHON=$(PYTHON)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -54,6 +54,10 @@ test: lint  ## Lint, types and all tests, the smoke profile among them
 
 bench: $(STAMP)  ## The benchmarks (tables on the terminal)
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+.PHONY: deploy-demo
+deploy-demo: $(STAMP)  ## A SuperLink and four SuperNodes here, training over TLS
+	$(BIN)/fluxlib deploy demo --folder build/deploy
 
 lab: $(STAMP)  ## JupyterLab in notebooks/
 	$(BIN)/jupyter lab --notebook-dir . notebooks/00_start_here.ipynb

@@ -75,7 +75,10 @@ def run(
     rounds: Annotated[int, typer.Option(help="number of rounds")] = 10,
     participants: Annotated[int, typer.Option(help="number of participants")] = 10,
     seed: Annotated[int, typer.Option(help="every source of chance derives from it")] = 0,
-    engine: Annotated[str, typer.Option(help="what runs the Flower apps")] = "local",
+    engine: Annotated[str, typer.Option(help="what runs the Flower apps: local, simulation or deployment")] = "local",
+    superlink: Annotated[
+        str | None, typer.Option(help="deployment: its name in Flower's configuration; default: one started here")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="files of dolly, gsm8k, mmlu or piqa; default: the hub's")] = None,
     out: Annotated[Path, typer.Option(help="folder of the tables")] = Path("build/runs"),
     save: Annotated[Path | None, typer.Option(help="new folder for the tuned model and its card")] = None,
@@ -108,7 +111,7 @@ def run(
     from fluxlib import federation
 
     try:
-        result = federation.run(config, on_round=None if as_json else _print_round, out=out)
+        result = federation.run(config, on_round=None if as_json else _print_round, out=out, superlink=superlink)
     except (federation.RunFailed, federation.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -182,6 +185,14 @@ def notebook(
         )
         print(f"the executed copy, with the traceback, is {output}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def deploy(context: typer.Context) -> None:
+    """Certificates, keys, SuperNodes, a demonstration: `fluxlib deploy --help`, docs/deployment.md."""
+    from fluxlib.federation.deployment import commands
+
+    commands.main(context.args)
 
 
 @app.command()

@@ -1,0 +1,203 @@
+"""A SuperLink and SuperNodes as real processes: the same tables, faults that cost a reply, nodes that are refused.
+
+One federation serves all tests of this file, in their order; each leaves it whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+from fluxlib import federation
+from fluxlib.config import RunConfig
+from fluxlib.federation.deployment import credentials, engine, processes
+from fluxlib.federation.deployment.processes import CONNECTION, LocalFederation
+
+pytestmark = pytest.mark.deployment
+
+PACE: dict[str, float] = {"round_s": 10.0}
+"""Seconds of a round on this machine at this moment: what a participant may take depends on it."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> RunConfig:
+    return RunConfig(
+        method="flux", model=str(model_folder), task="mini-piqa", task_size=60, rounds=2, participants=3, local_steps=1,
+        batch_size=2, max_tokens=200, eval_samples=4, tune_fraction=0.5, merge_fraction=0.25, profile_batches=1,
+        engine="deployment", join_timeout_s=120.0, min_replies_frac=0.3, fleet="mixed",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory, base: RunConfig) -> Iterator[LocalFederation]:
+    before = os.environ.get("FLWR_HOME")
+    with LocalFederation(tmp_path_factory.mktemp("federation"), base) as running:
+        os.environ["FLWR_HOME"] = str(running.home)
+        yield running
+    if before is None:
+        del os.environ["FLWR_HOME"]
+    else:
+        os.environ["FLWR_HOME"] = before
+
+
+def local(config: RunConfig) -> federation.RunResult:
+    return federation.run(config.model_copy(update={"engine": "local"}))
+
+
+def numbers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without what a clock on the wall or the operating system says, and the engine's name."""
+    left = [name for name in frame.columns if name.endswith("wall_s") or name in ("peak_memory_bytes", "engine")]
+    return frame.drop(columns=left)
+
+
+def same(first: federation.RunResult, second: federation.RunResult) -> None:
+    for table in ("rounds", "participants"):
+        one, other = numbers(getattr(first, table)), numbers(getattr(second, table))
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_same_run_as_in_process(base: RunConfig, nodes: LocalFederation, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    result = federation.run(base, on_round=rows.append, out=tmp_path, superlink=CONNECTION)
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert set(result.rounds["engine"]) == {"deployment"}
+    same(result, local(base))
+    about = json.loads(result.files["rounds"].with_suffix(".json").read_text())
+    assert (about["status"], about["labels_by_participant"]) == ("complete", [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["experts", "participants", "rounds"]
+    PACE["round_s"] = float(result.rounds["round_wall_s"].max())
+
+
+def test_no_sample_is_anywhere_but_in_its_own_folder(base: RunConfig, nodes: LocalFederation) -> None:
+    """After a whole run: the SuperLink's database, every log, every result."""
+    texts = set()
+    for folder in nodes.node_folders:
+        for line in (folder / "train.jsonl").read_text().splitlines():
+            texts.add(json.loads(line)["prompt"].encode())
+    assert len(texts) > 20
+    searched = [path for path in nodes.folder.rglob("*") if path.is_file() and path.name != "train.jsonl"]
+    assert {"superlink.db", "superlink.log"} <= {path.name for path in searched}
+    for path in searched:
+        data = path.read_bytes()
+        assert not any(text in data for text in texts), path
+
+
+def test_a_killed_node_and_one_that_hangs_cost_their_replies(
+    base: RunConfig, nodes: LocalFederation, tmp_path: Path
+) -> None:
+    """``kill -9`` and ``kill -STOP`` in the middle of the run; the third participant's reply is all that is left."""
+    config = base.model_copy(update={"round_timeout_s": 15 + 3 * PACE["round_s"], "seed": 1})
+
+    def strike(row: dict[str, Any]) -> None:
+        if row["round"] == 1:
+            nodes.kill("node-1")
+            os.killpg(nodes.processes["node-2"].pid, signal.SIGSTOP)
+
+    result = federation.run(config, on_round=strike, out=tmp_path, superlink=CONNECTION)
+    os.killpg(nodes.processes["node-2"].pid, signal.SIGCONT)
+    nodes.start_node(1)
+    people = result.participants.pivot(index="round", columns="participant", values="rejected")
+    assert people.loc[1].tolist() == ["", "", ""]
+    assert people.loc[2].tolist() == ["", "missing", "missing"] or people.loc[2].tolist() == ["", "error", "missing"]
+    assert result.rounds["num_rejected"].tolist() == [0, 0, 2]
+    assert all(torch.isfinite(parameter).all() for parameter in result.model.parameters())
+
+
+def test_a_killed_server_app_goes_on_after_its_last_complete_round(
+    base: RunConfig, nodes: LocalFederation, tmp_path: Path
+) -> None:
+    """Nothing is lost: participants kept their state on disk, the server its checkpoint. The result is the same."""
+    config = base.model_copy(update={"rounds": 3, "seed": 2})
+    engine.submit(config, tmp_path, nodes.home, CONNECTION)
+    path = tmp_path / "checkpoints" / config.run_id / "manifest.json"
+    wait_for(lambda: path.is_file() and json.loads(path.read_text())["round"] >= 1)
+    server = server_app_of(nodes)
+    assert (tmp_path / f".{config.run_id}.lock").read_text().startswith(f"process {server.pid} on")
+    server.send_signal(signal.SIGKILL)
+    wait_for(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
+    rows: list[dict[str, Any]] = []
+    result = federation.run(config, on_round=rows.append, out=tmp_path, superlink=CONNECTION)
+    assert rows[0]["round"] in (2, 3)
+    assert result.rounds["round"].tolist() == [0, 1, 2, 3]
+    assert (result.participants["rejected"] == "").all()
+    for a, b in zip(result.model.parameters(), local(config).model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def server_app_of(nodes: LocalFederation) -> psutil.Process:
+    superlink = psutil.Process(nodes.processes["superlink"].pid)
+    (found,) = [p for p in superlink.children(recursive=True) if any("flwr-serverapp" in part for part in p.cmdline())]
+    return found
+
+
+def wait_for(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_a_node_with_an_unknown_key_is_refused(nodes: LocalFederation, tmp_path: Path) -> None:
+    command = node_command(nodes, 0)
+    credentials.make_node_key(tmp_path)
+    command[command.index("--auth-supernode-private-key") + 1] = str(tmp_path / credentials.NODE_KEY)
+    assert_refused(command, tmp_path, nodes)
+
+
+def test_a_node_without_a_key_is_refused(nodes: LocalFederation, tmp_path: Path) -> None:
+    command = node_command(nodes, 0)
+    place = command.index("--auth-supernode-private-key")
+    assert_refused(command[:place] + command[place + 2 :], tmp_path, nodes)
+
+
+def test_a_node_without_tls_is_refused(nodes: LocalFederation, tmp_path: Path) -> None:
+    command = node_command(nodes, 0)
+    for name in ("--auth-supernode-private-key", "--root-certificates"):
+        place = command.index(name)
+        del command[place : place + 2]
+    assert_refused([*command, "--insecure"], tmp_path, nodes)
+    with pytest.raises((urllib.error.URLError, OSError)):
+        urllib.request.urlopen(f"http://{nodes.address}/health", timeout=10)
+
+
+def test_a_node_does_not_trust_another_superlink(nodes: LocalFederation, tmp_path: Path) -> None:
+    credentials.make_certificates(tmp_path / "other", [processes.HOST])
+    command = node_command(nodes, 0)
+    other = tmp_path / "other" / credentials.CA_CERTIFICATE
+    command[command.index("--root-certificates") + 1] = str(other)
+    assert_refused(command, tmp_path, nodes)
+
+
+def node_command(nodes: LocalFederation, number: int) -> list[str]:
+    (port,) = processes.free_ports(1)
+    return [*processes.supernode_command(nodes.node_folders[number], nodes.address, port), "--max-retries", "0"]
+
+
+def assert_refused(command: list[str], tmp_path: Path, nodes: LocalFederation) -> None:
+    """It never gets a node number, which the SuperLink gives to those it lets in."""
+    log = tmp_path / "node.log"
+    process = processes.start(command, log, processes.environment(FLWR_HOME=str(tmp_path)))
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        processes.stop(process)
+    text = log.read_text()
+    assert "SuperNode ID" not in text, text
+    assert process.returncode != 0, text

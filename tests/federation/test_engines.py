@@ -1,0 +1,269 @@
+"""One code path, three engines: what belongs to an engine and not to a run. Deployment has a file of its own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import pickle  # noqa: S403,TID251  (Ray does it to every message)
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from flwr.app import Array, ConfigRecord, Context, Message, RecordDict
+
+import fluxlib
+from fluxlib import federation
+from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
+from fluxlib.federation import client_app, exchange, messages, own_data, participant, progress, wire
+from fluxlib.federation.deployment import credentials, folders
+from fluxlib.federation.server_app import from_run_config
+from fluxlib.tasks.base import Example
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not part of the default installation")
+def test_simulation_gives_the_same_tables(make_config: Make) -> None:
+    small = {"method": "flux", "rounds": 2, "local_steps": 1}
+    one, other = (federation.run(make_config(engine=name, **small)) for name in ("local", "simulation"))
+    for table in ("rounds", "participants"):
+        frames = [getattr(result, table) for result in (one, other)]
+        left = [n for n in frames[0].columns if n.endswith("wall_s") or n in ("peak_memory_bytes", "engine")]
+        pd.testing.assert_frame_equal(*(frame.drop(columns=left) for frame in frames), check_exact=True)
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_simulation_without_ray_says_what_to_do(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs Ray: pip install .*'fluxlib\\[simulation\\]'"):
+        federation.run(make_config(engine="simulation"))
+
+
+def test_a_superlink_is_for_deployment_alone(make_config: Make) -> None:
+    with pytest.raises(ConfigError, match="superlink is 'prod', which engine 'local' does not use"):
+        federation.run(make_config(), superlink="prod")
+
+
+def test_flowers_bundle_names_the_apps_and_runs_what_is_installed() -> None:
+    project = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())
+    assert project["project"]["version"] == fluxlib.__version__
+    app = project["tool"]["flwr"]["app"]
+    assert app["fab-include"] == ["pyproject.toml"]
+    assert app["components"] == {
+        "serverapp": "fluxlib.federation.server_app:app", "clientapp": "fluxlib.federation.client_app:app",
+    }  # fmt: skip
+    config, out = from_run_config(app["config"])
+    assert (config.engine, config.participants, out) == ("simulation", 2, REPO_ROOT / "build/runs")
+
+
+def test_settings_of_flowers_run_configuration_win() -> None:
+    config, _ = from_run_config({"rounds": 3, "settings": "{rounds: 5, alpha: 0.1}"})
+    assert (config.rounds, config.alpha) == (5, 0.1)
+    with pytest.raises(ConfigError, match="settings is 'alpha', allowed is a mapping"):
+        from_run_config({"settings": "alpha"})
+
+
+class SlowGrid:
+    """Answers in any order, some never, as a SuperLink does."""
+
+    def __init__(self, ready_after: dict[int, float]) -> None:
+        self.ready_after, self.polls, self.alive = ready_after, 0, 0
+
+    def push_messages(self, sent: list[int]) -> list[str]:
+        return [str(number) for number in sent]
+
+    def pull_messages(self, identifiers: list[str]) -> list[int]:
+        self.polls += 1
+        return [int(i) for i in identifiers if self.polls > self.ready_after[int(i)]]
+
+
+def test_replies_come_in_order_and_late_ones_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "POLL_S", 0.01)
+    grid: Any = SlowGrid({0: 4, 1: 0, 2: 1e9, 3: 0})
+    assert list(exchange.exchange(grid, [0, 1, 2, 3], 0.5)) == [0, 1, 3]  # type: ignore[list-item]
+
+
+def test_what_is_lent_in_process_is_an_array_anywhere_else() -> None:
+    lent = wire.lend(torch.arange(6.0).reshape(2, 3))
+    assert type(lent) is not Array
+    plain = pickle.loads(pickle.dumps(lent))  # noqa: S301
+    assert type(plain) is Array
+    assert Array.inflate(lent.deflate(), lent.children).numpy().tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert plain.numpy().tolist() == lent.numpy().tolist()
+
+
+def request(config: RunConfig, store: Any, node: int = 2) -> Message:
+    content = messages.Instruction(config.model_dump_json(), 1, 0, "float32", store.delta()).to_records()
+    return Message(content, node, "query.profile", group_id="1")
+
+
+def test_what_hangs_or_fails_leaves_the_state_of_its_node(
+    make_config: Make, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    def hang(message: Message, context: Context) -> Message:
+        context.state["half"] = ConfigRecord({"done": 1})
+        time.sleep(1.0)
+        return Message(RecordDict(), reply_to=message)
+
+    monkeypatch.setattr(participant, "profile", hang)
+    context = Context(1, 2, {"partition-id": 0}, RecordDict(), {})
+    with federation.LocalGrid(client_app.app, 1).identity():
+        with pytest.raises(TimeoutError, match="longer than the 0.05 s"):
+            client_app.app(request(make_config(round_timeout_s=0.05), store), context)
+        assert "half" not in context.state
+        client_app.app(request(make_config(), store), context)
+    assert "half" in context.state
+
+
+# A participant's folder.
+
+
+def test_a_participant_trains_on_the_samples_of_its_folder(make_config: Make, tmp_path: Path) -> None:
+    config = make_config()
+    made = folders.make_folders(tmp_path, config)
+    task, parts = participant.load_task(config)
+    for folder, part in zip(made, parts, strict=True):
+        assert own_data.read_examples(folder / "train.jsonl") == [task.train[index] for index in part]
+    settings = folders.node_config(made[1])
+    assert (settings["partition-id"], settings["device"], settings["torch-device"]) == (1, "l20", "cpu")
+    assert settings["data"] == str(made[1] / "train.jsonl") and settings["state-dir"] == str(made[1] / "state")
+    assert 'partition-id=1 device="l20"' in folders.as_argument(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must say participant and device"),
+        ("participant: 0\ndevice: toaster\n", "device one of l20"),
+        ("participant: zero\ndevice: l20\n", "participant is a number"),
+        ("participant: 0\ndevice: l20\ncolour: blue\n", "colour"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "participant.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        folders.read_participant(tmp_path)
+
+
+def test_damaged_samples_are_named_and_not_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    with pytest.raises(own_data.DataError, match="cannot be read: No such file"):
+        own_data.read_examples(path)
+    own_data.write_examples(path, [Example("q", "a", "l", ("a", "b"), 0)])
+    assert own_data.read_examples(path) == [Example("q", "a", "l", ("a", "b"), 0)]
+    path.write_text(path.read_text() + '{"prompt": "a secret"}\n')
+    with pytest.raises(own_data.DataError, match="line 2") as error:
+        own_data.read_examples(path)
+    assert "secret" not in str(error.value)
+    path.write_text("\n")
+    with pytest.raises(own_data.DataError, match="empty"):
+        own_data.read_examples(path)
+
+
+def test_a_device_that_a_participant_names_is_the_one_in_the_tables(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = importlib.import_module("fluxlib.federation.run")
+
+    class Grid(federation.LocalGrid):
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(
+                *arguments, node_config=lambda i: {"device": ["rtx-3060", "toaster"][i - 1]} if i else {}, **more
+            )
+
+    monkeypatch.setattr(engines, "LocalGrid", Grid)
+    result = federation.run(make_config(participants=2, rounds=1))
+    assert result.participants["device"].tolist() == ["l20", "rtx-3060"]
+    with pytest.raises(federation.RunFailed, match="device is 'toaster', allowed are l20"):
+        federation.run(make_config(participants=3, rounds=1))
+
+
+# Every message, whatever carries it.
+
+
+def test_nothing_of_a_participants_samples_is_in_any_message(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its texts as bytes, its token numbers as integers of any width; arrays hold experts, and no integers."""
+    seen: list[RecordDict] = []
+
+    def watched(grid: federation.LocalGrid, message: Message, stored: Context) -> tuple[Message, RecordDict]:
+        reply, state = work(grid, message, stored)
+        seen.extend([message.content, reply.content])
+        return reply, state
+
+    work = federation.LocalGrid._work
+    monkeypatch.setattr(federation.LocalGrid, "_work", watched)
+    config = make_config(method="flux", rounds=2)
+    federation.run(config)
+    task, parts = participant.load_task(config)
+    samples = [task.train[index] for part in parts for index in part]
+    tokenizer = participant.workspace(config.model, "float32").tokenizer
+    secrets = {text.encode() for sample in samples for text in (sample.prompt, sample.response) if len(text) > 8}
+    for sample in samples:
+        numbers = tokenizer(sample.prompt)["input_ids"]
+        secrets |= {np.array(numbers, kind).tobytes() for kind in (np.uint8, np.uint16, np.int32, np.int64)}
+        secrets.add(json.dumps(numbers)[1:-1].encode())
+    assert len(seen) == 2 * 3 * (1 + 1 + 2) and len(secrets) > 200
+    for content in seen:
+        for kind, record in content.items():
+            assert kind in ("arrays", "config", "metrics")
+            for value in record.values():
+                data = (
+                    value.data
+                    if isinstance(value, Array)
+                    else value
+                    if isinstance(value, bytes)
+                    else str(value).encode()
+                )
+                assert not any(secret in data for secret in secrets)
+                assert not isinstance(value, Array) or value.dtype == "float32"
+
+
+def test_certificates_and_keys_are_ones_own(tmp_path: Path) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+    credentials.make_certificates(tmp_path, ["flux.example", "10.0.0.1"])
+    authority = x509.load_pem_x509_certificate((tmp_path / "ca.crt").read_bytes())
+    server = x509.load_pem_x509_certificate((tmp_path / "server.crt").read_bytes())
+    server.verify_directly_issued_by(authority)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["flux.example"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.1"]
+    credentials.make_node_key(tmp_path)
+    private = load_ssh_private_key((tmp_path / "node.key").read_bytes(), None)
+    assert private.public_key() == load_ssh_public_key((tmp_path / "node.pub").read_bytes())
+    for name in ("ca.key", "server.key", "node.key"):
+        assert (tmp_path / name).stat().st_mode & 0o077 == 0
+    before = (tmp_path / "node.key").read_bytes()
+    credentials.make_node_key(tmp_path)
+    assert (tmp_path / "node.key").read_bytes() == before
+    with pytest.raises(ConfigError, match="exists already"):
+        credentials.make_certificates(tmp_path, ["flux.example"])
+
+
+def test_rows_are_followed_as_they_come_and_a_run_can_be_stopped(tmp_path: Path) -> None:
+    write, rows = progress.writer(tmp_path, "one"), progress.follow(tmp_path, "one")
+    assert next(rows) is None
+    assert write({"round": 0}) is False
+    assert [next(rows), next(rows)] == [{"round": 0}, None]
+    with (tmp_path / "progress" / "one.jsonl").open("a") as file:
+        file.write('{"round": 1')
+    assert next(rows) is None
+    with (tmp_path / "progress" / "one.jsonl").open("a") as file:
+        file.write("}\n")
+    assert next(rows) == {"round": 1}
+    progress.ask_to_stop(tmp_path, "one")
+    assert write({"round": 2}) is True
+    progress.clear(tmp_path, "one")
+    assert not list(tmp_path.iterdir())
