@@ -172,7 +172,7 @@ def draw_roles(figure: Any, ax: Any, counts: np.ndarray, first_round: int) -> No
         ax.axvline(layer * num_experts, color="white", linewidth=1)
     middles = [(layer + 0.5) * num_experts for layer in range(num_layers)]
     ax.set_xticks(middles, [f"layer {layer}" for layer in range(num_layers)])
-    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.set_yticks(range(first_round, last + 1, max(1, num_rounds // 6)))
     ax.set(ylabel="round")
     ax.set_title("participants that tuned each expert", loc="left")
     ax.grid(visible=False)

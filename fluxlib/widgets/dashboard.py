@@ -166,7 +166,7 @@ class Dashboard:
             picture = figures.curves(shown, target=target, roles=roles, first_round=first)
             self.curve.value = picture._repr_png_()
             times = figures.compare_runs(shown, target)
-            self.table.value = times.round(3).to_html(index=False, border=0, na_rep="not reached")
+            self.table.value = _table(times.round(3))
 
     def _shown(self) -> dict[str, pd.DataFrame]:
         """The run of this dashboard first, then those that were chosen."""
@@ -179,6 +179,24 @@ class Dashboard:
             if path in self.earlier.value and not (path.stem == own and path.parent.parent == self.out):
                 shown[label] = records.read("rounds", path)
         return shown
+
+
+COLUMNS = {
+    "run": "run",
+    "rounds": "rounds",
+    "best_metric": "best score",
+    "final_metric": "last score",
+    "device_s_to_target": "device s to target",
+    "wall_s_to_target": "measured s",
+    "round_to_target": "rounds",
+}
+
+
+def _table(times: pd.DataFrame) -> str:
+    target, metric = times["target"].iloc[0], times["metric_name"].iloc[0]
+    shown = times[list(COLUMNS)].set_axis(list(COLUMNS.values()), axis=1)
+    body = shown.to_html(index=False, border=0, na_rep="not reached", justify="left")
+    return f"<style>.flux td {{white-space: nowrap}}</style><div class='flux'>target: {metric} {target:.3f}{body}</div>"
 
 
 def _note(text: str, color: str) -> str:
