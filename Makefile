@@ -21,7 +21,7 @@ SNAKEMAKE = $(BIN)/snakemake --cores $(JOBS) --rerun-triggers mtime params input
 	--keep-going --quiet rules host reason --config profile=$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce smoke test lint bench lab report clean
+.PHONY: help venv reproduce smoke test lint bench lab book report clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -61,6 +61,9 @@ deploy-demo: $(STAMP)  ## A SuperLink and four SuperNodes here, training over TL
 
 lab: $(STAMP)  ## JupyterLab in notebooks/
 	$(BIN)/jupyter lab --notebook-dir . notebooks/00_start_here.ipynb
+
+book: $(STAMP)  ## The static book from executed notebooks, with every link checked: build/book/html
+	$(BIN)/python -m fluxlib.book --profile $(PROFILE)
 
 report: $(STAMP)  ## Snakemake's HTML page on a finished profile: graph, times, memory
 	mkdir -p build/$(PROFILE)
