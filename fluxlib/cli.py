@@ -286,7 +286,7 @@ def compare(
     \b
     Examples:
         fluxlib compare flux-mini-llama-moe-mini-mmlu-seed0 fmd-mini-llama-moe-mini-mmlu-seed0
-        fluxlib compare data/results/mini/rounds/*.parquet --target 0.9 --json
+        fluxlib compare flux-mini-llama-moe-mini-mmlu fmd-mini-llama-moe-mini-mmlu --target 0.9 --json
     """
     from fluxlib import store
     from fluxlib.config import ConfigError, check_writable
