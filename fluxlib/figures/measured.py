@@ -34,6 +34,16 @@ def per_seed(rows: pd.DataFrame, *keys: str) -> pd.Series:
     return rows.groupby([*keys, "seed"], sort=False)["value"].mean()
 
 
+def middle(values: np.ndarray, band: str) -> tuple[float, float, float]:
+    """Mean, low and high over seeds: the project's interval, or with ``range`` the smallest and the largest.
+
+    On a logarithmic axis a t interval of few seeds may reach below zero; the range does not.
+    """
+    if band == "range" and len(values):
+        return float(np.mean(values)), float(np.min(values)), float(np.max(values))
+    return interval(values)
+
+
 def spread(rows: pd.DataFrame) -> tuple[float, float, float]:
     """Mean over seeds, and how far the interval reaches below and above."""
     mean, low, high = interval(per_seed(rows).to_numpy())
@@ -41,13 +51,18 @@ def spread(rows: pd.DataFrame) -> tuple[float, float, float]:
 
 
 def lines(
-    ax: Any, rows: pd.DataFrame, settings: Sequence[str], x: str = "x", labels: Sequence[str] | None = None
+    ax: Any,
+    rows: pd.DataFrame,
+    settings: Sequence[str],
+    x: str = "x",
+    labels: Sequence[str] | None = None,
+    band: str = "interval",
 ) -> None:
     """One line per setting over ``x``, mean over seeds, with a band."""
     for index, (setting, label) in enumerate(zip(settings, labels or settings, strict=True)):
         own = rows[rows["setting"] == setting]
         places = sorted(own[x].dropna().unique())
-        found = np.array([interval(per_seed(own[own[x] == place]).to_numpy()) for place in places])
+        found = np.array([middle(per_seed(own[own[x] == place]).to_numpy(), band) for place in places])
         ax.plot(places, found[:, 0], color=COLORS[index], marker=MARKERS[index], linestyle=LINES[index], label=label)
         if own["seed"].nunique() > 1:
             ax.fill_between(places, found[:, 1], found[:, 2], color=COLORS[index], alpha=0.15, linewidth=0)
@@ -95,10 +110,10 @@ def bars(
         ax.set_ylim(bottom=0)
 
 
-def curve(ax: Any, rows: pd.DataFrame, over: str, scale: float = 1.0, **look: Any) -> None:
+def curve(ax: Any, rows: pd.DataFrame, over: str, scale: float = 1.0, band: str = "interval", **look: Any) -> None:
     """Mean over seeds along the column ``over``, with error bars where there are seeds for them."""
     places = sorted(rows[over].unique())
-    found = scale * np.array([interval(per_seed(rows[rows[over] == place]).to_numpy()) for place in places])
+    found = scale * np.array([middle(per_seed(rows[rows[over] == place]).to_numpy(), band) for place in places])
     if rows["seed"].nunique() > 1:
         ax.errorbar(places, found[:, 0], yerr=np.abs(found[:, 1:].T - found[:, 0]), capsize=2, **look)
     else:
@@ -116,7 +131,7 @@ def paper_line(ax: Any, value: float, text: str, place: float = 0.99, horizontal
         ax.axvline(value, color="#444444", linestyle=(0, (4, 3)), linewidth=0.9, zorder=0)
 
 
-def footer(figure: Any, rows: pd.DataFrame, *parts: str, chance: bool = True) -> None:
+def footer(figure: Any, rows: pd.DataFrame, *parts: str, chance: bool = True, band: str = "interval") -> None:
     """Model, tasks, seeds and what bands are, below the figure.
 
     Args:
@@ -124,7 +139,9 @@ def footer(figure: Any, rows: pd.DataFrame, *parts: str, chance: bool = True) ->
     """
     names = [name for name in pd.unique(rows["task"]) if name]
     tasks = ", ".join(names) if len(names) < 3 else f"{len(names)} tasks"
-    seeds = interval_name(int(rows["seed"].nunique())) if chance else ""
+    count = int(rows["seed"].nunique())
+    name = f"{count} seeds: mean and min to max" if band == "range" and count > 1 else interval_name(count)
+    seeds = name if chance else ""
     caption(figure, unique(rows, "model"), tasks, *parts, seeds)
 
 

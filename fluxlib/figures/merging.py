@@ -47,8 +47,8 @@ OPTIONS = {
 
 @drawn
 def discarding(table: pd.DataFrame) -> Picture:
-    """Error and loss when what is not tuned is dropped or merged."""
-    error, loss = study(table, "error"), study(table, "loss")
+    """Error, and distance from the full model's predictions, when what is not tuned is dropped or merged."""
+    error, apart = study(table, "error"), study(table, "divergence")
     names = {
         "discarded": "dropped",
         "single": "one slot\nper layer",
@@ -59,8 +59,8 @@ def discarding(table: pd.DataFrame) -> Picture:
     left, right = axes_grid(figure, 1, 2)[0]
     bars(left, _renamed(error, names), list(names.values()))
     left.set(ylabel="error of the last hidden state")
-    bars(right, _renamed(loss, {"full model": "full\nmodel", **names}), ["full\nmodel", *names.values()])
-    right.set(ylabel="held-out loss (nats/token)")
+    bars(right, _renamed(apart, names), list(names.values()))
+    right.set(ylabel="divergence of predictions (nats/token)")
     footer(figure, error, "before any training")
     return figure
 
@@ -75,13 +75,13 @@ def error_growth(table: pd.DataFrame) -> Picture:
     for index, (layer, shade) in enumerate(zip(merged, shades(len(merged)), strict=True)):
         own = rows[rows["x"] == layer]
         label = f"layer {layer:.0f}"
-        curve(left, own, "layer", color=shade, marker=MARKERS[index % len(MARKERS)], label=label)
+        curve(left, own, "layer", band="range", color=shade, marker=MARKERS[index % len(MARKERS)], label=label)
     left.set(xlabel="after MoE layer", ylabel="error of the hidden state", xticks=merged, yscale="log", ylim=(3e-4, 2))
     left.legend(title="merged alone", fontsize=7, title_fontsize=7)
-    lines(right, total, ["discarded", "merged"], x="layer", labels=["all layers: dropped", "all layers: merged"])
+    lines(right, total, ["discarded", "merged"], "layer", ["all layers: dropped", "all layers: merged"], "range")
     right.set(xlabel="after MoE layer", xticks=merged)
     right.legend(fontsize=7)
-    footer(figure, rows, "uniform budgets", "errors under 3e-4 are not drawn")
+    footer(figure, rows, "uniform budgets, errors under 3e-4 not drawn", band="range")
     return figure
 
 
@@ -101,7 +101,7 @@ def attention_frequency(table: pd.DataFrame) -> Picture:
         for chosen, color, marker in ((~rare, "#0072B2", "o"), (rare, "#D55E00", "^")):
             ax.scatter(own["activation"][chosen], own["attention"][chosen], c=color, marker=marker, s=18)
         correlation = own["activation"].rank().corr(own["attention"].rank())
-        ax.set_title(f"layer {layer}: rank corr. {correlation:+.2f}", fontsize=8)
+        ax.set_title(f"layer {layer:.0f}: rank corr. {correlation:+.2f}", fontsize=8)
         ax.set(xlabel="frequency")
     axes[0].set(ylabel="attention received")
     footer(figure, first, "first task and seed; triangles: rarer than the median, attended to more")
@@ -143,7 +143,7 @@ def clustering_time(table: pd.DataFrame) -> Picture:
     rows = study(table, "clustering_seconds")
     medians = rows.groupby(["setting", "seed"], sort=False)["value"].median()
     shapes = list(dict.fromkeys(setting.split(",")[0] for setting in medians.index.get_level_values(0)))
-    figure = Picture(figsize=(5.2, 2.7))
+    figure = Picture(figsize=(6.0, 2.9))
     ax = axes_grid(figure, 1, 1)[0, 0]
     for index, (method, label) in enumerate((("per layer", "scikit-learn, layer by layer"), ("fused", "fused"))):
         found = np.array([interval(1e3 * medians[f"{shape}, {method}"].to_numpy()) for shape in shapes])
@@ -173,7 +173,7 @@ def clustering_time(table: pd.DataFrame) -> Picture:
     ax.set_ylabel("processor time (ms)")
     ax.grid(axis="x", visible=False)
     legend_below(figure, ax, 2)
-    footer(figure, rows.assign(model="random experts"), "measured here, medians, in turns", "paper: 40 times")
+    footer(figure, rows.assign(model="random experts"), "medians, in turns", "paper: 40 times")
     return figure
 
 

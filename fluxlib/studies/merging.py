@@ -78,20 +78,26 @@ def cases(
 
 
 def variants(known: Iterable[Case]) -> Iterator[Row]:
-    """Error of every variant: ``error`` of the model, ``layer_error`` of a layer alone, ``loss`` on held-out samples.
+    """Error of every variant: ``error`` of the model, ``layer_error`` of a layer alone, on held-out samples.
+
+    Of some also ``divergence``, of the predictions from those of the full model, and ``loss``. Before any training a
+    loss says little of what was lost: where the base is sure of something wrong, any damage helps.
 
     The same case for all of them; what is not named is the paper's: adaptive budgets, fused clustering of weights,
     attention x frequency.
     """
     for case in known:
-        yield case.bench.row("loss", "full model", _loss(case), unit="nats/token")
+        truth, loss = _predictions(case)
+        yield case.bench.row("loss", "full model", loss, unit="nats/token")
         for setting, plans in _variants(case):
             through, alone = case.errors(plans)
             yield case.bench.row("error", setting, through)
             yield case.bench.row("layer_error", setting, alone)
             if setting in ("discarded", "single", "uniform", "adaptive", "joint + squared gate"):
-                with_plans = _loss(case, plans)
-                yield case.bench.row("loss", setting, with_plans, unit="nats/token")
+                found, loss = _predictions(case, plans)
+                apart = (truth.exp() * (truth - found)).sum(dim=1).mean()
+                yield case.bench.row("divergence", setting, float(apart), unit="nats/token")
+                yield case.bench.row("loss", setting, loss, unit="nats/token")
             if setting in BUDGETS:
                 for layer, plan in enumerate(plans):
                     yield case.bench.row("budgets", setting, len(plan.groups), layer=layer)
@@ -184,14 +190,22 @@ def reuse(
                 yield bench.row("reuse", name, sum(map(len, kept)) / total, x=tolerance)
 
 
-def _loss(case: Case, plans: list[LayerPlan] | None = None) -> float:
-    """Mean loss over the held-out batches, of the model or of the customised one."""
-    model = case.bench.model
+@torch.no_grad()
+def _predictions(case: Case, plans: list[LayerPlan] | None = None) -> tuple[Tensor, float]:
+    """Log-probabilities ``[N, vocabulary]`` at the scored tokens of the held-out samples, and the mean loss.
+
+    Of the model, or of the one that is customised by ``plans``.
+    """
+    model, found, losses = case.bench.model, [], []
     if plans is not None:
         compact.customize(model, plans)
     try:
-        with torch.no_grad():
-            return sum(float(model(**batch).loss) for batch in case.bench.held_out) / len(case.bench.held_out)
+        for batch in case.bench.held_out:
+            out = model(**batch)
+            scored = batch["labels"][:, 1:] >= 0
+            found.append(out.logits[:, :-1][scored].float().log_softmax(dim=-1))
+            losses.append(float(out.loss))
     finally:
         if plans is not None:
             compact.restore(model, write=False)
+    return torch.cat(found), sum(losses) / len(losses)

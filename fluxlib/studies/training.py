@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.aggregation import ExpertMean
 from fluxlib.methods.base import Work
-from fluxlib.methods.local import Tuned, customized, tune
+from fluxlib.methods.local import customized, tune
 from fluxlib.moe import layers
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.profiling import Profile
@@ -83,8 +84,9 @@ def _one_run(
     for number in range(1, rounds + 1):
         mean = ExpertMean()
         for participant in range(participants):
-            known = profiling.profile(bench.model, bench.local(num_samples, participant), bits, attention=True)
-            tuned = _train(bench, known, fraction, [next(data[participant]) for _ in range(config.local_steps)], config)
+            plans = _plans(bench, bench.local(num_samples, participant), fraction, bits)
+            with customized(bench.model, plans) as compact:
+                tuned = tune(bench.model, compact, list(islice(data[participant], config.local_steps)), config)
             mean.add(tuned.deltas, tuned.tokens)
         _apply(bench, mean)
         truth, fresh = bench.profile(num_samples, bits=16), bench.profile(num_samples, bits)
@@ -98,13 +100,13 @@ def _one_run(
         before = fresh
 
 
-def _train(bench: Bench, known: Profile, fraction: float, batches: list[dict[str, Tensor]], config: RunConfig) -> Tuned:
+def _plans(bench: Bench, local: list[dict[str, Tensor]], fraction: float, bits: int) -> list[LayerPlan]:
+    """The most used experts tuned and the others merged, by a profile of the participant's own; or all tuned."""
+    if fraction == 1:
+        return [LayerPlan(tuned=tuple(range(layer.num_experts))) for layer in layers.find(bench.model)]
+    known = profiling.profile(bench.model, local, bits)
     tuned = most_used(known, fraction)
-    plans = [LayerPlan(tuned=tuple(range(layer.num_experts))) for layer in layers.find(bench.model)]
-    if fraction < 1:
-        plans = merging.plan(bench.model, known, tuned, int(tuned.sum()))
-    with customized(bench.model, plans) as compact:
-        return tune(bench.model, compact, batches, config)
+    return merging.plan(bench.model, known, tuned, int(tuned.sum()))
 
 
 def _apply(bench: Bench, mean: ExpertMean) -> None:

@@ -41,11 +41,10 @@ def profiling(table: pd.DataFrame) -> pd.DataFrame:
 def merging(table: pd.DataFrame) -> pd.DataFrame:
     """Section 5: discarding, depth, budgets, clustering, weights, overhead."""
     error = {name: _seeds(table, "error", name) for name in _settings(table, "error")}
-    loss = {name: _seeds(table, "loss", name) for name in _settings(table, "loss")}
+    apart = {name: _seeds(table, "divergence", name) for name in _settings(table, "divergence")}
     lines = [
         _below("merged (adaptive) under discarded: error of the model", "lower", 0.0, error, "adaptive", "discarded"),
-        _below("merged (adaptive) under discarded: loss added", "lower", 0.0,
-               {name: value - loss["full model"] for name, value in loss.items()}, "adaptive", "discarded"),
+        _below("the same: divergence from the full model's predictions", "lower", 0.0, apart, "adaptive", "discarded"),
         _line("error of the first layer at the end, over that of the last", "above 1", 1.0, _early_over_late(table)),
         _below("adaptive budgets under one slot per layer", "0.656", 0.656, error, "adaptive", "single"),
         _below("adaptive budgets under uniform", "0.476", 0.476, error, "adaptive", "uniform"),

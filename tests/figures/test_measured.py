@@ -29,9 +29,7 @@ def rows(seed: int) -> list[studies.bench.Row]:
         return studies.row(study, setting, of, model="mini", task="mini-mmlu", seed=seed, **more)  # type: ignore[arg-type]
 
     found = [one("error", setting) for setting in ERRORS]
-    found += [
-        one("loss", s) for s in ("full model", "discarded", "single", "uniform", "adaptive", "joint + squared gate")
-    ]
+    found += [one("divergence", s) for s in ("discarded", "single", "uniform", "adaptive", "joint + squared gate")]
     for layer, expert in itertools.product(range(3), range(4)):
         found += [one(s, "16 bit", chance.random(), layer=layer, expert=expert) for s in ("activation", "attention")]
     for kind, layer in itertools.product(("single", "uniform", "adaptive", "measured", "joint"), range(3)):
