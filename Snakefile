@@ -41,6 +41,7 @@ STUDIES = {
         "role_utilities", "role_probes", "role_seconds", "role_map", "role_convergence", "role_ablation", "role_coverage",
         "role_epsilon", "role_options",
     ],
+    "07_real_models": ["real_memory", "real_phases", "real_links"],
 }
 # Studies that read the tables of federated runs as well, and which of their parameters name the variants they read.
 READS_RUNS = {"03_role_assignment": ("assignments", "epsilons", "options")}

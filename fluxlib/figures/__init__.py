@@ -10,11 +10,12 @@
 - :mod:`fluxlib.figures.trials` -- the search for each method's settings
 - :mod:`fluxlib.figures.measured` -- what figures of the ``measurements`` table share
 - :mod:`fluxlib.figures.profiling`, :mod:`fluxlib.figures.merging` -- sections 4 and 5 of the paper
+- :mod:`fluxlib.figures.overhead` -- what a round costs, by phase, memory and link
 - :mod:`fluxlib.figures.real` -- the public models on the catalogue's devices
 - :mod:`fluxlib.figures.probes`, :mod:`fluxlib.figures.roles`, :mod:`fluxlib.figures.role_tables` -- section 6
 """
 
-from fluxlib.figures import measured, merging, probes, profiling, real, role_tables, roles
+from fluxlib.figures import measured, merging, overhead, probes, profiling, real, role_tables, roles
 from fluxlib.figures.canvas import Picture, save
 from fluxlib.figures.comparison import convergence, time_to_accuracy
 from fluxlib.figures.plans import overview, roles_over_rounds, slots
@@ -35,6 +36,7 @@ __all__ = [
     "draw_trials",
     "measured",
     "merging",
+    "overhead",
     "overview",
     "partition",
     "phases",
