@@ -100,8 +100,8 @@ def test_no_text_and_no_sample_leaves_a_participant(
     allowed = {
         "arrays": None,
         "metrics": {"loss", "num-examples"},
-        "config": {"participant", "round", "version", "digest", "status", "frozen_digest", "approximate", "device", "shape",
-                   "frequency", "utilities", "tokens", "work", "phases", "spans"},
+        "config": {"participant", "round", "version", "digest", "status", "frozen_digest", "approximate", "device",
+                   "shape", "frequency", "utilities", "tokens", "work", "phases", "spans"},
     }  # fmt: skip
     for reply in sent:
         for name, record in reply.content.items():
