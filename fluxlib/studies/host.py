@@ -32,10 +32,19 @@ def host(size: int = 768, repeats: int = 5) -> catalogue.Device:
     copy_s = _fastest(lambda: block.clone(), repeats)
     bandwidth = 2 * block.numel() * block.element_size() / copy_s
     return catalogue.Device(
-        name="host", title="this machine, one thread", memory_bytes=2**40, unified=True,
-        peak_flops=2 * size**3 / product_s, memory_bytes_per_s=bandwidth, bus_bytes_per_s=bandwidth, host_bytes_per_s=bandwidth, host_memory_bytes=2**40,
-        compute_frac=1.0, bandwidth_frac=1.0, sources={"all": "measured here"},
-    )  # fmt: skip
+        name="host",
+        title="this machine, one thread",
+        memory_bytes=2**40,
+        unified=True,
+        peak_flops=2 * size**3 / product_s,
+        memory_bytes_per_s=bandwidth,
+        bus_bytes_per_s=bandwidth,
+        host_bytes_per_s=bandwidth,
+        host_memory_bytes=2**40,
+        compute_frac=1.0,
+        bandwidth_frac=1.0,
+        sources={"all": "measured here"},
+    )
 
 
 def check(cases: Iterable[Case], repeats: int, device: catalogue.Device) -> Iterator[Row]:
