@@ -8,8 +8,8 @@ values (Lloyd and Max), with a scale fitted to the block by least squares.
 - :func:`quantize_tensor`, :func:`dequantize` -- the same as functions,
 - :func:`levels` -- the levels of a code.
 
-bitsandbytes' NF4 needs 3.3 times as long to quantise on a CPU, its error on normal values is 8 % larger at more
-memory (a float32 scale per block), and it dequantises 2.3 times as fast there; see ``make bench``.
+bitsandbytes' NF4 needs about 3 times as long to quantise on a CPU, its error on normal values is 8 % larger at more
+memory (a float32 scale per block), and it dequantises 2 to 3 times as fast there; see ``make bench``.
 """
 
 from __future__ import annotations
