@@ -42,7 +42,8 @@ def memory(table: pd.DataFrame) -> Picture:
         device = catalogue.DEVICES[name]
         ax.axhline(0.9 * device.memory_bytes / GIB, color="black", linewidth=0.8, linestyle=":")
         ax.annotate(
-            f"{device.title.removeprefix('NVIDIA ')}", (1.0, 0.9 * device.memory_bytes / GIB), (3, 0), va="center",
+            f"{device.title.removeprefix('NVIDIA ')}", (1.0, 0.9 * device.memory_bytes / GIB), (3, 0),
+            va="top" if name == "rtx-3060" else "center",
             xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7,
         )  # fmt: skip
     ax.set_xticks(range(len(order)), [style.method(method).title for method in order])
