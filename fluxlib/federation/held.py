@@ -58,7 +58,8 @@ class Held:
         if delta.from_version != NOTHING and not (delta.from_version <= self.version <= delta.version):
             raise ResyncNeeded(f"holds version {self.version}, the delta is {delta.from_version} to {delta.version}")
         kept = {} if delta.from_version == NOTHING else dict(self.arrays)
-        for name in delta.arrays:  # exact and approximate replace each other
+        mixed = delta.num_approximate or any(name.endswith(APPROXIMATE) for name in kept)
+        for name in delta.arrays if mixed else ():  # exact and approximate replace each other
             kept.pop(name.removesuffix(APPROXIMATE) if name.endswith(APPROXIMATE) else name + APPROXIMATE, None)
         held = Held(delta.version, delta.digest, wires.make_record({**kept, **delta.arrays}))
         found = base.with_changes(held.expert_digests()).total()

@@ -288,7 +288,8 @@ def _profile_for_next(
     """The profile that the next round will use: made now, or noted for when the reply is out."""
     if method.afterwards is None or not config.stale_profile:
         return update, state
-    if _folder(context) is not None and context.node_config.get(later.BACKGROUND):
+    wanted = str(context.node_config.get(later.BACKGROUND, "")).lower() in ("true", "1")
+    if _folder(context) is not None and wanted:
         device = str(context.node_config.get("torch-device", "cpu"))
         samples = str(own_samples(context) or "")
         about = {"run": instruction.config, "participant": instruction.participant, "data": samples}
@@ -327,7 +328,8 @@ def kept_on_disk(handler: Callable[[Message, Context], Message]) -> Callable[[Me
             disk.restore(folder, context.state)
         reply = handler(message, context)
         disk.keep(folder, context.state)
-        later.start(folder, context.state)
+        if message.metadata.message_type == messages.TRAIN:
+            later.start(folder, context.state)
         return reply
 
     return kept
