@@ -110,6 +110,11 @@ def runs_read(profile: Profile, study: str, groups: Sequence[str], model: str) -
     return [run_id for run_id, variant in found.items() if variant in wanted]
 
 
+def grid_runs(profile: Profile, model: str) -> list[str]:
+    """Ids of the plain runs on one model, every method, task and seed: what is drawn side by side."""
+    return [run_id for run_id, run in profile.runs.items() if not run.variant and Path(run.model).name == model]
+
+
 def _only(kind: str, content: dict[str, Any], allowed: tuple[str, ...], path: Path) -> None:
     for name in content:
         if name not in allowed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -14,6 +15,9 @@ from fluxlib import records, workflow
 from fluxlib.config import REPO_ROOT
 
 pytestmark = pytest.mark.smoke
+
+PROFILE = workflow.load_profile(REPO_ROOT / "config" / "smoke.yaml")
+STUDIES = ast.literal_eval(re.search(r"^STUDIES = (\{.*?^\})", (REPO_ROOT / "Snakefile").read_text(), re.S | re.M)[1])
 
 
 def make(folder) -> str:
@@ -35,12 +39,11 @@ def smoke(tmp_path_factory):
 
 
 def test_every_run_of_the_profile_left_valid_tables(smoke):
-    profile = workflow.load_profile(REPO_ROOT / "config" / "smoke.yaml")
     results = smoke / "data" / "results" / "smoke"
     rounds = records.read_all("rounds", results)
     participants = records.read_all("participants", results)
-    assert set(rounds["run_id"]) == set(participants["run_id"]) == set(profile.runs)
-    for run_id, run in profile.runs.items():
+    assert set(rounds["run_id"]) == set(participants["run_id"]) == set(PROFILE.runs)
+    for run_id, run in PROFILE.runs.items():
         rows = rounds[rounds["run_id"] == run_id]
         assert rows["round"].tolist() == list(range(run.rounds + 1))
         assert rows["device_s"].is_monotonic_increasing and rows["wall_s"].is_monotonic_increasing
@@ -58,7 +61,8 @@ def test_every_figure_is_there_with_its_numbers(smoke):
     folder = smoke / "figures" / "smoke"
     models = ("mini-llama-moe", "mini-deepseek-moe")
     stems = {path.stem for path in folder.iterdir()}
-    assert stems == {f"{figure}-{model}" for figure in ("convergence", "time_to_accuracy") for model in models}
+    slugs = ["convergence", "time_to_accuracy", *(slug for study in PROFILE.studies for slug in STUDIES[study])]
+    assert stems == {f"{slug}-{model}" for slug in slugs for model in models}
     for stem in stems:
         assert (folder / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
         assert (folder / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
@@ -67,7 +71,7 @@ def test_every_figure_is_there_with_its_numbers(smoke):
 
 def test_the_executed_notebooks_show_no_error_and_no_bare_widget(smoke):
     executed = sorted((smoke / "build" / "smoke" / "notebooks").glob("*.ipynb"))
-    assert len(executed) == 2 + len(workflow.load_profile(REPO_ROOT / "config" / "smoke.yaml").runs)
+    assert len(executed) == 2 + len(PROFILE.runs) + len(PROFILE.studies) * len(PROFILE.models)
     for path in executed:
         text = path.read_text()
         assert '"output_type": "error"' not in text, path.name

@@ -87,6 +87,13 @@ def test_a_study_reads_the_runs_of_the_variants_it_names(tmp_path):
         workflow.runs_read(found, "03", ("other",), "m")
 
 
+def test_a_study_of_the_grid_reads_every_plain_run_of_its_model(tmp_path):
+    grid = PROFILE["grid"] | {"models": ["m", "folder/n"]}
+    variants = {"slow": {"methods": ["flux"], "run": {"learning_rate": 1e-5}}}
+    found = workflow.load_profile(profile(tmp_path / "mini.yaml", grid=grid, variants=variants))
+    assert workflow.grid_runs(found, "n") == ["flux-n-t-seed0", "fmd-n-t-seed0"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
