@@ -4,9 +4,9 @@ Peaks are what the maker states, per second and for dense arithmetic. How much o
 field, so that the two are not confused. Where a maker states none, the number follows from unit counts and clock,
 and the source says so.
 
-Compared on 2026-11-20 with independent listings: the L20's memory, bandwidth, 368 tensor cores and 2.52 GHz (topcpu.net,
-technical.city), the RTX 4090's 1008 GB/s and 165.15 TFLOPS (waredb.com). The makers' own sheets named below, and the other
-devices, could not be looked up again there.
+Compared on 2026-11-20 with independent listings: the L20's memory, bandwidth, 368 tensor cores and 2.52 GHz
+(topcpu.net, technical.city), the RTX 4090's 1008 GB/s and 165.15 TFLOPS (waredb.com). The makers' own sheets named
+below, and the other devices, could not be looked up again there.
 """
 
 from __future__ import annotations
