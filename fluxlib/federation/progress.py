@@ -1,7 +1,7 @@
 """A run's rows as they come, in a file that another process follows; and its wish that the run should stop.
 
 progress/<run_id>.jsonl    one row of ``rounds`` a line
-progress/<run_id>.over     the server is done, whatever came of it
+progress/<run_id>.over     the server is done; empty, or why it failed
 progress/<run_id>.stop     somebody asks it to stop after this round
 """
 
@@ -46,14 +46,18 @@ def ask_to_stop(out: Path, run_id: str) -> None:
     _path(out, run_id, "stop").touch()
 
 
-def say_over(out: Path, run_id: str) -> None:
-    """The server is done."""
-    _path(out, run_id, "over").touch()
+def say_over(out: Path, run_id: str, failure: str = "") -> None:
+    """The server is done; ``failure`` says why where it failed."""
+    path, temporary = _path(out, run_id, "over"), _path(out, run_id, "tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(failure)
+    temporary.replace(path)
 
 
-def is_over(out: Path, run_id: str) -> bool:
-    """Whether the server is done."""
-    return _path(out, run_id, "over").exists()
+def over(out: Path, run_id: str) -> str | None:
+    """Why the server failed, empty where it did not; ``None`` while it is at work, or if it was killed."""
+    path = _path(out, run_id, "over")
+    return path.read_text() if path.exists() else None
 
 
 def clear(out: Path, run_id: str) -> None:

@@ -55,9 +55,12 @@ def serve_alone(grid: Grid, config: RunConfig, out: Path | None) -> RunResult:
         return write(row)
 
     try:
-        return serve(grid, config, Options(out, on_round, keep_experts=True))
-    finally:
-        progress.say_over(out, config.run_id)
+        result = serve(grid, config, Options(out, on_round, keep_experts=True))
+    except Exception as error:
+        progress.say_over(out, config.run_id, str(error) or type(error).__name__)
+        raise
+    progress.say_over(out, config.run_id)
+    return result
 
 
 def from_run_config(values: dict[str, Any]) -> tuple[RunConfig, Path | None]:

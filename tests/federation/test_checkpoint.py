@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fluxlib import federation
+from fluxlib import federation, records
 from fluxlib.config import RunConfig
 from fluxlib.federation import CheckpointError, checkpoint
 
@@ -117,6 +117,34 @@ def test_a_full_disk_is_an_error_and_loses_nothing(
         with pytest.raises(OSError, match="No space left"):
             federation.run(config, out=tmp_path)
     as_uninterrupted(federation.run(config, out=tmp_path), config)
+
+
+def test_a_disk_that_is_full_when_the_tables_are_written_loses_nothing(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint goes only after the tables are there."""
+    write = records.write
+
+    def full(table: str, frame: Any, path: Path, *rest: Any) -> Any:
+        if path.parent.name == "rounds":
+            raise OSError(28, "No space left on device", str(path))
+        return write(table, frame, path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            federation.run(config, out=tmp_path)
+    rows: list[dict[str, Any]] = []
+    as_uninterrupted(federation.run(config, on_round=rows.append, out=tmp_path), config)
+    assert [row["round"] for row in rows] == [5]
+
+
+def test_time_limits_may_change_before_a_run_goes_on(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        federation.run(make_config(round_timeout_s=100.0), on_round=kill_after(2), out=tmp_path)
+    rows: list[dict[str, Any]] = []
+    federation.run(make_config(), on_round=rows.append, out=tmp_path)
+    assert rows[0]["round"] == 3
 
 
 def test_another_configuration_starts_anew(make_config: Make, tmp_path: Path) -> None:

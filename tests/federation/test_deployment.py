@@ -79,7 +79,7 @@ def test_the_same_run_as_in_process(base: RunConfig, nodes: LocalFederation, tmp
     same(result, local(base))
     about = json.loads(result.files["rounds"].with_suffix(".json").read_text())
     assert (about["status"], about["labels_by_participant"]) == ("complete", [])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["experts", "participants", "rounds"]
+    assert not {"checkpoints", "progress"} & {path.name for path in tmp_path.iterdir()}
     PACE["round_s"] = float(result.rounds["round_wall_s"].max())
 
 

@@ -263,6 +263,9 @@ def test_rows_are_followed_as_they_come_and_a_run_can_be_stopped(tmp_path: Path)
     with (tmp_path / "progress" / "one.jsonl").open("a") as file:
         file.write("}\n")
     assert next(rows) == {"round": 1}
+    assert progress.over(tmp_path, "one") is None
+    progress.say_over(tmp_path, "one", "too few")
+    assert progress.over(tmp_path, "one") == "too few"
     progress.ask_to_stop(tmp_path, "one")
     assert write({"round": 2}) is True
     progress.clear(tmp_path, "one")

@@ -27,8 +27,8 @@ from fluxlib.federation.outcome import RunFailed
 from fluxlib.moe import layers
 
 POLL_S = 0.5
-STATUS_EVERY = 6
-"""Polls between two questions to the SuperLink: each is a process of its own."""
+STATUS_EVERY_S = 15.0
+"""Seconds between two questions to the SuperLink: each is a process of its own."""
 
 
 def run_deployment(config: RunConfig, options: Options) -> RunResult:
@@ -82,21 +82,24 @@ def submit(config: RunConfig, out: Path, home: Path, superlink: str) -> str:
 
 
 def _follow(number: str, config: RunConfig, options: Options, out: Path, home: Path, superlink: str) -> None:
-    """Show rows as they come until the run is over."""
-    rows = progress.follow(out, config.run_id)
-    polls = 0
-    while True:
+    """Show rows as they come until the run is over.
+
+    The server app says so itself; one that was killed, or never started, cannot, so the SuperLink is asked as well.
+    """
+    rows, asked = progress.follow(out, config.run_id), time.monotonic()
+    while (failure := progress.over(out, config.run_id)) is None:
         _show(rows, options, out, config)
-        polls += 1
-        if polls % STATUS_EVERY == 0 or progress.is_over(out, config.run_id):
+        if time.monotonic() - asked > STATUS_EVERY_S:
             status, details = run_status(number, home, superlink)
-            if status.startswith("finished"):
+            asked = time.monotonic()
+            if status.startswith("finished") and progress.over(out, config.run_id) is None:
+                failure = details or status
                 break
         time.sleep(POLL_S)
     _show(rows, options, out, config)
     progress.clear(out, config.run_id)
-    if status != "finished:completed":
-        raise RunFailed(f"run {number} on {superlink}: {details or status}")
+    if failure:
+        raise RunFailed(f"run {number} on {superlink}: {failure}")
 
 
 def _show(rows: Iterator[dict[str, Any] | None], options: Options, out: Path, config: RunConfig) -> None:
