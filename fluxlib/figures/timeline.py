@@ -9,6 +9,8 @@ from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn, unique
 
 SERVER_COLORS = {"aggregate": "#000000", "evaluate": "#BBBBBB"}
 OTHER_COLOR = "#DDDDDD"
+HATCHES = {"download": "//", "upload": "\\\\", "profile": "..", "probe": "xx"}
+"""So that neighbours can be told apart without colours."""
 BESIDE = ("quantize", "profile", "first_profile")
 """Phases drawn in the lower half of a participant's lane: they may lie beside others."""
 
@@ -42,7 +44,8 @@ def timeline(table: pd.DataFrame, first_round: int = 2, last_round: int = 3, clo
         height = 0.38 if phase in BESIDE or phase == "upload" else 0.8
         ax.barh(
             [lane + low + height / 2 for lane in lanes], bars["end_s"] - bars["start_s"], height,
-            left=bars["start_s"] - begin, color=color, edgecolor="white", linewidth=0.4, label=str(phase),
+            left=bars["start_s"] - begin, color=color, edgecolor=color if phase in SERVER_COLORS else "white",
+            linewidth=0.4, hatch=HATCHES.get(str(phase)), label=str(phase),
         )  # fmt: skip
     for number, rows in shown.groupby("round"):
         end = rows["end_s"].max() - begin
