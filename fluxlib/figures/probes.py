@@ -72,7 +72,8 @@ def role_probes(measured: pd.DataFrame) -> Picture:
             aside = 1.06 ** list(looks).index(name) if measure == "bias" else 1.0
             cost = [aside * passes[name, x] for x in found.groups]
             ax.plot(cost, bands[:, 0], color=color, marker=marker, linestyle=line, label=name)
-            ax.fill_between(cost, bands[:, 1], bands[:, 2], color=color, alpha=0.15, linewidth=0)
+            if measure != "bias":  # it has bars of its own
+                ax.fill_between(cost, bands[:, 1], bands[:, 2], color=color, alpha=0.15, linewidth=0)
         if f"probe_{measure}" in free:
             _reference(ax, free[f"probe_{measure}"], f"frequency alone, no pass: {free[f'probe_{measure}']:.2f}")
         ax.set(title=title, xscale="log")

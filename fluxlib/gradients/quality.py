@@ -27,15 +27,16 @@ class Quality:
     spread: float
 
 
-def quality(estimated: Tensor, true: Tensor, tokens: Tensor, floor: float = 1e-6) -> Quality:
+def quality(estimated: Tensor, true: Tensor, tokens: Tensor, floor: float = 3e-8) -> Quality:
     """Compare several estimates of the same norms.
 
     Args:
         estimated: ``[R, N]`` squared norms, R independent repeats (other directions) over N experts.
         true: ``[N]`` squared norms from backpropagation; experts with 0 are left out.
         tokens: ``[N]`` tokens routed to each expert: utility is ``tokens * sqrt(norm)``.
-        floor: bias and spread leave out experts whose norm is below this share of the largest. A difference of two
-            losses in 32 bit shows nothing of them but rounding, and their ratio would outweigh all others.
+        floor: bias and spread leave out experts of a smaller true norm: a loss near 1 in 32 bit is rounded by 1e-7, over
+            two steps of 1e-3 that is 5e-5, whose square is 2.5e-9 (one-sided: 1e-8). Below, a difference of losses shows
+            rounding, and its ratio to the truth would outweigh all others. NaN if none is left.
 
     Raises:
         ValueError: shapes that do not fit, or no expert with a gradient.
@@ -48,7 +49,7 @@ def quality(estimated: Tensor, true: Tensor, tokens: Tensor, floor: float = 1e-6
         raise ValueError("true: no expert has a gradient")
     norms, truth, weight = (value[..., used].double() for value in (estimated, true, tokens))
     utilities, best = weight * norms.clamp(min=0).sqrt(), weight * truth.sqrt()
-    seen = truth >= floor * truth.max()
+    seen = truth >= floor
     ratio = norms[:, seen] / truth[seen]
     means = ratio.mean(dim=1)
     cosine = torch.nn.functional.cosine_similarity(utilities, best[None], dim=1)

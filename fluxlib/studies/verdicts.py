@@ -90,8 +90,8 @@ def roles(table: pd.DataFrame) -> pd.DataFrame:
     for clock in _settings(table, "probe_share"):
         share = _seeds(table, "probe_share", clock)
         lines.append(_line(f"share of a round spent on probes, {clock}", "0.05", 0.05, share, "smaller"))
-    # Of the three groups the paper reports on epsilon alone.
-    for group, paper in (("assignment", ""), ("epsilon", "ahead"), ("options", "")):
+    # Of these two the paper reports on epsilon alone.
+    for group, paper in (("assignment", ""), ("epsilon", "ahead")):
         names = _settings(table, f"{group}_final_metric")
         score = {name: _seeds(table, f"{group}_final_metric", name) for name in names}
         time = {name: _seeds(table, f"{group}_device_s_at_least", name) for name in names}
