@@ -34,8 +34,8 @@ def quality(estimated: Tensor, true: Tensor, tokens: Tensor, floor: float = 3e-8
         estimated: ``[R, N]`` squared norms, R independent repeats (other directions) over N experts.
         true: ``[N]`` squared norms from backpropagation; experts with 0 are left out.
         tokens: ``[N]`` tokens routed to each expert: utility is ``tokens * sqrt(norm)``.
-        floor: bias and spread leave out experts of a smaller true norm: a loss near 1 in 32 bit is rounded by 1e-7; over
-            two steps of 1e-3 that is 5e-5, whose square is 2.5e-9 (one-sided: 1e-8). Below, a difference of losses
+        floor: bias and spread leave out experts of a smaller true norm: a loss near 1 in 32 bit is rounded by 1e-7;
+            over two steps of 1e-3 that is 5e-5, whose square is 2.5e-9 (one-sided: 1e-8). Below, a difference of losses
             shows rounding, and its ratio to the truth would outweigh all others. NaN if none is left.
 
     Raises:
