@@ -152,52 +152,43 @@ def wait_for(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_node_with_an_unknown_key_is_refused(nodes: LocalFederation, tmp_path: Path) -> None:
-    command = node_command(nodes, 0)
+def test_strangers_are_refused(nodes: LocalFederation, tmp_path: Path) -> None:
+    """They never get a node number, which the SuperLink gives to those it lets in; and the run's nodes stay."""
+    commands = {name: node_command(nodes) for name in ("unknown key", "no key", "no TLS", "another SuperLink")}
     credentials.make_node_key(tmp_path)
-    command[command.index("--auth-supernode-private-key") + 1] = str(tmp_path / credentials.NODE_KEY)
-    assert_refused(command, tmp_path, nodes)
-
-
-def test_a_node_without_a_key_is_refused(nodes: LocalFederation, tmp_path: Path) -> None:
-    command = node_command(nodes, 0)
-    place = command.index("--auth-supernode-private-key")
-    assert_refused(command[:place] + command[place + 2 :], tmp_path, nodes)
-
-
-def test_a_node_without_tls_is_refused(nodes: LocalFederation, tmp_path: Path) -> None:
-    command = node_command(nodes, 0)
-    for name in ("--auth-supernode-private-key", "--root-certificates"):
-        place = command.index(name)
-        del command[place : place + 2]
-    assert_refused([*command, "--insecure"], tmp_path, nodes)
+    replace(commands["unknown key"], "--auth-supernode-private-key", str(tmp_path / credentials.NODE_KEY))
+    replace(commands["no key"], "--auth-supernode-private-key")
+    replace(commands["no TLS"], "--auth-supernode-private-key")
+    replace(commands["no TLS"], "--root-certificates")
+    commands["no TLS"].append("--insecure")
+    credentials.make_certificates(tmp_path / "other", [processes.HOST])
+    replace(commands["another SuperLink"], "--root-certificates", str(tmp_path / "other" / credentials.CA_CERTIFICATE))
+    started = {}
+    for name, command in commands.items():
+        env = processes.environment(FLWR_HOME=str(tmp_path / name))
+        started[name] = processes.start(command, tmp_path / f"{name}.log", env)
+    deadline = time.monotonic() + 60
+    for process in started.values():
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        processes.stop(process)
+    for name, process in started.items():
+        text = (tmp_path / f"{name}.log").read_text()
+        assert "Starting Flower SuperNode" in text, name
+        assert "SuperNode ID" not in text, name
+        assert process.returncode != 0, name
     with pytest.raises((urllib.error.URLError, OSError)):
         urllib.request.urlopen(f"http://{nodes.address}/health", timeout=10)
 
 
-def test_a_node_does_not_trust_another_superlink(nodes: LocalFederation, tmp_path: Path) -> None:
-    credentials.make_certificates(tmp_path / "other", [processes.HOST])
-    command = node_command(nodes, 0)
-    other = tmp_path / "other" / credentials.CA_CERTIFICATE
-    command[command.index("--root-certificates") + 1] = str(other)
-    assert_refused(command, tmp_path, nodes)
-
-
-def node_command(nodes: LocalFederation, number: int) -> list[str]:
+def node_command(nodes: LocalFederation) -> list[str]:
     (port,) = processes.free_ports(1)
-    return [*processes.supernode_command(nodes.node_folders[number], nodes.address, port), "--max-retries", "0"]
+    return [*processes.supernode_command(nodes.node_folders[0], nodes.address, port), "--max-retries", "0"]
 
 
-def assert_refused(command: list[str], tmp_path: Path, nodes: LocalFederation) -> None:
-    """It never gets a node number, which the SuperLink gives to those it lets in."""
-    log = tmp_path / "node.log"
-    process = processes.start(command, log, processes.environment(FLWR_HOME=str(tmp_path)))
-    try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        processes.stop(process)
-    text = log.read_text()
-    assert "SuperNode ID" not in text, text
-    assert process.returncode != 0, text
+def replace(command: list[str], option: str, value: str | None = None) -> None:
+    """Give ``option`` another value, or leave it out."""
+    place = command.index(option)
+    command[place : place + 2] = [] if value is None else [option, value]

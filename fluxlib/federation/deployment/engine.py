@@ -8,6 +8,7 @@ machine, or a shared file system.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -73,7 +74,10 @@ def submit(config: RunConfig, out: Path, home: Path, superlink: str) -> str:
         # A JSON text without its escapes for other alphabets is a TOML text too.
         settings = json.dumps(json.dumps(config.model_dump(mode="json", exclude_defaults=True)))
         path.write_text(f"settings = {settings}\nout = {json.dumps(str(out))}\nengine = {json.dumps(config.engine)}\n")
-        done = flwr(home, "run", str(REPO_ROOT), superlink, "--run-config", str(path), "--format", "json")
+        app = Path(temporary) / "fluxlib"  # Flower looks through all files of an app's folder, a checkout has many
+        app.mkdir()
+        shutil.copy(REPO_ROOT / "pyproject.toml", app)
+        done = flwr(home, "run", str(app), superlink, "--run-config", str(path), "--format", "json")
     try:
         return str(json.loads(done.stdout)["run-id"])
     except (ValueError, KeyError, TypeError):

@@ -27,7 +27,8 @@ CONNECTION = "federation"
 """Name of the SuperLink in the Flower configuration that a :class:`LocalFederation` writes."""
 
 HOST = "127.0.0.1"
-START_S = 90.0
+START_S, COMMAND_S = 120.0, 300.0
+"""Patience with a SuperLink that starts, and with a command; seconds each on an idle machine."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -102,11 +103,14 @@ def executor_command(addresses: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "fluxlib.federation.deployment.commands", "executor", *addresses]
 
 
-def flwr(home: Path, *arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
-    """Flower's command line with its configuration in ``home``."""
+def flwr(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Flower's command line with its configuration in ``home``; one that never answers counts as failed."""
     env = environment(FLWR_HOME=str(home))
     command = ["flwr", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
+    try:
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"flwr {arguments[0]} did not answer within {COMMAND_S:g} s")
 
 
 def write_connection(home: Path, address: str, root_certificates: Path) -> None:
