@@ -85,7 +85,7 @@ def write_api(source: Path, package: Path = REPO_ROOT / "fluxlib") -> int:
         body = [f"# `{part}`", ""]
         for module in modules:
             body += [] if module == part else [f"## `{module}`", ""]
-            options = ":members:\n:member-order: bysource\n:show-inheritance:"
+            options = ":members:\n:exclude-members: set\n:member-order: bysource\n:show-inheritance:"
             body += ["```{eval-rst}", f".. automodule:: {module}", *(f"   {o}" for o in options.split("\n")), "```", ""]
         (folder / f"{part}.md").write_text("\n".join(body))
     listed = "\n".join(sorted(parts))
