@@ -60,7 +60,7 @@ def discarding(table: pd.DataFrame) -> Picture:
     bars(left, _renamed(error, names), list(names.values()))
     left.set(ylabel="error of the last hidden state")
     bars(right, _renamed(apart, names), list(names.values()))
-    right.set(ylabel="divergence of predictions (nats/token)")
+    right.set(ylabel="divergence (nats/token)")
     footer(figure, error, "before any training")
     return figure
 
@@ -160,10 +160,8 @@ def clustering_time(table: pd.DataFrame) -> Picture:
             capsize=2,
             label=label,
         )
-        for place, height in zip(x, found[:, 0], strict=True):
-            ax.annotate(
-                f"{height:.3g} ms", (place, height), (0, 3), textcoords="offset points", ha="center", fontsize=7
-            )
+        for place, height, top in zip(x, found[:, 0], found[:, 2], strict=True):
+            ax.annotate(f"{height:.3g} ms", (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=7)
     for place, shape in enumerate(shapes):
         ratio = (medians[f"{shape}, per layer"] / medians[f"{shape}, fused"]).mean()
         ax.text(place, 0.86, f"{ratio:.0f} times", transform=ax.get_xaxis_transform(), ha="center", fontsize=9)
