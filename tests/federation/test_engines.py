@@ -124,6 +124,29 @@ def test_what_hangs_or_fails_leaves_the_state_of_its_node(
     assert "half" in context.state
 
 
+@pytest.mark.parametrize("method", ["fake-profiling", "flux"])
+def test_a_round_that_is_asked_for_again_gives_the_same_reply(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+) -> None:
+    """As after the server was killed: its participants have done the round, and kept what came of it on their disks."""
+    config = make_config(method=method, rounds=3, uplink_wire="int8")
+    once = federation.run(config)
+
+    class Twice(federation.LocalGrid):
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, node_config=lambda i: {"state-dir": str(tmp_path)}, **more)
+
+        def _work(self, message: Message, stored: Context) -> tuple[Message, RecordDict]:
+            if message.metadata.message_type == messages.TRAIN:
+                _, stored.state = super()._work(message, stored)
+            return super()._work(message, stored)
+
+    monkeypatch.setattr(importlib.import_module("fluxlib.federation.run"), "LocalGrid", Twice)
+    twice = federation.run(config)
+    for a, b in zip(once.model.parameters(), twice.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 # A participant's folder.
 
 
