@@ -41,10 +41,13 @@ STUDIES = {
         "role_utilities", "role_probes", "role_seconds", "role_map", "role_convergence", "role_ablation", "role_coverage",
         "role_epsilon", "role_options",
     ],
+    "06_scale_and_overhead": ["round_phases", "round_memory", "link_speed", "clock_check"],
     "07_real_models": ["real_memory", "real_phases", "real_links"],
 }
 # Studies that read the tables of federated runs as well, and which of their parameters name the variants they read.
 READS_RUNS = {"03_role_assignment": ("assignments", "epsilons", "options")}
+# Studies that read all plain runs on their model.
+READS_GRID = ("06_scale_and_overhead",)
 
 try:
     for study, parameters in PROFILE.studies.items():
@@ -123,7 +126,11 @@ for study in PROFILE.studies:
             notebook=NOTEBOOKS / f"{study}.ipynb",
             rounds=lambda wildcards, study=study: [
                 f"{RESULTS}/rounds/{run_id}.parquet"
-                for run_id in steps.runs_read(PROFILE, study, READS_RUNS.get(study, ()), wildcards.model)
+                for run_id in (
+                    steps.grid_runs(PROFILE, wildcards.model)
+                    if study in READS_GRID
+                    else steps.runs_read(PROFILE, study, READS_RUNS.get(study, ()), wildcards.model)
+                )
             ],
         output:
             table=f"{RESULTS}/measurements/{study}-{{model}}.parquet",
