@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -163,7 +164,7 @@ def read_runs(
 
 
 def make_runs(folder: Path, base: RunConfig, seeds: Iterable[int], changes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make the runs that are not in ``folder`` yet: by variant, what is changed against ``base``.
+    """Make the runs that are not in ``folder`` yet, or are of another configuration: by variant, what is changed.
 
     Raises:
         ConfigError: a change that is not allowed, before any run.
@@ -179,5 +180,11 @@ def make_runs(folder: Path, base: RunConfig, seeds: Iterable[int], changes: Mapp
     if not wanted:
         raise ConfigError("changes: at least one variant is needed, got none")
     for config in wanted:
-        if not (folder / "rounds" / f"{config.run_id}.parquet").is_file():
+        if _made_with(folder / "rounds" / f"{config.run_id}.json") != config.model_dump(mode="json"):
             federation.run(config, out=folder)
+
+
+def _made_with(about: Path) -> Any:
+    """The configuration that a table was made with; None if there is none, or its run was not complete."""
+    found = json.loads(about.read_text()) if about.is_file() else {}
+    return found.get("parameters") if found.get("status") == "complete" else None

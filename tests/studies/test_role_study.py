@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -70,3 +71,23 @@ def test_verdicts_compare_each_setting_with_the_first() -> None:
     assert found.loc["the same, two-sided and guided", "verdict"] == "agrees"
     assert found.loc["FLUX above other: final score", "ours"] == pytest.approx(0.1)
     assert found.loc["other over FLUX: device seconds to target", "verdict"] == "does not"
+
+
+def test_a_run_is_made_once_and_again_when_its_configuration_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fluxlib import federation
+
+    made: list[tuple[str, int]] = []
+
+    def run(config: RunConfig, out: Path) -> None:
+        made.append((config.variant, config.rounds))
+        about = out / "rounds" / f"{config.run_id}.json"
+        about.parent.mkdir(exist_ok=True)
+        about.write_text(json.dumps({"parameters": config.model_dump(mode="json"), "status": "complete"}))
+
+    monkeypatch.setattr(federation, "run", run)
+    for rounds in (2, 2, 3):
+        changes = {"": {}, "random": {"assignment": "random"}}
+        roles.make_runs(tmp_path, RunConfig(rounds=rounds), [0], changes)
+    assert made == [("", 2), ("random", 2), ("", 3), ("random", 3)]
