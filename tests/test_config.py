@@ -31,7 +31,7 @@ from fluxlib.config import ConfigError, RunConfig, make_config
             {"participants": 3, "participants_per_round": 4},
             "participants_per_round is 4, allowed is at most participants=3",
         ),
-        ({"engine": "ray"}, "engine: Input should be 'local', got 'ray'"),
+        ({"engine": "ray"}, "engine: Input should be 'local', 'simulation' or 'deployment', got 'ray'"),
     ],
 )
 def test_bad_values_are_named(parameters: dict[str, Any], message: str) -> None:
