@@ -53,10 +53,10 @@ def overview(
     _activation(top, left, shares)
     draw_slots(right, plans, np.asarray(explored, dtype=bool))
     space, time = bottom.subplots(1, 2)
-    _stacked(space, memory, MEMORY_COLORS, "GiB on one device, at the peak")
-    space.axvline(limit_gib, color="black", linestyle="--", linewidth=1.2)
-    space.annotate("device", (limit_gib, 1.0), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                   fontsize=7, va="top")  # fmt: skip
+    _stacked(space, memory, MEMORY_COLORS, f"GiB at the peak, on a device of {limit_gib:.0f} (dashed)")
+    # A device that is many times larger than what it holds is named, not drawn.
+    if limit_gib <= 2 * space.get_xlim()[1]:
+        space.axvline(limit_gib, color="black", linestyle="--", linewidth=1.2)
     _stacked(time, seconds, style.PHASE_COLORS, "device seconds of one round")
     caption(figure, *notes)
     return figure
