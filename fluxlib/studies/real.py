@@ -49,7 +49,6 @@ def works(
     everything = replace(
         training, num_tuned=num_experts, num_downloaded=num_experts, num_uploaded=num_experts, offloaded=True
     )
-    profile = {"profile_samples": flux.profile_samples, "profile_tokens": flux.profile_tokens, "profile_bits": 4}
     return {
         "flux": replace(flux, num_downloaded=changed, download_bits=wire_bits, upload_bits=wire_bits),
         "fmd": everything,
@@ -59,7 +58,8 @@ def works(
         ),
         "fmes": replace(
             training, num_tuned=flux.num_tuned, num_quantized=num_experts, num_downloaded=changed,
-            num_uploaded=flux.num_uploaded, routed_tokens=1, slot_tokens=1, tuned_tokens=1, **profile,
+            num_uploaded=flux.num_uploaded, routed_tokens=1, slot_tokens=1, tuned_tokens=1,
+            profile_samples=flux.profile_samples, profile_tokens=flux.profile_tokens, profile_bits=4,
         ),
     }  # fmt: skip
 
