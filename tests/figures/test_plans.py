@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fluxlib import figures, records
+from fluxlib.moe.compact import LayerPlan
+
+DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
+PLAN = LayerPlan(tuned=(2, 5), groups=((0, 1, 7), (3,), (4, 6)))
+
+
+def run(metrics: list[float], step_s: float) -> pd.DataFrame:
+    rows = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.ROUNDS})
+    index = np.arange(len(metrics))
+    return rows.assign(round=index, metric=metrics, device_s=step_s * index, wall_s=index, metric_name="accuracy")
+
+
+def test_a_box_is_a_slot_and_every_expert_has_its_number():
+    ax = figures.slots([PLAN]).axes[0]
+    assert [patch.get_width() for patch in ax.patches] == [1, 1, 3, 1, 2]
+    assert [text.get_text() for text in ax.texts] == ["2", "5", "0", "1", "7", "3", "4", "6"]
+    assert ax.get_title(loc="left") == "8 experts in 5 slots: a box is a slot"
+    dropped = figures.slots([LayerPlan(tuned=(0,), dropped=(1, 2))]).axes[0]
+    assert "dropped" in [text.get_text() for text in dropped.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize(("limit_gib", "lines"), [(1.5, 1), (48.0, 0)])
+def test_a_device_is_drawn_only_where_it_is_of_the_plans_size(limit_gib, lines):
+    memory = {"flux": {"activations": 0.5, "other weights": 0.25}, "fmd": {"activations": 1.0}}
+    seconds = {"flux": {"train": 1.0}, "fmd": {"train": 2.0, "upload": 1.0}}
+    figure = figures.overview(np.full((1, 8), 0.125), [PLAN], np.zeros((1, 8)), memory, limit_gib, seconds, ["a note"])
+    space = next(ax for ax in figure.axes if "GiB" in ax.get_title(loc="left"))
+    assert len(space.lines) == lines
+    assert [text.get_text() for text in space.texts] == [" 0.75", " 1"]
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_runs_are_compared_on_every_clock():
+    times = figures.compare_runs({"a": run([0.0, 0.5, 1.0], 2.0), "b": run([0.0, 0.1], 1.0)}, target=0.75)
+    assert times["device_s_to_target"].tolist() == pytest.approx([3.0, np.nan], nan_ok=True)
+    assert times["round_to_target"].tolist() == pytest.approx([1.5, np.nan], nan_ok=True)
+    assert times["final_metric"].tolist() == [1.0, 0.1]
+
+
+def test_curves_have_a_line_per_run_and_roles_below():
+    counts = np.arange(8).reshape(2, 2, 2)
+    figure = figures.curves({"a": run([0.0, 1.0], 1.0), "b": run([0.0, 0.5], 2.0)}, target=0.9, roles=counts)
+    assert len(figure.axes[0].lines) == 3
+    roles = next(ax for ax in figure.axes if ax.get_ylabel() == "round")
+    np.testing.assert_array_equal(roles.images[0].get_array(), counts.reshape(2, -1))
+    assert roles.get_yticks().tolist() == [1, 2]
+    assert figures.roles_over_rounds(counts)._repr_png_().startswith(b"\x89PNG")
