@@ -22,7 +22,7 @@ def join(message: Message, context: Context) -> Message:
 @app.query("profile")
 def profile(message: Message, context: Context) -> Message:
     """Profile the model before the first round, for first utilities."""
-    return participant.kept_on_disk(_in_time(participant.profile))(message, context)
+    return participant.kept_on_disk(_repeatable(_in_time(participant.profile)))(message, context)
 
 
 @app.train()
@@ -46,21 +46,29 @@ def _repeatable(work: Callable[[Message, Context], Message]) -> Callable[[Messag
     def repeatable(message: Message, context: Context) -> Message:
         if not context.node_config.get(disk.STATE_DIR):  # elsewhere nothing outlives the server
             return work(message, context)
-        number, state = int(message.content["config"]["round"]), context.state
-        if _DONE in state and int(state[_DONE]["number"]) >= number:
-            earlier = {name.removeprefix(_BEFORE): state[name] for name in list(state) if name.startswith(_BEFORE)}
-            _replace_own(state, earlier)
-        before = {name: state[name] for name in state if _is_own(name)}
+        number = int(message.content["config"]["round"])
+        run = messages.parse_config(str(message.content["config"]["run"])).numbers
+        before = _go_back(context.state, number, run)
         reply = work(message, context)
-        state = context.state
-        for name in [name for name in state if name.startswith(_BEFORE)]:
-            del state[name]
-        for name, record in before.items():
-            state[_BEFORE + name] = record
-        state[_DONE] = ConfigRecord({"number": number})
+        if message.metadata.message_type == messages.TRAIN:
+            for name, record in before.items():
+                context.state[_BEFORE + name] = record
+            context.state[_DONE] = ConfigRecord({"number": number, "run": run})
         return reply
 
     return repeatable
+
+
+def _go_back(state: RecordDict, number: int, run: str) -> dict[str, Any]:
+    """Make ``state`` what it was before that round of that run, and give its records that are the participant's own."""
+    done = state[_DONE] if _DONE in state else {"number": 0, "run": ""}
+    earlier = {name.removeprefix(_BEFORE): state[name] for name in list(state) if name.startswith(_BEFORE)}
+    for name in [_DONE, *(_BEFORE + name for name in earlier)]:
+        if name in state:
+            del state[name]
+    if done["run"] == run and int(done["number"]) >= number:
+        _replace_own(state, earlier)
+    return {name: state[name] for name in state if _is_own(name)}
 
 
 def _is_own(name: str) -> bool:

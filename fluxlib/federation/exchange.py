@@ -7,13 +7,17 @@ order of addition (it decides the last bits of a mean) and the server app one re
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 
 from flwr.app import Message
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 
 from fluxlib.federation.local_grid import LocalGrid
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 
@@ -29,11 +33,20 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout_s: float | None) -
         yield from _fetch(grid, identifier, deadline)
 
 
+def is_from_a_node(reply: Message) -> bool:
+    """Whether a node made it; where none did in time, or its node is gone, the SuperLink says so in its place."""
+    if reply.metadata.src_node_id != SUPERLINK_NODE_ID:
+        return True
+    log.warning("no reply to message %s: %s", reply.metadata.reply_to_message_id, reply.error.reason)
+    return False
+
+
 def _fetch(grid: Grid, identifier: str, deadline: float | None) -> Iterator[Message]:
     """The reply to one message: none or one. What has come is fetched even when the time is over."""
     while True:
-        replies = list(grid.pull_messages([identifier]))
-        if replies or (deadline is not None and time.monotonic() >= deadline):
+        found = list(grid.pull_messages([identifier]))
+        replies = [reply for reply in found if is_from_a_node(reply)]
+        if found or (deadline is not None and time.monotonic() >= deadline):
             yield from replies
             return
         time.sleep(POLL_S)

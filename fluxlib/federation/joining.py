@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue
 from fluxlib.federation import messages
+from fluxlib.federation.exchange import is_from_a_node
 from fluxlib.federation.local_grid import LocalGrid
 from fluxlib.federation.messages import Instruction, JoinReport
 from fluxlib.federation.outcome import RunFailed
@@ -68,7 +69,8 @@ def _answers(grid: Grid, invitations: Iterable[Message], waiting: set[str]) -> I
         waiting.update(identifier for identifier in grid.push_messages([invitation]) if identifier)
     for reply in grid.pull_messages(list(waiting)) if waiting else []:
         waiting.discard(reply.metadata.reply_to_message_id)
-        yield reply
+        if is_from_a_node(reply):
+            yield reply
 
 
 def _invitations(nodes: list[int], config: RunConfig, store: ExpertStore) -> Iterator[Message]:

@@ -113,7 +113,7 @@ def test_a_killed_node_and_one_that_hangs_cost_their_replies(
     nodes.start_node(1)
     people = result.participants.pivot(index="round", columns="participant", values="rejected")
     assert people.loc[1].tolist() == ["", "", ""]
-    assert people.loc[2].tolist() == ["", "missing", "missing"] or people.loc[2].tolist() == ["", "error", "missing"]
+    assert people.loc[2].tolist() == ["", "missing", "missing"]
     assert result.rounds["num_rejected"].tolist() == [0, 0, 2]
     assert all(torch.isfinite(parameter).all() for parameter in result.model.parameters())
 

@@ -9,6 +9,7 @@ import pickle  # noqa: S403,TID251  (Ray does it to every message)
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -71,23 +72,29 @@ def test_settings_of_flowers_run_configuration_win() -> None:
 
 
 class SlowGrid:
-    """Answers in any order, some never, as a SuperLink does."""
+    """Answers in any order, some never, and says so itself for a node that is gone, as a SuperLink does."""
 
-    def __init__(self, ready_after: dict[int, float]) -> None:
-        self.ready_after, self.polls, self.alive = ready_after, 0, 0
+    def __init__(self, ready_after: dict[int, float], gone: int) -> None:
+        self.ready_after, self.gone, self.polls = ready_after, gone, 0
 
     def push_messages(self, sent: list[int]) -> list[str]:
         return [str(number) for number in sent]
 
-    def pull_messages(self, identifiers: list[str]) -> list[int]:
+    def pull_messages(self, identifiers: list[str]) -> list[SimpleNamespace]:
         self.polls += 1
-        return [int(i) for i in identifiers if self.polls > self.ready_after[int(i)]]
+        return [self._reply(int(i)) for i in identifiers if self.polls > self.ready_after[int(i)]]
+
+    def _reply(self, number: int) -> SimpleNamespace:
+        source = 1 if number == self.gone else 10 + number
+        metadata = SimpleNamespace(src_node_id=source, reply_to_message_id=str(number))
+        return SimpleNamespace(number=number, metadata=metadata, error=SimpleNamespace(reason="node unavailable"))
 
 
 def test_replies_come_in_order_and_late_ones_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "POLL_S", 0.01)
-    grid: Any = SlowGrid({0: 4, 1: 0, 2: 1e9, 3: 0})
-    assert list(exchange.exchange(grid, [0, 1, 2, 3], 0.5)) == [0, 1, 3]  # type: ignore[list-item]
+    grid: Any = SlowGrid({0: 4, 1: 0, 2: 1e9, 3: 0, 4: 0}, gone=1)
+    replies: Any = list(exchange.exchange(grid, [0, 1, 2, 3, 4], 0.5))  # type: ignore[list-item]
+    assert [reply.number for reply in replies] == [0, 3, 4]
 
 
 def test_what_is_lent_in_process_is_an_array_anywhere_else() -> None:
@@ -142,7 +149,9 @@ def test_a_round_that_is_asked_for_again_gives_the_same_reply(
             return super()._work(message, stored)
 
     monkeypatch.setattr(importlib.import_module("fluxlib.federation.run"), "LocalGrid", Twice)
-    twice = federation.run(config)
+    federation.run(config.model_copy(update={"seed": 1}))  # what is left on the disks is of another run first
+    for _ in range(2):  # then of this one
+        twice = federation.run(config)
     for a, b in zip(once.model.parameters(), twice.model.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help=__doc__,
+    help="What an operator needs beside Flower's own commands; docs/deployment.md shows where.",
 )
 
 
