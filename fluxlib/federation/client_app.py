@@ -61,7 +61,7 @@ def _repeatable(work: Callable[[Message, Context], Message]) -> Callable[[Messag
 
 def _go_back(state: RecordDict, number: int, run: str) -> dict[str, Any]:
     """Make ``state`` what it was before that round of that run, and give its records that are the participant's own."""
-    done = state[_DONE] if _DONE in state else {"number": 0, "run": ""}
+    done: Mapping[str, Any] = state[_DONE] if _DONE in state else {"number": 0, "run": ""}
     earlier = {name.removeprefix(_BEFORE): state[name] for name in list(state) if name.startswith(_BEFORE)}
     for name in [_DONE, *(_BEFORE + name for name in earlier)]:
         if name in state:
