@@ -31,6 +31,8 @@ if strangers := steps.strangers(Path(RESULTS), PROFILE):
 NOTEBOOKS = REPO / "notebooks"
 FEDERATED_RUN = NOTEBOOKS / "04_federated_run.ipynb"
 
+# Notebooks that are executed as they stand and leave nothing but themselves.
+PLAIN = ("00_start_here", "explore")
 # Study notebooks, executed once per model, and the figures that each leaves.
 STUDIES = {
     "01_profiling": ["activation_by_layer", "profile_error", "sample_size", "drift", "round_saving"],
@@ -67,13 +69,14 @@ onerror:
 
 
 wildcard_constraints:
+    plain="|".join(PLAIN),
     run_id="|".join(map(re.escape, PROFILE.runs)),
     model="|".join(map(re.escape, PROFILE.models)),
 
 
 rule all:
     input:
-        f"{BUILD}/notebooks/00_start_here.ipynb",
+        expand("{build}/notebooks/{plain}.ipynb", build=BUILD, plain=PLAIN),
         expand("{results}/{table}/{run_id}.parquet",
                results=RESULTS, table=["rounds", "participants"], run_id=PROFILE.runs),
         expand("{figures}/{figure}-{model}.{kind}",
@@ -84,15 +87,15 @@ rule all:
         ],
 
 
-rule start_here:
+rule as_it_stands:
     input:
-        NOTEBOOKS / "00_start_here.ipynb",
+        f"{NOTEBOOKS}/{{plain}}.ipynb",
     output:
-        f"{BUILD}/notebooks/00_start_here.ipynb",
+        f"{BUILD}/notebooks/{{plain}}.ipynb",
     log:
-        f"{BUILD}/logs/00_start_here.log",
+        f"{BUILD}/logs/{{plain}}.log",
     benchmark:
-        f"{BUILD}/benchmarks/00_start_here.tsv"
+        f"{BUILD}/benchmarks/{{plain}}.tsv"
     shell:
         "{EXECUTE} {input} {output} > {log} 2>&1"
 

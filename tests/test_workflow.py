@@ -164,7 +164,8 @@ class Pipeline:
         self.root = root
         shutil.copy(REPO_ROOT / "Snakefile", root)
         names = "method='flux'\nmodel='m'\ntask='t'\nseed=0\nrounds=1\nsettings={}\nout=''"
-        notebook(root / "notebooks" / "00_start_here.ipynb", "seed = 0")
+        for plain in ("00_start_here", "explore"):
+            notebook(root / "notebooks" / f"{plain}.ipynb", "seed = 0")
         notebook(root / "notebooks" / "04_federated_run.ipynb", names, RUN_CODE)
         notebook(
             root / "notebooks" / "05_time_to_accuracy.ipynb", "profile=''\nresults=''\nfigures_folder=''", DRAW_CODE

@@ -46,7 +46,7 @@ class Controls:
             "participant": count(value=0, min=0, max=base.participants - 1, continuous_update=False),
             "rounds": count(value=base.rounds, min=1, max=40, continuous_update=False),
             "local_steps": count(value=base.local_steps, min=1, max=8, continuous_update=False),
-            "layer_budget": menu(options=["adaptive", "uniform", "single"], value=base.layer_budget),
+            "layer_budget": menu(options=["adaptive", "uniform", "single", "joint"], value=base.layer_budget),
         }
         for name, widget in self.widgets.items():
             widget.description = LABELS[name]
