@@ -9,6 +9,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +18,9 @@ from typing import Annotated
 import typer
 
 from fluxlib.config import ConfigError
+
+PATIENCE_S, RETRY_S = 150.0, 10.0
+"""How long a node that is not let in tries again, and how often."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,16 +73,20 @@ def node(
     from fluxlib.federation.deployment import executor, processes
 
     os.environ.update(processes.environment())
-    command = processes.supernode_command(folder, superlink, port)
-    supernode = subprocess.Popen(command, preexec_fn=processes.end_with_parent)
-
-    def end(number: int, frame: object) -> None:
-        supernode.terminate()
-
+    command, ended = processes.supernode_command(folder, superlink, port), threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, end)
-    executor.serve([f"{processes.HOST}:{port}"], lambda: supernode.poll() is None)
-    raise SystemExit(supernode.wait())
+        signal.signal(name, lambda *_: ended.set())
+    begin = time.monotonic()
+    while True:
+        supernode = subprocess.Popen(command, preexec_fn=processes.end_with_parent)
+        executor.serve([f"{processes.HOST}:{port}"], lambda: supernode.poll() is None and not ended.is_set())  # noqa: B023
+        supernode.terminate()
+        code = supernode.wait()
+        # A SuperLink takes a minute to notice that a node was killed, and lets nobody in with its key until then.
+        if code == 0 or ended.is_set() or time.monotonic() - begin > PATIENCE_S:
+            raise SystemExit(0 if ended.is_set() else code)
+        print(f"not let in; trying again for {PATIENCE_S:g} s after the start", flush=True)
+        ended.wait(RETRY_S)
 
 
 @app.command(name="executor", hidden=True)
