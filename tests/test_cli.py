@@ -44,7 +44,7 @@ def engine(monkeypatch, rounds):
 
     seen = SimpleNamespace(config=None, error=None)
 
-    def run(config, on_round=None, out=None):
+    def run(config, on_round=None, out=None, superlink=None):
         seen.config, seen.out = config, out
         if seen.error:
             raise seen.error
