@@ -61,8 +61,9 @@ class FrozenLinear(nn.Linear):
         """``input [..., i] -> [..., o]``."""
         if not self._gains(input):
             return F.linear(input, self.weight, self.bias)
-        made: Tensor = _FrozenLinear.apply(input, self.weight, self.bias)
-        return made
+        # Reshaped out here: what a Function returns must be no view of its own, or no one may write into it.
+        made: Tensor = _FrozenLinear.apply(input.reshape(-1, self.in_features), self.weight, self.bias)
+        return made.view(*input.shape[:-1], -1)
 
     def _gains(self, input: Tensor) -> bool:
         if input.numel() * self.out_features < SMALLEST_LINEAR or not is_wide(input):
@@ -72,20 +73,21 @@ class FrozenLinear(nn.Linear):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """A product with a weight that gets no gradient; the input is not kept."""
+    """``input [n, i] @ weight.T (+ bias)``, with a weight that gets no gradient; the input is not kept."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        made = matmul(input.reshape(-1, input.shape[-1]), weight.T, bias)
-        return made.view(*input.shape[:-1], -1)
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return matmul(input, weight.T, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        made = matmul(gradient.reshape(-1, gradient.shape[-1]), weight)
-        return made.view(*gradient.shape[:-1], -1), None, None
+        # The same product again, so that the gradient has a gradient.
+        return _FrozenLinear.apply(gradient, weight.T, None), None, None
 
 
 def freeze_linears(model: nn.Module, wider_than: int = 0) -> None:

@@ -256,3 +256,21 @@ def test_frozen_layers_are_hastened_routers_are_not_and_all_come_back(tiny: Simp
                 assert module.out_features > layer.num_experts
     compact.restore(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_the_other_library_changes_no_number(
+    tiny: SimpleNamespace, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a model writes into what a linear layer returned (Llama-4)."""
+    model, batch = tiny.build(architecture), tiny.batch()
+    compact.customize(model, _plans(model))
+    made = []
+    for smallest in (gemm.SMALLEST, 1):
+        monkeypatch.setattr(gemm, "SMALLEST", smallest)
+        monkeypatch.setattr(gemm, "SMALLEST_LINEAR", smallest)
+        model.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        made.append([output.logits, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    for ours, plain in zip(made[1], made[0], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)

@@ -72,3 +72,31 @@ def test_a_layer_that_learns_after_all_gets_its_gradient(monkeypatch: pytest.Mon
     model(torch.ones(3, 64)).sum().backward()
     assert model[0].weight.grad.abs().sum() > 0
     assert model[2].weight.grad is None
+
+
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch) -> gemm.FrozenLinear:
+    """A frozen layer whose products are large enough for the other library, however small."""
+    monkeypatch.setattr(gemm, "SMALLEST_LINEAR", 1)
+    monkeypatch.setattr(gemm, "SMALLEST", 1)
+    holder = torch.nn.ModuleList([torch.nn.Linear(6, 4).requires_grad_(False)])
+    gemm.freeze_linears(holder)
+    return holder[0]
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6), (6,)])
+def test_what_a_frozen_layer_returns_may_be_written_to(frozen: gemm.FrozenLinear, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    out = frozen(x)
+    out.mul_(2.0).add_(1.0)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, (2 * frozen.weight.sum(0)).expand(shape))
+
+
+def test_a_frozen_layer_has_a_second_derivative(frozen: gemm.FrozenLinear) -> None:
+    x = torch.randn(3, 6, requires_grad=True)
+    (first,) = torch.autograd.grad(frozen(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, (2 * frozen.weight.T @ frozen.weight).sum(0).expand(3, 6))
+    made = torch.func.grad(lambda z: frozen(z).square().sum())(x.detach())
+    torch.testing.assert_close(made, first.detach())
