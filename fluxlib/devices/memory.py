@@ -93,6 +93,7 @@ def plan_memory(
         num_tuned, num_merged = planner.largest(usable, merged_per_tuned)
     elif num_tuned is None:
         num_tuned = planner.census.num_experts if method in ("fmd", "fmq") else planner.census.num_experts // 4
+    planner.check_tuned(num_tuned)
     if num_merged is None:
         num_merged = planner.proportional(num_tuned, merged_per_tuned)
     return planner.plan(num_tuned, num_merged, memory_bytes, usable)

@@ -66,6 +66,12 @@ class Planner:
         """Fewest tuned experts that the method can run with."""
         return self.top_k * len(self.num_per_layer) if self.method == "fmes" else 1
 
+    def check_tuned(self, num_tuned: int) -> None:
+        """Raise ValueError for a number of tuned experts that the model or the method does not have."""
+        total = sum(self.num_per_layer)
+        if not self.smallest() <= num_tuned <= total:
+            raise ValueError(f"num_tuned: expected {self.smallest()}..{total} for {self.method}, got {num_tuned}")
+
     def largest(self, usable: int, merged_per_tuned: float) -> tuple[int, int]:
         """The most tuned experts whose peak stays within ``usable`` bytes, with their merged ones.
 
@@ -107,9 +113,8 @@ class Planner:
 
     def plan(self, num_tuned: int, num_merged: int, memory_bytes: int | None, usable: int | None) -> MemoryPlan:
         """The plan for given numbers of experts."""
+        self.check_tuned(num_tuned)
         total = sum(self.num_per_layer)
-        if not self.smallest() <= num_tuned <= total:
-            raise ValueError(f"num_tuned: expected {self.smallest()}..{total} for {self.method}, got {num_tuned}")
         if num_tuned + num_merged > total or num_merged < 0:
             raise ValueError(f"num_merged: expected 0..{total - num_tuned} beside {num_tuned} tuned, got {num_merged}")
         left = sum(n > t for n, t in zip(self.num_per_layer, self._spread(num_tuned), strict=True))
@@ -187,6 +192,8 @@ class Planner:
     def _spread(self, count: int, most: list[int] | None = None) -> list[int]:
         """``count`` over the layers as evenly as their sizes allow."""
         most = most if most is not None else self.num_per_layer
+        if not 0 <= count <= sum(most):
+            raise ValueError(f"count: expected 0..{sum(most)} experts over the layers, got {count}")
         given = [0] * len(most)
         while count:
             open_layers = [i for i, limit in enumerate(most) if given[i] < limit]

@@ -277,6 +277,8 @@ def test_sizes_in_words(text, expected):
         ({"optimizer": "lion"}, "optimizer: expected one of adamw, sgd, got 'lion'"),
         ({"kernel": "magic"}, "kernel: expected one of auto, grouped, slots, got 'magic'"),
         ({"kernel": "grouped", "dtype": torch.float32}, "kernel: 'grouped' needs bfloat16"),
+        ({"num_tuned": 99}, r"num_tuned: expected 1\.\.36 for flux, got 99"),
+        ({"num_tuned": 99, "num_merged": 0}, r"num_tuned: expected 1\.\.36 for flux, got 99"),
         ({"num_tuned": 0}, r"num_tuned: expected 1\.\.36 for flux, got 0"),
         ({"method": "fmes", "num_tuned": 5}, r"num_tuned: expected 9\.\.36 for fmes, got 5"),
         ({"num_tuned": 30, "num_merged": 7}, r"num_merged: expected 0\.\.6 beside 30 tuned, got 7"),
