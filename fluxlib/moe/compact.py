@@ -72,14 +72,26 @@ class LayerPlan:
         total = float(sum(weights))
         return tuple(weight / total if total > 0 else 1 / len(weights) for weight in weights)
 
-    def check(self, num_experts: int) -> None:
-        """Raise ValueError unless the plan covers experts 0..num_experts-1 exactly."""
+    def check(self, num_experts: int, expert_size: int | None = None) -> None:
+        """Raise ValueError unless the plan covers experts 0..num_experts-1 exactly, with orders of their neurons.
+
+        Args:
+            num_experts: Experts of the layer, E.
+            expert_size: Width of one expert, I; None leaves the permutations unchecked.
+        """
         missing = sorted(set(range(num_experts)) - set(self.experts))
         unknown = sorted(set(self.experts) - set(range(num_experts)))
         if missing or unknown:
             raise ValueError(
                 f"plan: must cover experts 0..{num_experts - 1}; left out {missing}, not in this layer {unknown}"
             )
+        if expert_size is None:
+            return
+        for order in (order for row in self.permutations or () for order in row if order is not None):
+            if not torch.equal(order.sort().values, torch.arange(expert_size, device=order.device)):
+                raise ValueError(
+                    f"permutations: expected the neurons 0..{expert_size - 1} in some order, got {order.tolist()}"
+                )
 
 
 class CompactExperts(ReplacedExperts):
@@ -114,7 +126,7 @@ class CompactExperts(ReplacedExperts):
     ) -> None:
         super().__init__(original)
         known = known or {}
-        plan.check(self.num_experts)
+        plan.check(self.num_experts, self.expert_size)
         self.plan, self.num_tuned, self.num_merged = plan, len(plan.tuned), len(plan.groups)
         self.activation = Activation(original)
         self.post_norm = self.activation.post_norm
@@ -237,23 +249,23 @@ def customize(
         The model.
 
     Raises:
-        ValueError: The plans are not for this model, or its experts were replaced before.
+        ValueError: The plans are not for this model, or its experts were replaced before. The model is then as it was.
     """
     found = layers.check_original(model)
     if len(plans) != len(found):
         raise ValueError(f"plans: expected one per MoE layer, {len(found)}, got {len(plans)}")
     for layer, plan in zip(found, plans, strict=True):
         try:
-            plan.check(layer.num_experts)
+            plan.check(layer.num_experts, layer.expert_size)
             routing.check(layer, plan.dropped)
         except ValueError as error:
             raise ValueError(f"plans[{layer.index}]: {error}") from error
-    layers.freeze(model)
-    for layer, plan in zip(found, plans, strict=True):
-        compact = CompactExperts(layer.experts, plan, dtype, known[layer.index] if known else None)
-        if plan.dropped:
-            compact.on_restore.append(routing.mask(layer, plan.dropped))
-        layers.replace(model, layer, compact)
+    with layers.replacing(model, found):
+        for layer, plan in zip(found, plans, strict=True):
+            compact = CompactExperts(layer.experts, plan, dtype, known[layer.index] if known else None)
+            layers.replace(model, layer, compact)
+            if plan.dropped:
+                compact.on_restore.append(routing.mask(layer, plan.dropped))
     return model
 
 

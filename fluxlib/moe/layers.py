@@ -5,12 +5,14 @@ top_k_weights [N, k]) -> [N, H]`` and keeps them as stacks ``[E, ...]``, stored 
 
 - :class:`MoELayer` and :func:`find` -- where the experts of a model are,
 - :func:`expert_tensors` and :func:`write_expert` -- one expert, in the form in which it travels,
-- :class:`ReplacedExperts`, :func:`replace` and :func:`restore` -- another module at the experts' place.
+- :class:`ReplacedExperts`, :func:`replace` and :func:`restore` -- another module at the experts' place,
+- :func:`replacing` -- at all of them, or at none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,7 @@ __all__ = [
     "read_layout",
     "replace",
     "replaced",
+    "replacing",
     "restore",
     "write_expert",
 ]
@@ -167,6 +170,25 @@ def replace(model: nn.Module, layer: MoELayer, new: nn.Module) -> None:
     setattr(layer.block, layer.name.rpartition(".")[2], new)
     if isinstance(new, ReplacedExperts) and new.device.type != "cpu":
         new.original.to("cpu")
+
+
+@contextmanager
+def replacing(model: nn.Module, found: Sequence[MoELayer]) -> Iterator[None]:
+    """Freeze a model whose layers are replaced in the ``with`` block; an error there leaves it as it was.
+
+    Args:
+        model: A model with its original experts.
+        found: Its layers.
+    """
+    devices = [next(layer.experts.parameters()).device for layer in found]
+    try:
+        freeze(model)
+        yield
+    except BaseException:
+        restore(model, write=False)
+        for layer, device in zip(found, devices, strict=True):
+            layer.experts.to(device)
+        raise
 
 
 def replaced(model: nn.Module) -> Iterator[tuple[MoELayer, ReplacedExperts]]:

@@ -259,9 +259,9 @@ def offload(model: nn.Module, capacity: int) -> DeviceSet:
         ValueError: No capacity, or experts that were replaced before.
     """
     found, device_set = layers.check_original(model), DeviceSet(capacity)
-    layers.freeze(model)
-    for layer in found:
-        layers.replace(model, layer, OffloadedExperts(layer.experts, device_set, layer.index))
+    with layers.replacing(model, found):
+        for layer in found:
+            layers.replace(model, layer, OffloadedExperts(layer.experts, device_set, layer.index))
     return device_set
 
 

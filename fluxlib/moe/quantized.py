@@ -104,9 +104,9 @@ def quantize(model: nn.Module, bits: int = 4, block: int = 64) -> nn.Module:
     """
     check_code(bits, block)
     found = layers.check_original(model)
-    layers.freeze(model)
-    for layer in found:
-        layers.replace(model, layer, QuantizedExperts.from_experts(layer.experts, bits, block))
+    with layers.replacing(model, found):
+        for layer in found:
+            layers.replace(model, layer, QuantizedExperts.from_experts(layer.experts, bits, block))
     return model
 
 

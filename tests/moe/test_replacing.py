@@ -1,0 +1,81 @@
+"""All layers of a model are replaced or none, and what was there before comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fluxlib.moe import compact, layers, offloaded, quantized
+from fluxlib.moe.compact import LayerPlan
+
+PLANS = [LayerPlan((0,), ((1, 2), (3, 4, 5)))] * 2
+DROPS = [LayerPlan((0, 1, 2), dropped=(3, 4, 5))] * 2
+
+
+def _state(model: nn.Module) -> tuple[Any, ...]:
+    """Everything that replacing experts touches."""
+    return (
+        [(name, type(module), sorted(module.__dict__)) for name, module in model.named_modules()],
+        [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
+        sorted(model.__dict__),
+    )
+
+
+def _fail_at_the_second(monkeypatch: pytest.MonkeyPatch, owner: type) -> None:
+    plain, calls = owner.__init__, []
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, "__init__", fail)
+
+
+@pytest.mark.parametrize(
+    ("kind", "replace"),
+    [
+        (compact.CompactExperts, lambda model: compact.customize(model, DROPS)),
+        (quantized.QuantizedExperts, lambda model: quantized.quantize(model)),
+        (quantized.QuantizedExperts, lambda model: quantized.quantized(model).__enter__()),
+        (offloaded.OffloadedExperts, lambda model: offloaded.offload(model, 2)),
+    ],
+)
+def test_a_failure_midway_leaves_the_model_as_it_was(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, kind: type, replace: Callable[[nn.Module], Any]
+) -> None:
+    model, batch = tiny.build("mixtral"), tiny.batch()
+    model.model.embed_tokens.requires_grad_(False)
+    before, expected = _state(model), model(**batch).logits
+    _fail_at_the_second(monkeypatch, kind)
+    with pytest.raises(MemoryError):
+        replace(model)
+    assert _state(model) == before
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_a_router_that_cannot_be_masked_leaves_the_model_as_it_was(tiny: SimpleNamespace) -> None:
+    model = tiny.build("mixtral")
+    block = layers.find(model)[1].block
+    block.other_name = block.gate
+    del block.gate
+    before = _state(model)
+    with pytest.raises(ValueError, match="no router among"):
+        compact.customize(model, DROPS)
+    assert _state(model) == before
+
+
+def test_an_order_of_the_wrong_neurons_is_refused_before_anything_happens(tiny: SimpleNamespace) -> None:
+    model = tiny.build("mixtral")
+    before = _state(model)
+    for order in (torch.arange(5), torch.zeros(12, dtype=torch.long)):
+        bad = LayerPlan((0,), ((1, 2, 3, 4, 5),), None, ((order, None, None, None, None),))
+        with pytest.raises(ValueError, match=r"plans\[1\]: permutations: expected the neurons 0\.\.11"):
+            compact.customize(model, [PLANS[0], bad])
+    assert _state(model) == before
