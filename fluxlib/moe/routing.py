@@ -60,7 +60,7 @@ def mask(layer: MoELayer, dropped: Iterable[int]) -> Callable[[], None]:
     router = find_router(layer)
     weight = getattr(router, "weight", None)
     if isinstance(weight, Tensor) and weight.shape[0] == layer.num_experts:
-        undo = _wrap_forward(router, layer.num_experts, experts)
+        undo: Callable[[], None] = _MaskedForward(router, layer.num_experts, experts).undo
     else:
         heads = [m for m in router.modules() if isinstance(m, nn.Linear) and m.out_features == layer.num_experts]
         heads = [m for m in heads if "noise" not in _name_in(router, m)]
@@ -92,26 +92,39 @@ class _MaskLinear(TorchFunctionMode):
         return result
 
 
-def _wrap_forward(router: nn.Module, num_experts: int, dropped: list[int]) -> Callable[[], None]:
-    """Run a router whose own weight makes the logits under :class:`_MaskLinear`."""
-    plain = router.forward
-    bias = getattr(router, "e_score_correction_bias", None)
-    kept = None if bias is None else bias.detach()[dropped].clone()
+class _MaskedForward:
+    """Runs a router whose own weight makes the logits under :class:`_MaskLinear`.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _MaskLinear(num_experts, dropped):
-            return plain(*args, **kwargs)
+    Bound methods of an object that holds the router, and no closures: a deep copy of the model has a mask of its own.
+    """
 
-    router.forward = forward  # type: ignore[method-assign]
-    if bias is not None:
-        bias.data[dropped] = _NEVER
+    def __init__(self, router: nn.Module, num_experts: int, dropped: list[int]) -> None:
+        self.router, self.num_experts, self.dropped = router, num_experts, dropped
+        self.override = router.__dict__.get("forward")
+        bias = self._correction()
+        self.kept = None if bias is None else bias.detach()[dropped].clone()
+        if bias is not None:
+            bias.data[dropped] = _NEVER
+        router.forward = self.forward  # type: ignore[method-assign]
 
-    def undo() -> None:
-        del router.__dict__["forward"]
-        if bias is not None and kept is not None:
-            bias.data[dropped] = kept.to(bias.device)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The router's own call, without the dropped experts."""
+        with _MaskLinear(self.num_experts, self.dropped):
+            if self.override is not None:
+                return self.override(*args, **kwargs)
+            return type(self.router).forward(self.router, *args, **kwargs)
 
-    return undo
+    def undo(self) -> None:
+        """Put back the router's own call and its correction."""
+        del self.router.__dict__["forward"]
+        if self.override is not None:
+            self.router.forward = self.override  # type: ignore[method-assign]
+        bias = self._correction()
+        if bias is not None and self.kept is not None:
+            bias.data[self.dropped] = self.kept.to(bias)
+
+    def _correction(self) -> Tensor | None:
+        return getattr(self.router, "e_score_correction_bias", None)
 
 
 def _fill(logits: Tensor, dropped: list[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -79,3 +80,36 @@ def test_an_order_of_the_wrong_neurons_is_refused_before_anything_happens(tiny: 
         with pytest.raises(ValueError, match=r"plans\[1\]: permutations: expected the neurons 0\.\.11"):
             compact.customize(model, [PLANS[0], bad])
     assert _state(model) == before
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss", "llama_moe", "deepseek"])
+def test_a_copy_of_a_masked_model_has_a_mask_of_its_own(tiny: SimpleNamespace, architecture: str) -> None:
+    model, batch = tiny.build(architecture), tiny.batch()
+    whole = model(**batch).logits
+    plans = [LayerPlan(tuple(range(1, e)), dropped=(0,)) for e in (layer.num_experts for layer in layers.find(model))]
+    masked = compact.customize(model, plans)(**batch).logits
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**batch).logits, masked)
+    compact.restore(twin)
+    assert torch.equal(twin(**batch).logits, whole)
+    assert torch.equal(model(**batch).logits, masked)
+    compact.restore(model)
+    assert torch.equal(model(**batch).logits, whole)
+
+
+def test_a_routers_own_override_comes_back(tiny: SimpleNamespace) -> None:
+    model = tiny.build("mixtral")
+    router, calls = layers.find(model)[0].block.gate, []
+    plain = router.forward
+
+    def watched(*args: Any) -> Any:
+        calls.append(1)
+        return plain(*args)
+
+    router.forward = watched
+    compact.customize(model, DROPS)
+    calls.clear()
+    model(**tiny.batch())
+    assert len(calls) == 1
+    compact.restore(model)
+    assert router.__dict__["forward"] is watched
