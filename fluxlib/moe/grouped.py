@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import gemm
-from .kernels import Activation, wide_dtype
+from .kernels import Activation, wide_dtype, without_autocast
 from .layers import Layout
 
 
@@ -98,6 +98,7 @@ class _GroupedPass(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, token, projected = ctx.saved_tensors
         groups, activation, needs = ctx.groups, ctx.activation, ctx.needs_input_grad

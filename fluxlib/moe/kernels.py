@@ -12,7 +12,9 @@ The passes themselves are in :mod:`fluxlib.moe.passes`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -166,6 +168,29 @@ def sort_pairs(slot: Tensor, weight: Tensor, num_slots: int, joins: bool) -> tup
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type in which sums over experts are kept: float32 for 16-bit types."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@contextmanager
+def own_types(hidden: Tensor) -> Iterator[torch.dtype]:
+    """Turn autocast off; gives the type in which to compute with ``hidden``: autocast's where it was on."""
+    kind = hidden.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        yield hidden.dtype
+        return
+    dtype = hidden.dtype if hidden.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        yield dtype
+
+
+def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """A Function's backward pass in the types of its forward pass, wherever it is called."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, gradient: Tensor) -> Any:
+        with own_types(gradient):
+            return backward(ctx, gradient)
+
+    return run
 
 
 def choices(

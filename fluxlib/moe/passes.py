@@ -6,6 +6,9 @@
   (:mod:`fluxlib.moe.grouped`) for many or small slots,
 - :func:`plain_pass` -- the same in plain PyTorch, for reading and for tests.
 
+Under autocast hidden states are cast to its type first, and the passes then choose their types themselves, as a
+Function's backward pass does not see autocast as its forward pass did.
+
 Both passes keep only the pre-activations ``[P, 2I]`` of the P (token, slot) pairs for the backward pass and make
 weight gradients for trainable slots only. The gate weight's gradient needs no output of the experts: with u the
 gradient of the down projection's input, it is ``<u, act>`` (plus ``<g, bias>``).
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from .gemm import matmul, pad_pairs
 from .grouped import grouped_pass, suits
-from .kernels import Activation, Matrices, Source, StackSource, wide_dtype
+from .kernels import Activation, Matrices, Source, StackSource, own_types, wide_dtype, without_autocast
 from .layers import Layout
 
 
@@ -51,8 +54,14 @@ def slot_pass(
             of every slot with tokens (for sources that keep their own).
     """
     stacks = stacks or {}
-    token, weight, counts = pad_pairs(hidden, token, weight, counts)
-    return _SlotPass.apply(hidden, weight, anchor, token, counts, source, activation, tuple(stacks), *stacks.values())
+    names, values = tuple(stacks), tuple(stacks.values())
+    # Inside a Function gradients are always off, and what it needs is the same with and without them.
+    keeps = torch.is_grad_enabled()
+    with own_types(hidden) as dtype:
+        computed = hidden.to(dtype)
+        token, weight, counts = pad_pairs(computed, token, weight, counts)
+        out = _SlotPass.apply(computed, weight, anchor, token, counts, source, activation, keeps, names, *values)
+    return out.to(hidden.dtype)
 
 
 def stack_pass(
@@ -75,8 +84,10 @@ def stack_pass(
     """
     if method not in ("auto", "slots", "grouped"):
         raise ValueError(f"method: expected 'auto', 'slots' or 'grouped', got {method!r}")
-    if method == "grouped" or (method == "auto" and suits(hidden, counts, stacks)):
-        return grouped_pass(hidden, token, weight, counts, layout, stacks, activation)
+    with own_types(hidden) as dtype:
+        computed = hidden.to(dtype)
+        if method == "grouped" or (method == "auto" and suits(computed, counts, stacks)):
+            return grouped_pass(computed, token, weight, counts, layout, stacks, activation).to(hidden.dtype)
     trainable = stacks if any(stack.requires_grad for stack in stacks.values()) else None
     return slot_pass(hidden, token, weight, counts, StackSource(layout, stacks), activation, trainable)
 
@@ -127,6 +138,7 @@ class _SlotPass(torch.autograd.Function):
         counts: Sequence[int],
         source: Source,
         activation: Activation,
+        keeps: bool,
         names: tuple[str, ...],
         *stacks: Tensor,
     ) -> Tensor:
@@ -140,7 +152,7 @@ class _SlotPass(torch.autograd.Function):
             if activation.post_norm is not None:
                 result = activation.post_norm(result)
             out.index_add_(0, rows, _weighted(result.to(out.dtype), gate))
-            if any(ctx.needs_input_grad):
+            if keeps and any(ctx.needs_input_grad):
                 kept.append(projected)
         ctx.save_for_backward(hidden, weight, token, *kept)
         ctx.counts, ctx.source, ctx.activation = counts, source, activation
@@ -149,6 +161,7 @@ class _SlotPass(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, token, *kept = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -179,7 +192,7 @@ class _SlotPass(torch.autograd.Function):
             sink.end_backward()
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient.to(hidden.dtype)
-        return (hidden_gradient, weight_gradient, *[None] * 6, *stacks.values())
+        return (hidden_gradient, weight_gradient, *[None] * 7, *stacks.values())
 
 
 @dataclass(frozen=True)

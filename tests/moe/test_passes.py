@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -190,3 +191,50 @@ def test_pairs_are_sorted_joined_and_left_out() -> None:
     assert counts == [2, 2, 2, 0]
     assert token.tolist() == [0, 2, 0, 2, 1, 2]
     assert weights.tolist() == [2.0, 64.0, 5.0, 128.0, 40.0, 256.0]
+
+
+def _tuned_gradients(experts: CompactExperts) -> list[torch.Tensor]:
+    return [gradient for e in experts.plan.tuned for gradient in experts.grads(e).values()]
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("method", ["slots", "auto"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_is_a_cast_of_the_hidden_states(kind: type[nn.Module], method: str, inside: bool) -> None:
+    """Wherever the backward pass is called: values and gradients are those of a call in bfloat16."""
+    made = []
+    for automatic in (True, False):
+        compact = CompactExperts(_experts(kind, torch.float32), LayerPlan(tuple(range(6))))
+        compact.method = method
+        hidden, index, weights = _call(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=automatic):
+            given = hidden if automatic else hidden.to(torch.bfloat16)
+            out = compact(given, index, weights)
+            assert out.dtype == given.dtype
+            if inside:
+                out.float().square().sum().backward()
+        if not inside:
+            out.float().square().sum().backward()
+        made.append([out.float(), hidden.grad, weights.grad, *_tuned_gradients(compact)])
+    for automatic, plain in zip(*made, strict=True):
+        assert torch.equal(automatic, plain.to(automatic.dtype))
+
+
+def test_a_pass_without_gradients_keeps_nothing_of_the_slots_before() -> None:
+    compact = CompactExperts(_experts(MixtralExperts, torch.float32), LayerPlan(tuple(range(6))))
+    compact.method = "slots"
+    plain, seen, alive = compact.activation.forward, [], []
+
+    def watch(projected: torch.Tensor) -> torch.Tensor:
+        seen.append(weakref.ref(projected))
+        alive.append(sum(one() is not None for one in seen))
+        return plain(projected)
+
+    compact.activation.forward = watch
+    hidden, index, weights = _call(torch.float32)
+    with torch.no_grad():
+        compact(hidden, index, weights)
+    assert max(alive) <= 2
+    alive.clear(), seen.clear()
+    compact(hidden, index, weights)
+    assert alive == list(range(1, 7))
