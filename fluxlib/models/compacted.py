@@ -95,6 +95,7 @@ def load_compact(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
 def _put(model: nn.Module, layer: layers.MoELayer, plan: LayerPlan, tensors: dict[str, torch.Tensor]) -> None:
     """Build the compact layer without the experts, whose memory has never been touched, and give it its slots."""
     compact = CompactExperts(layer.experts.to("meta"), plan)
+    compact.place = torch.empty(0)
     slots = [*((expert,) for expert in plan.tuned), *plan.groups]
     compact.slot_of = torch.tensor([next(i for i, s in enumerate(slots) if e in s) for e in range(layer.num_experts)])
     for kind, stacks in (("tuned", compact.tuned_stacks()), ("merged", compact.merged_stacks())):

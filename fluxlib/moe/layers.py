@@ -11,6 +11,7 @@ top_k_weights [N, k]) -> [N, H]`` and keeps them as stacks ``[E, ...]``, stored 
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,13 +70,20 @@ class ReplacedExperts(nn.Module):
     """Base of the modules this project puts at the experts' place.
 
     The original waits beside it, unregistered: ``model.to(device)`` leaves it where it is, and so does saving.
+
+    Attributes:
+        place: Empty; goes where the model goes and takes its type, for the original to follow.
     """
+
+    place: Tensor
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.layout = read_layout(original)
         self.num_experts, self.hidden_size, self.expert_size = _sizes(original, self.layout)
         self._original = (original,)
+        stack = expert_tensors(original, 0)["down_proj"]
+        self.register_buffer("place", torch.empty(0, dtype=stack.dtype, device=stack.device), persistent=False)
         self.on_restore: list[Callable[[], None]] = []
 
     @property
@@ -86,11 +94,18 @@ class ReplacedExperts(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where this module computes."""
-        return next(self.buffers()).device
+        return self.place.device
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """Tensors of one expert, in the canonical form; see :func:`expert_tensors`."""
         return expert_tensors(self.original, expert)
+
+    def bring_back(self) -> nn.Module:
+        """The original, moved to where the model is by now and to the type it was given."""
+        self.original.to(self.device)
+        if expert_tensors(self.original, 0)["down_proj"].dtype != self.place.dtype:
+            self.original.to(self.place.dtype)
+        return self.original
 
     def write_back(self) -> None:
         """Write what was learned into the original; nothing by default."""
@@ -165,9 +180,12 @@ def replace(model: nn.Module, layer: MoELayer, new: nn.Module) -> None:
     """Put another module at the experts' place.
 
     On an accelerator the original of a :class:`ReplacedExperts` moves to host memory: holding both would defeat the
-    purpose. It comes back with :func:`restore`.
+    purpose. It comes back with :func:`restore`. Until then ``model.save_pretrained``, which would write a checkpoint
+    without experts, is refused.
     """
     setattr(layer.block, layer.name.rpartition(".")[2], new)
+    if isinstance(new, ReplacedExperts) and "save_pretrained" not in model.__dict__:
+        model.__dict__["save_pretrained"] = types.MethodType(_refuse_saving, model)
     if isinstance(new, ReplacedExperts) and new.device.type != "cpu":
         new.original.to("cpu")
 
@@ -221,7 +239,7 @@ def restore(model: nn.Module, write: bool = True) -> None:
     for layer, module in list(replaced(model)):
         if not write:
             module.discard()
-        module.original.to(module.device)
+        module.bring_back()
         if write:
             module.write_back()
         for undo in module.on_restore:
@@ -229,6 +247,8 @@ def restore(model: nn.Module, write: bool = True) -> None:
         replace(model, layer, module.original)
     for parameter in model.__dict__.pop("_frozen_parameters", []):
         parameter.requires_grad_(True)
+    if getattr(model.__dict__.get("save_pretrained"), "__func__", None) is _refuse_saving:
+        del model.__dict__["save_pretrained"]
     thaw_linears(model)
 
 
@@ -249,6 +269,14 @@ def check_expert(expert: int, num_experts: int) -> None:
     """Raise ValueError for the number of an expert that does not exist."""
     if not 0 <= expert < num_experts:
         raise ValueError(f"expert: expected 0..{num_experts - 1}, got {expert}")
+
+
+def _refuse_saving(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Stands at ``save_pretrained`` while experts are replaced."""
+    raise ValueError(
+        f"model: experts of this {type(model).__name__} are replaced, its checkpoint would lack them; put them back"
+        " first (fluxlib.moe.compact.restore), or write a customised model as it is (fluxlib.models.save_compact)"
+    )
 
 
 def _is_mixture(module: nn.Module) -> bool:

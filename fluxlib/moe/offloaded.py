@@ -150,15 +150,12 @@ class OffloadedExperts(ReplacedExperts):
         index: Number of the layer, part of the key in the set.
     """
 
-    place: Tensor
-
     def __init__(self, original: nn.Module, device_set: DeviceSet, index: int) -> None:
         super().__init__(original)
         self.device_set, self.index = device_set, index
         self.activation = Activation(original)
         self.post_norm = self.activation.post_norm
         stacks = {name: getattr(original, name) for name in self.layout.names}
-        self.register_buffer("place", torch.empty(0, device=stacks["down_proj"].device), persistent=False)
         for stack in stacks.values():
             stack.data = stack.data.cpu().pin_memory() if torch.cuda.is_available() else stack.data.cpu()
         # .data gives each view a version counter of its own: an update of one expert leaves the others current.

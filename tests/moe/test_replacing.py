@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,3 +114,42 @@ def test_a_routers_own_override_comes_back(tiny: SimpleNamespace) -> None:
     assert len(calls) == 1
     compact.restore(model)
     assert router.__dict__["forward"] is watched
+
+
+def test_a_checkpoint_without_experts_is_not_written(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    model = tiny.build("mixtral")
+    before = _state(model)
+    for replace in (lambda: compact.customize(model, PLANS), lambda: quantized.quantize(model)):
+        replace()
+        for each in (model, copy.deepcopy(model)):
+            with pytest.raises(ValueError, match=r"experts of this MixtralForCausalLM are replaced.*restore"):
+                each.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
+        compact.restore(model)
+        assert _state(model) == before
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [lambda m: compact.customize(m, PLANS), lambda m: quantized.quantize(m), lambda m: offloaded.offload(m, 2)],
+    ids=["compact", "quantized", "offloaded"],
+)
+def test_originals_follow_the_models_type(tiny: SimpleNamespace, replace: Callable[[nn.Module], Any]) -> None:
+    model, batch = tiny.build("mixtral"), tiny.batch()
+    expected = tiny.build("mixtral").to(torch.bfloat16)
+    expected.set_experts_implementation("eager")  # grouped_mm wants wider rows of this type
+    model.set_experts_implementation("eager")
+    replace(model)
+    model.to(torch.bfloat16)
+    compact.restore(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model(**batch).logits, expected(**batch).logits)
+
+
+def test_tuned_slots_in_float32_leave_a_sixteen_bit_model_in_sixteen(tiny: SimpleNamespace) -> None:
+    model = tiny.build("mixtral").to(torch.bfloat16)
+    compact.restore(compact.customize(model, PLANS, torch.float32))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
