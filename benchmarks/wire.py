@@ -24,6 +24,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int8 both": {"uplink_wire": "int8", "downlink_wire": "int8"},
     "4bit": {"merged_downlink": "4bit"},
     "4bit, int8 both": {"merged_downlink": "4bit", "uplink_wire": "int8", "downlink_wire": "int8"},
+    "server": {"merged_downlink": "server"},
+    "server, int8 both": {"merged_downlink": "server", "uplink_wire": "int8", "downlink_wire": "int8"},
 }
 PROTECTION: dict[str, dict[str, Any]] = {
     "clip at the median": {"clip_norm": 1.0, "clip_quantile": 0.5},
@@ -75,7 +77,7 @@ def main() -> None:
     wanted = list(PROTECTION) if given.options == ["protection"] else given.options
     for method in given.methods:
         for option in wanted:
-            if method == "fmd" and option.startswith("4bit"):
+            if method == "fmd" and option.startswith(("4bit", "server")):
                 continue  # FMD merges nothing
             print(json.dumps(measure(method, option, given)), flush=True)
 

@@ -128,8 +128,8 @@ class RunConfig(BaseModel):
 
     uplink_wire: WireType = Field("float32", description="type of changes on their way to the server")
     downlink_wire: WireType = Field("float32", description="type of experts on their way to participants")
-    merged_downlink: Literal["exact", "4bit"] = Field(
-        "exact", description="how experts travel that the participant will only merge"
+    merged_downlink: Literal["exact", "4bit", "server"] = Field(
+        "exact", description="how experts travel that the participant will only merge; server: merged by it"
     )
 
     aggregation: Literal["mean", "trimmed_mean", "median", "krum"] = Field(
@@ -169,6 +169,12 @@ class RunConfig(BaseModel):
             raise ValueError(f"aggregation is {self.aggregation!r}, allowed with noise on the server is 'mean'")
         if self.withhold_reports and self.assignment != "random":
             raise ValueError(f"assignment is {self.assignment!r}, allowed with withhold_reports is 'random'")
+        if self.merged_downlink == "server" and not self.stale_profile:
+            raise ValueError("stale_profile is False, allowed with merged_downlink 'server' is True")
+        if self.merged_downlink == "server" and self.withhold_reports:
+            raise ValueError(
+                "withhold_reports is True, allowed with merged_downlink 'server' is False: it needs profiles"
+            )
         if self.tune_fraction + self.merge_fraction > 1 and self.tune_fraction < 1:
             raise ValueError(
                 f"tune_fraction + merge_fraction is {self.tune_fraction + self.merge_fraction:g}, allowed is at most 1 "

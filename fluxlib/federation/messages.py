@@ -5,16 +5,18 @@ and, in replies, one ``MetricRecord`` ("metrics"), which is the form that Flower
 
 * :class:`Instruction`   server to participant: the run, the round, a delta, and for training roles and a budget
 * :class:`JoinReport`    what a participant holds, before round 1
-* :class:`ProfileReport` activation frequencies, before a participant's first round
+* :class:`ProfileReport` activation frequencies, before a participant's first round; where the server merges, what its
+  plan needs, before every round
 * :class:`TrainReport`   changes of the exploited experts, utilities, tokens and an account of the work
 
-Nothing else leaves a participant: no sample, no text, no profile beyond the frequencies.
+Nothing else leaves a participant: no sample, no text, no profile beyond the frequencies and, where the server merges,
+the attention (or gate weight) of each expert.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from fluxlib.config import RunConfig
 from fluxlib.federation import wire as wires
+from fluxlib.federation.premerged import Premerged
 from fluxlib.federation.sync import Delta, Holding
 from fluxlib.federation.wire import Form, WireError
 from fluxlib.methods.base import Budget, ExpertKey, Roles, Update, Work
@@ -59,6 +62,7 @@ class Instruction:
     roles: Roles | None = None
     budget: Budget | None = None
     clip_norm: float | None = None
+    merged: Premerged | None = None
 
     def to_records(self) -> RecordDict:
         """As message content."""
@@ -82,7 +86,13 @@ class Instruction:
             values["num_merged"] = self.budget.num_merged
         if self.clip_norm is not None:
             values["clip_norm"] = self.clip_norm
-        return RecordDict({"arrays": self.delta.arrays, "config": ConfigRecord(values)})
+        if self.delta.stale:
+            values["stale"] = _flat(self.delta.stale)
+        content = RecordDict({"arrays": self.delta.arrays})
+        if self.merged is not None:
+            values["plans"], content["merged"] = self.merged.text(), self.merged.arrays
+        content["config"] = ConfigRecord(values)
+        return content
 
     @classmethod
     def from_records(cls, content: RecordDict) -> Instruction:
@@ -101,9 +111,11 @@ class Instruction:
             values["num_experts"],
             values["num_bytes"],
             values["num_approximate"],
+            stale=_keys(values.get("stale", [])),  # type: ignore[arg-type]
         )
+        merged = Premerged.read(str(values["plans"]), content["merged"]) if "plans" in values else None
         header = (values["run"], values["round"], values["participant"], values["wire"])
-        return cls(*header, delta, roles, budget, values.get("clip_norm"))  # type: ignore[arg-type]
+        return cls(*header, delta, roles, budget, values.get("clip_norm"), merged)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ class JoinReport(_Report):
 
     def to_records(self) -> RecordDict:
         """As message content."""
-        flat = [number for key in sorted(self.approximate) for number in key]
+        flat = _flat(self.approximate)
         more = {"frozen_digest": self.frozen_digest, "approximate": flat, "device": self.device}
         return RecordDict({"config": self.header(status=DONE, **more)})
 
@@ -153,24 +165,31 @@ class JoinReport(_Report):
     def from_records(cls, content: RecordDict) -> JoinReport:
         """Inverse of :meth:`to_records`."""
         values = content["config"]
-        flat = values["approximate"]
-        held = frozenset(zip(flat[::2], flat[1::2], strict=True))
+        held = _keys(values["approximate"])
         return cls(*_header(values), frozen_digest=values["frozen_digest"], approximate=held, device=values["device"])
 
 
 @dataclass(frozen=True)
 class ProfileReport(_Report):
-    """Activation frequencies ``[layers, experts]`` of the model a participant holds, and the work of measuring."""
+    """Activation frequencies ``[layers, experts]`` of the model a participant holds, and the work of measuring.
+
+    ``importance`` of the same shape is what else a plan needs of the profile, by name; empty unless the server merges.
+    """
 
     frequency: Tensor
     work: Work
     phases_s: Mapping[str, float] = field(default_factory=dict)
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+    num_bytes: int = 0
 
     def to_records(self) -> RecordDict:
         """As message content."""
         more = {"status": DONE, "shape": list(self.frequency.shape), "frequency": _floats(self.frequency)}
         account = {"work": json.dumps(vars(self.work)), "phases": json.dumps(dict(self.phases_s))}
-        return RecordDict({"config": self.header(**more, **account)})
+        content = RecordDict({"config": self.header(**more, **account)})
+        if self.importance:
+            content["arrays"] = wires.make_record({n: wires.encode(table) for n, table in self.importance.items()})
+        return content
 
     @classmethod
     def from_records(cls, content: RecordDict) -> ProfileReport:
@@ -178,7 +197,10 @@ class ProfileReport(_Report):
         values = content["config"]
         work, phases = Work(**json.loads(values["work"])), json.loads(values["phases"])
         frequency = _from_floats(values["frequency"], tuple(values["shape"]))
-        return cls(*_header(values), frequency=frequency, work=work, phases_s=phases)
+        arrays = content["arrays"] if "arrays" in content else ArrayRecord()
+        importance = {name: wires.decode(array) for name, array in arrays.items()}
+        size = wires.record_bytes(arrays)
+        return cls(*_header(values), frequency, work, phases, importance, size)
 
 
 @dataclass(frozen=True)
@@ -251,6 +273,14 @@ def asks_for_resync(content: RecordDict) -> bool:
 
 def _header(values: ConfigRecord) -> tuple[int, int, int, str]:
     return int(values["participant"]), int(values["round"]), int(values["version"]), str(values["digest"])
+
+
+def _flat(keys: Iterable[ExpertKey]) -> list[int]:
+    return [number for key in sorted(keys) for number in key]
+
+
+def _keys(flat: Sequence[int]) -> frozenset[ExpertKey]:
+    return frozenset(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _experts(arrays: ArrayRecord, wire: Form, shapes: Shapes) -> dict[ExpertKey, dict[str, Tensor]]:

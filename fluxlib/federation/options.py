@@ -76,7 +76,12 @@ def check(config: RunConfig, out: Path | None = None) -> None:
         ConfigError: naming the parameter, what is allowed and what came.
     """
     try:
-        methods.get(config.method)
+        method = methods.get(config.method)
+        if config.merged_downlink == "server" and method.plan is None:
+            able = ", ".join(name for name, known in methods.METHODS.items() if known.plan is not None)
+            raise ValueError(
+                f"method is {config.method!r}, allowed with merged_downlink 'server' is {able}: others merge nothing"
+            )
         if config.task not in tasks.TASKS:
             raise ValueError(f"task is {config.task!r}, allowed are {', '.join(tasks.TASKS)}")
         catalogue.fleet(config.fleet, config.participants)

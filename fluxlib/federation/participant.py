@@ -23,10 +23,11 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fluxlib import methods, models, profiling, seeding, tasks
 from fluxlib.config import RunConfig
-from fluxlib.federation import disk, feedback, later, messages, privacy
+from fluxlib.federation import disk, feedback, later, messages, premerged, privacy
 from fluxlib.federation import wire as wires
 from fluxlib.federation.held import Held, ResyncNeeded, Workspace
 from fluxlib.federation.messages import Instruction
+from fluxlib.federation.outcome import Download
 from fluxlib.federation.own_data import read_examples
 from fluxlib.federation.state import STATE_RECORDS, load_state, save_state
 from fluxlib.federation.sync import NOTHING
@@ -78,7 +79,10 @@ def join(message: Message, context: Context) -> Message:
 
 
 def profile(message: Message, context: Context) -> Message:
-    """Catch up, profile the model that is held now, keep the profile, reply with the frequencies."""
+    """Catch up, profile the model that is held now, keep the profile, reply with the frequencies.
+
+    Where the server merges it asks in every round: the reply is then the profile that was made after the last one.
+    """
     instruction = Instruction.from_records(message.content)
     config = messages.parse_config(instruction.config)
     participant = _expect(instruction, config, context)
@@ -87,12 +91,18 @@ def profile(message: Message, context: Context) -> Message:
         held, _ = _catch_up(instruction, config, context, space)
     except ResyncNeeded:
         return _ask_for_resync(message, instruction, context)
-    data = local_data(config, space, participant, instruction.round, own_samples(context))
-    start = time.perf_counter()
-    with _forgetting_on_error():
-        found = profiling.profile(space.model, data.profile, bits=config.profile_bits)
-    seconds = time.perf_counter() - start
-    save_state(context.state, ParticipantState(found, instruction.round))
+    merges = config.merged_downlink == "server"
+    known = load_state(context.state).profile if merges else None
+    if known is not None:
+        work, seconds, found = Work(known.frequency.numel()), 0.0, known
+    else:
+        data = local_data(config, space, participant, instruction.round, own_samples(context))
+        start = time.perf_counter()
+        with _forgetting_on_error():
+            found = profiling.profile(space.model, data.profile, bits=config.profile_bits)
+        seconds = time.perf_counter() - start
+        save_state(context.state, ParticipantState(found, instruction.round))
+        work = profile_work(data, found.frequency.numel(), config)
     seen = torch.ones_like(found.frequency) if config.withhold_reports else found.frequency
     report = messages.ProfileReport(
         participant,
@@ -100,8 +110,9 @@ def profile(message: Message, context: Context) -> Message:
         held.version,
         held.digest,
         frequency=seen / seen.sum(1, keepdim=True) if config.withhold_reports else seen,
-        work=profile_work(data, found.frequency.numel(), config),
+        work=work,
         phases_s={"profile": seconds},
+        importance=premerged.importance(found, config) if merges else {},
     )
     return Message(report.to_records(), reply_to=message)
 
@@ -121,12 +132,14 @@ def train(message: Message, context: Context) -> Message:
         raise ParticipantError("a training message needs roles and a budget")
     data = local_data(config, space, participant, instruction.round, own_samples(context))
     chance = seeding.generator(config.seed, "train", instruction.round, participant)
-    method, ready = methods.get(config.method), time.time()
+    method, ready, assigned = methods.get(config.method), time.time(), instruction.roles
+    if instruction.merged is not None:
+        assigned = replace(assigned, merged=instruction.merged.decode(space.model, instruction.wire, held.stale))
     with _forgetting_on_error():
         update, state = method.train(
             space.model,
             load_state(context.state),
-            instruction.roles,
+            assigned,
             instruction.budget,
             data,
             config,
@@ -141,7 +154,7 @@ def train(message: Message, context: Context) -> Message:
         update = replace(update, deltas=feedback.add_residual(update.deltas, context.state))
     work = replace(
         update.work,
-        num_downloaded=instruction.delta.num_experts + instruction.delta.num_approximate,
+        num_downloaded=Download.of(instruction.delta, instruction.wire, instruction.merged).num_experts,
         num_uploaded=len(update.deltas),
         upload_bits=min(update.work.upload_bits, wires.bits_per_weight(config.uplink_wire)),
     )

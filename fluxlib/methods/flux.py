@@ -63,9 +63,10 @@ def train(
             known = profile(model, data, config)
         state = ParticipantState(known, round_number)
         work = replace(work, first_profile=True)
+    given = assigned.merged
     with watch.phase("merge"):
-        plans = make_plans(model, known, assigned, budget, config)
-    with customized(model, plans) as compact:
+        plans = list(given.plans) if given else make_plans(model, known, assigned, budget, config)
+    with customized(model, plans, given.slots if given else None) as compact:
         with watch.phase("probe"):
             probed = _probe_keys(assigned.explore, config, generator)
             probe_norms = _probe(model, data, probed, config, generator)
@@ -160,10 +161,19 @@ def _account(
     config: RunConfig,
 ) -> Work:
     passes = _forward_passes(probed, len(plans), config)
+    given = assigned.merged.slots if assigned.merged else [{}] * len(plans)
     work = replace(
         count_training(work, tuned, assigned.exploit, len(data.train)),
         num_frozen=sum(len(plan.groups) for plan in plans),
-        num_merge_sources=sum(len(group) for plan in plans for group in plan.groups if len(group) > 1),
+        num_merge_sources=sum(
+            len(group)
+            for plan, slots in zip(plans, given, strict=True)
+            for number, group in enumerate(plan.groups)
+            if len(group) > 1 and number not in slots
+        ),
+        num_server_merged=sum(
+            len(plan.groups[number]) + 1 for plan, slots in zip(plans, given, strict=True) for number in slots
+        ),
         probe_samples=round(passes * len(data.train[0]["input_ids"])),
         probe_tokens=round(passes * int(data.train[0]["attention_mask"].sum())),
     )
@@ -184,4 +194,7 @@ def _forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunCon
     return 1 + 2 * config.num_probes * above
 
 
-METHOD = Method("flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, afterwards=profile)
+METHOD = Method(
+    "flux", "FLUX", assign, train,
+    profiles=True, utilities=True, explores=True, afterwards=profile, plan=make_plans,
+)  # fmt: skip

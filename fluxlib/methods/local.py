@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -55,9 +55,15 @@ class Learner(Protocol):
 
 
 @contextmanager
-def customized(model: nn.Module, plans: Sequence[LayerPlan]) -> Iterator[list[CompactExperts]]:
-    """The model with each layer's plan in force; afterwards the model is exactly what it was before."""
-    customize(model, plans)
+def customized(
+    model: nn.Module, plans: Sequence[LayerPlan], known: Sequence[Mapping[int, dict[str, Tensor]]] | None = None
+) -> Iterator[list[CompactExperts]]:
+    """The model with each layer's plan in force; afterwards the model is exactly what it was before.
+
+    Args:
+        known: per layer, merged slots that need not be made, by number.
+    """
+    customize(model, plans, known=known)
     try:
         yield [layer.experts for layer in layers.find(model)]  # type: ignore[misc]
     finally:

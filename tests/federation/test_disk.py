@@ -136,7 +136,14 @@ def same(one: RunResult, other: RunResult, *columns: str) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("options", [{}, {"uplink_wire": "int8", "merged_downlink": "4bit"}], ids=["exact", "coded"])
+KINDS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "coded": {"uplink_wire": "int8", "merged_downlink": "4bit"},
+    "merged": {"merged_downlink": "server"},
+}
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_a_restarted_node_goes_on_from_its_disk(make_config: Make, tmp_path: Path, options: dict[str, Any]) -> None:
     config = make_config(method="flux", **options)
     folder = {disk.STATE_DIR: str(tmp_path)}

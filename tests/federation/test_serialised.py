@@ -20,11 +20,14 @@ def through_bytes(content: RecordDict) -> RecordDict:
     return recorddict_from_proto(ProtoRecordDict.FromString(recorddict_to_proto(content).SerializeToString()))
 
 
-@pytest.mark.parametrize("method", ["fake", "flux", "fmd"])
+@pytest.mark.parametrize(
+    ("method", "merged"), [("fake", "exact"), ("flux", "exact"), ("fmd", "exact"), ("flux", "server")]
+)
 def test_messages_and_states_may_be_serialised_at_every_step(
-    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, method: str
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, method: str, merged: str
 ) -> None:
-    config = make_config(method=method, rounds=2)
+    many = {"tune_fraction": 0.25, "epsilon": 1.0, "rounds": 3} if merged == "server" else {"rounds": 2}
+    config = make_config(method=method, merged_downlink=merged, **many)
     expected = federation.run(config)
     deliver = LocalGrid._deliver
 
