@@ -10,6 +10,7 @@ Paper: sections 5 and 6; ``customized_moe(model, exps_config)`` there, :func:`cu
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -37,7 +38,7 @@ class LayerPlan:
         dropped: Experts that are taken out of the routing (FMES) and have no slot.
 
     Raises:
-        ValueError: An expert in two places, an empty group, or weights that do not fit the groups.
+        ValueError: No whole numbers, an expert in two places, an empty group, or weights that do not fit the groups.
     """
 
     tuned: tuple[int, ...] = ()
@@ -47,6 +48,9 @@ class LayerPlan:
     dropped: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("tuned", "dropped"):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+        object.__setattr__(self, "groups", tuple(_numbers("groups", group) for group in self.groups))
         everyone = self.experts
         twice = sorted({e for e in everyone if everyone.count(e) > 1})
         if twice:
@@ -70,6 +74,10 @@ class LayerPlan:
         """Share of each member in a group's merged expert; they add up to 1. Paper: equation 2."""
         weights = self.weights[group] if self.weights is not None else (1.0,) * len(self.groups[group])
         total = float(sum(weights))
+        if total == float("inf"):
+            largest = max(weights)
+            weights = tuple(weight / largest for weight in weights)
+            total = float(sum(weights))
         return tuple(weight / total if total > 0 else 1 / len(weights) for weight in weights)
 
     def check(self, num_experts: int, expert_size: int | None = None) -> None:
@@ -214,6 +222,14 @@ class CompactExperts(ReplacedExperts):
         return self.plan.tuned.index(expert)
 
 
+def _numbers(name: str, experts: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of experts, of whatever type of whole numbers, as plain ones."""
+    try:
+        return tuple(operator.index(expert) for expert in experts)
+    except TypeError as error:
+        raise ValueError(f"{name}: expected whole numbers of experts, got {experts!r}") from error
+
+
 @torch.no_grad()
 def merge(experts: nn.Module, plan: LayerPlan, group: int) -> dict[str, Tensor]:
     """Weighted sum of a group's experts, accumulated in float32 (float64 for a float64 model). Paper: equation 2."""
@@ -252,6 +268,9 @@ def customize(
         ValueError: The plans are not for this model, or its experts were replaced before. The model is then as it was.
     """
     found = layers.check_original(model)
+    if not isinstance(plans, Sequence) or not all(isinstance(plan, LayerPlan) for plan in plans):
+        kinds = [type(plan).__name__ for plan in plans] if isinstance(plans, Sequence) else type(plans).__name__
+        raise ValueError(f"plans: expected a list of LayerPlan, one per MoE layer, got {kinds}")
     if len(plans) != len(found):
         raise ValueError(f"plans: expected one per MoE layer, {len(found)}, got {len(plans)}")
     for layer, plan in zip(found, plans, strict=True):
