@@ -29,7 +29,7 @@ from fluxlib.tasks.base import Example
 Make = Callable[..., RunConfig]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not part of the default installation")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_simulation_gives_the_same_tables(make_config: Make) -> None:
     small = {"method": "flux", "rounds": 2, "local_steps": 1}
     one, other = (federation.run(make_config(engine=name, **small)) for name in ("local", "simulation"))
