@@ -88,6 +88,13 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     file: str
+    dtype: str = "F32"
+    """As safetensors names it, or as torch does."""
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it holds floating-point numbers."""
+        return self.dtype.startswith(("F", "BF", "torch.float", "torch.bfloat"))
 
 
 class MergeExperts(MergeModulelist):
@@ -165,8 +172,9 @@ def weight_files(folder: Path) -> list[Path]:
     if found.suffix != ".json":
         return [found]
     try:
-        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        named = json.loads(found.read_text())["weight_map"].values()
+        shards = sorted({str(Path(name)) for name in named})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise OSError(f"{found} is not a readable weight index ({error!r}): fetch it again") from error
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
@@ -180,27 +188,40 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
     Raises:
         OSError: as :func:`weight_files`, or a file that cannot be read, by name.
+        ValueError: a tensor that two files hold, by name.
     """
     stored: dict[str, StoredTensor] = {}
+    twice: list[str] = []
     for file in weight_files(folder):
-        for key, shape in _shapes(file).items():
-            stored[key] = StoredTensor(shape, file.name)
+        found = _headers(file)
+        twice += [f"{key} in {stored[key].file} and {file.name}" for key in found if key in stored]
+        stored |= found
+    refuse(folder, {"stored twice": [entry for entry in twice if not IGNORED.search(entry.split()[0])]})
     return stored
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def _headers(file: Path) -> dict[str, StoredTensor]:
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as opened:
-                return {key: tuple(opened.get_slice(key).get_shape()) for key in list(opened.keys())}
+                slices = {key: opened.get_slice(key) for key in list(opened.keys())}
+                return {k: StoredTensor(tuple(s.get_shape()), file.name, s.get_dtype()) for k, s in slices.items()}
         except (SafetensorError, OSError) as error:
             raise OSError(f"{file} cannot be read ({error}): it is cut short or damaged") from error
     try:
-        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-        return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        tensors = _read_bin(file, "meta")
+        return {key: StoredTensor(tuple(t.shape), file.name, str(t.dtype)) for key, t in tensors.items()}
     except Exception as error:
         # Besides a damaged archive: weights_only refuses whatever is not a tensor with an error of its own.
         raise OSError(f"{file} cannot be read as a file of plain tensors: {error}") from error
+
+
+def _read_bin(file: Path, device: str) -> dict[str, torch.Tensor]:
+    """Tensors of a ``.bin`` file and nothing else; one of before PyTorch 1.6, which is no archive, is read whole."""
+    with file.open("rb") as opened:
+        is_archive = opened.read(4) == b"PK\x03\x04"
+    read: dict[str, torch.Tensor] = torch.load(file, map_location=device, weights_only=True, mmap=is_archive)
+    return read
 
 
 def check(folder: Path, config: Any) -> None:
@@ -208,7 +229,7 @@ def check(folder: Path, config: Any) -> None:
 
     Raises:
         OSError: missing or unreadable files, by name.
-        ValueError: missing, extra and misshapen keys, by name.
+        ValueError: missing, extra, misshapen and doubled keys and weights of whole numbers, by name.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -223,7 +244,10 @@ def check(folder: Path, config: Any) -> None:
         for key, shape in expected.items()
         if key in stored and stored[key].shape != shape
     ]
-    refuse(folder, {"missing keys": missing, "extra keys": extra, "misshapen": misshapen})
+    held = [(key, stored[key]) for key in expected if key in stored]
+    whole = [f"{key} is {tensor.dtype} in {tensor.file}" for key, tensor in held if not tensor.is_floating]
+    problems = {"missing keys": missing, "extra keys": extra, "misshapen": misshapen}
+    refuse(folder, problems | {"no floating-point numbers": whole})
 
 
 @torch.no_grad()
@@ -242,7 +266,7 @@ def fill(model: Any, folder: Path) -> None:
                 for key in set(opened.keys()) & targets.keys():
                     targets[key].copy_(opened.get_tensor(key))
         else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            tensors = _read_bin(file, "cpu")
             for key in tensors.keys() & targets.keys():
                 targets[key].copy_(tensors.pop(key))
 

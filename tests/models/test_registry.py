@@ -155,6 +155,42 @@ def test_names_a_file_cut_short(tmp_path, public_config, tensors_of, write, kind
         models.load(folder)
 
 
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": ["a"]}', '{"weight_map": {"x": null}}', "{"])
+def test_names_an_index_that_is_none(tmp_path, public_config, tensors_of, write, index):
+    folder = write(tmp_path / "public", public_config, tensors_of(public_config))
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(OSError, match=r"model\.safetensors\.index\.json is not a readable weight index"):
+        models.load(folder)
+
+
+def test_names_a_tensor_in_two_files(tmp_path, public_config, tensors_of, write):
+    folder = write(tmp_path / "public", public_config, tensors_of(public_config))
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    tensors, twice = load_file(second), next(iter(load_file(first)))
+    save_file(tensors | {twice: load_file(first)[twice] + 1}, second, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"stored twice: {twice} in {first.name} and {second.name}"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_names_weights_of_whole_numbers(tmp_path, public_config, tensors_of, write, kind):
+    tensors = tensors_of(public_config) | {"model.norm.weight": torch.ones(32, dtype=torch.int32)}
+    with pytest.raises(ValueError, match=r"no floating-point numbers: model\.norm\.weight is (I32|torch\.int32)"):
+        models.load(write(tmp_path / "public", public_config, tensors, kind))
+
+
+def test_reads_a_bin_file_of_before_archives(tmp_path, public_config, tensors_of, write, input_ids):
+    tensors = tensors_of(public_config)
+    expected, _ = models.load(write(tmp_path / "new", public_config, tensors))
+    folder = write(tmp_path / "old", public_config, tensors, "bin", 1)
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    model, _ = models.load(folder)
+    assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
+    torch.save({"x": Payload()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(OSError, match="cannot be read as a file of plain tensors"):
+        models.load(folder)
+
+
 def test_names_a_changed_file_where_sums_were_written(tmp_path, public_config, tensors_of, write):
     folder = write(tmp_path / "public", public_config, tensors_of(public_config), num_shards=1)
     models.write_checksums(folder)

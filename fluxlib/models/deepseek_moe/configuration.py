@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from fluxlib.models.fields import check_fields
+
 
 @strict
 class DeepseekMoeConfig(LlamaConfig):
@@ -57,6 +59,7 @@ class DeepseekMoeConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        check_fields("DeepSeek-MoE", self, "n_routed_experts", "num_experts_per_tok", "moe_layer_freq")
         if self.scoring_func != "softmax":
             raise ValueError(f"DeepSeek-MoE: scoring_func must be 'softmax', got {self.scoring_func!r}")
         for name in ("attention_bias", "mlp_bias"):

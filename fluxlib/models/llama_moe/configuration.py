@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from fluxlib.models.fields import check_fields
+
 # What the released checkpoints hold. Another value changes the mathematics of the block, so it is refused.
 SUPPORTED = {
     "gate_type": ("TopKBalancedNoisyGate",),
@@ -71,6 +73,7 @@ class LlamaMoeConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        check_fields("LLaMA-MoE", self, "num_experts", "num_selects", "intermediate_size", "num_hidden_layers")
         for name, allowed in SUPPORTED.items():
             value = getattr(self, name)
             if value not in allowed:
