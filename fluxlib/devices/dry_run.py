@@ -59,10 +59,15 @@ def meta_model(config: Any, dtype: torch.dtype) -> Any:
     """The causal language model of ``config`` on the meta device, with attention that fits a dry run.
 
     Models that transformers has only plain attention for (gpt-oss) keep it.
+
+    Raises:
+        ValueError: transformers has no causal language model of this configuration.
     """
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"model: expected a causal language model, got {type(config).__name__}, which has none")
     ALL_ATTENTION_FUNCTIONS.register(DRY_ATTENTION, _dry_attention)
     # A copy: from_config writes the attention's name into the configuration it is given.
     config = copy.deepcopy(config)

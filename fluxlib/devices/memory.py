@@ -21,6 +21,7 @@ import torch
 from fluxlib import models
 from fluxlib.devices.memory_plan import MemoryPlan
 from fluxlib.devices.planner import Planner
+from fluxlib.moe.packing import BITS
 
 METHODS = ("flux", "fmd", "fmq", "fmes")
 KERNELS = ("auto", "grouped", "slots")
@@ -76,8 +77,8 @@ def plan_memory(
         name: of the model, for the table.
 
     Raises:
-        ValueError: an unknown method or optimizer, numbers of experts that the model does not have, or a memory that
-            does not hold the smallest plan; the message says what is needed.
+        ValueError: an argument outside what is allowed, a model that generates no text, numbers of experts that the
+            model does not have, or a memory that does not hold the smallest plan; the message says what is needed.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -85,6 +86,17 @@ def plan_memory(
         raise ValueError(f"optimizer: expected one of {', '.join(STATE_BYTES)}, got {optimizer!r}")
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
+    for argument, count in (("batch", batch), ("tokens", tokens)):
+        if count < 1:
+            raise ValueError(f"{argument}: expected at least 1, got {count}")
+    if bits not in BITS:
+        raise ValueError(f"bits: expected one of {', '.join(map(str, BITS))}, got {bits}")
+    if not 0 <= merged_per_tuned < float("inf"):
+        raise ValueError(f"merged_per_tuned: expected a finite number that is not negative, got {merged_per_tuned}")
+    if not 0 <= reserve_frac < 1:
+        raise ValueError(f"reserve_frac: expected 0 <= reserve_frac < 1, got {reserve_frac}")
+    if memory_bytes is not None and memory_bytes < 1:
+        raise ValueError(f"memory: expected at least 1 byte, got {memory_bytes}")
     planner = Planner(
         config, method, batch, tokens, dtype, tuned_dtype, STATE_BYTES[optimizer], bits, checkpointing, kernel, name
     )

@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    SwitchTransformersConfig,
+)
 
 from fluxlib import models
 from fluxlib.devices import census, dry_run, memory, stand_ins
@@ -277,6 +284,14 @@ def test_sizes_in_words(text, expected):
         ({"optimizer": "lion"}, "optimizer: expected one of adamw, sgd, got 'lion'"),
         ({"kernel": "magic"}, "kernel: expected one of auto, grouped, slots, got 'magic'"),
         ({"kernel": "grouped", "dtype": torch.float32}, "kernel: 'grouped' needs bfloat16"),
+        ({"batch": 0}, "batch: expected at least 1, got 0"),
+        ({"batch": -3}, "batch: expected at least 1, got -3"),
+        ({"tokens": 0}, "tokens: expected at least 1, got 0"),
+        ({"bits": 5}, "bits: expected one of 2, 3, 4, 8, got 5"),
+        ({"method": "fmq", "bits": 7}, "bits: expected one of 2, 3, 4, 8, got 7"),
+        ({"merged_per_tuned": -1}, "merged_per_tuned: expected a finite number that is not negative, got -1"),
+        ({"memory_bytes": 10**9, "reserve_frac": 1.5}, "reserve_frac: expected 0 <= reserve_frac < 1, got 1.5"),
+        ({"memory_bytes": -5}, "memory: expected at least 1 byte, got -5"),
         ({"num_tuned": 99}, r"num_tuned: expected 1\.\.36 for flux, got 99"),
         ({"num_tuned": 99, "num_merged": 0}, r"num_tuned: expected 1\.\.36 for flux, got 99"),
         ({"num_tuned": 0}, r"num_tuned: expected 1\.\.36 for flux, got 0"),
@@ -295,6 +310,8 @@ def test_wrong_input_is_named(arguments, message):
 def test_wrong_models_and_sizes():
     with pytest.raises(ValueError, match="no MoE layer"):
         memory.plan_memory(LlamaConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2))
+    with pytest.raises(ValueError, match="^model: expected a causal language model, got SwitchTransformersConfig"):
+        memory.plan_memory(SwitchTransformersConfig())
     with pytest.raises(ValueError, match="expected a size such as 24GiB, 24GB or 512MiB, got 'big'"):
         memory.plan("llama-moe-3.5b", "big")
     with pytest.raises(ValueError, match="slots: expected one per MoE layer, 3, got 1"):
