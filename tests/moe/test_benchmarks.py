@@ -44,3 +44,13 @@ def test_four_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     with pytest.raises(SystemExit):
         main(["--device", "cpu", "--models", "gpt-5"])
     assert "expected among ['llama-moe-3.5b', 'deepseek-moe-16b'], got ['gpt-5']" in capsys.readouterr().err
+
+
+def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    main = runpy.run_path(str(FOLDER / "loading.py"))["main"]
+    main(["--quick", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "loading.json").read_text())["loading"]
+    assert [row["files"] for row in rows] == ["safetensors", "bin"]
+    assert rows[0]["model_bytes"] == rows[1]["model_bytes"] > 0
+    assert all(row["peak_bytes"] > 0 for row in rows)
