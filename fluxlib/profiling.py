@@ -100,10 +100,10 @@ def profile(
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
     training = model.training
-    model.eval()
     if bits < 16:
         quantized.quantize(model, bits, block)
     try:
+        model.eval()
         _check_finite(model)
         counts = _count(model, batches, max_samples, attention)
     finally:

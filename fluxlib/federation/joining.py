@@ -87,6 +87,8 @@ def _take(reply: Message, config: RunConfig, store: ExpertStore, found: dict[int
         report = JoinReport.from_records(reply.content)
         if report.frozen_digest != store.frozen_digest:
             raise ValueError(f"participant {report.participant} has another base model than the server")
+        if report.participant < 0:
+            raise ValueError(f"participant is {report.participant}, allowed is 0 or more")
         if report.participant in found:
             raise ValueError(f"participant {report.participant} joined twice; each needs a partition-id of its own")
         if report.device and report.device not in catalogue.DEVICES:

@@ -16,8 +16,9 @@ the attention (or gate weight) of each expert.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
@@ -48,6 +49,10 @@ Shapes = Mapping[ExpertKey, Mapping[str, tuple[int, ...]]]
 def parse_config(text: str) -> RunConfig:
     """The run configuration in a message."""
     return RunConfig.model_validate_json(text)
+
+
+MOST = 1e15
+"""Largest count or time that a participant may report: what tables and clocks can hold."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ class ProfileReport(_Report):
     def from_records(cls, content: RecordDict) -> ProfileReport:
         """Inverse of :meth:`to_records`."""
         values = content["config"]
-        work, phases = Work(**json.loads(values["work"])), json.loads(values["phases"])
+        work, phases = _work(values["work"]), _phases(values["phases"])
         frequency = _from_floats(values["frequency"], tuple(values["shape"]))
         arrays = content["arrays"] if "arrays" in content else ArrayRecord()
         importance = {name: wires.decode(array) for name, array in arrays.items()}
@@ -253,10 +258,11 @@ class TrainReport(_Report):
             tokens=_from_floats(values["tokens"], shape),
             loss=float(metrics["loss"]),
             num_samples=int(metrics["num-examples"]),
-            work=Work(**json.loads(values["work"])),
-            phases_s=json.loads(values["phases"]),
+            work=_work(values["work"]),
+            phases_s=_phases(values["phases"]),
         )
-        spans = tuple((str(name), float(a), float(b), int(r)) for name, a, b, r in json.loads(values["spans"]))
+        told = json.loads(values["spans"])
+        spans = tuple((str(name), _count(a), _count(b), int(_count(r))) for name, a, b, r in told)
         within = bool(metrics["norm_bit"]) if "norm_bit" in metrics else None
         return cls(*_header(values), update=update, num_bytes=wires.record_bytes(arrays), within=within, spans=spans)
 
@@ -273,6 +279,30 @@ def asks_for_resync(content: RecordDict) -> bool:
 
 def _header(values: ConfigRecord) -> tuple[int, int, int, str]:
     return int(values["participant"]), int(values["round"]), int(values["version"]), str(values["digest"])
+
+
+def _work(text: str) -> Work:
+    """An account of work whose every field is a number that a clock can take."""
+    work = Work(**json.loads(text))
+    for item in fields(Work):
+        value = getattr(work, item.name)
+        if isinstance(item.default, bool) != isinstance(value, bool):
+            raise ValueError(f"work.{item.name} is {value!r}, allowed is {type(item.default).__name__}")
+        _count(value)
+    if work.num_experts < 1:
+        raise ValueError(f"work.num_experts is {work.num_experts}, allowed is at least 1")
+    return work
+
+
+def _phases(text: str) -> dict[str, float]:
+    return {str(name): _count(seconds) for name, seconds in dict(json.loads(text)).items()}
+
+
+def _count(value: Any) -> Any:
+    """``value`` if it is a number from 0 to :data:`MOST`: anything that a participant may count or time."""
+    if not isinstance(value, int | float) or not 0 <= value <= MOST or not math.isfinite(value):
+        raise ValueError(f"a count or time is {str(value)[:40]}, allowed is a number from 0 to {MOST:g}")
+    return value
 
 
 def _flat(keys: Iterable[ExpertKey]) -> list[int]:

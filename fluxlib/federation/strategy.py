@@ -25,7 +25,6 @@ from torch import Tensor
 from fluxlib import roles, seeding
 from fluxlib.config import RunConfig
 from fluxlib.federation import messages, premerged
-from fluxlib.federation import wire as wires
 from fluxlib.federation.messages import Instruction, ProfileReport
 from fluxlib.federation.outcome import Download, FirstProfile, Outcome, RoundOutcome
 from fluxlib.federation.privacy import Guard
@@ -307,6 +306,7 @@ class FluxStrategy(Strategy):
             self.config.uplink_wire,
             outcome.roles.exploit,
             self.store.shapes,
+            self.config.local_steps * self.config.batch_size * self.config.max_tokens,
         )
 
     def _remember_utilities(self, utilities: Tensor) -> None:
@@ -348,6 +348,6 @@ def select(state: roles.RoleState, participants: Sequence[int]) -> roles.RoleSta
 def _payload(reply: Message) -> int:
     """Bytes of a refused reply, as far as it can be read."""
     try:
-        return wires.record_bytes(reply.content["arrays"])
+        return sum(len(array.data) for array in reply.content["arrays"].values())
     except DAMAGED:
         return 0

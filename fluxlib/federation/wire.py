@@ -128,6 +128,8 @@ def decode(array: Array, wire: Form = "float32", shape: Sequence[int] | None = N
         WireError: another type than ``wire``, or bytes that do not fit the stated shape.
     """
     expected = _NUMPY_NAME[wire]
+    if any(size < 0 for size in array.shape):
+        raise WireError(f"array claims shape {tuple(array.shape)}")
     if array.dtype != expected or array.stype != _STYPE:
         raise WireError(f"array is {array.dtype} ({array.stype}), allowed is {expected} ({_STYPE}) for {wire}")
     lent = array.__dict__.get("tensor")
@@ -271,6 +273,8 @@ def _values(array: Array) -> np.ndarray:
             return np.frombuffer(array.data, array.dtype, offset=len(header)).reshape(array.shape)
         except ValueError as error:
             raise WireError(f"array of shape {tuple(array.shape)} has {len(array.data)} bytes: {error}") from None
+    if math.prod(array.shape) * np.dtype(array.dtype).itemsize > len(array.data):
+        raise WireError(f"array of shape {tuple(array.shape)} has {len(array.data)} bytes")
     try:
         values = np.load(io.BytesIO(array.data), allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:

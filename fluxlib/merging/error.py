@@ -42,9 +42,13 @@ def output_error(
     blocks = [layer.block for layer in found]
     batches = list(batches)
     training = model.training
-    model.eval()
-    kept = [_record(model, watched, batch) for batch in batches]
-    compact.customize(model, plans)
+    try:
+        model.eval()
+        kept = [_record(model, watched, batch) for batch in batches]
+        compact.customize(model, plans)
+    except BaseException:
+        model.train(training)
+        raise
     wrong, total = torch.zeros(2, len(found), dtype=torch.float64)
     try:
         for batch, (calls, truth) in zip(batches, kept, strict=True):

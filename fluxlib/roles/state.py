@@ -22,6 +22,10 @@ NEVER = -1
 """Round number of something that has not happened yet."""
 
 
+MOST_UTILITY = 1e30
+"""Largest utility that is believed of anybody: sums of such stay finite in 32 bits."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """What :func:`update` did not take as it came: ``count`` values of one participant, ``worst`` among them.
@@ -184,7 +188,7 @@ def _cap(state: RoleState, values: Tensor, bound: float) -> float:
     """
     known = torch.fmax(state.measured, values).nan_to_num(nan=0.0).flatten(1).amax(dim=1)
     known = known[known > 0]
-    return bound * float(known.median()) if len(known) else math.inf
+    return min(bound * float(known.median()), MOST_UTILITY) if len(known) else math.inf
 
 
 def _missing(utilities: Tensor, asked: Tensor, optional: Tensor, at_least: Tensor | None) -> list[Fault]:

@@ -1,7 +1,7 @@
 """The paper's number beside ours, from the ``measurements`` table, and whether they agree.
 
-Per seed: the mean over tasks; then the mean, smallest and largest over seeds. ``agrees``: the mean reaches the paper's
-size. ``agrees in direction``: it does not, but every seed points the paper's way. ``does not``: anything else.
+Per seed: the mean over tasks; then the mean, smallest and largest over seeds. ``agrees in direction``: every seed
+points the paper's way. ``agrees``: the mean also reaches the paper's size. ``does not``: anything else.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def judge(values: np.ndarray, reach: float, better: str = "larger") -> str:
     if better == "smaller":
         return "agrees" if mean <= reach else "does not"
     turn = 1.0 if reach >= 1 else 0.0
-    if mean >= reach and mean > turn:
-        return "agrees"
-    return "agrees in direction" if (np.asarray(values) > turn).all() else "does not"
+    if not (np.asarray(values) > turn).all():
+        return "does not"
+    return "agrees" if mean >= reach else "agrees in direction"
 
 
 def _line(claim: str, paper: str, reach: float, values: np.ndarray, better: str = "larger") -> tuple:

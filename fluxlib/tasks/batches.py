@@ -35,7 +35,7 @@ def encode(example: Example, tokenizer: Any, max_tokens: int, response: str | No
     room = max_tokens - len(answer)
     if room < 1:
         raise ValueError(
-            f"max_tokens is {max_tokens}, allowed is at least {len(answer) + 1} for the response {text[:50]!r}"
+            f"max_tokens is {max_tokens}, allowed is at least {len(answer) + 1} for a response of {len(answer)} tokens"
         )
     prompt = prompt[-room:] if len(prompt) > room else prompt
     return prompt + answer, len(prompt)

@@ -13,7 +13,7 @@ from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
 
 from fluxlib.federation import LocalGrid, client_app, messages
 from fluxlib.federation.messages import TrainReport
-from fluxlib.federation.replies import REASONS, Expected, Rejected, all_finite, read_reply
+from fluxlib.federation.replies import REASONS, Expected, Rejected, believable, read_reply
 from fluxlib.federation.sync import ExpertStore
 from fluxlib.methods.base import Update, Work
 
@@ -172,8 +172,46 @@ def test_reasons_have_a_description_and_others_do_not_exist() -> None:
         Rejected("bad luck", "")
 
 
-def test_all_finite() -> None:
-    big = torch.tensor([3e38, 3e38])
-    assert all_finite(big) and all_finite(-big)
-    for value in (math.nan, math.inf, -math.inf):
-        assert not all_finite(torch.tensor([0.0, value, 1.0]))
+def test_what_is_no_believable_change() -> None:
+    assert believable(torch.full((10, 10), -1e4)) and believable(torch.empty(0))
+    for value in (math.nan, math.inf, -math.inf, 3e38, -1e7):
+        assert not believable(torch.tensor([0.0, value, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("record", "key", "value"),
+    [
+        ("metrics", "num-examples", math.inf),
+        ("config", "participant", math.inf),
+        ("config", "work", "[" * 100_000),
+        ("config", "work", '{"num_experts": 0}'),
+        ("config", "work", '{"num_experts": 8, "train_tokens": "x"}'),
+        ("config", "work", '{"num_experts": 8, "train_tokens": -1}'),
+        ("config", "work", '{"num_experts": 8, "offloaded": 3}'),
+        ("config", "phases", "[1]"),
+        ("config", "phases", '{"train": "x"}'),
+        ("config", "phases", '{"train": NaN}'),
+        ("config", "spans", '[["train", 0, 1, 1e30]]'),
+        ("config", "spans", '[["train", 0, 1]]'),
+    ],
+)
+def test_an_account_that_no_table_could_hold_is_malformed(
+    expected: Expected, record: str, key: str, value: Any
+) -> None:
+    content = content_of(expected, good(expected))
+    content[record][key] = value  # type: ignore[index]
+    assert refused(content, expected) == "malformed"
+
+
+@pytest.mark.parametrize("data", [b"PK\x03\x04garbage", b"\x93NUMPY", b""])
+def test_bytes_that_are_no_array_are_malformed(expected: Expected, data: bytes) -> None:
+    content = content_of(expected, good(expected))
+    name = next(iter(content["arrays"]))
+    content["arrays"][name] = Array("float32", content["arrays"][name].shape, "numpy.ndarray", data)
+    assert refused(content, expected) == "malformed"
+
+
+def test_more_tokens_than_there_were_are_refused(expected: Expected) -> None:
+    some = replace(expected, most_tokens=8)
+    reply = good(expected, tokens=torch.full((2, 4), 9.0))
+    assert refused(content_of(expected, reply), some) == "not_finite"
