@@ -42,7 +42,8 @@ def test_loss_is_per_response_token() -> None:
 
 @pytest.mark.parametrize("name", ["mini-gsm8k", "mini-dolly"])
 def test_generation_does_not_depend_on_the_batch(name: str) -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # other weights may tie where they choose a token
+        torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
         model = build_model("mini-llama-moe", len(TOKENIZER))
     task = load(name, size=40)
     one, many = (evaluate(model, TOKENIZER, task.metric, task.test, 96, batch_size=size) for size in (1, 8))
