@@ -98,6 +98,9 @@ PARTICIPANTS = (
     Column("utility_faults", "string", "", "utilities not taken as they came: 2 huge, 1 missing ...; empty: none"),
     Column("exploited", "string", "", "experts tuned, as layer.expert with spaces between"),
     Column("explored", "string", "", "experts held unmerged beside them, to be probed or merely kept, written alike"),
+    Column(
+        "work", "string", "", "what was done, as JSON of methods.base.Work: the device clock can be read anew", True
+    ),
     *(
         Column(f"{phase}_{clock}_s", "float64", "s", f"{phase}: {source}", True)
         for clock, source in (("device", "predicted by the device clock"), ("wall", "measured here"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -63,8 +64,7 @@ class RowMaker:
         self, outcome: RoundOutcome, score: Score | None, evaluate_wall_s: float, wall_s: float, before: Totals
     ) -> tuple[Row, Totals]:
         """The round's row, and the clocks after it."""
-        seconds = {o.participant: self._phases(o) for o in outcome.accepted}
-        time = self._round_time(outcome, seconds)
+        time = self._round_time(outcome)
         here = Totals(wall_s, time.total_s)
         after = Totals(before.wall_s + wall_s, before.device_s + time.total_s)
         row = self._row(outcome.round, score, evaluate_wall_s, here, after)
@@ -85,7 +85,7 @@ class RowMaker:
         """When each phase of the round began and ended on both clocks; ``server``: its own phases on the wall."""
         seconds = {o.participant: self._phases(o) for o in outcome.accepted}
         phases = [(seconds[o.participant].main, seconds[o.participant].first) for o in outcome.accepted]
-        server_s = self._round_time(outcome, seconds).server_s
+        server_s = self._round_time(outcome).server_s
         return self.times.wall(outcome, server) + self.times.device(outcome, phases, server_s, before.device_s)
 
     def participants(self, outcome: RoundOutcome) -> list[Row]:
@@ -129,7 +129,7 @@ class RowMaker:
             "num_experts": self.num_experts,
         }
 
-    def _participant(self, number: int, outcome: Outcome, seconds: _Seconds | None) -> Row:
+    def _participant(self, number: int, outcome: Outcome, seconds: ParticipantSeconds | None) -> Row:
         work = outcome.work or Work(num_experts=self.num_experts)
         num_explored = int(outcome.roles.explore.sum())
         wall = dict.fromkeys(PHASES, math.nan)
@@ -155,24 +155,20 @@ class RowMaker:
             "utility_faults": outcome.utility_faults,
             "exploited": write_experts(outcome.roles.exploit),
             "explored": write_experts(outcome.roles.explore),
+            "work": None if outcome.work is None or outcome.rejected else write_work(outcome),
             **{f"{phase}_device_s": device[phase] for phase in PHASES},
             **{f"{phase}_wall_s": wall[phase] for phase in PHASES},
         }
 
-    def _phases(self, outcome: Outcome) -> _Seconds:
-        assert outcome.work is not None
-        device = self.fleet[outcome.participant]
-        tokens = self.config.clock_tokens_per_sample
-        # Experts that came with the profile request crossed the link before this one.
-        down = outcome.download
-        bits = min(outcome.work.download_bits, down.mean_bits)
-        work = replace(outcome.work, num_downloaded=down.num_experts, download_bits=bits)
-        main = clock.phase_seconds(work, self.shapes, device, self.link, tokens)
-        first = None
-        if outcome.first_profile is not None and outcome.first_profile.work is not None:
-            found = clock.phase_seconds(outcome.first_profile.work, self.shapes, device, self.link, tokens)
-            first = {name: found[name] for name in ("quantize", "profile")}
-        return _Seconds(main, first)
+    def _phases(self, outcome: Outcome) -> ParticipantSeconds:
+        return participant_seconds(
+            charged(outcome),
+            outcome.first_profile.work if outcome.first_profile else None,
+            self.shapes,
+            self.fleet[outcome.participant],
+            self.link,
+            self.config.clock_tokens_per_sample,
+        )
 
     def _device_bytes(self, outcome: RoundOutcome) -> int | None:
         """Predicted memory of the most loaded participant, at the clock model's shapes."""
@@ -180,16 +176,13 @@ class RowMaker:
         works = [(o.work, self.fleet[o.participant]) for o in outcome.accepted if o.work is not None]
         return max((clock.device_bytes(work, self.shapes, device, tokens) for work, device in works), default=None)
 
-    def _round_time(self, outcome: RoundOutcome, seconds: dict[int, _Seconds]) -> clock.RoundTime:
+    def _round_time(self, outcome: RoundOutcome) -> clock.RoundTime:
         works = [o.work for o in outcome.accepted if o.work is not None]
-        server_s = clock.server_seconds(works, self.shapes)
-        return clock.round_seconds(
-            [seconds[o.participant].serial() for o in outcome.accepted], [w.first_profile for w in works], server_s
-        )
+        return round_time([self._phases(o) for o in outcome.accepted], works, self.shapes)
 
 
 @dataclass(frozen=True)
-class _Seconds:
+class ParticipantSeconds:
     """Device seconds of one participant: its round, and a profile made before it (round 1 only)."""
 
     main: dict[str, float]
@@ -202,6 +195,55 @@ class _Seconds:
     def serial(self) -> dict[str, float]:
         """Seconds by phase with the first profile where it stands: before merging, in the critical path."""
         return self.main | {"merge": self.main["merge"] + sum((self.first or {}).values())}
+
+
+def participant_seconds(
+    work: Work,
+    first: Work | None,
+    shapes: clock.Shapes,
+    device: catalogue.Device,
+    link: catalogue.Link,
+    tokens_per_sample: int | None,
+) -> ParticipantSeconds:
+    """One participant's round on the device clock; ``first`` is the work of a profile made before the round, if any."""
+    main = clock.phase_seconds(work, shapes, device, link, tokens_per_sample)
+    if first is None:
+        return ParticipantSeconds(main, None)
+    found = clock.phase_seconds(first, shapes, device, link, tokens_per_sample)
+    return ParticipantSeconds(main, {name: found[name] for name in ("quantize", "profile")})
+
+
+def round_time(seconds: Sequence[ParticipantSeconds], works: Sequence[Work], shapes: clock.Shapes) -> clock.RoundTime:
+    """When a round is over whose accepted participants took ``seconds`` for ``works``, in the same order."""
+    server_s = clock.server_seconds(works, shapes)
+    return clock.round_seconds([s.serial() for s in seconds], [w.first_profile for w in works], server_s)
+
+
+def charged(outcome: Outcome) -> Work:
+    """The work that the clock counts, downloads as they were sent to train.
+
+    Experts that came with the profile request crossed the link before.
+    """
+    assert outcome.work is not None
+    down = outcome.download
+    bits = min(outcome.work.download_bits, down.mean_bits)
+    return replace(outcome.work, num_downloaded=down.num_experts, download_bits=bits)
+
+
+def write_work(outcome: Outcome) -> str:
+    """The works of an accepted reply as JSON: ``[the round's, the first profile's if any]``, defaults left out."""
+    works = [charged(outcome)]
+    if outcome.first_profile is not None and outcome.first_profile.work is not None:
+        works.append(outcome.first_profile.work)
+    named = [{f.name: getattr(work, f.name) for f in fields(work)} for work in works]
+    known = {f.name: f.default for f in fields(Work)}
+    return json.dumps([{name: value for name, value in work.items() if value != known[name]} for work in named])
+
+
+def read_work(text: str) -> tuple[Work, Work | None]:
+    """Inverse of :func:`write_work`: the round's work, and the first profile's or ``None``."""
+    works = [Work(**item) for item in json.loads(text)]
+    return works[0], works[1] if len(works) > 1 else None
 
 
 def peak_memory_bytes() -> int:
