@@ -96,6 +96,7 @@ class RunConfig(BaseModel):
     max_tokens: int = Field(128, ge=8)
     learning_rate: float = Field(3e-3, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    server_learning_rate: float = Field(1.0, gt=0, description="factor on an expert's aggregated change")
     eval_samples: int | None = Field(None, ge=1, description="test samples scored each round; None: all")
     eval_every: int = Field(1, ge=1)
 

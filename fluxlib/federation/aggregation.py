@@ -56,6 +56,19 @@ class ExpertMean:
         return {key: _mean(total) for key, total in self._sums.items()}
 
 
+@torch.no_grad()
+def scaled(changes: Experts, rate: float) -> Experts:
+    """``rate`` times each change: what a server that steps along them adds to its model.
+
+    1 is the paper's aggregation, and gives ``changes`` as they are. Otherwise this is FedOpt with plain gradient
+    descent on the server (Reddi et al. 2021, algorithm 1, without momentum). Clipping and noise come before: what a
+    server does with the protected change costs no more privacy.
+    """
+    if rate == 1.0:
+        return changes
+    return {key: {name: rate * tensor for name, tensor in tensors.items()} for key, tensors in changes.items()}
+
+
 # Replies with no tokens weigh this much: nothing beside a real weight, everything alike among themselves.
 _NO_TOKENS = 1e-6
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from fluxlib import roles, seeding
 from fluxlib.config import RunConfig
 from fluxlib.federation import messages, premerged
+from fluxlib.federation.aggregation import scaled
 from fluxlib.federation.messages import Instruction, ProfileReport
 from fluxlib.federation.outcome import Download, FirstProfile, Outcome, RoundOutcome
 from fluxlib.federation.privacy import Guard
@@ -166,7 +167,7 @@ class FluxStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Take replies in, refuse bad ones by name, apply the mean change of each expert.
+        """Take replies in, refuse bad ones by name, apply each expert's combined change times the server's step size.
 
         Returns the new values of the experts that changed, and the round's metrics.
 
@@ -189,7 +190,7 @@ class FluxStrategy(Strategy):
         )
         self.last.require(self.config.min_replies_frac)
         changes = self.guard.finish(server_round, changes, mean.num_tuners, len(self.last.accepted))
-        self.store.apply(changes)
+        self.store.apply(scaled(changes, self.config.server_learning_rate))
         self._remember_utilities(utilities)
         num_samples = sum(outcome.num_samples for outcome in self.last.accepted)
         return self.store.record(changes), MetricRecord(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fluxlib.config import RunConfig
 from fluxlib.federation import LocalGrid, client_app, wire
 from fluxlib.federation.budgets import make_budgets
 from fluxlib.federation.joining import join
+from fluxlib.federation.messages import TrainReport
 from fluxlib.federation.strategy import FluxStrategy
 from fluxlib.federation.sync import ExpertStore
 
@@ -104,6 +106,38 @@ def test_the_server_holds_one_reply_at_a_time(strategy: FluxStrategy, grid: Loca
 
     strategy.aggregate_train(1, watched())
     assert len(alive) == 3 and most <= 2
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "krum"])
+@pytest.mark.parametrize("rate", [1.0, 2.0])
+def test_the_server_takes_a_step_of_its_own_size(
+    config: RunConfig, store: ExpertStore, grid: LocalGrid, aggregation: str, rate: float
+) -> None:
+    changes = {"server_learning_rate": rate, "aggregation": aggregation, "tune_fraction": 0.25}
+    config = config.model_copy(update=changes)
+    strategy = FluxStrategy(config, methods.get("fake"), store, make_budgets(config, *store.shape))
+    strategy.roster.enrol(join(grid, config, store))
+    before = {key: {name: t.clone() for name, t in store.tensors(key).items()} for key in store.keys}
+    messages = list(strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid))
+    sent = next(grid.send_and_receive(messages[:1]))
+    told = TrainReport.from_records(sent.content, config.uplink_wire).update.deltas
+    strategy.config = config.model_copy(update={"min_replies_frac": 0.1})
+    strategy.aggregate_train(1, [sent])
+    assert 0 < len(told) < len(store.keys)
+    for key in store.keys:
+        for name, tensor in store.tensors(key).items():
+            expected = before[key][name] + rate * told[key][name] if key in told else before[key][name]
+            assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"clip_norm": 0.1, "noise_multiplier": 0.5}, {"downlink_wire": "int8"}, {"merged_downlink": "4bit"}],
+)
+def test_a_step_of_another_size_reaches_every_participant(make_config: Make, options: dict[str, Any]) -> None:
+    runs = [federation.run(make_config(rounds=3, server_learning_rate=rate, **options)) for rate in (1.0, 0.5)]
+    assert all((run.participants["rejected"] == "").all() for run in runs)
+    assert runs[0].rounds["loss"].tolist() != runs[1].rounds["loss"].tolist()
 
 
 def test_nothing_is_applied_when_too_few_replies_are_good(strategy: FluxStrategy, grid: LocalGrid) -> None:
