@@ -7,6 +7,7 @@ tables. Names of methods, models and tasks are checked by the registries that ow
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -166,7 +167,14 @@ class RunConfig(BaseModel):
         if (self.noise_multiplier or self.clip_quantile) and self.clip_norm is None:
             name = "noise_multiplier" if self.noise_multiplier else "clip_quantile"
             raise ValueError(f"{name} is set and clip_norm is not; it needs a norm to refer to")
-        if self.noise_multiplier and self.noise == "server" and self.aggregation != "mean":
+        central = self.noise_multiplier and self.noise == "server"
+        if central and self.clip_quantile and self.noise_multiplier >= self.fewest_replies / 10:
+            raise ValueError(
+                f"noise_multiplier is {self.noise_multiplier:g}, allowed with clip_quantile is less than "
+                f"{self.fewest_replies / 10:g}, a tenth of the {self.fewest_replies} replies that min_replies_frac "
+                "asks for: the noisy count of those within the norm would cost more than that noise allows"
+            )
+        if central and self.aggregation != "mean":
             raise ValueError(f"aggregation is {self.aggregation!r}, allowed with noise on the server is 'mean'")
         if self.withhold_reports and self.assignment != "random":
             raise ValueError(f"assignment is {self.assignment!r}, allowed with withhold_reports is 'random'")
@@ -182,6 +190,11 @@ class RunConfig(BaseModel):
                 "(more slots than experts)"
             )
         return self
+
+    @property
+    def fewest_replies(self) -> int:
+        """Good replies without which a round, and with it the run, fails."""
+        return math.ceil(self.min_replies_frac * (self.participants_per_round or self.participants) - 1e-9)
 
     @property
     def numbers(self) -> str:
