@@ -14,6 +14,7 @@ changes of some experts, so the mechanism stands here, on changes.
 * :func:`add_noise`        Gaussian noise on changes
 * :class:`AdaptiveClip`    a bound that follows a quantile of the norms (Andrew et al. 2021)
 * :class:`Guard`          the server's side of all three
+* :func:`flip_probability` what hides whether one participant was within the bound, where nobody is to be trusted
 * :func:`spent_epsilon`    what a number of rounds has cost
 """
 
@@ -69,7 +70,10 @@ def protect(update: Update, config: RunConfig, bound: float | None, generator: t
     if bound is not None:
         changes, within = clip(update.deltas, bound)
         if config.noise == "participant" and config.noise_multiplier:
-            changes = add_noise(changes, config.noise_multiplier * bound, generator)
+            multiplier = local_multiplier(config.noise_multiplier, config.clip_quantile is not None)
+            changes = add_noise(changes, multiplier * bound, generator)
+            if config.clip_quantile is not None and flips(config.noise_multiplier, generator):
+                within = not within
         update = replace(update, deltas=changes)
     if config.withhold_reports:
         unknown = torch.full_like(update.utilities, math.nan)
@@ -93,7 +97,7 @@ class AdaptiveClip:
     bound: float
     quantile: float | None = None
 
-    def after(self, num_within: int, num_replies: int, noise: float = 0.0) -> AdaptiveClip:
+    def after(self, num_within: float, num_replies: int, noise: float = 0.0) -> AdaptiveClip:
         """The bound for the next round; ``noise`` was drawn for the count of those within."""
         if self.quantile is None or not num_replies:
             return self
@@ -134,11 +138,13 @@ class Guard:
             parts = ({key: tensors} for key, tensors in sorted(changes.items()))
             noisy = [add_noise(part, deviation / num_tuners(next(iter(part))), chance) for part in parts]
             changes = {key: tensors for part in noisy for key, tensors in part.items()}
-        noise = 0.0
-        if config.noise_multiplier and adaptive:
+        num_within, noise = float(self._num_within), 0.0
+        if config.noise_multiplier and adaptive and config.noise == "participant":
+            num_within = likely_count(self._num_within, num_replies, config.noise_multiplier)
+        elif config.noise_multiplier and adaptive:
             chance = noise_generator(config, "count", round_number)
             noise = count_deviation(num_replies) * float(torch.randn((), generator=chance))
-        self.clip, self._num_within = self.clip.after(self._num_within, num_replies, noise), 0
+        self.clip, self._num_within = self.clip.after(num_within, num_replies, noise), 0
         return changes
 
 
@@ -164,6 +170,37 @@ def change_multiplier(noise_multiplier: float, num_replies: int, adaptive: bool)
             f"{2 * count_deviation(num_replies):g} for {num_replies} replies"
         )
     return float(rest**-0.5)
+
+
+BIT_SHARE = 0.1
+"""With noise by the participants and an adaptive bound: what the bit "within" takes of a round's privacy cost."""
+
+
+def flip_probability(noise_multiplier: float) -> float:
+    """How often a participant says the opposite of whether it was within the bound (randomised response).
+
+    That costs a pure epsilon of ln((1 - p) / p), so at most epsilon^2 / 2 where a Gaussian of multiplier z costs
+    1 / (2 z^2); p is such that this is :data:`BIT_SHARE` of it.
+
+    Paper: none. Deviation from Andrew et al. 2021, who have a trusted server add noise to the count.
+    """
+    return 1 / (1 + math.exp(min(math.sqrt(BIT_SHARE) / noise_multiplier, 700.0)))
+
+
+def local_multiplier(noise_multiplier: float, adaptive: bool) -> float:
+    """Noise of a participant on its change such that it and the bit together cost what ``noise_multiplier`` would."""
+    return noise_multiplier / math.sqrt(1 - BIT_SHARE) if adaptive else noise_multiplier
+
+
+def flips(noise_multiplier: float, generator: torch.Generator) -> bool:
+    """Whether this participant says the opposite this time."""
+    return float(torch.rand((), generator=generator, dtype=torch.float64)) < flip_probability(noise_multiplier)
+
+
+def likely_count(num_said: float, num_replies: int, noise_multiplier: float) -> float:
+    """How many were within the bound, as far as those who said so tell; from 0 to ``num_replies``."""
+    flipped = flip_probability(noise_multiplier)
+    return min(max((num_said - num_replies * flipped) / (1 - 2 * flipped), 0.0), float(num_replies))
 
 
 def spent_epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> float:

@@ -15,6 +15,7 @@ from fluxlib import federation, seeding
 from fluxlib.config import ConfigError, RunConfig, make_config
 from fluxlib.federation import LocalGrid, client_app, privacy
 from fluxlib.federation.privacy import AdaptiveClip, Guard
+from fluxlib.methods.base import Update, Work
 
 Make = Callable[..., RunConfig]
 
@@ -61,6 +62,28 @@ def test_a_noisy_count_is_paid_for_by_more_noise_on_the_changes() -> None:
         privacy.change_multiplier(1.0, 10, adaptive=True)
 
 
+def test_a_bit_that_hides_itself_is_paid_for_and_counted_right() -> None:
+    for noise in (0.5, 2.0):
+        flipped = privacy.flip_probability(noise)
+        bit = math.log((1 - flipped) / flipped) ** 2 / 2  # of randomised response, as zero-concentrated privacy
+        change = 1 / (2 * privacy.local_multiplier(noise, adaptive=True) ** 2)
+        assert bit + change == pytest.approx(1 / (2 * noise**2))
+        expected = 30 * (1 - flipped) + 70 * flipped  # said by 100 of whom 30 are within
+        assert privacy.likely_count(expected, 100, noise) == pytest.approx(30)
+    assert privacy.flip_probability(1e-3) < 1e-100 and privacy.local_multiplier(2.0, adaptive=False) == 2.0
+    assert privacy.likely_count(0, 10, 1.0) == 0 and privacy.likely_count(10, 10, 1.0) == 10
+
+
+def test_participants_say_the_opposite_as_often_as_they_should() -> None:
+    config = RunConfig(clip_norm=9.0, clip_quantile=0.5, noise_multiplier=0.3, noise="participant")
+    chance, nothing = torch.Generator().manual_seed(0), torch.zeros(2, 4)
+    update = Update(CHANGES, nothing, nothing, 0.0, 1, Work(8), {})
+    said = [privacy.protect(update, config, 9.0, chance)[1] for _ in range(2000)]
+    assert 1 - sum(said) / 2000 == pytest.approx(privacy.flip_probability(0.3), abs=0.03)
+    plain = config.model_copy(update={"noise": "server"})
+    assert all(privacy.protect(update, plain, 9.0, chance)[1] for _ in range(20))
+
+
 def test_central_noise_is_on_the_sum_so_more_tuners_dilute_it() -> None:
     guard = Guard(RunConfig(clip_norm=2.0, noise_multiplier=0.5))
     zeros = {(0, e): {"w": torch.zeros(20_000)} for e in (0, 1)}
@@ -81,6 +104,10 @@ def test_the_server_clips_what_a_participant_did_not() -> None:
         ({"noise_multiplier": 1.0}, "noise_multiplier is set and clip_norm is not"),
         ({"clip_quantile": 0.5}, "clip_quantile is set and clip_norm is not"),
         ({"noise_multiplier": 1.0, "clip_norm": 1.0, "aggregation": "median"}, "allowed with noise on the server"),
+        (
+            {"noise_multiplier": 0.5, "clip_norm": 1.0, "clip_quantile": 0.5},
+            r"noise_multiplier is 0.5, allowed with clip_quantile is less than 0.5, a tenth of the 5 replies",
+        ),
         ({"withhold_reports": True}, "allowed with withhold_reports is 'random'"),
         ({"trim_fraction": 0.5}, "trim_fraction: Input should be less than 0.5"),
     ],
@@ -98,6 +125,7 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], me
         {"clip_norm": 0.05, "noise_multiplier": 0.1},
         {"clip_norm": 0.05, "noise_multiplier": 0.1, "clip_quantile": 0.5},
         {"clip_norm": 0.05, "noise_multiplier": 0.1, "noise": "participant", "uplink_wire": "int8"},
+        {"clip_norm": 0.05, "noise_multiplier": 0.1, "noise": "participant", "clip_quantile": 0.5},
         {"aggregation": "median"},
         {"aggregation": "krum", "clip_norm": 0.05, "noise_multiplier": 0.1, "noise": "participant"},
     ],
