@@ -7,6 +7,7 @@ and all seeds go through the same code.
 - :mod:`fluxlib.studies.profiling`, :mod:`fluxlib.studies.training` -- section 4 of the paper,
 - :mod:`fluxlib.studies.merging`, :mod:`fluxlib.studies.overhead` -- section 5,
 - :mod:`fluxlib.studies.real`, :mod:`fluxlib.studies.host` -- the clock at real shapes, and against this machine,
+- :mod:`fluxlib.studies.sensitivity` -- stored runs on the clock of other devices and links,
 - :mod:`fluxlib.studies.verdicts` -- the paper's number beside ours, and whether they agree.
 """
 
