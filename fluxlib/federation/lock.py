@@ -16,15 +16,22 @@ from pathlib import Path
 from fluxlib.config import ConfigError
 
 
+class Held(ConfigError):
+    """Another process holds the run."""
+
+
 @contextmanager
-def hold(folder: Path, run_id: str) -> Iterator[None]:
+def hold(folder: Path, run_id: str, role: str = "") -> Iterator[None]:
     """Hold the run called ``run_id`` in ``folder`` for the time of the block.
 
+    Args:
+        role: what may be held beside the run itself, such as following it from another process.
+
     Raises:
-        ConfigError: another process holds it; the message names its process number and machine.
+        Held: another process holds it; the message names its process number and machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".{run_id}.lock"
+    path = folder / f".{run_id}{f'.{role}' if role else ''}.lock"
     file = _acquire(path, run_id)
     try:
         yield
@@ -41,7 +48,7 @@ def _acquire(path: Path, run_id: str) -> int:
         except OSError:
             holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
             os.close(file)
-            raise ConfigError(
+            raise Held(
                 f"out is {path.parent}, in which {holder} is running {run_id} at this moment; "
                 "wait for it, end it, or choose another folder"
             ) from None

@@ -16,7 +16,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, make_config
-from fluxlib.federation import progress
+from fluxlib.federation import lock, progress
 from fluxlib.federation.options import Options, RunResult
 from fluxlib.federation.rounds import serve
 from fluxlib.federation.tables import Row
@@ -56,6 +56,8 @@ def serve_alone(grid: Grid, config: RunConfig, out: Path | None) -> RunResult:
 
     try:
         result = serve(grid, config, Options(out, on_round, keep_experts=True))
+    except lock.Held:
+        raise  # whoever follows the run that is there must not take this for its end
     except Exception as error:
         progress.say_over(out, config.run_id, str(error) or type(error).__name__)
         raise

@@ -23,7 +23,18 @@ from flwr.app import Array, ConfigRecord, Context, Message, RecordDict
 import fluxlib
 from fluxlib import federation
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
-from fluxlib.federation import client_app, exchange, messages, own_data, participant, progress, wire
+from fluxlib.federation import (
+    LocalGrid,
+    client_app,
+    exchange,
+    lock,
+    messages,
+    own_data,
+    participant,
+    progress,
+    server_app,
+    wire,
+)
 from fluxlib.federation.deployment import credentials, folders
 from fluxlib.federation.server_app import from_run_config
 from fluxlib.tasks.base import Example
@@ -308,3 +319,23 @@ def test_rows_are_followed_as_they_come_and_a_run_can_be_stopped(tmp_path: Path)
     assert write({"round": 2}) is True
     progress.clear(tmp_path, "one")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("role", ["", "caller"])
+def test_a_second_deployment_run_leaves_the_first_ones_files_alone(
+    make_config: Make, tmp_path: Path, role: str
+) -> None:
+    config = make_config(engine="deployment")
+    progress.writer(tmp_path, config.run_id)({"round": 0})
+    progress.ask_to_stop(tmp_path, config.run_id)
+    with lock.hold(tmp_path, config.run_id, role), pytest.raises(ConfigError, match=f"running {config.run_id}"):
+        federation.run(config, out=tmp_path, superlink="nowhere")
+    assert next(progress.follow(tmp_path, config.run_id)) == {"round": 0}
+    assert progress.writer(tmp_path, config.run_id)({"round": 1}), "the wish to stop is still there"
+
+
+def test_a_server_that_is_refused_does_not_end_the_run_that_is_there(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(rounds=1)
+    with lock.hold(tmp_path, config.run_id), pytest.raises(ConfigError, match=f"running {config.run_id}"):
+        server_app.serve_alone(LocalGrid(client_app.app, 3), config, tmp_path)
+    assert progress.over(tmp_path, config.run_id) is None

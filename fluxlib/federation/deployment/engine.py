@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from fluxlib import models, records
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
-from fluxlib.federation import progress
+from fluxlib.federation import lock, progress
 from fluxlib.federation import wire as wires
 from fluxlib.federation.deployment.processes import CONNECTION, LocalFederation, flwr
 from fluxlib.federation.options import Options, RunResult, check, experts_path, table_path
@@ -36,7 +36,8 @@ def run_deployment(config: RunConfig, options: Options) -> RunResult:
     """Run ``config`` on the SuperLink that ``options`` name, or on a federation started here for this one run.
 
     Raises:
-        ConfigError: what :func:`~fluxlib.federation.options.check` refuses, or an unknown SuperLink.
+        ConfigError: what :func:`~fluxlib.federation.options.check` refuses, an unknown SuperLink, or another process
+            that is running this run in this folder, or following it.
         RunFailed: the server app failed or was killed; the message says why. The same call goes on after the last
             complete round.
     """
@@ -46,6 +47,9 @@ def run_deployment(config: RunConfig, options: Options) -> RunResult:
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flux-")))
         out = (options.out or temporary / "out").resolve()
+        stack.enter_context(lock.hold(out, config.run_id, "caller"))
+        with lock.hold(out, config.run_id):  # a server at work would lose what it wrote for its caller
+            progress.clear(out, config.run_id)
         if options.superlink is None:
             federation = stack.enter_context(LocalFederation(temporary / "federation", config))
             home, superlink = federation.home, CONNECTION
@@ -68,7 +72,6 @@ def submit(config: RunConfig, out: Path, home: Path, superlink: str) -> str:
     Raises:
         ConfigError: Flower refuses, with what it says.
     """
-    progress.clear(out, config.run_id)
     with tempfile.TemporaryDirectory(prefix="flux-") as temporary:
         path = Path(temporary) / "run.toml"
         # A JSON text without its escapes for other alphabets is a TOML text too.
