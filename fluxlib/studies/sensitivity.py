@@ -98,26 +98,33 @@ def _recount(
     over = catalogue.link(link or str(run["link"]))
     devices = catalogue.fleet(fleet, run["participants"]) if fleet else None
     table = rounds.sort_values("round", kind="stable")
-    times, shares = [], []
-    for number in table["round"]:
-        here = [(r, devices[r.participant] if devices else catalogue.DEVICES[r.device]) for r in replies.get(number, ())]
-        if not here:
-            times.append((0.0, 0.0))
-            shares.append(0.0)
-            continue
-        seconds = [participant_seconds(r.work, r.first, shapes, device, over, tokens) for r, device in here]
-        time = round_time(seconds, [r.work for r, _ in here], shapes)
-        times.append((time.total_s, time.server_s))
-        shares.append(max(_memory_share(r.work, shapes, device, tokens) for r, device in here))
+    counted = [_count(replies.get(int(number), []), devices, shapes, over, tokens) for number in table["round"]]
     return table.assign(
-        round_device_s=[total for total, _ in times],
-        server_device_s=[server for _, server in times],
-        device_s=list(itertools.accumulate(total for total, _ in times)),
+        round_device_s=[total for total, _, _ in counted],
+        server_device_s=[server for _, server, _ in counted],
+        device_s=list(itertools.accumulate(total for total, _, _ in counted)),
         link=over.name,
         clock_model=name,
         fleet=fleet or str(run["fleet"]),
-        memory_share=shares,
+        memory_share=[share for _, _, share in counted],
     )
+
+
+def _count(
+    replies: list[Reply],
+    fleet: list[catalogue.Device] | None,
+    shapes: clock.Shapes,
+    link: catalogue.Link,
+    tokens: int | None,
+) -> tuple[float, float, float]:
+    """Seconds of a round, the server's part, and the largest share of memory; all 0 where there was no reply."""
+    if not replies:
+        return 0.0, 0.0, 0.0
+    devices = [fleet[r.participant] if fleet else catalogue.DEVICES[r.device] for r in replies]
+    pairs = list(zip(replies, devices, strict=True))
+    seconds = [participant_seconds(r.work, r.first, shapes, device, link, tokens) for r, device in pairs]
+    time = round_time(seconds, [r.work for r in replies], shapes)
+    return time.total_s, time.server_s, max(_memory_share(r.work, shapes, device, tokens) for r, device in pairs)
 
 
 def _memory_share(work: Work, shapes: clock.Shapes, device: catalogue.Device, tokens: int | None) -> float:
