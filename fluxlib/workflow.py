@@ -23,6 +23,8 @@ from typing import Any
 from fluxlib.config import ConfigError, RunConfig, check_writable, data_dir, make_config
 
 GRID = {"methods": "method", "models": "model", "tasks": "task", "seeds": "seed"}
+ASIDES = {"by-hand", "try-it"}
+"""Tags of cells that a reader may change: nothing that a notebook keeps depends on them."""
 SECTIONS = ("profile", "grid", "run", "per_model", "per_task", "per_method", "variants", "studies")
 
 
@@ -226,8 +228,9 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def notebook_digest(notebook: Path) -> str:
-    """Digest of the code cells of ``notebook``: prose may change without any run becoming stale."""
-    code = [cell["source"] for cell in cells(notebook) if cell["cell_type"] == "code"]
+    """Digest of the code cells of ``notebook``, asides left out: no run becomes stale by prose or an example."""
+    kept = [cell for cell in cells(notebook) if not ASIDES & set(cell.get("metadata", {}).get("tags", []))]
+    code = [cell["source"] for cell in kept if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
 
 
