@@ -95,10 +95,12 @@ def profile(
         block: values per scale of the quantisation.
 
     Raises:
-        ValueError: other ``bits``; no token in any batch; NaN in an expert.
+        ValueError: other ``bits``, less than one sample; no token in any batch; NaN in an expert.
     """
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1, or None for all, got {max_samples}")
     training = model.training
     if bits < 16:
         quantized.quantize(model, bits, block)

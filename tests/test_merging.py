@@ -395,6 +395,33 @@ def test_floor_rounding_still_gives_every_layer_a_slot(model: nn.Module, profile
     assert all(plan.groups for plan in plans)
 
 
+@pytest.mark.parametrize("num_merged", [3, 4, 5, 9, 14])
+def test_floor_rounding_never_exceeds_the_budget(model: nn.Module, profile: profiling.Profile, num_merged: int) -> None:
+    frequency = torch.tensor([[1 / 8] * 8, [0.93] + [0.01] * 7, [0.79] + [0.03] * 7])
+    uneven = replace(profile, frequency=frequency)
+    plans = merging.plan(model, uneven, torch.zeros(3, 8, dtype=torch.bool), num_merged, rounding="floor")
+    counts = [len(plan.groups) for plan in plans]
+    assert min(counts) == 1 and sum(counts) <= num_merged
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_merged": 2, "rounding": "floor"}, "num_merged must be at least 3, one slot for each layer"),
+        ({"budgets": [2, 0, 4]}, r"budgets\[1\] must be in 1..8 \(experts to merge\), got 0"),
+        ({"budgets": [2, 5]}, "budgets must have one entry for each of 3 layers, got 2"),
+        ({"budgets": [2, 3, 2]}, "budgets must add up to at most num_merged=6, they are 7"),
+        ({"grams": [torch.eye(8)]}, "grams must have one entry for each of 3 layers, got 1"),
+        ({"grams": [torch.eye(8), torch.eye(7), torch.eye(8)]}, r"layer 1 .*grams must be \[8, 8\], got \[7, 7\]"),
+    ],
+)
+def test_budgets_and_grams_of_ones_own_are_checked(
+    model: nn.Module, profile: profiling.Profile, change: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        merging.plan(model, profile, torch.zeros(3, 8, dtype=torch.bool), **({"num_merged": 6} | change))
+
+
 def test_experts_never_used_are_merged_uniformly(model: nn.Module, profile: profiling.Profile) -> None:
     frequency = torch.zeros(3, 8)
     frequency[:, 0] = 1

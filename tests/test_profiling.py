@@ -132,6 +132,8 @@ def test_a_sample_of_the_data_can_be_profiled() -> None:
     found = profiling.profile(model, [data, data], bits=16, max_samples=2)
     assert torch.equal(first.tokens, found.tokens)
     assert found.num_samples == 2
+    with pytest.raises(ValueError, match="max_samples must be at least 1, or None for all, got -1"):
+        profiling.profile(model, [data], max_samples=-1)
 
 
 def profile_of(frequency: list[list[float]]) -> Profile:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fluxlib.merging.budgets import layer_budgets
+from fluxlib.merging.budgets import checked_budgets, layer_budgets, one_each
 from fluxlib.merging.clustering import cluster
 from fluxlib.merging.features import check_finite, from_gram, gram_of, match_neurons
 from fluxlib.merging.joint import joint_clusters
@@ -66,13 +66,15 @@ def plan(
         num_merged: ``B_non``, slots for merged experts over all layers.
         kind: of the layer budgets, see :func:`layer_budgets`; or ``joint``: budgets and clusters from one
             objective, see :func:`joint_clusters`, with the merge weights as importance (best: ``gate``).
-        rounding: see :func:`layer_budgets`; with ``floor`` a layer that would get no slot gets one all the same.
+        rounding: see :func:`layer_budgets`; with ``floor`` a layer that would get no slot gets one all the same, if
+            need be from the layer that has most.
         method: clustering, see :func:`cluster`; not used with ``joint``.
         weights: see :func:`merge_weights`.
         align: match neurons to the slot's heaviest expert before averaging (beyond the paper).
         dim: length of the features.
         seed: of the clustering.
-        budgets: slots of each layer, instead of those of ``kind``; see :func:`budgets_by_error`.
+        budgets: slots of each layer, instead of those of ``kind``; see :func:`budgets_by_error`. A layer that has
+            fewer experts to merge gets a slot for each of them.
         grams: scalar products ``[E, E]`` of each layer's experts, which say what resembles what; None: those of
             their weights. See :func:`output_grams`.
 
@@ -81,7 +83,8 @@ def plan(
 
     Raises:
         ValueError: a profile of another model, a mask of another shape, fewer slots than layers with experts
-            to merge, or an expert with NaN or infinity; names the layer.
+            to merge, ``budgets`` that leave such a layer without a slot or exceed ``num_merged``, or an expert with
+            NaN or infinity; names the layer.
     """
     found = layers.find(model)
     check_fits(profile, model)
@@ -89,14 +92,19 @@ def plan(
         raise ValueError(f"tuned must be {tuple(profile.frequency.shape)}, got {tuple(tuned.shape)}")
     rest = [(~row).nonzero().flatten() for row in tuned.cpu().bool()]
     alpha = merge_weights(profile, weights).cpu()
+    if grams is not None and len(grams) != len(found):
+        raise ValueError(f"grams must have one entry for each of {len(found)} layers, got {len(grams)}")
     grams = [_checked_gram(layer, grams) for layer in found]
     if kind == "joint" and budgets is None:
         shares = [_shares(*parts) for parts in zip(grams, alpha, rest, strict=True)]
         labels = joint_clusters(shares, [row[members] for row, members in zip(alpha, rest, strict=True)], num_merged)
     else:
+        available = [len(members) for members in rest]
         if budgets is None:
             budgets = layer_budgets(profile.frequency, tuned.sum(dim=1), num_merged, kind, rounding)
-        budgets = [min(max(slots, 1), len(members)) for slots, members in zip(budgets, rest, strict=True)]
+            budgets = one_each(budgets, available, num_merged) if rounding == "floor" else budgets
+        else:
+            budgets = checked_budgets(budgets, available, num_merged)
         points = [from_gram(gram[members][:, members], dim) for gram, members in zip(grams, rest, strict=True)]
         labels = cluster(points, budgets, method, seed)
     plans = [
@@ -127,7 +135,10 @@ def discard(profile: Profile, tuned: Tensor) -> list[LayerPlan]:
 
 def _checked_gram(layer: layers.MoELayer, given: Sequence[Tensor] | None) -> Tensor:
     try:
-        return check_finite(gram_of(layer.experts) if given is None else given[layer.index])
+        gram = gram_of(layer.experts) if given is None else given[layer.index]
+        if gram.shape != (layer.num_experts, layer.num_experts):
+            raise ValueError(f"grams must be {[layer.num_experts] * 2}, got {list(gram.shape)}")
+        return check_finite(gram)
     except ValueError as error:
         raise ValueError(f"model: layer {layer.index} ({layer.name}): {error}") from error
 
