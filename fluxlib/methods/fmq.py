@@ -26,7 +26,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fluxlib import roles
 from fluxlib.config import RunConfig
 from fluxlib.methods import fmd
 from fluxlib.methods.base import Budget, ExpertKey, LocalData, Method, ParticipantState, Roles, Update, Work
@@ -36,13 +35,6 @@ from fluxlib.moe.quantized import QuantizedExperts, dequantize, quantized
 
 SCALE_BITS = 16 / 64
 """Of a block's scale, per weight."""
-
-
-def assign(
-    state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator, config: RunConfig
-) -> roles.Assignment:
-    """Everybody tunes every expert."""
-    return fmd.assign(state, budgets, epsilon, generator, config)
 
 
 def train(
@@ -131,4 +123,4 @@ class QuantizedLearner:
         }
 
 
-METHOD = Method("fmq", "FMQ (experts in 4 bit)", assign, train, profiles=False)
+METHOD = Method("fmq", "FMQ (experts in 4 bit)", fmd.assign, train, profiles=False)
