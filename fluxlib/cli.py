@@ -152,7 +152,7 @@ def notebook(
     parameters: Annotated[str, typer.Option(metavar="JSON", help="parameters as one JSON object")] = "{}",
     settings: SetOption = None,
 ) -> None:
-    """Execute a notebook with parameters, as `make reproduce` does; unknown parameters are refused first.
+    """Execute a notebook with parameters, as `make reproduce` does; unknown parameters and names are refused first.
 
     \b
     Example:
@@ -170,7 +170,9 @@ def notebook(
         raise ConfigError(f"--parameters takes one JSON object, got {parameters!r} ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--parameters takes one JSON object, got {parameters!r}")
-    values |= parse_settings(settings)
+    by_hand = parse_settings(settings)
+    workflow.check_names(by_hand)
+    values |= by_hand
     from papermill import PapermillExecutionError
 
     # What the cells print goes to papermill's logger.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fluxlib.config import ConfigError, RunConfig, check_writable, data_dir, make_config
+from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, check_writable, data_dir, make_config
 
 GRID = {"methods": "method", "models": "model", "tasks": "task", "seeds": "seed"}
 ASIDES = {"by-hand", "try-it"}
@@ -185,6 +185,30 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     if unknown:
         names = ", ".join(map(repr, unknown))
         raise ConfigError(f"{notebook.name} has no parameter {names}; allowed are {', '.join(allowed)}")
+
+
+def check_names(parameters: dict[str, Any]) -> None:
+    """Refuse a ``profile``, ``method`` or ``task`` that does not exist, as far as ``parameters`` have them.
+
+    A notebook would find out by itself, after a kernel has started and some cells have run.
+
+    Raises:
+        ConfigError: the name, what is allowed and what came.
+    """
+    allowed: dict[str, Sequence[str]] = {}
+    if "profile" in parameters:
+        allowed["profile"] = sorted(path.stem for path in (REPO_ROOT / "config").glob("*.yaml"))
+    if "method" in parameters:
+        from fluxlib import methods
+
+        allowed["method"] = list(methods.METHODS)
+    if named := {"task", "task_name"} & parameters.keys():
+        from fluxlib import tasks
+
+        allowed |= dict.fromkeys(sorted(named), tasks.TASKS)
+    for name, known in allowed.items():
+        if parameters[name] not in known:
+            raise ConfigError(f"{name} is {parameters[name]!r}, allowed are {', '.join(known)}")
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:

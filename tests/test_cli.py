@@ -177,6 +177,14 @@ def test_an_unknown_notebook_lists_those_beside_it(call, tmp_path):
     assert err == f"error: no notebook {tmp_path / 'b.ipynb'}; in its folder: a.ipynb\n"
 
 
+@pytest.mark.parametrize("name", ["profile", "method", "task", "task_name"])
+def test_a_name_that_does_not_exist_starts_no_notebook(call, tmp_path, name):
+    (tmp_path / "a.ipynb").write_text("not even a notebook")
+    code, _, err = call("notebook", tmp_path / "a.ipynb", tmp_path / "out.ipynb", "--set", f"{name}=nonsense")
+    assert code == 2 and err.startswith(f"error: {name} is 'nonsense', allowed are ")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ipynb"]
+
+
 def test_doctor_says_what_is_wrong_and_what_to_do(call, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check("disk", "problem", "0 GiB", "free some")])
     code, out, _ = call("doctor")
