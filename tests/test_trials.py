@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 
-from fluxlib import figures, workflow
+from fluxlib import figures, records, workflow
 from fluxlib.config import REPO_ROOT
 
 
@@ -53,6 +55,28 @@ def test_seeds_are_averaged_and_equals_go_to_the_lower_rate() -> None:
     assert found["is_best"].tolist() == [True, False]
 
 
+def test_one_setting_per_method_is_chosen_for_all_models() -> None:
+    both = pd.concat([ROUNDS, ROUNDS.assign(model="n", metric=ROUNDS["metric"] * (ROUNDS["variant"] == "fast"))])
+    both["run_id"] = both["run_id"] + "-" + both["model"]
+    found = figures.trials(both, parameters(both))
+    chosen = found[found["is_chosen"]].set_index(["model", "method"])["variant"]
+    assert chosen.to_dict() == {(model, method): "fast" for model in "mn" for method in ("flux", "fmd")}
+
+
+@pytest.mark.parametrize("profile", ["mini", "full"])
+def test_a_profile_has_what_the_trials_say(profile: str) -> None:
+    folder = REPO_ROOT / "data" / "results" / "tune"
+    rounds = records.read_all("rounds", folder)
+    asked = {
+        run: json.loads((folder / "rounds" / f"{run}.json").read_text())["parameters"] for run in set(rounds.run_id)
+    }
+    found = figures.trials(rounds, asked)
+    chosen = found[found["is_chosen"]].set_index("method")[["learning_rate", "local_steps"]]
+    for run in workflow.load_profile(REPO_ROOT / "config" / f"{profile}.yaml").runs.values():
+        if not run.variant:
+            assert (run.learning_rate, run.local_steps) == tuple(chosen.loc[run.method].drop_duplicates().iloc[0])
+
+
 def test_an_unequal_search_is_refused() -> None:
     less = ROUNDS[ROUNDS["run_id"] != "fmd-more-0"]
     with pytest.raises(ValueError, match="equally many trials; there are: flux on m 3, fmd on m 2"):
@@ -74,7 +98,8 @@ def test_every_method_has_the_same_trials() -> None:
         by_method.setdefault(one.method, set()).add((one.learning_rate, one.local_steps))
     assert set(by_method) == {"flux", "fmd", "fmq", "fmes"}
     assert all(
-        found == {(rate, steps) for rate in (1e-3, 3e-3, 1e-2) for steps in (4, 8)} for found in by_method.values()
+        found == {(rate, steps) for rate in (1e-3, 3e-3, 1e-2, 3e-2) for steps in (4, 8)}
+        for found in by_method.values()
     )
     other = workflow.load_profile(REPO_ROOT / "config" / "full.yaml").runs.values()
     assert not {one.seed for one in runs} & {one.seed for one in other}

@@ -12,7 +12,19 @@ from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn
 
 SETTINGS = ("learning_rate", "local_steps")
 """Fields of :class:`~fluxlib.config.RunConfig` that are searched."""
-COLUMNS = ("model", "task", "method", *SETTINGS, "variant", "num_seeds", "final", "at_s", "score", "is_best")
+COLUMNS = (
+    "model",
+    "task",
+    "method",
+    *SETTINGS,
+    "variant",
+    "num_seeds",
+    "final",
+    "at_s",
+    "score",
+    "is_best",
+    "is_chosen",
+)
 
 
 def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -20,7 +32,8 @@ def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) ->
 
     That moment, ``at_s`` on the device clock, is when the quickest of the method's trials on this model and task had
     ended: more local work per round must pay within the same time. ``is_best`` marks the highest mean score over seeds
-    there (the lower learning rate among equals).
+    there (the lower learning rate among equals), ``is_chosen`` the setting with the highest mean over models and tasks:
+    one per method, since nobody tunes a method per task.
 
     Args:
         rounds: the ``rounds`` table of all trials.
@@ -49,6 +62,9 @@ def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) ->
         raise ValueError(f"methods must have equally many trials; there are: {listed}")
     best = frame.groupby(["model", "task", "method"])["score"].transform("idxmax")
     frame["is_best"] = best.to_numpy() == frame.index.to_numpy()
+    means = frame.groupby(["method", *reversed(SETTINGS)], as_index=False)["score"].mean()
+    chosen = means.loc[means.groupby("method")["score"].idxmax(), ["method", *SETTINGS]]
+    frame["is_chosen"] = pd.MultiIndex.from_frame(frame[["method", *SETTINGS]]).isin(pd.MultiIndex.from_frame(chosen))
     return frame
 
 
@@ -83,12 +99,14 @@ def draw_trials(frame: pd.DataFrame) -> Picture:
                     line["learning_rate"], line["score"], color=look.color, marker=look.marker,
                     linestyle="-" if index == 0 else "--", label=f"{look.title}, {steps} steps",
                 )  # fmt: skip
-            best = part[(part["method"] == method) & part["is_best"]]
+            best = part[(part["method"] == method) & part["is_chosen"]]
             ax.plot(best["learning_rate"], best["score"], "o", ms=11, mfc="none", mec=look.color, mew=1.2)
         ax.set_xscale("log")
         ax.set_xlabel("learning rate")
         ax.set_ylabel("score at equal device time")
         ax.set_title(f"{model}\n{task}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-    caption(figure, "ring: chosen", f"{int(frame['num_seeds'].max())} seed(s)", "device clock")
+    caption(
+        figure, "ring: chosen, the best mean over panels", f"{int(frame['num_seeds'].max())} seed(s)", "device clock"
+    )
     return figure
