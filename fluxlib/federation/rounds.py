@@ -65,6 +65,7 @@ class _Run:
         self.row_maker = RowMaker(config, self.model, self.task.metric, len(store.keys))
         self.rows: dict[str, list[Row]] = {table: [] for table in TABLES}
         self.totals = Totals()
+        self.about: dict[str, object] = {}
         self.checkpoints = Checkpoints(options.out, config) if options.out else None
 
     def _check_lengths(self) -> None:
@@ -80,6 +81,7 @@ class _Run:
         """All rounds; tables are written however the run ends, the checkpoint stays unless it is complete."""
         done = self._resume()
         self.strategy.roster.enrol(join(self.grid, self.config, self.strategy.store))
+        self._notice_lost_states(done)
         self.row_maker.use_devices(self.strategy.roster.devices)
         self.strategy.summary()
         stopped = self._first_row() if done == 0 else False
@@ -110,6 +112,24 @@ class _Run:
         self.row_maker.times = Timeline(self.config.run_id, max(walls, default=0.0))
         log.info("%s goes on after round %d", self.config.run_id, found.round)
         return found.round
+
+    def _notice_lost_states(self, done: int) -> None:
+        """Say who does not hold any more what it had when the run was interrupted, in the log and beside the tables.
+
+        Flower's simulation keeps nodes' states in its own process; a node of a deployment may have no ``state-dir``.
+        The model is the server's and is not affected; profiles and the residual of error feedback are.
+        """
+        last = {row["participant"]: row["round"] for row in self.rows["participants"] if not row["rejected"]}
+        forgetful, held = self.config.engine == "simulation", self.strategy.roster.held
+        # A participant holds the version that its last round began with: one less than that round's number.
+        lost = [number for number, when in last.items() if forgetful or held(number).version < when - 1]
+        if lost:
+            log.warning(
+                "%s: %d participants no longer have what they kept after round %d (experts, profile, what rounding "
+                "left out); they get the experts anew, and what follows differs from an uninterrupted run",
+                self.config.run_id, len(lost), done,
+            )  # fmt: skip
+            self.about["states_lost"] = {"after_round": done, "participants": sorted(lost)}
 
     def _first_row(self) -> bool:
         score, seconds = self._evaluate()
@@ -184,6 +204,7 @@ class _Run:
             status=status,
             failure=failure,
             labels_by_participant=shares,
+            **self.about,
         )
         for table in self.rows:
             records.write(table, self._frame(table), table_path(out, table, self.config.run_id), about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from fluxlib import federation, records
 from fluxlib.config import RunConfig
-from fluxlib.federation import CheckpointError, checkpoint
+from fluxlib.federation import CheckpointError, LocalGrid, Options, checkpoint, client_app, rounds
 
 Make = Callable[..., RunConfig]
 
@@ -70,6 +71,32 @@ def test_flux_goes_on_with_the_profiles_it_had(make_config: Make, tmp_path: Path
     with pytest.raises(Killed):
         federation.run(config, on_round=kill_after(1), out=tmp_path)
     as_uninterrupted(federation.run(config, out=tmp_path), config)
+
+
+class Elsewhere:
+    """A grid whose nodes' states no checkpoint can keep."""
+
+    def __init__(self, grid: LocalGrid) -> None:
+        self.grid = grid
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.grid, name)
+
+
+@pytest.mark.parametrize(("engine", "same_nodes"), [("simulation", False), ("deployment", False), ("deployment", True)])
+def test_states_that_are_gone_are_said_to_be(
+    make_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, engine: str, same_nodes: bool
+) -> None:
+    config = make_config(engine=engine, rounds=3)
+    first, second = (LocalGrid(client_app.app, config.participants) for _ in range(2))
+    for grid, last in ((first, 2), (first if same_nodes else second, 3)):
+        options = Options(tmp_path, on_round=lambda row, last=last: row["round"] == last)
+        with grid.identity():
+            rounds.serve(Elsewhere(grid), config, options)  # type: ignore[arg-type]
+    about = json.loads((tmp_path / "rounds" / f"{config.run_id}.json").read_text())
+    expected = None if same_nodes else {"after_round": 2, "participants": [0, 1, 2]}
+    assert about["status"] == "complete" and about.get("states_lost") == expected
+    assert ("3 participants no longer have what they kept after round 2" in caplog.text) != same_nodes
 
 
 def test_killed_again_and_again(config: RunConfig, tmp_path: Path) -> None:
