@@ -69,6 +69,8 @@ def test_verdicts_compare_each_setting_with_the_first() -> None:
     one_sided = found.loc["utilities from one probe per expert, one-sided: cosine distance"]
     assert (one_sided["ours"], one_sided["verdict"]) == (pytest.approx(0.3), "does not")
     assert found.loc["the same, two-sided and guided", "verdict"] == "agrees"
+    bias = found.loc["its bias, in standard errors, all seeds together"]
+    assert (bias["ours"], bias["seeds"]) == (pytest.approx(2**0.5), 1)  # 1 per seed, and two seeds
     assert found.loc["FLUX above other: final score", "ours"] == pytest.approx(0.1)
     assert found.loc["other over FLUX: device seconds to target", "verdict"] == "does not"
 
