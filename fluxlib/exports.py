@@ -1,15 +1,17 @@
 """What leaves a run for others to use: the tuned global model with its card, and a participant's compact model.
 
 - :func:`save_tuned` -- the full model in the keys of its public checkpoint, a model card, ``run.json``
-- :func:`save_participant` -- merged within a participant's budget by its own data, for inference on its device
+- :func:`save_participant` -- merged within a participant's budget by its own data, for inference on its device, with
+  its size and speed beside the full model's
 """
 
 from __future__ import annotations
 
 import json
-import time
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from fluxlib.config import ConfigError, RunConfig, make_config
 from fluxlib.federation.budgets import make_budgets
 from fluxlib.models.compacted import WEIGHTS, load_compact, save_compact
 from fluxlib.moe.compact import customize, restore
+from fluxlib.studies.bench import interleaved
 from fluxlib.tasks.batches import make_batch
 from fluxlib.tasks.evaluate import evaluate
 
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RUN = "run.json"
-PROFILE_SAMPLES, SCORED_SAMPLES, TIMED_PASSES = 64, 64, 3
+PROFILE_SAMPLES, SCORED_SAMPLES = 64, 64
+TIMED_SAMPLES, TIMED_TOKENS, TIMED_TURNS = 16, 16, 3
 
 
 def save_tuned(result: federation.RunResult, config: RunConfig, path: Path | str) -> Path:
@@ -97,18 +101,28 @@ private data may repeat what it was tuned on.
 
 @dataclass(frozen=True)
 class Size:
-    """A model on disk and at work: bytes, parameters, seconds per forward pass, loss and score on test samples."""
+    """A model on disk and at work, on test samples with the participant's labels.
+
+    Attributes:
+        num_bytes: Of the stored weights.
+        num_parameters: Stored weights, each once.
+        read_s: Processor seconds of a forward pass over :data:`TIMED_SAMPLES` samples.
+        write_s: Processor seconds per token of a greedy answer of :data:`TIMED_TOKENS` to one sample, with a cache.
+        loss: Nats per token.
+        metric: The task's score.
+    """
 
     num_bytes: int
     num_parameters: int
-    forward_s: float
+    read_s: float
+    write_s: float
     loss: float
     metric: float
 
 
 @dataclass(frozen=True)
 class CompactReport:
-    """A participant's compact model beside the full one; both stored in 16 bit, both timed in 32 bit on this CPU."""
+    """A participant's compact model beside the full one; both stored in 16 bit, timed in 32 bit here, in turns."""
 
     path: str
     participant: int
@@ -118,21 +132,46 @@ class CompactReport:
     full: Size
     compact: Size
 
+    def rows(self) -> list[tuple[str, float, float, float]]:
+        """What is compared, in the unit that its title names: full, compact, and compact over full."""
+        found = []
+        for title, name, scale in (
+            ("stored, 16 bit (MB)", "num_bytes", 1e6),
+            ("parameters (M)", "num_parameters", 1e6),
+            (f"{TIMED_SAMPLES} samples read (ms)", "read_s", 1e-3),
+            ("a token written (ms)", "write_s", 1e-3),
+            ("loss (nats per token)", "loss", 1.0),
+            (self.metric_name, "metric", 1.0),
+        ):
+            full, compact = getattr(self.full, name) / scale, getattr(self.compact, name) / scale
+            found.append((title, full, compact, compact / full if full else float("nan")))
+        return found
+
     def table(self) -> str:
         """The two side by side, as text."""
         lines = [f"{'':<26}{'full':>12}{'compact':>12}{'ratio':>9}"]
-        for title, name, unit, scale in (
-            ("stored, 16 bit", "num_bytes", "MB", 1e6),
-            ("parameters", "num_parameters", "M", 1e6),
-            ("forward pass", "forward_s", "ms", 1e-3),
-            ("loss", "loss", "", 1.0),
-            (self.metric_name, "metric", "", 1.0),
-        ):
-            full, compact = getattr(self.full, name), getattr(self.compact, name)
-            ratio = compact / full if full else float("nan")
-            name = f"{title} ({unit})" if unit else title
-            lines.append(f"{name:<26}{full / scale:>12.3f}{compact / scale:>12.3f}{ratio:>9.2f}")
+        lines += [
+            f"{title:<26}{full:>12.3f}{compact:>12.3f}{ratio:>9.2f}" for title, full, compact, ratio in self.rows()
+        ]
         return "\n".join([*lines, f"{self.num_experts} experts in {self.num_slots} slots; in {self.path}"])
+
+    def card(self, run_id: str) -> str:
+        """A model card in Markdown."""
+        rows = "\n".join(f"| {title} | {full:.3f} | {small:.3f} | {r:.2f} |" for title, full, small, r in self.rows())
+        return f"""# {run_id}, compact for participant {self.participant}
+
+{self.num_experts} experts in {self.num_slots} slots: those that the participant's data uses most are as they were
+tuned, the others share slots. For inference with fluxlib; it cannot be tuned further.
+
+| | full | compact | ratio |
+|---|---|---|---|
+{rows}
+
+Scored on test samples with the participant's labels. Processor times on one machine, in turns, in 32 bit.
+
+    from fluxlib import models
+    model, tokenizer = models.load_compact("this folder")
+"""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -179,19 +218,23 @@ def save_participant(
     held = {example.label for example in own}
     scored = [example for example in task.test if example.label in held][:SCORED_SAMPLES] or task.test[:SCORED_SAMPLES]
 
-    def measure(candidate: Any, num_bytes: int) -> Size:
-        score = evaluate(candidate, tokenizer, task.metric, scored, config.max_tokens)
-        return Size(num_bytes, _parameters(candidate), _forward_seconds(candidate, batch), score.loss, score.metric)
-
-    full = measure(model, 2 * _parameters(model))
     customize(model, plans)
     save_compact(model, path, tokenizer, torch.bfloat16)
     restore(model, write=False)
     small, _ = load_compact(path)
+    timed = make_batch(own[:TIMED_SAMPLES], tokenizer, config.max_tokens)
+    seconds = _seconds({"full": model, "compact": small}, timed)
+
+    def measure(name: str, candidate: Any, num_bytes: int) -> Size:
+        score = evaluate(candidate, tokenizer, task.metric, scored, config.max_tokens)
+        return Size(num_bytes, _parameters(candidate), *seconds[name], score.loss, score.metric)
+
+    full = measure("full", model, 2 * _parameters(model))
+    compact = measure("compact", small, (path / WEIGHTS).stat().st_size)
     num_slots = sum(len(plan.tuned) + len(plan.groups) for plan in plans)
-    compact = measure(small, (path / WEIGHTS).stat().st_size)
     report = CompactReport(str(path), participant, num_slots, known.frequency.numel(), task.metric, full, compact)
     (path / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    (path / "README.md").write_text(report.card(config.run_id))
     return report
 
 
@@ -210,11 +253,15 @@ def _parameters(model: Any) -> int:
 
 
 @torch.no_grad()
-def _forward_seconds(model: Any, batch: Mapping[str, torch.Tensor]) -> float:
-    """Fastest of a few forward passes; the first warms up."""
-    seconds = []
-    for _ in range(1 + TIMED_PASSES):
-        start = time.perf_counter()
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+def _seconds(candidates: Mapping[str, Any], batch: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Median seconds of a forward pass and of one written token of each model, in turns."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    length = int(batch["attention_mask"][0].sum())
+    first = {name: tensor[:1, :length] for name, tensor in inputs.items()}
+    exact = {"do_sample": False, "min_new_tokens": TIMED_TOKENS, "max_new_tokens": TIMED_TOKENS}
+    works: dict[str, Any] = {}
+    for name, model in candidates.items():
+        works[f"{name} read"] = partial(model, **inputs, use_cache=False)
+        works[f"{name} write"] = partial(model.generate, **first, **exact)
+    taken = {work: statistics.median(times) for work, times in interleaved(works, TIMED_TURNS).items()}
+    return {name: (taken[f"{name} read"], taken[f"{name} write"] / TIMED_TOKENS) for name in candidates}

@@ -96,6 +96,13 @@ def test_a_participants_model_is_smaller_and_measured_beside_the_full_one(tuned,
     assert report.compact.num_bytes < 0.6 * report.full.num_bytes
     assert json.loads((tmp_path / "compact" / "report.json").read_text()) == json.loads(json.dumps(report.to_dict()))
     assert "64 experts in 24 slots" in report.table()
+    for size in (report.full, report.compact):
+        assert size.read_s > 0 and size.write_s > 0
+    card = (tmp_path / "compact" / "README.md").read_text()
+    for title, full, compact, ratio in report.rows():
+        assert f"| {title} | {full:.3f} | {compact:.3f} | {ratio:.2f} |" in card and ratio == pytest.approx(
+            compact / full
+        )
     loaded, _ = models.load_compact(tmp_path / "compact")
     assert [(len(layer.experts.plan.tuned), layer.experts.num_merged) for layer in layers.find(loaded)]
 
