@@ -26,7 +26,11 @@ METHODS: dict[str, MethodStyle] = {
     "fmd": MethodStyle("FMD", "#0072B2", "s", "--", "//"),
     "fmq": MethodStyle("FMQ", "#56B4E9", "^", "-.", ".."),
     "fmes": MethodStyle("FMES", "#E69F00", "D", ":", "xx"),
+    "flux+": MethodStyle("FLUX+", "#000000", "P", "-", "--"),
+    "fmd+": MethodStyle("FMD+", "#009E73", "v", "--", "++"),
+    "fmes+": MethodStyle("FMES+", "#CC79A7", "X", ":", "oo"),
 }
+"""A ``+`` marks a method with the options that go beyond the paper (variant ``improved``)."""
 
 _SPARE = (
     MethodStyle("", "#009E73", "v", "-", "\\\\"),

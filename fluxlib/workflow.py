@@ -47,7 +47,8 @@ def load_profile(path: Path) -> Profile:
     """Read ``config/<profile>.yaml``: a grid, common parameters, what differs per model, task or method.
 
     A later section wins over an earlier one: ``run``, ``per_model``, ``per_task``, ``per_method``, and a variant's own
-    ``run``. A variant is the grid once more, or the part of it that the variant names, with something changed.
+    ``run``. A variant is the grid once more, or the part of it that the variant names, with something changed; or a
+    list of such parts.
 
     Raises:
         ConfigError: an unknown section or a bad parameter, by name and run.
@@ -63,9 +64,10 @@ def load_profile(path: Path) -> Profile:
     _only("grid", grid, tuple(GRID), path)
     runs = _runs(content, grid, {}, path)
     for name, variant in (content.get("variants") or {}).items():
-        _only(f"key of variant {name}:", variant, (*GRID, "run"), path)
-        part = {axis: variant.get(axis, grid[axis]) for axis in GRID}
-        runs |= _runs(content, part, {"variant": str(name), **(variant.get("run") or {})}, path)
+        for part in variant if isinstance(variant, list) else [variant]:
+            _only(f"key of variant {name}:", part, (*GRID, "run"), path)
+            points = {axis: part.get(axis, grid[axis]) for axis in GRID}
+            runs |= _runs(content, points, {"variant": str(name), **(part.get("run") or {})}, path)
     return Profile(content["profile"], runs, content.get("studies") or {})
 
 
@@ -112,9 +114,16 @@ def runs_read(profile: Profile, study: str, groups: Sequence[str], model: str) -
     return [run_id for run_id, variant in found.items() if variant in wanted]
 
 
-def grid_runs(profile: Profile, model: str) -> list[str]:
-    """Ids of the plain runs on one model, every method, task and seed: what is drawn side by side."""
-    return [run_id for run_id, run in profile.runs.items() if not run.variant and Path(run.model).name == model]
+def grid_runs(profile: Profile, model: str, variants: Sequence[str] = ()) -> list[str]:
+    """Ids of the plain runs on one model, every method, task and seed, and of the variants' where the model has them.
+
+    Raises:
+        ConfigError: a variant that no run of the profile has.
+    """
+    if missing := sorted({*variants} - {"", *(run.variant for run in profile.runs.values())}):
+        raise ConfigError(f"no run of the profile has the variants {missing}")
+    kept = {"", *variants}
+    return [run_id for run_id, run in profile.runs.items() if run.variant in kept and Path(run.model).name == model]
 
 
 def _only(kind: str, content: dict[str, Any], allowed: tuple[str, ...], path: Path) -> None:

@@ -32,6 +32,7 @@ def run(method: str, seed: int, metrics: list[float], round_s: float, task: str 
         wall_s=2.0 * index,
         clock_model="llama-moe-3.5b",
         link="1gbps",
+        variant="",
     )
 
 
@@ -95,6 +96,25 @@ def test_the_reference_must_be_there(rounds):
         figures.times_to_target(rounds, reference="fmq")
     with pytest.raises(ValueError, match="target_fraction is 2"):
         figures.times_to_target(rounds, target_fraction=2)
+
+
+def test_a_variant_can_stand_beside_the_plain_runs_as_a_method(rounds):
+    changed = rounds[rounds["method"] == "flux"].assign(variant="improved")
+    other = changed.assign(variant="random")
+    found = figures.with_variants(pd.concat([rounds, changed, other]), {"improved": "+"})
+    assert set(found["method"]) == {*rounds["method"], "flux+"} and len(found) == len(rounds) + len(changed)
+
+
+def test_an_option_is_compared_on_the_seeds_that_have_it():
+    fmd, flux = (run(method, 0, [0.0, 0.5, 1.0], seconds) for method, seconds in (("fmd", 10.0), ("flux", 4.0)))
+    small = run("flux", 0, [0.0, 0.5, 0.9], 2.0).assign(variant="int8")
+    others = pd.concat([run(method, 1, [0.0, 0.1, 0.2], 1.0) for method in ("fmd", "flux")])
+    every = pd.concat([fmd, flux, small, others])
+    table = figures.option_table(every, ["int8"]).set_index("method")
+    assert table["seeds"].tolist() == [1, 1, 1] and table["missed"].to_dict() == {"fmd": 0, "flux": 0, "flux, int8": 1}
+    assert table["final"].to_dict() == {"fmd": 1.0, "flux": 1.0, "flux, int8": 0.9}
+    assert table.loc["flux", "device_s"] == pytest.approx(7.6) and table.loc["fmd", "device_s"] == pytest.approx(19.0)
+    assert figures.option_table(every, ["4bit"]).empty
 
 
 def test_the_words_say_who_was_sooner_and_who_missed(rounds):

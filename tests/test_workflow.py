@@ -77,6 +77,12 @@ def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
     assert (slow.variant, slow.learning_rate, slow.rounds) == ("slow", 1e-5, 3)
 
 
+def test_a_variant_may_have_parts(tmp_path):
+    parts = [{"methods": ["flux"], "run": {"rounds": 7}}, {"methods": ["fmd"], "run": {"rounds": 5}}]
+    found = workflow.load_profile(profile(tmp_path / "mini.yaml", variants={"slow": parts})).runs
+    assert {run.method: run.rounds for run in found.values() if run.variant == "slow"} == {"flux": 7, "fmd": 5}
+
+
 def test_a_study_reads_the_runs_of_the_variants_it_names(tmp_path):
     variants = {"slow": {"run": {"learning_rate": 1e-5}}}
     studies = {"03": {"task": "t", "curves": {"plain": "", "slow": "slow"}, "other": {"fast": "fast"}}}

@@ -7,7 +7,7 @@ same target for every method and seed (the paper's own targets are absolute and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,17 @@ def time_to_target(times: Sequence[float], metrics: Sequence[float], target: flo
             before, low = points[index - 1]
             return before + (target - low) / (metric - low) * (time - before)
     return math.nan
+
+
+def with_variants(rounds: pd.DataFrame, suffixes: Mapping[str, str]) -> pd.DataFrame:
+    """The plain runs of ``rounds``, and those of some variants as methods of their own.
+
+    Args:
+        suffixes: by variant, what is put behind the method's name: ``{"improved": "+"}`` gives ``flux+``.
+    """
+    kept = rounds[rounds["variant"].isin(["", *suffixes])].copy()
+    kept["method"] += kept["variant"].map({"": "", **suffixes})
+    return kept
 
 
 def times_to_target(
@@ -88,6 +99,39 @@ def times_to_target(
                 | {c: time_to_target(run[c].tolist(), run["metric"].tolist(), target_fraction * best) for c in CLOCKS}
             )
     return _with_speedups(pd.DataFrame(rows), reference)
+
+
+def option_table(
+    rounds: pd.DataFrame,
+    options: Sequence[str],
+    target_fraction: float = 0.95,
+    reference: str = "fmd",
+    final_rounds: int = 1,
+) -> pd.DataFrame:
+    """What each option does alone: plain runs, ``improved`` ones, and those of the variants ``options``, side by side.
+
+    Only models, tasks and seeds with a run of such a variant count, so that rows are means over the same seeds.
+
+    Returns:
+        One row per model, task and method (``"flux, int8"``): ``seeds``, ``final`` metric, ``rounds`` and ``device_s``
+        to the target (means over seeds that reached it), ``missed`` (seeds that did not), ``round_device_s``. Empty
+        when there are no such runs. See :func:`times_to_target` for the arguments.
+    """
+    every = with_variants(rounds, {name: f", {name}" for name in options} | {"improved": "+"})
+    place, seed = ["model", "task"], ["model", "task", "seed"]
+    every = every.merge(every.loc[every["variant"].isin(options), seed].drop_duplicates(), on=seed)
+    if every.empty:
+        return pd.DataFrame()
+    times = times_to_target(every, target_fraction, reference, final_rounds)
+    table = times.groupby([*place, "method"]).agg(
+        seeds=("seed", "nunique"),
+        final=("final_metric", "mean"),
+        rounds=("round", "mean"),
+        device_s=("device_s", "mean"),
+        missed=("device_s", lambda found: int(found.isna().sum())),
+    )
+    trained = every[every["round"] > 0].groupby([*place, "method"])
+    return table.join(trained["round_device_s"].mean()).reset_index()
 
 
 def _final(run: pd.DataFrame, final_rounds: int) -> float:
