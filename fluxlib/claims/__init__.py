@@ -1,0 +1,31 @@
+"""The paper's claims beside what the tables say: the claims table.
+
+- :mod:`fluxlib.claims.paper` -- the claims: the paper's value, its place, the number to reach, which tables tell,
+- :mod:`fluxlib.claims.base` -- what a claim and a reading are, and the rule of a verdict,
+- :mod:`fluxlib.claims.races` -- FLUX against each method, seed by seed, misses counted,
+- :mod:`fluxlib.claims.federated`, :mod:`fluxlib.claims.measured` -- readers of runs and of study notebooks,
+- :mod:`fluxlib.claims.table` -- one row per claim, Markdown, the README's section.
+"""
+
+from fluxlib.claims.base import VERDICTS, Claim, Reading, Tables, load
+from fluxlib.claims.paper import CLAIMS
+from fluxlib.claims.races import races, speed_up_markdown, speed_ups
+from fluxlib.claims.table import claims, readings, replace_section, section, summary, to_markdown
+
+__all__ = [
+    "CLAIMS",
+    "VERDICTS",
+    "Claim",
+    "Reading",
+    "Tables",
+    "claims",
+    "load",
+    "races",
+    "readings",
+    "replace_section",
+    "section",
+    "speed_up_markdown",
+    "speed_ups",
+    "summary",
+    "to_markdown",
+]

@@ -1,0 +1,149 @@
+"""Who reaches the target first: time to accuracy of every run against FMD's, seed by seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fluxlib import style
+from fluxlib.claims.numbers import geometric, in_order, shown_interval
+from fluxlib.figures.times import times_to_target
+
+OURS, REFERENCE = "flux", "fmd"
+TARGET_FRACTION = 0.95
+FINAL_ROUNDS = 3
+"""A final score is the mean of this many last scored rounds, as in notebook 03."""
+
+
+def races(
+    rounds: pd.DataFrame | None, target_fraction: float = TARGET_FRACTION, final_rounds: int = FINAL_ROUNDS
+) -> pd.DataFrame:
+    """Time to target of FLUX and of every method beside it, one row per model, task, variant, seed and method.
+
+    Seeds are paired: the target of a seed is ``target_fraction`` of FMD's final score with that seed. A variant of FLUX
+    meets each method in the same variant, or else as it is, if that run has as many rounds and participants. Seeds and
+    variants without FMD are left out.
+
+    Returns:
+        columns of :func:`fluxlib.figures.times.times_to_target` and ``variant``, ``end_s`` (device seconds of the whole
+        run) and ``round_s`` (mean of its rounds).
+    """
+    found = []
+    groups: Any = [] if rounds is None else rounds.groupby(["model", "task", "seed"], sort=False)
+    for _, runs in groups:
+        for variant in sorted(runs.loc[runs["method"] == OURS, "variant"].unique()):
+            entered = _field(runs, variant)
+            if REFERENCE not in set(entered["method"]):
+                continue
+            times = times_to_target(entered, target_fraction, REFERENCE, final_rounds)
+            found.append(times.assign(variant=variant).merge(_ends(entered), on="method"))
+    columns = ["model", "task", "variant", "seed", "method"]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+
+
+def _field(runs: pd.DataFrame, variant: str) -> pd.DataFrame:
+    """Who runs against FLUX in ``variant``: runs of one model, task and seed, one per method."""
+    ours = runs[(runs["method"] == OURS) & (runs["variant"] == variant)]
+    entered = [ours]
+    for method in style.order(set(runs["method"]) - {OURS}):
+        own = runs[runs["method"] == method]
+        same, plain = own[own["variant"] == variant], own[own["variant"] == ""]
+        alike = all(plain[column].max() == ours[column].max() for column in ("round", "num_participants"))
+        entered.append(same if len(same) else plain if alike else own.head(0))
+    return pd.concat(entered, ignore_index=True)
+
+
+def _ends(runs: pd.DataFrame) -> pd.DataFrame:
+    trained = runs[runs["round"] > 0].groupby("method")
+    return trained.agg(end_s=("device_s", "max"), round_s=("round_device_s", "mean")).reset_index()
+
+
+def speed_ups(found: pd.DataFrame) -> pd.DataFrame:
+    """FLUX against each method: one row per model, task, variant and baseline, over seeds.
+
+    ``speedup`` is the geometric mean of the baseline's device seconds over FLUX's in the seeds where both reach the
+    target (``num_both``), ``low`` and ``high`` its interval. A miss is censored, not dropped: ``ours_missed`` and
+    ``baseline_missed`` count seeds, and ``at_least`` is the geometric mean over all seeds with the baseline's whole run
+    in the place of a time it never had (NaN if FLUX missed one). ``trivial`` counts seeds whose base model is at the
+    target already: they say nothing and are in none of the others. ``ahead`` counts seeds in which FLUX is sooner,
+    ``behind`` those in which it is not; in the rest neither reaches the target.
+    """
+    rows = []
+    for (model, task, variant), group in found.groupby(["model", "task", "variant"], sort=False):
+        ours = group[group["method"] == OURS].set_index("seed")
+        for baseline in style.order(set(group["method"]) - {OURS}):
+            other = group[group["method"] == baseline].set_index("seed")
+            seeds = [seed for seed in ours.index if seed in other.index]
+            row = _against(ours.loc[seeds], other.loc[seeds])
+            rows.append({"model": model, "task": task, "variant": variant, "baseline": baseline, **row})
+    table = pd.DataFrame(rows)
+    if table.empty:
+        return table
+    order = in_order(table["model"])
+    place = [order.index(Path(model).name) for model in table["model"]]
+    return table.assign(place=place).sort_values(["place", "variant", "task"], kind="stable").drop(columns="place")
+
+
+def _against(ours: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
+    mine, theirs = ours["device_s"].to_numpy(dtype=float), other["device_s"].to_numpy(dtype=float)
+    trivial = (mine == 0) | (theirs == 0)
+    reached, they = ~np.isnan(mine) & ~trivial, ~np.isnan(theirs) & ~trivial
+    both = reached & they
+    ratios = theirs[both] / mine[both]
+    bounds = np.where(they, theirs, other["end_s"].to_numpy(dtype=float))[reached] / mine[reached]
+    speedup, low, high = geometric(ratios)
+    final = geometric(ours["final_metric"].to_numpy(dtype=float) / other["final_metric"].to_numpy(dtype=float))
+    ahead = int((ratios > 1).sum() + (reached & ~they).sum())
+    raced = ~trivial
+    return {
+        "seeds": len(ours), "trivial": int(trivial.sum()), "num_both": int(both.sum()),
+        "ours_missed": int((raced & ~reached).sum()), "baseline_missed": int((raced & ~they).sum()),
+        "ahead": ahead, "behind": int((both | (they & ~reached)).sum() - (ratios > 1).sum()),
+        "speedup": speedup, "low": low, "high": high,
+        "at_least": geometric(bounds)[0] if reached[raced].all() and raced.any() else np.nan,
+        "rounds_ratio": geometric((ours["round"] / other["round"]).to_numpy(dtype=float)[both])[0],
+        "round_s_ratio": geometric(other["round_s"].to_numpy() / ours["round_s"].to_numpy())[0],
+        "final_ratio": final[0], "final_low": final[1], "final_high": final[2],
+        "clock_model": ours["clock_model"].iloc[0], "link": ours["link"].iloc[0],
+    }  # fmt: skip
+
+
+def describe(row: Any) -> str:
+    """One row of :func:`speed_ups` in words: ``3.66× (3.1 to 4.3)``, ``> 2.9×``, ``never (1 of 3), 3.4× otherwise``."""
+    title = style.method(row["baseline"]).title
+    raced = row["seeds"] - row["trivial"]
+    if not raced:
+        return "no race: the base model is at the target"
+    value = shown_interval(row["speedup"], row["low"], row["high"], "x") if row["num_both"] else ""
+    if row["ours_missed"] == raced and row["baseline_missed"] == raced:
+        return f"neither ({raced} of {raced})"
+    if row["ours_missed"]:
+        rest = f", {value} otherwise" if value else ""
+        only = " FLUX only otherwise" if not rest and row["ours_missed"] < raced else ""
+        return f"never ({row['ours_missed']} of {raced}){rest}{only}"
+    if row["baseline_missed"]:
+        return f"> {row['at_least']:.3g}×, {title} never ({row['baseline_missed']} of {raced})"
+    return value
+
+
+def speed_up_markdown(table: pd.DataFrame) -> str:
+    """The speed-ups as a Markdown table: one line per model, task and variant, one column per baseline."""
+    if table.empty:
+        return "*No race: no FLUX and FMD runs with the same model, task and seed.*"
+    baselines = style.order(table["baseline"])
+    titles = [style.method(name).title for name in baselines]
+    lines = [
+        "| model | task | seeds | FLUX sooner than " + " | ".join(titles) + " | final score, of FMD's |",
+        "|---|---|---|" + "---|" * (len(titles) + 1),
+    ]
+    for (model, task, variant), rows in table.groupby(["model", "task", "variant"], sort=False):
+        by_name = {row["baseline"]: row for row in rows.to_dict("records")}
+        cells = [describe(by_name[name]) if name in by_name else "no run" for name in baselines]
+        own = by_name[REFERENCE]
+        final = shown_interval(own["final_ratio"], own["final_low"], own["final_high"], "%")
+        name = f"`{model}`" + (f" ({variant})" if variant else "")
+        lines.append(f"| {name} | `{task}` | {own['seeds']} | " + " | ".join([*cells, final]) + " |")
+    return "\n".join(lines)
