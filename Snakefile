@@ -43,13 +43,15 @@ STUDIES = {
         "role_utilities", "role_probes", "role_seconds", "role_map", "role_convergence", "role_ablation", "role_coverage",
         "role_epsilon", "role_options",
     ],
-    "06_scale_and_overhead": ["round_phases", "round_memory", "link_speed", "clock_check"],
+    "06_scale_and_overhead": [
+        "round_phases", "round_memory", "link_speed", "sensitivity", "scale_participants", "scale_settings", "clock_check",
+    ],
     "07_real_models": ["real_memory", "real_phases", "real_links"],
 }
 # Studies that read the tables of federated runs as well, and which of their parameters name the variants they read.
 READS_RUNS = {"03_role_assignment": ("assignments", "epsilons", "options")}
-# Studies that read all plain runs on their model.
-READS_GRID = ("06_scale_and_overhead",)
+# Studies that read all plain runs on their model, and which of their parameters list variants that they read beside them.
+READS_GRID = {"06_scale_and_overhead": ("participants_runs", "alpha_runs", "budget_runs")}
 
 try:
     for study, parameters in PROFILE.studies.items():
@@ -130,7 +132,9 @@ for study in PROFILE.studies:
             rounds=lambda wildcards, study=study: [
                 f"{RESULTS}/rounds/{run_id}.parquet"
                 for run_id in (
-                    steps.grid_runs(PROFILE, wildcards.model)
+                    steps.grid_runs(PROFILE, wildcards.model, [
+                        name for group in READS_GRID[study] for name in PROFILE.studies[study].get(group, [])
+                    ])
                     if study in READS_GRID
                     else steps.runs_read(PROFILE, study, READS_RUNS.get(study, ()), wildcards.model)
                 )

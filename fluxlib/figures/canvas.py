@@ -103,6 +103,14 @@ def caption(figure: Figure, *parts: str) -> None:
     figure.supxlabel(" · ".join(part for part in parts if part), fontsize=7, color="#444444")
 
 
+@drawn
+def notice(text: str) -> Picture:
+    """A picture that says why there is none."""
+    figure = Picture(figsize=(5.5, 0.8))
+    figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
+    return figure
+
+
 def unique(frame: pd.DataFrame, column: str) -> str:
     """The values of ``column``, joined: what a caption says of it."""
     return ", ".join(str(value) for value in pd.unique(frame[column]))

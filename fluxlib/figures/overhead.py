@@ -9,7 +9,7 @@ import pandas as pd
 
 from fluxlib import style
 from fluxlib.devices import catalogue
-from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, unique
+from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, interval, unique
 from fluxlib.figures.measured import HATCHES, study
 from fluxlib.figures.times import times_to_target
 from fluxlib.records import PHASES
@@ -121,6 +121,36 @@ def draw_speedups(table: pd.DataFrame) -> Picture:
     shapes = ", ".join(pd.unique(table["clock_model"]))
     caption(figure, f"time to {share} of FMD's final score", f"device clock: {shapes}")
     return figure
+
+
+def clock_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Measured beside predicted seconds of each block of a round, and of all of them together.
+
+    Args:
+        table: ``measurements`` with the study ``clock_check``.
+
+    Returns:
+        One row per model, task and block, means over seeds: ``predicted_s``, ``measured_s``, ``factor`` (measured over
+        predicted, between ``low`` and ``high``), and each block's share of the whole by both. Where all factors are
+        alike the clock is wrong in seconds and right in shares; where they differ, shares are wrong as well.
+    """
+    rows = study(table, "clock_check")
+    parts = rows["setting"].str.split(", ", expand=True)
+    rows = rows.assign(block=parts[0], kind=parts[1])
+    keys = ["model", "task", "block", "seed"]
+    each = rows.pivot_table(index=keys, columns="kind", values="value", sort=False).reset_index()
+    whole = each.groupby(["model", "task", "seed"], sort=False)[["measured", "predicted"]].sum().reset_index()
+    found = []
+    for (model, task, block), part in pd.concat([each, whole.assign(block="together")]).groupby(keys[:3], sort=False):
+        mean, low, high = interval((part["measured"] / part["predicted"]).to_numpy())
+        of = whole[(whole["model"] == model) & (whole["task"] == task)]
+        found.append(
+            {"model": model, "task": task, "block": block, "num_seeds": part["seed"].nunique()}
+            | {f"{kind}_s": part[kind].mean() for kind in ("predicted", "measured")}
+            | {"factor": mean, "low": low, "high": high}
+            | {f"{kind}_share": part[kind].sum() / of[kind].sum() for kind in ("predicted", "measured")}
+        )
+    return pd.DataFrame(found)
 
 
 @drawn
