@@ -75,3 +75,19 @@ def test_the_clock_is_held_against_this_machine():
     table = studies.measurements(host.check([case], 1, device), "x")
     assert (table["value"] > 0).all() and len(table) == 8
     assert len(overhead.draw_clock_check(table).axes) == 1
+    assert overhead.clock_table(table)["block"].tolist() == [*host.PHASES, "together"]
+
+
+def test_the_clocks_error_is_a_factor_per_block_and_a_difference_of_shares():
+    rows = [
+        studies.row("clock_check", f"{block}, {kind}", seconds, model="m", task="t", seed=seed)
+        for seed in (0, 1)
+        for block, predicted, measured in (("train", 3.0, 6.0 + seed), ("merge", 1.0, 1.0))
+        for kind, seconds in (("predicted", predicted), ("measured", measured))
+    ]
+    found = overhead.clock_table(studies.measurements(rows, "x")).set_index("block")
+    train = found.loc["train"]
+    assert (train["predicted_s"], train["measured_s"], train["num_seeds"]) == (3.0, 6.5, 2)
+    assert (train["low"], train["high"]) == (2.0, 7 / 3)
+    assert train["predicted_share"] == 0.75 and train["measured_share"] == pytest.approx(13 / 15)
+    assert found.loc["together", "factor"] == pytest.approx((7 / 4 + 8 / 4) / 2)

@@ -38,6 +38,11 @@ for figure in ("convergence", "time_to_accuracy"):
         Path(figures_folder).mkdir(parents=True, exist_ok=True)
         (Path(figures_folder) / f"{figure}-m.{kind}").write_text(figure)
 """
+REPORT_CODE = """\
+from pathlib import Path
+for name in ("claims.md", *(f"{slug}.{kind}" for slug in ("claims", "speed_up") for kind in ("pdf", "png", "csv"))):
+    (Path(figures_folder) / name).write_text(name)
+"""
 
 
 def notebook(path: Path, parameters: str, *code: str) -> Path:
@@ -98,6 +103,12 @@ def test_a_study_of_the_grid_reads_every_plain_run_of_its_model(tmp_path):
     variants = {"slow": {"methods": ["flux"], "run": {"learning_rate": 1e-5}}}
     found = workflow.load_profile(profile(tmp_path / "mini.yaml", grid=grid, variants=variants))
     assert workflow.grid_runs(found, "n") == ["flux-n-t-seed0", "fmd-n-t-seed0"]
+    assert workflow.grid_runs(found, "n", ["", "slow"]) == ["flux-n-t-seed0", "fmd-n-t-seed0", "flux-slow-n-t-seed0"]
+    only_m = {"slow": variants["slow"] | {"models": ["m"]}}
+    elsewhere = workflow.load_profile(profile(tmp_path / "mini.yaml", grid=grid, variants=only_m))
+    assert workflow.grid_runs(elsewhere, "n", ["slow"]) == ["flux-n-t-seed0", "fmd-n-t-seed0"]
+    with pytest.raises(ConfigError, match="no run of the profile has the variants \\['fast'\\]"):
+        workflow.grid_runs(found, "n", ["slow", "fast"])
 
 
 @pytest.mark.parametrize(
@@ -176,6 +187,7 @@ class Pipeline:
         notebook(
             root / "notebooks" / "05_time_to_accuracy.ipynb", "profile=''\nresults=''\nfigures_folder=''", DRAW_CODE
         )
+        notebook(root / "notebooks" / "08_report.ipynb", "profile=''\nresults=''\nfigures_folder=''", REPORT_CODE)
         self.configure()
 
     def configure(self, **changes) -> None:
