@@ -48,6 +48,8 @@ STUDIES = {
     ],
     "07_real_models": ["real_memory", "real_phases", "real_links"],
 }
+# Figures of the report, over all models.
+REPORT = ["claims", "speed_up"]
 # Studies that read the tables of federated runs as well, and which of their parameters name the variants they read.
 READS_RUNS = {"03_role_assignment": ("assignments", "epsilons", "options")}
 # Studies that read all plain runs on their model, and which of their parameters list variants that they read beside them.
@@ -83,6 +85,8 @@ rule all:
                results=RESULTS, table=["rounds", "participants"], run_id=PROFILE.runs),
         expand("{figures}/{figure}-{model}.{kind}",
                figures=FIGURES, figure=["convergence", "time_to_accuracy"], model=PROFILE.models, kind=["pdf", "png", "csv"]),
+        expand("{figures}/{figure}.{kind}", figures=FIGURES, figure=REPORT, kind=["pdf", "png", "csv"]),
+        f"{FIGURES}/claims.md",
         *[
             f"{FIGURES}/{figure}-{model}.{kind}"
             for study in PROFILE.studies for figure in STUDIES[study] for model in PROFILE.models for kind in ("pdf", "png", "csv")
@@ -170,6 +174,25 @@ rule time_to_accuracy:
         notebook=f"{BUILD}/notebooks/05_time_to_accuracy.ipynb",
     benchmark:
         f"{BUILD}/benchmarks/05_time_to_accuracy.tsv"
+    shell:
+        "{EXECUTE} {input.notebook} {log.notebook} --set profile={NAME} --set results={WORK}/{RESULTS}"
+        " --set figures_folder={WORK}/{FIGURES} > {log.text} 2>&1"
+
+
+rule report:
+    input:
+        notebook=NOTEBOOKS / "08_report.ipynb",
+        rounds=expand(f"{RESULTS}/rounds/{{run_id}}.parquet", run_id=PROFILE.runs),
+        studies=[f"{RESULTS}/measurements/{study}-{model}.parquet" for study in PROFILE.studies for model in PROFILE.models],
+        compared=expand("{figures}/time_to_accuracy-{model}.csv", figures=FIGURES, model=PROFILE.models),
+    output:
+        expand("{figures}/{figure}.{kind}", figures=FIGURES, figure=REPORT, kind=["pdf", "png", "csv"]),
+        f"{FIGURES}/claims.md",
+    log:
+        text=f"{BUILD}/logs/08_report.log",
+        notebook=f"{BUILD}/notebooks/08_report.ipynb",
+    benchmark:
+        f"{BUILD}/benchmarks/08_report.tsv"
     shell:
         "{EXECUTE} {input.notebook} {log.notebook} --set profile={NAME} --set results={WORK}/{RESULTS}"
         " --set figures_folder={WORK}/{FIGURES} > {log.text} 2>&1"

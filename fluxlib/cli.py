@@ -407,5 +407,35 @@ def trials(
     print(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="{:.4g}".format))
 
 
+@app.command()
+def claims(
+    profile_name: Annotated[str, typer.Option("--profile", help="whose results are read")] = "full",
+    out: Annotated[Path | None, typer.Option(help="folder of tables; default: the profile's")] = None,
+    readme: Annotated[Path | None, typer.Option(help="page whose claims section is replaced")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the claims table: the paper's value, ours, and the verdict, computed from stored results.
+
+    \b
+    Example:
+        fluxlib claims --profile mini
+    """
+    from fluxlib import records
+    from fluxlib.config import REPO_ROOT, ConfigError, results_dir
+
+    known = sorted(file.stem for file in (REPO_ROOT / "config").glob("*.yaml"))
+    if out is None and profile_name not in known:
+        raise ConfigError(f"no profile {profile_name!r}; allowed are {', '.join(known)}")
+    from fluxlib import claims as judged
+
+    try:
+        table = judged.claims(out or results_dir(profile_name))
+    except (records.TableError, ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    if readme is not None:
+        judged.replace_section(readme, judged.to_markdown(table))
+    print(table.to_json(orient="records") if as_json else judged.to_markdown(table))
+
+
 if __name__ == "__main__":
     main()

@@ -62,7 +62,8 @@ def test_every_figure_is_there_with_its_numbers(smoke):
     models = ("mini-llama-moe", "mini-deepseek-moe")
     stems = {path.stem for path in folder.iterdir()}
     slugs = ["convergence", "time_to_accuracy", *(slug for study in PROFILE.studies for slug in STUDIES[study])]
-    assert stems == {f"{slug}-{model}" for slug in slugs for model in models}
+    assert stems == {f"{slug}-{model}" for slug in slugs for model in models} | {"claims", "speed_up"}
+    assert "claims: " in (folder / "claims.md").read_text()
     for stem in stems:
         assert (folder / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
         assert (folder / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
@@ -71,7 +72,7 @@ def test_every_figure_is_there_with_its_numbers(smoke):
 
 def test_the_executed_notebooks_show_no_error_and_no_bare_widget(smoke):
     executed = sorted((smoke / "build" / "smoke" / "notebooks").glob("*.ipynb"))
-    assert len(executed) == 3 + len(PROFILE.runs) + len(PROFILE.studies) * len(PROFILE.models)
+    assert len(executed) == 4 + len(PROFILE.runs) + len(PROFILE.studies) * len(PROFILE.models)
     for path in executed:
         text = path.read_text()
         assert '"output_type": "error"' not in text, path.name

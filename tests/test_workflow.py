@@ -212,9 +212,11 @@ def finished(tmp_path_factory) -> Pipeline:
     code, files, said = pipeline.make()
     assert code == 0, said
     assert sorted(files) == [
+        "claims.pdf",
         "convergence-m.pdf",
         "flux-m-t-seed0.parquet",
         "fmd-m-t-seed0.parquet",
+        "speed_up.pdf",
         "time_to_accuracy-m.pdf",
     ]
     assert (pipeline.root / "build/mini/notebooks/04_federated_run-flux-m-t-seed0.ipynb").is_file()
@@ -243,7 +245,8 @@ def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
     code, after, said = finished.make()
     assert code == 0, said
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"flux-m-t-seed0.parquet", "convergence-m.pdf", "time_to_accuracy-m.pdf"}
+    drawn = {"claims.pdf", "convergence-m.pdf", "speed_up.pdf", "time_to_accuracy-m.pdf"}
+    assert changed == drawn | {"flux-m-t-seed0.parquet"}
 
 
 def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path):

@@ -7,10 +7,12 @@
 - :mod:`fluxlib.claims.table` -- one row per claim, Markdown, the README's section.
 """
 
+from fluxlib.claims import federated, measured
 from fluxlib.claims.base import VERDICTS, Claim, Reading, Tables, load
+from fluxlib.claims.measured import clock_check
 from fluxlib.claims.paper import CLAIMS
 from fluxlib.claims.races import races, speed_up_markdown, speed_ups
-from fluxlib.claims.table import claims, readings, replace_section, section, summary, to_markdown
+from fluxlib.claims.table import claims, goals, readings, replace_section, section, summary, to_markdown
 
 __all__ = [
     "CLAIMS",
@@ -19,7 +21,11 @@ __all__ = [
     "Reading",
     "Tables",
     "claims",
+    "clock_check",
+    "federated",
+    "goals",
     "load",
+    "measured",
     "races",
     "readings",
     "replace_section",

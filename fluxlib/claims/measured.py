@@ -256,3 +256,11 @@ def why_saving(table: pd.DataFrame) -> str:
     best = rows.sort_values("value")["x"].iloc[-1]
     worst = shown(float(rows["value"].min()), "%")
     return f"only the profile can be hidden; best at {best:.0f} samples a round, least {worst}"
+
+
+def clock_check(table: pd.DataFrame) -> dict[str, float]:
+    """Measured over predicted seconds of each block (notebook 06): how far the device clock is from this machine."""
+    rows = table[table["study"] == "clock_check"]
+    means = rows.groupby("setting", sort=False)["value"].mean()
+    blocks = dict.fromkeys(setting.split(", ")[0] for setting in means.index)
+    return {block: round(float(means[f"{block}, measured"] / means[f"{block}, predicted"]), 2) for block in blocks}
