@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib import cli
+from fluxlib import cli, workflow
 from fluxlib.config import REPO_ROOT
 
 PAGES = [REPO_ROOT / "README.md", REPO_ROOT / "CONTRIBUTING.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
@@ -82,8 +82,16 @@ def run_or_check(words: list[str], folder: Path, monkeypatch, capsys) -> None:
     to_fill_in = "..." in words or any(re.fullmatch(r"[A-Z_]{2,}", word) for word in words)
     if len(words) == 2 or to_fill_in or "deploy" in words or "deployment" in words:
         check_form(words, monkeypatch, capsys)
+    elif words[1] == "notebook":
+        check_notebook(words)
     else:
         run_small(words, folder, monkeypatch, capsys)
+
+
+def check_notebook(words: list[str]) -> None:
+    """It is there and has the parameters that it is given; tests/test_smoke.py executes every notebook."""
+    given = dict(item.partition("=")[::2] for item in words if "=" in item)
+    workflow.check_parameters(REPO_ROOT / words[2], given)
 
 
 def check_tool(command: str, words: list[str]) -> None:
