@@ -7,6 +7,7 @@ a notebook where some profile has left one in ``build/<profile>/notebooks``; a c
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import shutil
 import sys
@@ -23,6 +24,7 @@ COPIED = (
     "pyproject.toml", "Makefile", "Snakefile", "docs", "data/README.md", "figures/README.md", "config",
 )  # fmt: skip
 """What pages are made of, or link to."""
+PICTURES = "figures/full/*.png"
 
 NOT_EXECUTED = "*Not executed yet: `make reproduce` (or `make smoke`) fills this chapter with its results.*"
 
@@ -48,6 +50,9 @@ def assemble(source: Path, root: Path = REPO_ROOT, profiles: Sequence[str] = PRO
         elif (root / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / name, source / name)
+    for file in root.glob(PICTURES):
+        (source / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, source / file.relative_to(root))
     for file in CONF.iterdir():
         if file.is_file():
             shutil.copy(file, source / file.name)
@@ -85,13 +90,28 @@ def write_api(source: Path, package: Path = REPO_ROOT / "fluxlib") -> int:
         body = [f"# `{part}`", ""]
         for module in modules:
             body += [] if module == part else [f"## `{module}`", ""]
-            options = ":members:\n:exclude-members: set\n:member-order: bysource\n:show-inheritance:"
-            body += ["```{eval-rst}", f".. automodule:: {module}", *(f"   {o}" for o in options.split("\n")), "```", ""]
+            options = [f":members: {', '.join(own)}"] if (own := _own_names(package, module)) else []
+            options += [":exclude-members: set", ":member-order: bysource", ":show-inheritance:"]
+            body += ["```{eval-rst}", f".. automodule:: {module}", *(f"   {option}" for option in options), "```", ""]
         (folder / f"{part}.md").write_text("\n".join(body))
     listed = "\n".join(sorted(parts))
     text = f"# API reference\n\nMade from the docstrings.\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n"
     (folder / "index.md").write_text(text)
     return sum(map(len, parts.values()))
+
+
+def _own_names(package: Path, module: str) -> list[str]:
+    """Public names that a module defines itself: what it passes on from another is described there, once."""
+    place = package.joinpath(*module.split(".")[1:])
+    tree = ast.parse((place / "__init__.py" if place.is_dir() else place.with_suffix(".py")).read_text())
+    found: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found += [target.id for target in targets if isinstance(target, ast.Name)]
+    return [name for name in found if not name.startswith("_")]
 
 
 class _Links(HTMLParser):

@@ -63,6 +63,19 @@ def test_every_module_has_its_place_in_the_reference(tmp_path):
     assert "fluxlib.merging" in (tmp_path / "api" / "index.md").read_text()
 
 
+def test_what_a_package_passes_on_is_described_where_it_is_defined(tmp_path):
+    package = tmp_path / "fluxlib"
+    (package / "part").mkdir(parents=True)
+    (package / "part" / "__init__.py").write_text("from fluxlib.part.one import run\n\nLIMIT: int = 3\n")
+    (package / "part" / "one.py").write_text("import os\n_HIDDEN = SEEN = 1\ndef run(): ...\nclass Kept: ...\n")
+    book.write_api(tmp_path, package)
+    page = (tmp_path / "api" / "fluxlib.part.md").read_text()
+    assert re.findall(r"automodule:: (\S+)\n   :members: (.+)", page) == [
+        ("fluxlib.part", "LIMIT"),
+        ("fluxlib.part.one", "SEEN, run, Kept"),
+    ]
+
+
 def test_links_to_what_is_not_there_are_found(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "index.html").write_text('<p id="here"></p><a href="../a.html#x">ok</a>')
@@ -82,4 +95,11 @@ def test_links_to_what_is_not_there_are_found(tmp_path):
 def test_the_front_page_names_pages_that_exist():
     front = (REPO_ROOT / "docs" / "book" / "index.md").read_text()
     for link in re.findall(r"\]\(([^)]+)\)", front):
-        assert link == "api/index.md" or (REPO_ROOT / link).is_file(), link
+        assert link == "api/index.md" or link.startswith("https:") or (REPO_ROOT / link).is_file(), link
+
+
+def test_every_page_has_its_place_in_the_book():
+    front = (REPO_ROOT / "docs" / "book" / "index.md").read_text()
+    trees = "\n".join(re.findall(r"```\{toctree\}\n(.*?)```", front, re.S)).splitlines()
+    for page in (REPO_ROOT / "docs").glob("*.md"):
+        assert f"docs/{page.stem}" in trees, page.name

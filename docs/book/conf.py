@@ -22,7 +22,7 @@ autodoc_inherit_docstrings = False
 napoleon_numpy_docstring = False
 # Pages of the repository that stand alone there, and headings that skip a level in a notebook.
 suppress_warnings = [
-    "myst.header", "myst.xref_missing", "toc.not_included", "docutils", "ref.python", "autodoc.duplicate_object",
+    "myst.header", "myst.xref_missing", "toc.not_included", "docutils", "ref.python",
     "mystnb.unknown_mime_type",
 ]  # fmt: skip
 
