@@ -29,20 +29,8 @@ LAYERS = (
     ("devices",),
     ("federation",),
     ("studies",),
-    (
-        "store",
-        "exports",
-        "exhibits",
-        "style",
-        "figures",
-        "claims",
-        "widgets",
-        "workflow",
-        "doctor",
-        "book",
-        "gallery",
-        "cli",
-    ),
+    ("store", "exports", "exhibits", "style", "figures", "claims", "widgets", "workflow"),
+    ("doctor", "book", "gallery", "cli"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 CORE = [name for layer in LAYERS[:7] for name in layer]
