@@ -169,7 +169,8 @@ def _swept(tables: Tables) -> Iterator[tuple[str, pd.DataFrame]]:
         for _, alike in of_model(one, name).groupby("rest"):
             per_method = alike.groupby("method")["count"].nunique()
             if len(per_method) == 2 and per_method.min() > 1:
-                yield name, runs[runs["run_id"].isin(alike.index)]
+                once = alike.reset_index().drop_duplicates(["method", "task", "seed", "count"])
+                yield name, runs[runs["run_id"].isin(once["run_id"])]
                 break
 
 
