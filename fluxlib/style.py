@@ -49,6 +49,9 @@ PHASE_COLORS: dict[str, str] = {
     "upload": "#56B4E9",
 }
 
+PHASE_HATCHES = dict(zip(PHASE_COLORS, ("", "//", "..", "xx", "\\\\", "++", "oo", ""), strict=True))
+"""Several phases' colours have one lightness; download (dark) and upload (light) need none."""
+
 SEQUENTIAL = "cividis"
 """Colour map for shares and counts: even in lightness, safe for colour-blind readers."""
 
@@ -81,6 +84,11 @@ RC: dict[Any, Any] = {
     "ps.fonttype": 42,
     "svg.hashsalt": "fluxlib",
 }
+
+
+def phase(name: str) -> dict[str, Any]:
+    """Colour, hatch and edge of a phase's bar, for matplotlib."""
+    return {"color": PHASE_COLORS[name], "hatch": PHASE_HATCHES[name], "edgecolor": "white", "linewidth": 0.4}
 
 
 def method(name: str) -> MethodStyle:

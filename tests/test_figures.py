@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import time
 
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 
 from fluxlib import figures, records, style
 from fluxlib.figures.canvas import interval, interval_name
@@ -139,11 +141,23 @@ def test_intervals_over_seeds_say_what_they_are():
 
 def test_methods_are_told_apart_without_colour():
     looks = list(style.METHODS.values())
-    for attribute in ("color", "marker", "line", "hatch"):
+    for attribute in ("color", "marker", "hatch"):
         assert len({getattr(look, attribute) for look in looks}) == len(looks)
+    # A method that goes beyond the paper has the line of the plain one.
+    assert {look.line for name, look in style.METHODS.items() if "+" not in name} == {"-", "--", "-.", ":"}
     assert style.method("mine") == style.method("mine")
     assert style.method("mine").title == "mine"
     assert style.order(["mine", "fmd", "flux", "fmd"]) == ["flux", "fmd", "mine"]
+
+
+def test_phases_are_told_apart_without_colour():
+    assert list(style.PHASE_COLORS) == list(style.PHASE_HATCHES) == list(records.PHASES)
+    by_hatch: dict[str, list[float]] = {}
+    for phase in records.PHASES:
+        red, green, blue = to_rgb(style.PHASE_COLORS[phase])
+        by_hatch.setdefault(style.PHASE_HATCHES[phase], []).append(0.3 * red + 0.59 * green + 0.11 * blue)
+    for shades in by_hatch.values():
+        assert all(abs(a - b) > 0.2 for a, b in itertools.combinations(shades, 2))
 
 
 def test_convergence_has_a_panel_per_task_and_clock_and_says_what_it_shows(rounds):
@@ -177,7 +191,7 @@ def test_saving_twice_gives_the_same_bytes_and_the_numbers_beside_them(rounds, t
     for kind, path in first.items():
         assert path.read_bytes() == second[kind].read_bytes(), kind
     assert b"CreationDate" not in first["pdf"].read_bytes()
-    pd.testing.assert_frame_equal(pd.read_csv(first["csv"]), rounds, check_dtype=False)
+    pd.testing.assert_frame_equal(pd.read_csv(first["csv"]).fillna({"variant": ""}), rounds, check_dtype=False)
     assert sorted(path.name for path in (tmp_path / "1").iterdir()) == [
         f"convergence-a.{k}" for k in ("csv", "pdf", "png")
     ]

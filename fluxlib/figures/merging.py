@@ -193,6 +193,10 @@ def merge_options(table: pd.DataFrame) -> Picture:
     return figure
 
 
+LABEL = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "linewidth": 0}
+"""Behind a text on a hatched or dark bar."""
+
+
 @drawn
 def own_share(table: pd.DataFrame) -> Picture:
     """Where a round's time goes: on the device clock by link and samples, and measured here without transfer."""
@@ -209,7 +213,7 @@ def own_share(table: pd.DataFrame) -> Picture:
     for place, own in enumerate(bars_of.values()):
         _stack(ax, place, own.groupby("phase")["value"].median(), used)
     for phase in used:
-        ax.barh(0, 0, color=style.PHASE_COLORS[phase], label=phase)
+        ax.barh(0, 0, label=phase, **style.phase(phase))
     ax.set_yticks(range(len(bars_of)), list(bars_of))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
@@ -224,10 +228,10 @@ def _stack(ax: Any, place: int, seconds: pd.Series, phases: list[str]) -> None:
     left, total = 0.0, float(seconds.sum())
     for phase in phases:
         width = float(seconds.get(phase, 0.0)) / total
-        ax.barh(place, width, 0.7, left=left, color=style.PHASE_COLORS[phase], edgecolor="white", linewidth=0.5)
+        ax.barh(place, width, 0.7, left=left, **style.phase(phase))
         if width > 0.12:
             share = f"{phase} {100 * width:.0f} %"
-            ax.text(left + width / 2, place, share, ha="center", va="center", fontsize=6.5)
+            ax.text(left + width / 2, place, share, ha="center", va="center", fontsize=6.5, bbox=LABEL)
         left += width
     own = sum(float(seconds.get(phase, 0.0)) for phase in ("merge", "quantize", "profile", "probe")) / total
     ax.text(1.01, place, f"FLUX's own {100 * own:.1f} %", va="center", fontsize=7)

@@ -101,8 +101,7 @@ def phases(participants: pd.DataFrame) -> Picture:
     for phase, column in zip(PHASES, columns, strict=True):
         height = slowest[column].fillna(0).to_numpy()
         if height.any():
-            color = style.PHASE_COLORS[phase]
-            ax.bar(slowest["round"], height, bottom=bottom, label=phase, color=color, edgecolor="white")
+            ax.bar(slowest["round"], height, bottom=bottom, label=phase, **style.phase(phase))
             bottom += height
     ax.set(xlabel="round", ylabel=style.CLOCKS["device_s"])
     ax.xaxis.get_major_locator().set_params(integer=True)

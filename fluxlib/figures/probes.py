@@ -142,8 +142,7 @@ def _stack_shares(ax: Any, shares: pd.DataFrame) -> None:
     for phase in PHASES:
         width = shares[shares["phase"] == phase].set_index("clock")["share"].reindex(clocks).to_numpy(dtype=float)
         if width.max() > 0:
-            ax.barh(range(len(clocks)), 100 * width, 0.55, left=base, color=style.PHASE_COLORS[phase], label=phase,
-                    edgecolor="white", hatch="////" if phase == "probe" else "")  # fmt: skip
+            ax.barh(range(len(clocks)), 100 * width, 0.55, left=base, label=phase, **style.phase(phase))
             if phase == "probe":
                 for place, share in enumerate(width):
                     ax.annotate(f"probe {100 * share:.1f} %", (base[place] + 50 * share, place), (0, 20),

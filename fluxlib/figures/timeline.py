@@ -9,7 +9,6 @@ from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn, unique
 
 SERVER_COLORS = {"aggregate": "#000000", "evaluate": "#BBBBBB"}
 OTHER_COLOR = "#DDDDDD"
-HATCHES = {"download": "//", "upload": "\\\\", "profile": "..", "probe": "xx"}
 """So that neighbours can be told apart without colours."""
 BESIDE = ("quantize", "profile", "first_profile")
 """Phases drawn in the lower half of a participant's lane: they may lie beside others."""
@@ -45,7 +44,7 @@ def timeline(table: pd.DataFrame, first_round: int = 2, last_round: int = 3, clo
         ax.barh(
             [lane + low + height / 2 for lane in lanes], bars["end_s"] - bars["start_s"], height,
             left=bars["start_s"] - begin, color=color, edgecolor=color if phase in SERVER_COLORS else "white",
-            linewidth=0.4, hatch=HATCHES.get(str(phase)), label=str(phase),
+            linewidth=0.4, hatch=style.PHASE_HATCHES.get(str(phase)), label=str(phase),
         )  # fmt: skip
     for number, rows in shown.groupby("round"):
         end = rows["end_s"].max() - begin
