@@ -28,9 +28,8 @@ def run(method: str, seed: int, scores: tuple[float, ...] = (), seconds: float =
     scores, seconds = scores or SCORES[method], seconds or SECONDS[method]
     number = np.arange(len(scores))
     frame = pd.DataFrame({"round": number, "metric": scores, "device_s": number * seconds, "wall_s": number * 1.0})
-    fixed = {"method": method, "model": "mini-llama-moe", "task": "mini-dolly", "seed": seed, "variant": "",
-             "metric_name": "rouge_l", "clock_model": "llama-moe-3.5b", "link": "1gbps", "num_participants": 8}  # fmt: skip
-    fixed |= more
+    fixed = {"method": method, "model": "mini-llama-moe", "task": "mini-dolly", "seed": seed, "variant": ""}
+    fixed |= {"metric_name": "rouge_l", "clock_model": "llama-moe-3.5b", "link": "1gbps", "num_participants": 8} | more
     name = f"{method}{fixed['variant']}-{fixed['model']}-{fixed['task']}-{seed}"
     return frame.assign(round_device_s=np.where(number, seconds, 0.0), run_id=name, **fixed)
 
@@ -146,7 +145,9 @@ def test_participants_are_compared_between_runs_that_differ_in_nothing_else() ->
             one = run(method, 0, variant="" if count == 10 else f"p{count}", num_participants=count)
             parameters[one["run_id"].iloc[0]] = {"participants": count, "rounds": 4, "method": method}
             runs.append(one)
-    assert read("participants", tables(*runs, parameters=parameters)).verdict == "agrees"
+    twin = run("flux", 0, variant="twin", num_participants=10)
+    parameters[twin["run_id"].iloc[0]] = parameters[runs[1]["run_id"].iloc[0]]
+    assert read("participants", tables(*runs, twin, parameters=parameters)).verdict == "agrees"
     assert read("participants", tables(*runs[:4], parameters=parameters)).verdict == "agrees in direction"
     parameters[runs[2]["run_id"].iloc[0]]["rounds"] = 5
     assert federated.participants(claim("participants"), tables(*runs[:4], parameters=parameters)) == []

@@ -157,6 +157,7 @@ def _swept(tables: Tables) -> Iterator[tuple[str, pd.DataFrame]]:
         .agg(
             model=("model", "first"),
             task=("task", "first"),
+            seed=("seed", "first"),
             method=("method", "first"),
             count=("num_participants", "max"),
         )
