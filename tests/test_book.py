@@ -102,4 +102,4 @@ def test_every_page_has_its_place_in_the_book():
     front = (REPO_ROOT / "docs" / "book" / "index.md").read_text()
     trees = "\n".join(re.findall(r"```\{toctree\}\n(.*?)```", front, re.S)).splitlines()
     for page in (REPO_ROOT / "docs").glob("*.md"):
-        assert f"docs/{page.stem}" in trees, page.name
+        assert any(line.rstrip(">").endswith(f"docs/{page.stem}") for line in trees), page.name
