@@ -261,17 +261,31 @@ def list_runs(
         fluxlib list --json
     """
     from fluxlib import records, store
+    from fluxlib.config import ConfigError
 
-    folders = [out] if out else store.folders()
-    files = list(store.runs(folders).values())
-    last = [_last(records.read("rounds", file)) | {"path": str(file)} for file in files]
+    folders = [_existing(out)] if out else store.folders()
+    try:
+        last = [
+            _last(store.read(file)) | {"path": str(file), "unfinished": store.is_checkpoint(file)}
+            for file in store.runs(folders).values()
+        ]
+    except records.TableError as error:
+        raise ConfigError(str(error)) from None
     if as_json:
         print(json.dumps(last))
         return
     if not last:
         print(f"no runs in {', '.join(map(str, folders))}: `make reproduce` or `fluxlib run` makes some")
     for row in last:
-        print(f"{records.describe_round(row)}  {row['path']}")
+        print(f"{records.describe_round(row)}  {row['path']}" + "  unfinished" * row["unfinished"])
+
+
+def _existing(folder: Path) -> Path:
+    from fluxlib.config import ConfigError
+
+    if not folder.is_dir():
+        raise ConfigError(f"--out is {folder}, which is no folder")
+    return folder
 
 
 @app.command()
@@ -291,14 +305,14 @@ def compare(
         fluxlib compare flux-mini-llama-moe-mini-mmlu fmd-mini-llama-moe-mini-mmlu --target 0.9 --json
     """
     from fluxlib import store
-    from fluxlib.config import ConfigError, check_writable
+    from fluxlib.config import ConfigError
 
     if not 0 < target <= 1:
         raise ConfigError(f"--target is {target}, allowed is above 0 and at most 1")
-    places = [out] if out else None
+    places = [_existing(out)] if out else None
     found = store.load(runs, places)
     best, score = store.best_final(store.load([reference], places) if reference else found)
-    check_writable(picture.parent)
+    _check_picture(picture)
 
     from fluxlib import figures
 
@@ -313,6 +327,18 @@ def compare(
     print(f"target {target * score:.3f}: {target:.0%} of the last score of {best}")
     print(times.drop(columns=["target"]).round(3).to_string(index=False, na_rep="not reached"))
     print(f"curves: {files['png']}")
+
+
+def _check_picture(picture: Path) -> None:
+    """Refuse a picture that cannot be written, before anything is computed for it."""
+    from fluxlib.config import ConfigError, check_writable
+    from fluxlib.figures.canvas import check_slug
+
+    check_writable(picture.parent)
+    try:
+        check_slug(picture.name)
+    except ValueError as error:
+        raise ConfigError(f"--picture {picture}: {error}") from None
 
 
 @app.command()
@@ -331,13 +357,13 @@ def profile(
     Example:
         fluxlib profile mini-llama-moe README.md --bits 4
     """
-    from fluxlib.config import ConfigError, check_writable
+    from fluxlib.config import ConfigError
 
     if not text.is_file():
         raise ConfigError(f"no file {text}")
     if tokens < 1 or samples < 1:
         raise ConfigError(f"--tokens and --samples must be at least 1, got {tokens} and {samples}")
-    check_writable(picture.parent)
+    _check_picture(picture)
     from fluxlib import exhibits, figures, models
 
     try:

@@ -1,16 +1,26 @@
-"""The store of runs: which there are, and finding one by what a person would type."""
+"""The store of runs: which there are, and finding one by what a person would type.
+
+A run that was stopped or killed is in the store too, with the rounds it finished: they lie in its checkpoint, from
+which the same configuration goes on.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluxlib import records
 from fluxlib.config import PROFILES, REPO_ROOT, ConfigError, results_dir
 
 if TYPE_CHECKING:
     import pandas as pd
+
+CHECKPOINTS = "checkpoints"
+RETRIES = 3
+LISTED = 12
+"""Runs that a message names, at most."""
 
 
 def folders() -> list[Path]:
@@ -20,12 +30,79 @@ def folders() -> list[Path]:
 
 
 def runs(places: Sequence[Path] | None = None) -> dict[str, Path]:
-    """Tables of ``rounds`` in ``places``, by a label that says which run it is and where it lies."""
+    """Tables of ``rounds`` in ``places``, by a label that says which run it is, where it lies, whether it may go on.
+
+    Of an unfinished run it is the table with more rounds: the one in its checkpoint, or the one written when it ended.
+    """
     found: dict[str, Path] = {}
     for place in folders() if places is None else places:
-        for file in sorted(place.glob("rounds/*.parquet")):
-            found[f"{file.stem}  ({place.name})"] = file
+        written = {file.stem: file for file in place.glob("rounds/*.parquet")}
+        kept = _unfinished(place)
+        for name in sorted({*written, *kept}):
+            files = [files[name] for files in (written, kept) if name in files]
+            found[f"{name}  ({place.name}{', unfinished' if name in kept else ''})"] = max(files, key=modified)
     return found
+
+
+def run_id(file: Path) -> str:
+    """The run that a table of :func:`runs` belongs to."""
+    return file.parent.name if is_checkpoint(file) else file.stem
+
+
+def is_checkpoint(file: Path) -> bool:
+    """Whether a table of :func:`runs` is part of a checkpoint, not of the results."""
+    return file.parent.parent.name == CHECKPOINTS
+
+
+def read(file: Path, table: str = "rounds") -> pd.DataFrame:
+    """The ``table`` of the run whose ``rounds`` are in ``file``.
+
+    Raises:
+        records.TableError: no such table, or one that does not fit the schema.
+    """
+    if not is_checkpoint(file):
+        return records.read(table, file if table == "rounds" else file.parent.parent / table / file.name)
+    for _ in range(RETRIES):
+        try:
+            return records.read(table, file.parent / _manifest(file.parent)["files"][table])
+        except (records.TableError, KeyError):
+            continue  # a run that goes on replaces its checkpoint after every round
+    raise records.TableError(f"no {table!r} table in {file.parent}")
+
+
+def parameters(file: Path) -> dict[str, Any]:
+    """The configuration of the run whose ``rounds`` are in ``file``, as it was stored; empty where none was."""
+    if is_checkpoint(file):
+        return dict(_manifest(file.parent).get("config", {}))
+    try:
+        return dict(json.loads(file.with_suffix(".json").read_text()).get("parameters", {}))
+    except (OSError, ValueError):
+        return {}
+
+
+def _unfinished(place: Path) -> dict[str, Path]:
+    """Tables of rounds in checkpoints, by run."""
+    found = {}
+    for folder in place.glob(f"{CHECKPOINTS}/*"):
+        name = _manifest(folder).get("files", {}).get("rounds")
+        if name and (folder / name).is_file():
+            found[folder.name] = folder / name
+    return found
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "manifest.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def modified(file: Path) -> float:
+    """When ``file`` was written, in seconds; 0 if it is gone."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def find(name: str, places: Sequence[Path] | None = None) -> Path:
@@ -38,14 +115,22 @@ def find(name: str, places: Sequence[Path] | None = None) -> Path:
     if path.suffix == ".parquet" and path.is_file():
         return path
     known = runs([path]) if path.is_dir() else runs(places)
-    exact = [file for file in known.values() if file.stem == name]
+    exact = [file for file in known.values() if run_id(file) == name]
     partly = [file for label, file in known.items() if name in label]
     matching = list(known.values()) if path.is_dir() else exact or partly
     if len(matching) == 1:
         return matching[0]
-    listed = "\n".join(f"  {file}" for file in (matching or known.values())) or "  none: `fluxlib run` makes some"
+    listed = "\n".join(f"  {file}" for file in (matching or list(known.values()))[:LISTED])
+    more = len(matching or known) - LISTED
+    listed = listed or "  none: `fluxlib run` makes some"
+    listed += f"\n  and {more} more: `fluxlib list`" * (more > 0)
     what = "means several runs" if matching else "is no run"
     raise ConfigError(f"{name!r} {what}; give a run id, a unique part of one, or a path. There are:\n{listed}")
+
+
+def place_of(file: Path) -> Path:
+    """The folder of runs that a table of :func:`runs` lies in."""
+    return file.parent.parent.parent if is_checkpoint(file) else file.parent.parent
 
 
 def load(names: Sequence[str], places: Sequence[Path] | None = None) -> dict[str, pd.DataFrame]:
@@ -58,10 +143,10 @@ def load(names: Sequence[str], places: Sequence[Path] | None = None) -> dict[str
     for file in files:
         if files.count(file) > 1:
             raise ConfigError(f"{file} is named twice")
-    stems = [file.stem for file in files]
-    labels = [f.stem if stems.count(f.stem) == 1 else f"{f.stem} ({f.parent.parent.name})" for f in files]
+    names = [run_id(file) for file in files]
+    labels = [n if names.count(n) == 1 else f"{n} ({place_of(f).name})" for n, f in zip(names, files, strict=True)]
     try:
-        return {label: records.read("rounds", file) for label, file in zip(labels, files, strict=True)}
+        return {label: read(file) for label, file in zip(labels, files, strict=True)}
     except records.TableError as error:
         raise ConfigError(str(error)) from None
 

@@ -167,7 +167,10 @@ def test_list_shows_the_last_round_of_every_run(call, rounds, tmp_path):
     assert code == 0
     assert "flux-m-t-seed0  round   1  accuracy 0.250" in out and str(tmp_path) in out
     assert json.loads(call("list", "--out", tmp_path, "--json")[1])[0]["run_id"] == "flux-m-t-seed0"
-    assert "no runs in" in call("list", "--out", tmp_path / "none")[1]
+    (tmp_path / "empty").mkdir()
+    assert "no runs in" in call("list", "--out", tmp_path / "empty")[1]
+    code, _, err = call("list", "--out", tmp_path / "none")
+    assert (code, err) == (2, f"error: --out is {tmp_path / 'none'}, which is no folder\n")
 
 
 def test_an_unknown_notebook_lists_those_beside_it(call, tmp_path):
@@ -263,6 +266,7 @@ def test_compare_gives_curves_and_times_to_the_best_runs_target(call, tmp_path):
     [
         (["compare", "nothing"], "error: 'nothing' is no run; give a run id, a unique part of one, or a path"),
         (["compare", "flux", "--target", "2"], "error: --target is 2.0, allowed is above 0 and at most 1"),
+        (["compare", "flux", "--picture", "a b"], "error: --picture a b: slug is 'a b', allowed are letters"),
         (["profile", "mini-llama-moe", "nothing.txt"], "error: no file nothing.txt"),
         (["profile", "mini-llama-moe", "README.md", "--bits", "5"], "error: bits must be one of"),
         (["profile", "mini-lama-moe", "README.md"], "error: 'mini-lama-moe' is no folder, no known name"),

@@ -47,8 +47,7 @@ def save(figure: Figure, slug: str, folder: Path | str, data: pd.DataFrame) -> d
     Raises:
         ValueError: ``slug`` is not lower-case letters, digits, ``_``, ``-`` and ``.``.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
-        raise ValueError(f"slug is {slug!r}, allowed are letters, digits, '_', '-' and '.'")
+    check_slug(slug)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
@@ -63,6 +62,16 @@ def save(figure: Figure, slug: str, folder: Path | str, data: pd.DataFrame) -> d
         temporary.write_bytes(content)
         os.replace(temporary, paths[kind])
     return paths
+
+
+def check_slug(slug: str) -> None:
+    """Refuse a name that a link in a text would break on.
+
+    Raises:
+        ValueError: see :func:`save`.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
+        raise ValueError(f"slug is {slug!r}, allowed are letters, digits, '_', '-' and '.'")
 
 
 def _render(figure: Figure, kind: str) -> bytes:
