@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 from types import SimpleNamespace
 
@@ -9,8 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from fluxlib import federation, records, widgets
+from fluxlib import federation, records, store, widgets
 from fluxlib.config import ConfigError, make_config
+from fluxlib.federation.tables import read_work
+from fluxlib.widgets.background import count_tuned
 from fluxlib.widgets.controls import Controls, with_labels
 
 DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
@@ -29,10 +33,10 @@ def engine(monkeypatch):
     def run(config, on_round, out, on_outcome):
         rows = []
         for number in range(config.rounds + 1):
-            assert allowed.acquire(timeout=20)
+            assert allowed.acquire(timeout=300)
             if number:
                 roles = SimpleNamespace(exploit=torch.eye(2, dtype=torch.bool))
-                on_outcome(SimpleNamespace(accepted=[SimpleNamespace(roles=roles)] * 2))
+                on_outcome(SimpleNamespace(round=number, accepted=[SimpleNamespace(roles=roles)] * 2))
             rows.append(row(number))
             if on_round(rows[-1]):
                 break
@@ -48,7 +52,7 @@ def test_a_run_can_be_watched_and_completes(engine, tmp_path):
     run.start()
     assert run.busy
     engine.release(3)
-    run.wait(20)
+    run.wait(300)
     assert (run.state, run.error, len(run.rows)) == ("complete", "", 3)
     assert [number for _, number in seen] == [1, 2, 3, 3]
     assert [counts.tolist() for counts in run.tuned] == [[[2, 0], [0, 2]]] * 2
@@ -61,7 +65,7 @@ def test_a_run_stops_after_the_round_in_progress(engine, tmp_path):
     run.stop()
     assert run.state == "stopping"
     engine.release(3)
-    run.wait(20)
+    run.wait(300)
     assert (run.state, len(run.rows)) == ("stopped", 1)
 
 
@@ -72,7 +76,7 @@ def test_a_run_that_fails_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(federation, "run", run)
     failed = widgets.BackgroundRun(make_config(SMALL), tmp_path)
     failed.start()
-    failed.wait(20)
+    failed.wait(300)
     assert (failed.state, failed.error) == ("failed", "rounds is wrong")
 
 
@@ -90,7 +94,7 @@ def test_two_settings_never_share_a_place_in_the_store_and_equal_ones_do():
 
 def test_a_message_names_the_control_too():
     assert with_labels("tune_fraction is 0, merge_fraction is 2") == (
-        "tune_fraction (tuned) is 0, merge_fraction (merged) is 2"
+        "tuned (tune_fraction) is 0, merged (merge_fraction) is 2"
     )
 
 
@@ -102,22 +106,129 @@ def test_a_preview_holds_every_expert_once_and_compares_with_the_full_model():
     assert found.memory["flux"].peak_bytes < found.memory["fmd"].peak_bytes
     assert sum(found.seconds["flux"].values()) < sum(found.seconds["fmd"].values())
     assert found.warning == ""
+    first, _, last = found.summary()
+    assert first.startswith("Participant 1 in round 1: 5 of 64 experts tuned, 11 explored, ")
+    assert "FMD takes" in last
     with pytest.raises(ConfigError, match="participant is 2, allowed is 0 to 1"):
         widgets.preview(make_config(SMALL), participant=2)
+
+
+@pytest.mark.parametrize("method", ["flux", "fmd", "fmq", "fmes"])
+def test_the_work_of_a_preview_is_that_of_a_run(method):
+    config = make_config(SMALL | {"method": method, "local_steps": 2})
+    rows = federation.run(config).participants
+    row = rows[(rows["round"] == 2) & (rows["participant"] == 0)].iloc[0]
+    was, _ = read_work(row["work"])
+    expected = widgets.preview(config).works[method]
+    counted = {"num_tuned", "num_quantized", "weight_bits", "offloaded", "num_uploaded", "download_bits", "upload_bits",
+               "train_steps", "train_samples", "profile_samples", "profile_bits", "num_experts"}  # fmt: skip
+    assert {name: getattr(expected, name) for name in counted} == {name: getattr(was, name) for name in counted}
+    for name in ("train_tokens", "profile_tokens", "probe_samples", "num_frozen", "num_merge_sources"):
+        assert getattr(expected, name) == pytest.approx(getattr(was, name), rel=0.3), name
+
+
+def test_what_does_not_fit_says_what_would():
+    config = make_config(SMALL | {"fleet": "rtx-3060", "clock_model": "llama-moe-3.5b", "tune_fraction": 0.5})
+    warning = widgets.preview(config).warning
+    assert warning.startswith("Does not fit: 256 tuned and 128 merged experts of llama-moe-3.5b need ")
+    found = re.search(r"About tune_fraction (\S+) with merge_fraction (\S+) would", warning)
+    tuned, merged = float(found[1]), float(found[2])
+    assert 0.0625 < tuned < 0.5
+    fitting = make_config(config.model_dump() | {"tune_fraction": tuned, "merge_fraction": max(merged, 0.0625)})
+    assert widgets.preview(fitting).warning == ""
+
+
+def test_roles_of_a_run_that_goes_on_begin_with_its_first_round(tmp_path):
+    config = make_config(SMALL | {"rounds": 3, "eval_samples": 4})
+    first = widgets.BackgroundRun(config, tmp_path, lambda run: run.stop() if len(run.rows) == 2 else None)
+    first.start()
+    first.wait(300)
+    assert first.state == "stopped" and len(first.tuned) == 1
+    (label, file), *_ = store.runs([tmp_path]).items()
+    assert label == f"{config.run_id}  ({tmp_path.name}, unfinished)" and store.parameters(file)["rounds"] == 3
+    second = widgets.BackgroundRun(config, tmp_path)
+    second.start()
+    second.wait(300)
+    assert (
+        second.state == "complete" and second.first_round == 1 and [row["round"] for row in second.rows] == [0, 1, 2, 3]
+    )
+    people = records.read("participants", tmp_path / "participants" / f"{config.run_id}.parquet")
+    stored = count_tuned(people, (4, 16))
+    assert [counts.tolist() for counts in second.tuned] == [counts.tolist() for counts in stored]
+    assert second.tuned[0].tolist() == first.tuned[0].tolist()
+    assert list(store.runs([tmp_path])) == [f"{config.run_id}  ({tmp_path.name})"]
+
+
+def test_a_run_that_is_killed_keeps_its_rounds_in_the_store(tmp_path):
+    """A kernel that dies leaves a checkpoint and no tables: the newest of both is what the store has."""
+    config = make_config(SMALL | {"rounds": 3})
+    folder = tmp_path / "checkpoints" / config.run_id
+    rounds = pd.DataFrame([row(0), row(1)])
+    records.write("rounds", rounds, folder / "rounds-1.parquet", {})
+    manifest = {"round": 1, "files": {"rounds": "rounds-1.parquet"}, "config": config.model_dump(mode="json")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert len(store.load([config.run_id], [tmp_path])[config.run_id]) == 2
+    history = widgets.history.History([tmp_path], lambda: None, lambda config: taken.append(config))
+    taken: list[object] = []
+    history.show(config.model, config.task)
+    ((label, file),) = history.choice.options
+    assert label.startswith("FLUX seed 0 · 1 of 3, unfinished rounds") and history.unfinished(tmp_path) == [
+        config.run_id
+    ]
+    history.choice.value = (file,)
+    history.take_over.click()
+    assert taken == [config]
+    (folder / "rounds-1.parquet").unlink()
+    with pytest.raises(records.TableError, match="no 'rounds' table"):
+        store.read(file)
+
+
+def test_a_dashboard_that_is_opened_again_watches_the_run_that_goes_on(engine, tmp_path):
+    closed = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
+    closed.controls.widgets["rounds"].value = 1
+    closed.start.click()
+    opened = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
+    assert opened.run is closed.run and opened.start.disabled and not opened.halt.disabled
+    assert opened.controls.config() == opened.run.config and opened.tabs.selected_index == 1
+    engine.release(2)
+    opened.run.wait(300)
+    assert "Complete." in opened.status.value and "Complete." not in closed.status.value
+    assert widgets.Dashboard(make_config(SMALL), tmp_path, store=[]).run is None
+
+
+def test_a_watcher_that_fails_ends_no_run(engine, tmp_path):
+    run = widgets.BackgroundRun(make_config(SMALL), tmp_path, lambda run: 1 / 0)
+    run.start()
+    engine.release(3)
+    run.wait(300)
+    assert (run.state, len(run.rows)) == ("complete", 3)
+
+
+def test_settings_that_the_dashboard_cannot_show_change_nothing():
+    controls = Controls(make_config(SMALL))
+    before = controls.config()
+    with pytest.raises(ConfigError, match="model is 'elsewhere', which the dashboard cannot show"):
+        controls.load(make_config(SMALL | {"model": "elsewhere"}))
+    assert controls.config() == before
+    controls.load(make_config(SMALL | {"rounds": 90, "alpha": 0.1}))
+    assert controls.config().rounds == 90 and controls.config().alpha == 0.1
 
 
 def test_the_dashboard_refuses_in_place_and_is_a_picture_where_nobody_looks(engine, monkeypatch, tmp_path):
     dashboard = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
     assert dashboard.message.value == "" and not dashboard.start.disabled
     dashboard.controls.widgets["tune_fraction"].value = 0.05
-    assert "tune_fraction (tuned) is 0.05, allowed is at least" in dashboard.message.value
+    assert "tuned (tune_fraction) is 0.05, allowed is at least" in dashboard.message.value
+    assert [
+        name for name, widget in dashboard.controls.widgets.items() if "solid" in (widget.layout.border_top or "")
+    ] == ["tune_fraction"]
     assert dashboard.start.disabled and dashboard.plan.layout.visibility == "hidden"
     with pytest.raises(ConfigError, match="allowed is at least"):
         dashboard.press_run()
     dashboard.controls.widgets["tune_fraction"].value = 0.25
     assert dashboard.message.value == "" and dashboard.plan.layout.visibility == "visible"
     engine.release(3)
-    run = dashboard.press_run(timeout_s=20)
+    run = dashboard.press_run(timeout_s=300)
     assert run.state == "complete" and "Complete." in dashboard.status.value
     monkeypatch.setenv(widgets.HEADLESS, "1")
     shown = dashboard._repr_mimebundle_()

@@ -10,11 +10,13 @@ import numpy as np
 from fluxlib import style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn
 
-TUNED, EXPLORED = style.METHODS["flux"].color, "#F0E442"
+TUNED, EXPLORED, MERGED = style.METHODS["flux"].color, "#F0E442", "#DDE6EE"
+DASHED = {"linewidth": 1.4, "linestyle": (0, (2, 1))}
+"""Edge of an explored expert, which has the lightness of a merged one."""
 MEMORY_COLORS = {
     "other weights": "#999999",
     "tuned experts": TUNED,
-    "frozen experts": "#DDE6EE",
+    "frozen experts": MERGED,
     "gradients": "#E69F00",
     "optimizer state": "#CC79A7",
     "activations": "#0072B2",
@@ -47,9 +49,9 @@ def overview(
     """
     shares = np.asarray(frequency, dtype=float)
     num_layers, num_experts = shares.shape
-    figure = Picture(figsize=(10.0, 3.0 + 0.52 * num_layers))
+    figure = Picture(figsize=(9.0, 3.0 + 0.52 * num_layers))
     top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=(0.6 + 0.52 * num_layers, 2.0)))
-    left, right = top.subplots(1, 2, width_ratios=(1.0, 1.5))
+    left, right = top.subplots(1, 2, width_ratios=(1.0, 1.7))
     _activation(top, left, shares)
     draw_slots(right, plans, np.asarray(explored, dtype=bool))
     space, time = bottom.subplots(1, 2)
@@ -57,7 +59,7 @@ def overview(
     # A device that is many times larger than what it holds is named, not drawn.
     if limit_gib <= 2 * space.get_xlim()[1]:
         space.axvline(limit_gib, color="black", linestyle="--", linewidth=1.2)
-    _stacked(time, seconds, style.PHASE_COLORS, "device seconds of one round")
+    _stacked(time, seconds, style.PHASE_COLORS, "device seconds of the last round")
     caption(figure, *notes)
     return figure
 
@@ -86,14 +88,15 @@ def draw_slots(ax: Any, plans: Sequence[Any], explored: np.ndarray) -> None:
         alone = [group for group in plan.groups if len(group) == 1 and explored[row, group[0]]]
         shared = [group for group in plan.groups if group not in alone]
         left = 0.0
-        for members, color, hatch in (
-            *(((expert,), TUNED, "") for expert in plan.tuned),
-            *((group, EXPLORED, "") for group in alone),
-            *((group, "#DDE6EE", "") for group in shared),
-            *(((expert,), "white", "xxx") for expert in plan.dropped),
+        for members, color, hatch, edge in (
+            *(((expert,), TUNED, "", {}) for expert in plan.tuned),
+            *((group, EXPLORED, "", DASHED) for group in alone),
+            *((group, MERGED, "", {}) for group in shared),
+            *(((expert,), "white", "xxx", {}) for expert in plan.dropped),
         ):
+            look: dict[str, Any] = {"linewidth": 0.7} | edge
             ax.add_patch(Rectangle((left, row - 0.4), len(members), 0.8, facecolor=color, edgecolor="#333333",
-                                   linewidth=0.7, hatch=hatch))  # fmt: skip
+                                   hatch=hatch, **look))  # fmt: skip
             for place, expert in enumerate(members):
                 ax.text(left + place + 0.5, row, str(expert), ha="center", va="center", fontsize=_font(plans),
                         color="white" if color == TUNED else "black",
@@ -106,19 +109,25 @@ def draw_slots(ax: Any, plans: Sequence[Any], explored: np.ndarray) -> None:
     ax.set_title(f"{num_experts} experts in {num_slots} slots: a box is a slot", loc="left")
     ax.grid(visible=False)
     ax.spines["bottom"].set_visible(False)
-    legend = [("tuned", TUNED, ""), ("explored", EXPLORED, ""), ("merged, frozen", "#DDE6EE", "")]
-    legend += [("dropped", "white", "xxx")] if any(plan.dropped for plan in plans) else []
-    patches = [Patch(facecolor=color, edgecolor="#333333", hatch=hatch, label=name) for name, color, hatch in legend]
-    ax.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4, fontsize=7)
+    patches = [Patch(facecolor=color, edgecolor="#333333", label=name, **look) for name, color, look in _legend(plans)]
+    ax.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4, fontsize=7.5)
+
+
+def _legend(plans: Sequence[Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    frozen = "merged, frozen" if any(len(group) > 1 for plan in plans for group in plan.groups) else "kept, frozen"
+    found: list[tuple[str, str, dict[str, Any]]] = [("tuned", TUNED, {}), ("explored", EXPLORED, DASHED)]
+    found.append((frozen, MERGED, {}))
+    return found + [("dropped", "white", {"hatch": "xxx"})] * any(plan.dropped for plan in plans)
 
 
 def _font(plans: Sequence[Any]) -> float:
-    return 6.5 if len(plans[0].experts) <= 20 else 4.8
+    return 7.0 if len(plans[0].experts) <= 20 else 5.2
 
 
 def _activation(figure: Any, ax: Any, shares: np.ndarray) -> None:
     image = ax.imshow(shares, cmap=style.SEQUENTIAL, vmin=0, aspect="auto")
     ax.set(xlabel="expert", ylabel="MoE layer", yticks=range(len(shares)))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_title(f"share of tokens (even: {1 / shares.shape[1]:.3f})", loc="left")
     ax.grid(visible=False)
     figure.colorbar(image, ax=ax)
@@ -144,7 +153,7 @@ def _stacked(ax: Any, bars: Mapping[str, Mapping[str, float]], colors: Mapping[A
     ax.set_xlim(0, 1.18 * max(*totals.values(), 1e-9))
     ax.set_title(label, loc="left")
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, fontsize=6.5)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, fontsize=7)
 
 
 @drawn
@@ -173,7 +182,7 @@ def draw_roles(figure: Any, ax: Any, counts: np.ndarray, first_round: int) -> No
     middles = [(layer + 0.5) * num_experts for layer in range(num_layers)]
     ax.set_xticks(middles, [f"layer {layer}" for layer in range(num_layers)])
     ax.set_yticks(range(first_round, last + 1, max(1, num_rounds // 6)))
-    ax.set(ylabel="round")
-    ax.set_title("participants that tuned each expert", loc="left")
+    ax.set(ylabel="round", xlabel=f"one column per expert, {num_experts} in each layer")
+    ax.set_title("roles over rounds: how many participants tuned each expert", loc="left")
     ax.grid(visible=False)
     figure.colorbar(image, ax=ax, pad=0.01).ax.yaxis.get_major_locator().set_params(integer=True)

@@ -55,8 +55,8 @@ def curves(
         first_round: of ``roles``.
     """
     with_roles = roles is not None and len(roles) > 0
-    figure = Picture(figsize=(4.2 * len(clocks), 3.2 + 1.9 * with_roles))
-    parts = np.asarray(figure.subfigures(2, 1, height_ratios=(3.0, 1.9))) if with_roles else (figure, None)
+    figure = Picture(figsize=(4.2 * len(clocks), 3.0 + 2.1 * with_roles))
+    parts = np.asarray(figure.subfigures(2, 1, height_ratios=(2.9, 2.1))) if with_roles else (figure, None)
     upper, lower = parts
     axes = np.asarray(upper.subplots(1, len(clocks), squeeze=False))[0]
     for ax, clock in zip(axes, clocks, strict=True):
@@ -64,6 +64,8 @@ def curves(
             _line(ax, run, clock, label, index)
         if target is not None:
             ax.axhline(target, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
+            ax.annotate(f"target {target:.3f}", (1.0, target), xycoords=ax.get_yaxis_transform(), ha="right",
+                        va="bottom", fontsize=7)  # fmt: skip
         ax.set(xlabel=style.CLOCKS[clock], ylabel=style.METRICS.get(_metric(runs), "score"))
     if runs:
         upper.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=7)

@@ -160,7 +160,7 @@ def _account(
     probed: Sequence[ExpertKey],
     config: RunConfig,
 ) -> Work:
-    passes = _forward_passes(probed, len(plans), config)
+    passes = forward_passes(probed, len(plans), config)
     given = assigned.merged.slots if assigned.merged else [{}] * len(plans)
     work = replace(
         count_training(work, tuned, assigned.exploit, len(data.train)),
@@ -180,7 +180,7 @@ def _account(
     return count_profile(work, data, config)
 
 
-def _forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConfig) -> float:
+def forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConfig) -> float:
     """What measuring the explored experts is worth, in forward passes of the whole model.
 
     Probes: one pass to cache every layer's input, then each side of each runs the layers from the expert's upwards. A

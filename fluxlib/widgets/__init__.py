@@ -2,8 +2,11 @@
 
 - :mod:`fluxlib.widgets.monitor` -- a line per round and a growing curve, in any notebook
 - :mod:`fluxlib.widgets.preview` -- what a configuration would do, before it is run
+- :mod:`fluxlib.widgets.forecast` -- the memory, work and time of it
 - :mod:`fluxlib.widgets.background` -- a run in a thread: watched, stopped, gone on with
 - :mod:`fluxlib.widgets.controls` -- sliders and menus, and the configuration that they stand for
+- :mod:`fluxlib.widgets.history` -- earlier runs in the store, to choose from
+- :mod:`fluxlib.widgets.wording` -- what is said of a run, as HTML
 - :mod:`fluxlib.widgets.dashboard` -- all of it in one place
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fluxlib import federation, records
+from fluxlib import federation, records, store
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation.outcome import RoundOutcome
+
+log = logging.getLogger(__name__)
 
 IDLE, RUNNING, STOPPING, STOPPED, COMPLETE, FAILED = "idle", "running", "stopping", "stopped", "complete", "failed"
 
@@ -26,7 +29,7 @@ class BackgroundRun:
     Attributes:
         state: idle, running, stopping (after the round in progress), stopped, complete or failed.
         rows: rows of ``rounds`` so far, those of an earlier part of the run included.
-        tuned: per round seen here, ``[L, E]`` how many participants tuned each expert.
+        tuned: per round, ``[L, E]`` how many participants tuned each expert, those of an earlier part included.
         error: why it failed; empty otherwise.
     """
 
@@ -58,7 +61,7 @@ class BackgroundRun:
             return
         self._stop.clear()
         self.state, self.error, self.rows, self.tuned = RUNNING, "", [], []
-        self._thread = threading.Thread(target=self._work, name=self.config.run_id, daemon=True)
+        self._thread = _Worker(self)
         self._thread.start()
 
     def stop(self) -> None:
@@ -95,31 +98,65 @@ class BackgroundRun:
 
     def _on_round(self, row: Mapping[str, Any]) -> bool:
         if not self.rows and row["round"] > 0:
-            self.rows = self._earlier(int(row["round"]))
+            self.rows = _rows(self._earlier("rounds", int(row["round"])))
         self.rows.append(dict(row))
         self._change(self.state)
         return self._stop.is_set()
 
     def _on_outcome(self, outcome: RoundOutcome) -> None:
-        if outcome.accepted:
-            self.tuned.append(sum(part.roles.exploit.numpy().astype(int) for part in outcome.accepted))  # type: ignore[arg-type]
+        if not outcome.accepted:
+            return
+        counts = np.sum([part.roles.exploit.numpy().astype(int) for part in outcome.accepted], axis=0)
+        if not self.tuned and outcome.round > 1:
+            self.tuned = count_tuned(self._earlier("participants", outcome.round), counts.shape)
+        self.tuned.append(counts)
 
-    def _earlier(self, before: int) -> list[dict[str, Any]]:
-        """Rows of a run that goes on, from its checkpoint."""
-        folder = self.out / "checkpoints" / self.config.run_id
-        for file in sorted(folder.glob("rounds-*.parquet"), key=lambda path: path.stat().st_mtime, reverse=True):
-            try:
-                found = records.read("rounds", file)
-            except records.TableError:
-                continue
-            return _rows(found[found["round"] < before])
-        return []
+    def _earlier(self, table: str, before: int) -> pd.DataFrame:
+        """Rows of a run that goes on, of rounds before ``before``, from its checkpoint."""
+        file = self.out / store.CHECKPOINTS / self.config.run_id / "rounds.parquet"
+        try:
+            found = store.read(file, table)
+        except records.TableError:
+            return pd.DataFrame({"round": []})
+        return found[found["round"] < before]
 
     def _change(self, state: str) -> None:
         self.state = state
-        if self.on_change is not None:
+        if self.on_change is None:
+            return
+        try:
             self.on_change(self)
+        except Exception:  # whoever watches may be gone or wrong: no reason to lose rounds
+            log.exception("the watcher of %s failed", self.config.run_id)
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict(orient="records")]
+
+
+class _Worker(threading.Thread):
+    """The thread of a run; it knows its run, so that one whose page was closed can be found again."""
+
+    def __init__(self, run: BackgroundRun) -> None:
+        super().__init__(target=run._work, name=run.config.run_id, daemon=True)
+        self.run_of = run
+
+
+def going_on(out: Path) -> BackgroundRun | None:
+    """A run into ``out`` that this process still computes: its page was closed, or its cell run again."""
+    workers = [thread for thread in threading.enumerate() if isinstance(thread, _Worker)]
+    return next((worker.run_of for worker in workers if worker.run_of.busy and worker.run_of.out == Path(out)), None)
+
+
+def count_tuned(participants: pd.DataFrame, shape: tuple[int, int]) -> list[np.ndarray]:
+    """Per round, how many participants tuned each expert.
+
+    Args:
+        participants: rows of the ``participants`` table of one run; refused replies do not count.
+        shape: MoE layers and experts in each.
+    """
+    counts = np.zeros((int(participants["round"].max()) if len(participants) else 0, *shape), dtype=int)
+    for row in participants.to_dict(orient="records"):
+        for layer, expert in records.read_experts(row["exploited"]) if not row["rejected"] else []:
+            counts[row["round"] - 1, layer, expert] += 1
+    return list(counts)

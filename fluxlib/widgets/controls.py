@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from fluxlib import methods, models, style, tasks
-from fluxlib.config import RunConfig, make_config
+from fluxlib.config import ConfigError, RunConfig, make_config
 from fluxlib.devices import catalogue
 
 CLOCK_MODELS = ("self", "llama-moe-3.5b", "deepseek-moe-16b")
@@ -29,8 +29,10 @@ class Controls:
 
         self.base = base
         menu, slide, count = ipywidgets.Dropdown, ipywidgets.FloatSlider, ipywidgets.IntSlider
-        fleets = [("fleet: " + name, name) for name in catalogue.FLEETS]
+        fleets = [(f"fleet: {name} ({len(kinds)} kinds)" if len(kinds) > 1 else f"fleet: {name}", name)
+                  for name, kinds in catalogue.FLEETS.items()]  # fmt: skip
         fleets += [(device.title, name) for name, device in catalogue.DEVICES.items()]
+        links = [(link.title, name) for name, link in catalogue.LINKS.items()]
         shown = list(dict.fromkeys((*CLOCK_MODELS, base.clock_model)))
         shapes = [("the mini model itself" if name == "self" else name, name) for name in shown]
         quarter = {"min": 0.0, "max": 1.0, "step": 0.05, "readout_format": ".2f", "continuous_update": False}
@@ -39,6 +41,7 @@ class Controls:
             "task": menu(options=list(tasks.TASKS), value=base.task),
             "method": menu(options=_methods(), value=base.method),
             "fleet": menu(options=fleets, value=base.fleet),
+            "link": menu(options=links, value=base.link),
             "clock_model": menu(options=shapes, value=base.clock_model),
             "tune_fraction": slide(value=base.tune_fraction, **quarter),
             "merge_fraction": slide(value=base.merge_fraction, **quarter),
@@ -55,7 +58,7 @@ class Controls:
             widget.tooltip = HELP[name]
 
     def view(self) -> list[Any]:
-        """The widgets in the order in which a reader needs them, under three headings."""
+        """The widgets in the order in which a reader needs them, under four headings."""
         import ipywidgets
 
         def heading(text: str) -> Any:
@@ -63,8 +66,9 @@ class Controls:
 
         groups = {
             "What": ("model", "task", "method"),
-            "Where": ("fleet", "clock_model", "participants", "participant"),
-            "Budgets": ("tune_fraction", "merge_fraction", "layer_budget", "rounds", "local_steps"),
+            "Who and where": ("participants", "participant", "fleet", "link", "clock_model"),
+            "Budgets, as shares of all experts": ("tune_fraction", "merge_fraction", "layer_budget"),
+            "How long": ("rounds", "local_steps"),
         }
         return [item for title, names in groups.items()
                 for item in (heading(title), *(self.widgets[name] for name in names))]  # fmt: skip
@@ -85,6 +89,33 @@ class Controls:
         chosen = {name: widget.value for name, widget in self.widgets.items() if name != "participant"}
         return make_config(self.base.model_dump() | chosen | {"variant": self._variant(chosen)})
 
+    def load(self, config: RunConfig) -> None:
+        """Turn everything to what ``config`` says; what has no control is taken over from it too.
+
+        Raises:
+            ConfigError: a value that its control does not have, such as more rounds than the slider goes to.
+        """
+        import traitlets
+
+        before = {name: widget.value for name, widget in self.widgets.items()}
+        try:
+            for name, widget in self.widgets.items():
+                if name != "participant":
+                    _show(widget, getattr(config, name))
+        except traitlets.TraitError:
+            for other, value in before.items():
+                self.widgets[other].value = value
+            message = f"{name} is {getattr(config, name)!r}, which the dashboard cannot show"
+            raise ConfigError(message) from None
+        self.base = config
+        self.follow_participants()
+
+    def mark(self, message: str) -> None:
+        """Frame the controls that ``message`` names."""
+        for name, widget in self.widgets.items():
+            named = re.search(_mention(name), message) is not None
+            widget.layout.border = "2px solid #b00020" if named else "none"
+
     def follow_participants(self) -> None:
         """Keep the shown participant within their number."""
         most = self.widgets["participants"].value - 1
@@ -99,6 +130,13 @@ class Controls:
         return f"t{round(100 * chosen['tune_fraction'])}-m{round(100 * chosen['merge_fraction'])}-{digest}"
 
 
+def _show(widget: Any, value: Any) -> None:
+    """Give ``widget`` a value, and a slider the range that it takes."""
+    if hasattr(widget, "max") and isinstance(value, int) and value > widget.max:
+        widget.max = value
+    widget.value = value
+
+
 def _methods() -> list[tuple[str, str]]:
     return [(style.method(name).title, name) for name in style.order(methods.METHODS)]
 
@@ -108,11 +146,12 @@ LABELS = {
     "task": "task",
     "method": "method",
     "fleet": "devices",
-    "clock_model": "shapes of",
+    "link": "link",
+    "clock_model": "sized as",
     "tune_fraction": "tuned",
     "merge_fraction": "merged",
     "participants": "participants",
-    "participant": "look at",
+    "participant": "shown: no.",
     "rounds": "rounds",
     "local_steps": "local steps",
     "layer_budget": "per layer",
@@ -122,6 +161,7 @@ HELP = {
     "task": "generated task; its samples are dealt to the participants",
     "method": "what a participant does in a round",
     "fleet": "devices of the participants, on the device clock",
+    "link": "connection of each participant to the server, on the device clock",
     "clock_model": "model whose shapes memory and time are predicted for",
     "tune_fraction": "B_tune: share of all experts that fits with gradients",
     "merge_fraction": "B_non: share of all experts that fits beside them, merged and frozen",
@@ -134,8 +174,13 @@ HELP = {
 
 
 def with_labels(message: str) -> str:
-    """``message`` with the label of a control after each parameter's name."""
+    """``message`` with the label of a control in front of each parameter's name."""
     for name, label in LABELS.items():
         if label != name:
-            message = re.sub(rf"\b{name}\b", f"{name} ({label})", message)
+            message = re.sub(_mention(name), f"{label} ({name})", message)
     return message
+
+
+def _mention(name: str) -> str:
+    """Where a message speaks of the parameter ``name``, not of a model, a method or a participant."""
+    return rf"\b{name}\b(?! \()" if "_" in name else rf"\b{name}(?= is |:)"

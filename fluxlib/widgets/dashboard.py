@@ -6,7 +6,6 @@ run, a saved notebook, GitHub).
 
 from __future__ import annotations
 
-import html
 import os
 import threading
 from pathlib import Path
@@ -14,13 +13,15 @@ from typing import Any
 
 import pandas as pd
 
-from fluxlib import figures, records
+from fluxlib import figures, style
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
-from fluxlib.store import folders, runs
-from fluxlib.widgets.background import COMPLETE, FAILED, IDLE, STOPPED, BackgroundRun
+from fluxlib.store import folders, place_of, run_id
+from fluxlib.widgets.background import BackgroundRun, count_tuned, going_on
 from fluxlib.widgets.controls import Controls, with_labels
+from fluxlib.widgets.history import History, table
 from fluxlib.widgets.monitor import HEADLESS
 from fluxlib.widgets.preview import Preview, preview
+from fluxlib.widgets.wording import BROWN, RED, beginning, compared, note, paragraphs, status
 
 TARGET_FRAC = 0.95
 """Target of a comparison: this share of the best score in it."""
@@ -28,6 +29,8 @@ TARGET_FRAC = 0.95
 
 class Dashboard:
     """Controls on the left; on the right what they mean, a run that can be watched and stopped, and earlier runs.
+
+    A run into ``out`` that this process still computes (its page was closed, its cell was run again) is watched again.
 
     Args:
         config: where the controls start, and everything that has no control.
@@ -39,22 +42,25 @@ class Dashboard:
         import ipywidgets
 
         self.out = Path(out) if out else REPO_ROOT / "build" / "explore"
-        self._store = list(dict.fromkeys([self.out, *(store if store is not None else folders())]))
+        places = list(dict.fromkeys([self.out, *(store if store is not None else folders())]))
         self.controls = Controls(config)
+        self.history = History(places, self._draw, self._take_over)
         self.preview: Preview | None = None
         self.run: BackgroundRun | None = None
-        self._lock = threading.RLock()
-        self.message = ipywidgets.HTML()
-        self.plan = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="100%", max_width="1000px"))
-        self.curve = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="100%", max_width="900px"))
-        self.progress = ipywidgets.IntProgress(min=0, max=1, layout=ipywidgets.Layout(width="240px"))
-        self.status = ipywidgets.HTML("Nothing has been run yet.")
+        self._lock, self._paused = threading.RLock(), False
+        layout = ipywidgets.Layout
+        self.message, self.summary = ipywidgets.HTML(), ipywidgets.HTML()
+        self.plan = ipywidgets.Image(format="png", layout=layout(width="100%", max_width="1000px"))
+        self.curve = ipywidgets.Image(format="png", layout=layout(width="100%", max_width="900px", display="none"))
+        self.progress = ipywidgets.IntProgress(min=0, max=1, layout=layout(width="100px"))
+        self.status = ipywidgets.HTML(beginning(self.history.unfinished(self.out)))
         self.start = ipywidgets.Button(description="Run", button_style="primary", icon="play")
         self.halt = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
-        self.earlier = ipywidgets.SelectMultiple(rows=6, layout=ipywidgets.Layout(width="100%", max_width="900px"))
+        self.start.layout.width = self.halt.layout.width = "92px"
         self.table = ipywidgets.HTML()
         self.view = self._arrange(ipywidgets)
         self._connect()
+        self._find_run()
         self.refresh()
 
     def press_run(self, timeout_s: float | None = None) -> BackgroundRun:
@@ -74,6 +80,8 @@ class Dashboard:
 
     def refresh(self, *_: Any) -> None:
         """Read the controls and show what they mean; what cannot be is said in place, and cannot be run."""
+        if self._paused:
+            return
         with self._lock:
             try:
                 self.preview = preview(self.controls.config(), self.controls.participant)
@@ -84,7 +92,10 @@ class Dashboard:
                 self.plan.value = self.preview.picture()._repr_png_()
             # The picture of another choice would be taken for this one's.
             self.plan.layout.visibility = "visible" if self.preview is not None else "hidden"
-            self.message.value = _note(with_labels(self._problem), "#b00020") or _note(warning, "#8a5a00")
+            self.summary.value = paragraphs(self.preview.summary()) if self.preview is not None else ""
+            problem = f"{with_labels(self._problem)}\nNothing can be run until this is changed." * bool(self._problem)
+            self.message.value = note(problem, RED) or note(with_labels(warning), BROWN)
+            self.controls.mark(self._problem)
             self._set_buttons()
             self._list_earlier()
 
@@ -104,9 +115,11 @@ class Dashboard:
         layout, column = ipywidgets.Layout, ipywidgets.VBox
         buttons = ipywidgets.HBox([self.start, self.halt, self.progress])
         left = column([*self.controls.view(), buttons], layout=layout(width="330px", min_width="330px"))
-        title = ipywidgets.HTML("<b>Compare with earlier runs</b> (ctrl or shift for several)")
-        running = column([self.status, self.curve, title, self.earlier, self.table])
-        self.tabs = ipywidgets.Tab([self.plan, running], titles=["Plan", "Run and compare"])
+        title = ipywidgets.HTML("<b>Compare with earlier runs</b> of this model and task (ctrl or shift for several)")
+        below = ipywidgets.HBox([self.history.take_over, self.history.note])
+        running = column([self.status, self.curve, self.table, title, self.history.choice, below])
+        planned = column([self.summary, self.plan])
+        self.tabs = ipywidgets.Tab([planned, running], titles=["Plan", "Run and compare"])
         right = column([self.message, self.tabs], layout=layout(flex="1 1 auto", min_width="500px"))
         return ipywidgets.HBox([left, right], layout=layout(width="100%"))
 
@@ -116,7 +129,30 @@ class Dashboard:
             widget.observe(self.refresh, "value")
         self.start.on_click(self._press_run)
         self.halt.on_click(lambda _: self.run.stop() if self.run is not None else None)
-        self.earlier.observe(lambda _: self._draw(), "value")
+
+    def _find_run(self) -> None:
+        """Watch a run that goes on although nobody sees it."""
+        found = going_on(self.out)
+        if found is None:
+            return
+        self._take_over(found.config)
+        self.run, found.on_change = found, self._changed
+        self.tabs.selected_index = 1
+        self.progress.max = found.config.rounds
+        self._changed(found)
+
+    def _take_over(self, config: RunConfig) -> None:
+        """Turn the controls to what a run had.
+
+        Raises:
+            ConfigError: a value that has no place on the dashboard.
+        """
+        self._paused = True
+        try:
+            self.controls.load(config)
+        finally:
+            self._paused = False
+        self.refresh()
 
     def _press_run(self, *_: Any) -> None:
         if self.preview is None or (self.run is not None and self.run.busy):
@@ -133,7 +169,7 @@ class Dashboard:
         with self._lock:
             if run.rows:
                 self.progress.value = int(run.rows[-1]["round"])
-            self.status.value = _status(run)
+            self.status.value = status(run)
             self._set_buttons()
             if run.rows:
                 self._draw()
@@ -146,70 +182,37 @@ class Dashboard:
         self.halt.disabled = not (self.run is not None and self.run.state == "running")
 
     def _list_earlier(self) -> None:
-        """Runs of the same model and task in the store; what was chosen stays chosen."""
-        config = self.controls.base.model_copy(update={n: self.controls.widgets[n].value for n in ("model", "task")})
-        part = f"-{Path(config.model).name}-{config.task}-seed"
-        fitting = {label: path for label, path in runs(self._store).items() if part in label}
-        kept = tuple(path for path in self.earlier.value if path in fitting.values())
-        if list(self.earlier.options) != list(fitting.items()):
-            self.earlier.options = list(fitting.items())
-            self.earlier.value = kept
+        """Runs of the same model and task in the store."""
+        self.history.show(*(str(self.controls.widgets[name].value) for name in ("model", "task")))
 
     def _draw(self) -> None:
         with self._lock:
-            shown = self._shown()
-            if not shown:
+            shown, tuned, first = self._shown()
+            scores = [run["metric"].max() for run in shown.values() if run["metric"].notna().any()]
+            self.curve.layout.display = "" if scores else "none"
+            if not scores:
+                self.table.value = ""
                 return
-            target = TARGET_FRAC * max(float(run["metric"].max()) for run in shown.values())
-            roles = self.run.tuned if self.run is not None else None
-            first = self.run.first_round if self.run is not None else 1
-            picture = figures.curves(shown, target=target, roles=roles, first_round=first)
-            self.curve.value = picture._repr_png_()
-            times = figures.compare_runs(shown, target)
-            self.table.value = _table(times.round(3))
+            target = TARGET_FRAC * float(max(scores))
+            self.curve.value = figures.curves(shown, target=target, roles=tuned, first_round=first)._repr_png_()
+            self.table.value = compared(figures.compare_runs(shown, target), TARGET_FRAC)
 
-    def _shown(self) -> dict[str, pd.DataFrame]:
-        """The run of this dashboard first, then those that were chosen."""
+    def _shown(self) -> tuple[dict[str, pd.DataFrame], Any, int]:
+        """The run of this dashboard first, then those that were chosen; and the roles of the first of them."""
         shown: dict[str, pd.DataFrame] = {}
-        own = None
+        tuned, first, own = None, 1, None
         if self.run is not None and self.run.rows:
-            own = self.run.config.run_id
-            shown[f"{own} (this run)"] = self.run.table()
-        for label, path in self.earlier.options:
-            if path in self.earlier.value and not (path.stem == own and path.parent.parent == self.out):
-                shown[label] = records.read("rounds", path)
-        return shown
-
-
-COLUMNS = {
-    "run": "run",
-    "rounds": "rounds",
-    "best_metric": "best score",
-    "final_metric": "last score",
-    "device_s_to_target": "device s to target",
-    "wall_s_to_target": "measured s",
-    "round_to_target": "rounds",
-}
-
-
-def _table(times: pd.DataFrame) -> str:
-    target, metric = times["target"].iloc[0], times["metric_name"].iloc[0]
-    shown = times[list(COLUMNS)].set_axis(list(COLUMNS.values()), axis=1)
-    body = shown.to_html(index=False, border=0, na_rep="not reached", justify="left")
-    return f"<style>.flux td {{white-space: nowrap}}</style><div class='flux'>target: {metric} {target:.3f}{body}</div>"
-
-
-def _note(text: str, color: str) -> str:
-    lines = html.escape(text).replace("\n", "<br>")
-    return f'<div style="color:{color};border-left:4px solid {color};padding:4px 8px">{lines}</div>' if text else ""
-
-
-def _status(run: BackgroundRun) -> str:
-    last = html.escape(records.describe_round(run.rows[-1])) if run.rows else ""
-    if run.state == FAILED:
-        return _note(f"Failed: {run.error}", "#b00020")
-    if run.state == STOPPED:
-        return f"{last}<br><b>Stopped.</b> Press Run with the same settings to go on from here."
-    if run.state == COMPLETE:
-        return f"{last}<br><b>Complete.</b> Tables in {html.escape(str(run.out))}."
-    return f"{last}<br>{run.state} ..." if run.state != IDLE else last
+            own = self.run.config
+            title = style.method(own.method).title
+            shown[f"this run: {title} {own.variant}"] = self.run.table()
+            tuned, first = self.run.tuned, self.run.first_round
+        for label, file in self.history.chosen().items():
+            found = table(file)
+            mine = own is not None and place_of(file) == self.out and run_id(file) == own.run_id
+            if found is None or found.empty or mine:
+                continue
+            if not shown and self.preview is not None:
+                people = table(file, "participants")
+                tuned = None if people is None else count_tuned(people, tuple(self.preview.profile.frequency.shape))
+            shown[label if label not in shown else f"{label} ({place_of(file).name})"] = found
+        return shown, tuned, first

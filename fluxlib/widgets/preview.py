@@ -1,12 +1,12 @@
 """What a configuration would do, before it is run: one participant's profile and plan, its memory and its time.
 
 A forecast, and said to be one: the plan is that of one participant in round 1, where utilities are still activation
-frequencies; time is the device clock's for the shares of the configuration, memory the planner's.
+frequencies. Time is the device clock's for a plan of the last round, when least is explored and most is sent; memory is
+the planner's.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fluxlib import methods, models, profiling, roles, seeding
 from fluxlib.config import ConfigError, RunConfig
-from fluxlib.devices import catalogue, clock, memory
+from fluxlib.devices import catalogue, memory
 from fluxlib.devices.memory_plan import MemoryPlan
 from fluxlib.federation import load_task
 from fluxlib.federation.budgets import make_budgets
@@ -25,8 +25,10 @@ from fluxlib.federation.options import check
 from fluxlib.figures import Picture, overview
 from fluxlib.methods import flux, fmes
 from fluxlib.methods.base import Budget, Roles, Work
+from fluxlib.moe import layers
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.tasks.batches import make_batch
+from fluxlib.widgets.forecast import expected_work, predict_memory, predict_seconds, shapes_name, what_fits
 
 MAX_SAMPLES = 32
 """Samples that are profiled for a preview: enough for a picture, and done in a moment."""
@@ -46,28 +48,62 @@ class Preview:
     device: catalogue.Device
     memory: dict[str, MemoryPlan]
     """By method, at the shapes of the clock's model: the chosen one and FMD."""
+    epsilon: float
+    """Share of the budget that exploits in the last round; 1 for a method that does not explore."""
+    works: dict[str, Work]
+    """What the participant is expected to do in the last round, by method."""
     seconds: dict[str, dict[str, float]]
-    """Device seconds of one round by phase, by method."""
+    """Device seconds of it by phase, by method."""
 
     @property
     def warning(self) -> str:
-        """Empty, or why the device does not hold what was chosen."""
+        """Empty, or why the device does not hold what was chosen, and what it would hold."""
         found = self.memory.get(self.config.method)
         if found is None or found.fits is not False:
             return ""
         needed = max(found.peak_bytes, found.profile_bytes)
         return (
-            f"{found.num_tuned} tuned and {found.num_merged} merged experts of {_shapes_name(self.config)} need "
-            f"{needed / 2**30:.1f} GiB, {self.device.title} has {(found.usable_bytes or 0) / 2**30:.1f} GiB to use: "
-            f"lower the budgets, or the batch ({self.config.batch_size})"
+            f"Does not fit: {found.num_tuned} tuned and {found.num_merged} merged experts of "
+            f"{shapes_name(self.config)} need {needed / 2**30:.1f} GiB, {self.device.title} has "
+            f"{(found.usable_bytes or 0) / 2**30:.1f} to use. {self._what_fits()}"
         )
+
+    def _what_fits(self) -> str:
+        found = what_fits(self.config, self.memory[self.config.method])
+        if found is None or not found[0]:
+            return f"With batches of {self.config.batch_size} no budget does: take another device or method."
+        merged = f" with merge_fraction {found[1]:.2f}" if found[1] else ""
+        return f"About tune_fraction {found[0]:.2f}{merged} would."
+
+    def summary(self) -> list[str]:
+        """The picture in three sentences."""
+        plan, seconds = self.memory.get(self.config.method), self.seconds[self.config.method]
+        total = self.profile.frequency.numel()
+        tuned = sum(len(plan.tuned) for plan in self.plans)
+        explored = int(self.explored.sum())
+        merged = [group for plan in self.plans for group in plan.groups if len(group) > 1]
+        shared = f", {sum(map(len, merged))} share {len(merged)} merged slots" if merged else ""
+        others = f", {explored} explored" * bool(explored) + shared
+        dropped = sum(len(plan.dropped) for plan in self.plans)
+        others += f", {dropped} dropped" * bool(dropped)
+        said = [f"Participant {self.participant} in round 1: {tuned} of {total} experts tuned{others}."]
+        if plan is not None and plan.usable_bytes:
+            needed = max(plan.peak_bytes, plan.profile_bytes)
+            said.append(f"Memory: {needed / 2**30:.3g} of {plan.usable_bytes / 2**30:.3g} GiB usable on "
+                        f"{self.device.title}.")  # fmt: skip
+        own, full = sum(seconds.values()), sum(self.seconds["fmd"].values())
+        moved = sum(seconds.get(phase, 0.0) for phase in ("download", "upload"))
+        beside = f"; FMD takes {full / own:.1f} times as long" if self.config.method != "fmd" else ""
+        said.append(f"Last round: {own:.3g} s on the device clock, {moved / own:.0%} of it transfer{beside}.")
+        return said
 
     def picture(self) -> Picture:
         """Activation, plan, memory and time on one page."""
         space = {name: _gib_by_kind(plan) for name, plan in self.memory.items()}
         notes = (
-            f"{Path(self.config.model).name}, {self.config.task}, participant {self.participant}, round 1",
-            f"memory and time: shapes of {_shapes_name(self.config)} on {self.device.title}, {self.config.link}",
+            f"{Path(self.config.model).name}, {self.config.task}, participant {self.participant}, plan of round 1",
+            f"memory and time: sized as {shapes_name(self.config)} on {self.device.title} over {self.config.link}, "
+            "last round",
         )
         limit = self.device.memory_bytes / 2**30
         return overview(self.profile.frequency, self.plans, self.explored, space, limit, self.seconds, notes)
@@ -96,9 +132,15 @@ def preview(config: RunConfig, participant: int = 0) -> Preview:
         raise ConfigError(f"participant is {participant}, allowed is 0 to {config.participants - 1}")
     known, num_tokens = _profile(config, participant)
     budget = make_budgets(config, *known.frequency.shape)[participant]
-    plans, assigned = _plan(config, known, budget)
+    plans, assigned = _plan(config, known, budget, 1)
+    explores = methods.get(config.method).explores
+    late = _plan(config, known, budget, config.rounds) if explores and config.rounds > 1 else (plans, assigned)
     device = catalogue.fleet(config.fleet, config.participants)[participant]
     compared = list(dict.fromkeys((config.method, "fmd")))
+    top_k_sum = sum(layer.top_k for layer in layers.find(_model(config.model)[0]))
+    works = {
+        name: expected_work(config, name, late[1], late[0], known.frequency, top_k_sum, num_tokens) for name in compared
+    }
     return Preview(
         config,
         participant,
@@ -107,17 +149,24 @@ def preview(config: RunConfig, participant: int = 0) -> Preview:
         assigned.explore,
         budget,
         device,
-        {name: _memory(config, name, budget, known, device) for name in compared if name in memory.METHODS},
-        {name: _seconds(config, name, assigned, plans, num_tokens, device) for name in compared},
+        {name: predict_memory(config, name, budget, known, device) for name in compared if name in memory.METHODS},
+        _epsilon(config, config.rounds) if explores else 1.0,
+        works,
+        {name: predict_seconds(config, work, device) for name, work in works.items()},
     )
 
 
-def _plan(config: RunConfig, known: profiling.Profile, budget: Budget) -> tuple[list[LayerPlan], Roles]:
-    """What the method does with every expert of one participant in round 1."""
+def _epsilon(config: RunConfig, round_number: int) -> float:
+    return roles.epsilon_schedule(round_number - 1, config.rounds, config.epsilon)
+
+
+def _plan(
+    config: RunConfig, known: profiling.Profile, budget: Budget, round_number: int
+) -> tuple[list[LayerPlan], Roles]:
+    """What the method does with every expert of one participant, where frequencies are all that is known."""
     state = roles.RoleState.start(known.frequency[None])
-    epsilon = roles.epsilon_schedule(0, config.rounds, config.epsilon)
-    chance = seeding.generator(config.seed, "assign", 1)
-    assigned = methods.get(config.method).assign(state, [budget], epsilon, chance, config)
+    chance = seeding.generator(config.seed, "assign", round_number)
+    assigned = methods.get(config.method).assign(state, [budget], _epsilon(config, round_number), chance, config)
     part = Roles(assigned.exploit[0], assigned.explore[0])
     model, _ = _model(config.model)
     if config.method == "fmes":
@@ -161,87 +210,3 @@ def _cached_profile(values: tuple[Any, ...], participant: int) -> tuple[profilin
         raise ConfigError(str(error)) from None
     found = profiling.profile(model, [batch], bits=config.profile_bits)
     return found, found.num_tokens / len(examples)
-
-
-def _shapes_name(config: RunConfig) -> str:
-    return Path(config.model).name if config.clock_model == "self" else config.clock_model
-
-
-def _memory(
-    config: RunConfig, method: str, budget: Budget, known: profiling.Profile, device: catalogue.Device
-) -> MemoryPlan:
-    """The planner's answer for the same shares of the experts of the clock's model."""
-    name = config.model if config.clock_model == "self" else config.clock_model
-    total = known.frequency.numel()
-    shares = (1.0, 0.0) if method in ("fmd", "fmq") else (budget.num_tuned / total, budget.num_merged / total)
-    tokens = min(config.clock_tokens_per_sample or config.max_tokens, 512)
-    limit = None if method != config.method else device.memory_bytes
-    return _cached_memory(name, method, shares, config.batch_size, tokens, config.profile_bits, limit)
-
-
-@lru_cache(maxsize=64)
-def _cached_memory(
-    name: str, method: str, shares: tuple[float, float], batch: int, tokens: int, bits: int, limit: int | None
-) -> MemoryPlan:
-    shapes = clock.shapes(name)
-    num_tuned = max(1, round(shares[0] * shapes.num_experts))
-    num_merged = round(shares[1] * shapes.num_experts) if method == "flux" else 0
-    try:
-        return memory.plan_memory(
-            models.config(name), method, limit, num_tuned, num_merged, batch=batch, tokens=tokens,
-            bits=bits if bits in (2, 3, 4, 8) else 8, name=name,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _seconds(
-    config: RunConfig,
-    method: str,
-    assigned: Roles,
-    plans: list[LayerPlan],
-    tokens_per_sample: float,
-    device: catalogue.Device,
-) -> dict[str, float]:
-    """Phases of a later round (its profile is a round old), for one participant."""
-    work = _expected_work(config, method, assigned, plans, tokens_per_sample)
-    name = config.model if config.clock_model == "self" else config.clock_model
-    found = clock.phase_seconds(
-        work, clock.shapes(name), device, catalogue.link(config.link), config.clock_tokens_per_sample
-    )
-    return {phase: seconds for phase, seconds in found.items() if seconds}
-
-
-def _expected_work(
-    config: RunConfig, method: str, assigned: Roles, plans: list[LayerPlan], tokens_per_sample: float
-) -> Work:
-    """What one participant does in a round, by count; what others changed is taken to be spread evenly."""
-    total = assigned.exploit.numel()
-    exploit = total if method in ("fmd", "fmq") else int(assigned.exploit.sum())
-    samples = config.local_steps * config.batch_size
-    profiles = method in ("flux", "fmes")
-    profile_samples = config.profile_batches * config.batch_size if profiles else 0
-    probed = min(int(assigned.explore.sum()), config.probes_per_round or total) if method == "flux" else 0
-    passes = (1 + config.num_probes * probed) if probed else 0  # a probe runs half of the layers, twice
-    changed = total * (1 - (1 - exploit / total) ** config.participants)
-    frozen = sum(len(plan.groups) for plan in plans) if method == config.method and method != "fmd" else 0
-    sources = sum(len(group) for plan in plans for group in plan.groups if len(group) > 1) if frozen else 0
-    return Work(
-        num_experts=total,
-        num_tuned=exploit,
-        num_frozen=frozen,
-        num_merge_sources=sources,
-        train_steps=config.local_steps,
-        train_samples=samples,
-        train_tokens=round(samples * tokens_per_sample),
-        profile_samples=profile_samples,
-        profile_tokens=round(profile_samples * tokens_per_sample),
-        profile_bits=config.profile_bits,
-        num_quantized=total if profiles else 0,
-        probe_samples=passes * config.batch_size,
-        probe_tokens=round(passes * config.batch_size * tokens_per_sample),
-        weight_bits=config.fmq_bits if method == "fmq" else 16,
-        offloaded=method == "fmd",
-        num_downloaded=math.ceil(changed),
-        num_uploaded=exploit,
-    )
