@@ -18,6 +18,8 @@ from fluxlib.config import REPO_ROOT
 ARTIFACTS = REPO_ROOT / "build" / "browser"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 INSTALL_S = 300
+PATIENCE_S = 300
+"""For a server to start or end: five seconds where nothing else runs, minutes where much does."""
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--force-color-profile=srgb",
@@ -83,7 +85,10 @@ def lab(tmp_path_factory):
         yield _address(process, folder), notebooks
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
         log.close()
 
 
@@ -109,7 +114,7 @@ def _folders(folder: Path) -> dict[str, str]:
 
 
 def _address(process: subprocess.Popen[bytes], folder: Path) -> str:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and process.poll() is None:
         for file in (folder / "runtime").glob("jpserver-*.json"):
             try:

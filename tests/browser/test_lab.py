@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from fluxlib import records
+
 from .conftest import ARTIFACTS
 
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 """For one step; on a machine that does nothing else all of them together take well under a minute."""
+
+ROUNDS = 40
+"""More than are done before a page is closed and opened again: no test waits for the last one."""
 
 SMALL = {"task_size": 400, "local_steps": 1, "eval_samples": 16, "batch_size": 8}
 
@@ -22,6 +28,11 @@ NUMBERED = """() => {
 }"""
 """Every code cell has been run: its number stands beside it."""
 
+
+REACHED = """number => {
+    const said = [...document.querySelectorAll('.widget-html')].map(item => item.textContent.match(/round (\\d+) of/))
+    return said.some(found => found && Number(found[1]) >= number)
+}"""
 
 READY = """async () => {
     const notebook = window.jupyterapp.shell.currentWidget
@@ -83,6 +94,16 @@ class Page:
             ".noUi-handle"
         )
 
+    def button(self, text: str):
+        return self.page.locator(f"button.widget-button:has-text('{text}')")
+
+    def tab(self, title: str) -> None:
+        self.page.locator(f".lm-TabBar-tab:has-text('{title}')").last.click()
+
+    def wait_round(self, number: int) -> None:
+        """Until the run that is shown has finished so many rounds."""
+        self.page.wait_for_function(REACHED, arg=number)
+
     def wait_text(self, text: str) -> None:
         self.page.wait_for_selector(f"text={text}")
 
@@ -95,49 +116,108 @@ def parametrize(notebook: Path, **values: object) -> None:
     notebook.write_text(json.dumps(content))
 
 
-@pytest.fixture
-def dashboard(browser, lab, tmp_path):
-    address, folder = lab
-    parametrize(folder / "explore.ipynb", participants=2, rounds=8, settings=SMALL, out=str(tmp_path / "runs"))
-    found = Page(browser, address, "explore.ipynb")
-    found.run_all()
-    found.page.locator("img.widget-image").first.wait_for()
-    found.page.locator(".widget-hbox").first.scroll_into_view_if_needed()
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, lab):
+    """Where the dashboard of this lab keeps its runs; its parameters cell says so."""
+    folder = tmp_path_factory.mktemp("explore")
+    parametrize(lab[1] / "explore.ipynb", participants=2, rounds=ROUNDS, settings=SMALL, out=str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(browser, lab, out):
+    """The dashboard after Run All Cells."""
+    found = open_dashboard(browser, lab[0])
     yield found
     found.page.close()
 
 
-def test_the_dashboard_opens_moves_refuses_runs_stops_and_goes_on(dashboard, tmp_path):
-    page = dashboard.page
-    assert dashboard.errors() == []
-    before = dashboard.image()
-    dashboard.slider("tuned").focus()
+def open_dashboard(browser, address: str) -> Page:
+    found = Page(browser, address, "explore.ipynb")
+    found.run_all()
+    found.page.locator("img.widget-image").first.wait_for(state="attached")
+    found.page.locator(".widget-hbox").first.scroll_into_view_if_needed()
+    return found
+
+
+def finished(out: Path, part: str) -> int:
+    """Rounds in the checkpoint of the run whose name holds ``part``."""
+    found = list((out / "checkpoints").glob(f"*{part}*/manifest.json"))
+    return int(json.loads(found[0].read_text())["round"]) if found else 0
+
+
+def test_the_dashboard_opens_moves_refuses_runs_and_stops(opened, out):
+    page = opened.page
+    assert opened.errors() == []
+    before = opened.image()
+    opened.slider("tuned").focus()
     page.keyboard.press("ArrowRight")
-    moved = dashboard.wait_image(before)
-    dashboard.shot("1-before")
+    moved = opened.wait_image(before)
+    opened.shot("1-before")
 
     page.keyboard.press("Home")
-    dashboard.wait_text("tune_fraction (tuned): Input should be greater than 0")
-    assert page.locator("button:has-text('Run')").last.is_disabled()
-    dashboard.shot("2-impossible")
+    opened.wait_text("tuned (tune_fraction): Input should be greater than 0")
+    assert opened.button("Run").is_disabled()
+    opened.shot("2-impossible")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    dashboard.wait_image(moved)
+    opened.wait_image(moved)
 
-    page.locator("button.widget-button:has-text('Run')").click()
-    dashboard.wait_text("round 2")
-    dashboard.shot("3-running")
-    page.locator("button.widget-button:has-text('Stop')").click()
-    dashboard.wait_text("Stopped.")
-    dashboard.shot("4-stopped")
-    done = sorted((tmp_path / "runs" / "checkpoints").glob("*/manifest.json"))
-    assert len(done) == 1 and 2 <= json.loads(done[0].read_text())["round"] < 8
+    opened.button("Run").click()
+    opened.wait_round(2)
+    opened.shot("3-running")
+    opened.button("Stop").click()
+    opened.wait_text("Stopped.")
+    opened.shot("4-stopped")
+    assert 2 <= finished(out, "-t10-") < ROUNDS
 
-    page.locator("button.widget-button:has-text('Run')").click()
-    dashboard.wait_text("Complete.")
-    dashboard.shot("5-complete")
-    assert not done[0].exists(), "it went on from the checkpoint and is through"
-    assert dashboard.errors() == []
+    opened.slider("rounds").focus()
+    page.keyboard.press("Home")
+    opened.button("Run").click()
+    opened.wait_text("Complete.")
+    opened.shot("5-complete")
+    assert opened.errors() == []
+
+
+def test_closing_the_browser_loses_nothing(browser, lab, out):
+    """The page is closed while a run goes on; then the kernel is ended in the middle of it, too."""
+    first = open_dashboard(browser, lab[0])
+    first.button("Run").click()
+    first.wait_round(1)
+    first.page.close()
+
+    again = open_dashboard(browser, lab[0])
+    again.wait_round(2)
+    end_kernels(lab[0])
+    again.page.close()
+    kept = finished(out, "-t25-")
+    assert 2 <= kept < ROUNDS, "rounds that were finished are there, whatever was closed"
+
+    last = open_dashboard(browser, lab[0])
+    last.tab("Run and compare")
+    last.wait_text("Unfinished: ")
+    last.page.locator("select[multiple] option:has-text('unfinished')").first.click()
+    last.button("Use its settings").click()
+    last.button("Run").click()
+    last.wait_round(kept + 1)
+    last.button("Stop").click()
+    last.wait_text("Stopped.")
+    last.shot("6-gone-on")
+    (table,) = (out / "rounds").glob("*-t25-*.parquet")
+    rounds = records.read("rounds", table)["round"].tolist()
+    assert rounds == list(range(len(rounds))) and len(rounds) > kept + 1
+    assert last.errors() == []
+    last.page.close()
+
+
+def end_kernels(address: str) -> None:
+    """What a machine that is switched off does to them: no cell is told."""
+    headers = {"Authorization": "token test"}
+    with urllib.request.urlopen(urllib.request.Request(f"{address}api/kernels", headers=headers)) as answer:
+        kernels = json.load(answer)
+    for kernel in kernels:
+        request = urllib.request.Request(f"{address}api/kernels/{kernel['id']}", headers=headers, method="DELETE")
+        urllib.request.urlopen(request).close()
 
 
 def test_a_notebook_runs_from_top_to_bottom(browser, lab):
@@ -148,5 +228,5 @@ def test_a_notebook_runs_from_top_to_bottom(browser, lab):
     assert found.errors() == []
     assert found.page.locator(".jp-OutputArea-output img").count() >= 3
     found.page.locator(".jp-OutputArea-output img").first.scroll_into_view_if_needed()
-    found.shot("6-notebook")
+    found.shot("7-notebook")
     found.page.close()
