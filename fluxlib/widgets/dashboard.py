@@ -213,6 +213,7 @@ class Dashboard:
                 continue
             if not shown and self.preview is not None:
                 people = table(file, "participants")
-                tuned = None if people is None else count_tuned(people, tuple(self.preview.profile.frequency.shape))
+                num_layers, num_experts = self.preview.profile.frequency.shape
+                tuned = None if people is None else count_tuned(people, (num_layers, num_experts))
             shown[label if label not in shown else f"{label} ({place_of(file).name})"] = found
         return shown, tuned, first
