@@ -437,7 +437,7 @@ def trials(
 def claims(
     profile_name: Annotated[str, typer.Option("--profile", help="whose results are read")] = "full",
     out: Annotated[Path | None, typer.Option(help="folder of tables; default: the profile's")] = None,
-    readme: Annotated[Path | None, typer.Option(help="page whose claims section is replaced")] = None,
+    readme: Annotated[Path | None, typer.Option(help="page whose generated sections are replaced")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the claims table: the paper's value, ours, and the verdict, computed from stored results.
@@ -453,13 +453,15 @@ def claims(
     if out is None and profile_name not in known:
         raise ConfigError(f"no profile {profile_name!r}; allowed are {', '.join(known)}")
     from fluxlib import claims as judged
+    from fluxlib import pages
 
     try:
         table = judged.claims(out or results_dir(profile_name))
     except (records.TableError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     if readme is not None:
-        judged.replace_section(readme, judged.to_markdown(table))
+        for name, text in judged.page_sections(out or results_dir(profile_name)).items():
+            pages.replace(readme, name, text)
     print(table.to_json(orient="records") if as_json else judged.to_markdown(table))
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from fluxlib import pages
 from fluxlib.config import REPO_ROOT
 
-BEGIN, END = "<!-- gallery:begin -->", "<!-- gallery:end -->"
 FOLDER = Path("figures") / "full"
 MODELS = ("mini-llama-moe", "mini-deepseek-moe")
 
@@ -92,7 +92,7 @@ def about(numbers: Path) -> str:
 
 
 def gallery(root: Path = REPO_ROOT) -> str:
-    """The section as Markdown, marks included: two pictures a row, each with its caption."""
+    """The section as Markdown: two pictures a row, each with its caption."""
     cells = []
     for name, path in families(root / FOLDER).items():
         title = TITLES.get(name, name.replace("_", " "))
@@ -100,25 +100,12 @@ def gallery(root: Path = REPO_ROOT) -> str:
         cells.append(f"![{title}]({link})<br>**{title}.** {about(path.with_suffix('.csv'))}")
     cells += [""] * (len(cells) % 2)
     rows = [f"| {left} | {right} |" for left, right in zip(cells[::2], cells[1::2], strict=True)]
-    return "\n".join([BEGIN, "", "| | |", "|---|---|", *rows, "", END])
-
-
-def replace(text: str, section: str) -> str:
-    """``text`` with what lies between the marks replaced by ``section``.
-
-    Raises:
-        ValueError: the marks are not there, once each.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"text: expected {BEGIN} and {END} once each")
-    before, rest = text.split(BEGIN)
-    return before + section + rest.split(END)[1]
+    return "\n".join(["", "| | |", "|---|---|", *rows, ""])
 
 
 def main() -> None:
     """Write the gallery into the README."""
-    readme = REPO_ROOT / "README.md"
-    readme.write_text(replace(readme.read_text(), gallery()))
+    pages.replace(REPO_ROOT / "README.md", "gallery", gallery())
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ METHODS: dict[str, MethodStyle] = {
     "fmd": MethodStyle("FMD", "#0072B2", "s", "--", "//"),
     "fmq": MethodStyle("FMQ", "#56B4E9", "^", "-.", ".."),
     "fmes": MethodStyle("FMES", "#E69F00", "D", ":", "xx"),
-    "flux+": MethodStyle("FLUX+", "#000000", "P", "-", "--"),
-    "fmd+": MethodStyle("FMD+", "#009E73", "v", "--", "++"),
-    "fmes+": MethodStyle("FMES+", "#CC79A7", "X", ":", "oo"),
+    "flux+": MethodStyle("FLUX+", "#7A3500", "P", "-", "--"),
+    "fmd+": MethodStyle("FMD+", "#00375A", "v", "--", "++"),
+    "fmes+": MethodStyle("FMES+", "#7D5600", "X", ":", "oo"),
 }
 """A ``+`` marks a method with the options that go beyond the paper (variant ``improved``)."""
 

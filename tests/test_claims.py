@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from fluxlib import claims, cli, figures, records, studies
+from fluxlib import claims, cli, figures, pages, records, studies
 from fluxlib.claims import base, federated, measured
 from fluxlib.claims.base import Claim, Tables
 from fluxlib.claims.numbers import geometric, shown, shown_interval
 from fluxlib.claims.races import describe
-from fluxlib.claims.table import END, _row
-from fluxlib.config import REPO_ROOT, ConfigError
+from fluxlib.claims.table import _row
+from fluxlib.config import REPO_ROOT
 
 README = REPO_ROOT / "README.md"
 SCORES = {"fmd": (0.2, 0.6, 1.0, 1.0, 1.0), "flux": (0.2, 0.6, 1.0, 1.0, 1.0), "fmq": (0.2, 0.4, 0.3, 0.4, 0.3)}
@@ -228,24 +228,14 @@ def test_pictures_of_something_and_of_nothing(tmp_path: Path) -> None:
     assert isinstance(figures.draw_speed_ups(claims.speed_ups(claims.races(None))), Figure)
 
 
-def test_a_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- claims:begin -->\nold\n<!-- claims:end -->\nafter\n")
-    assert claims.replace_section(page, "new") and not claims.replace_section(page, "new")
-    assert page.read_text() == "before\n<!-- claims:begin -->\nnew\n<!-- claims:end -->\nafter\n"
-    page.write_text(END)
-    with pytest.raises(ConfigError, match="claims:begin"):
-        claims.replace_section(page, "new")
-
-
 def test_the_command_prints_writes_and_refuses(tmp_path: Path, monkeypatch, capsys) -> None:
     page = tmp_path / "page.md"
-    page.write_text("<!-- claims:begin -->\n<!-- claims:end -->\n")
+    page.write_text("".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("races", "claims")))
     monkeypatch.setattr("sys.argv", ["fluxlib", "claims", "--out", str(tmp_path), "--readme", str(page), "--json"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert not stop.value.code and len(json.loads(capsys.readouterr().out)) == len(claims.CLAIMS)
-    assert "not attempted" in claims.section(page)
+    assert "not attempted" in pages.section(page, "claims") and "No race" in pages.section(page, "races")
     monkeypatch.setattr("sys.argv", ["fluxlib", "claims", "--profile", "nope"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -254,9 +244,10 @@ def test_the_command_prints_writes_and_refuses(tmp_path: Path, monkeypatch, caps
 
 def test_the_readme_says_what_the_tracked_tables_say() -> None:
     folder = REPO_ROOT / "data" / "results" / "full"
-    assert claims.section(README) == claims.to_markdown(claims.claims(folder)), (
-        "the README's claims are not those of data/results/full: fluxlib claims --profile full --readme README.md"
-    )
+    for name, text in claims.page_sections(folder).items():
+        assert pages.section(README, name) == text.strip(), (
+            f"the README's {name} are not those of data/results/full: fluxlib claims --profile full --readme README.md"
+        )
 
 
 def test_a_broken_table_is_named(tmp_path: Path) -> None:

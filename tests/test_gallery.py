@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
-from fluxlib import gallery
+from fluxlib import gallery, pages
 from fluxlib.config import REPO_ROOT
 
 
@@ -36,14 +34,7 @@ def test_a_family_appears_once_with_its_scale(tmp_path):
 
 
 def test_the_readme_shows_every_tracked_figure_as_it_is():
-    found = (REPO_ROOT / "README.md").read_text()
-    assert gallery.gallery() in found, "`python -m fluxlib.gallery` writes it anew"
+    shown = pages.section(REPO_ROOT / "README.md", "gallery")
+    assert shown == gallery.gallery().strip(), "`python -m fluxlib.gallery` writes it anew"
     for family in gallery.families(REPO_ROOT / gallery.FOLDER):
         assert family in gallery.TITLES, f"fluxlib.gallery.TITLES does not say what {family} shows"
-
-
-def test_only_what_lies_between_the_marks_changes():
-    text = f"a\n{gallery.BEGIN}\nold\n{gallery.END}\nb\n"
-    assert gallery.replace(text, f"{gallery.BEGIN}new{gallery.END}") == f"a\n{gallery.BEGIN}new{gallery.END}\nb\n"
-    with pytest.raises(ValueError, match="once each"):
-        gallery.replace("no marks", "new")

@@ -4,15 +4,15 @@
 - :mod:`fluxlib.claims.base` -- what a claim and a reading are, and the rule of a verdict,
 - :mod:`fluxlib.claims.races` -- FLUX against each method, seed by seed, misses counted,
 - :mod:`fluxlib.claims.federated`, :mod:`fluxlib.claims.measured` -- readers of runs and of study notebooks,
-- :mod:`fluxlib.claims.table` -- one row per claim, Markdown, the README's section.
+- :mod:`fluxlib.claims.table` -- one row per claim, Markdown, the README's sections.
 """
 
 from fluxlib.claims import federated, measured
 from fluxlib.claims.base import VERDICTS, Claim, Reading, Tables, load
 from fluxlib.claims.measured import clock_check
 from fluxlib.claims.paper import CLAIMS
-from fluxlib.claims.races import races, speed_up_markdown, speed_ups
-from fluxlib.claims.table import claims, goals, readings, replace_section, section, summary, to_markdown
+from fluxlib.claims.races import races, scores, scores_markdown, speed_up_markdown, speed_ups
+from fluxlib.claims.table import claims, goals, page_sections, readings, summary, to_markdown
 
 __all__ = [
     "CLAIMS",
@@ -26,10 +26,11 @@ __all__ = [
     "goals",
     "load",
     "measured",
+    "page_sections",
     "races",
     "readings",
-    "replace_section",
-    "section",
+    "scores",
+    "scores_markdown",
     "speed_up_markdown",
     "speed_ups",
     "summary",

@@ -24,8 +24,8 @@ def races(
     """Time to target of FLUX and of every method beside it, one row per model, task, variant, seed and method.
 
     Seeds are paired: the target of a seed is ``target_fraction`` of FMD's final score with that seed. A variant of FLUX
-    meets each method in the same variant, or else as it is, if that run has as many rounds and participants. Seeds and
-    variants without FMD are left out.
+    meets each method in the same variant, or else as it is, if that run has as many participants, and as many rounds or
+    at least as many device seconds. Seeds and variants without FMD are left out.
 
     Returns:
         columns of :func:`fluxlib.figures.times.times_to_target` and ``variant``, ``end_s`` (device seconds of the whole
@@ -51,7 +51,8 @@ def _field(runs: pd.DataFrame, variant: str) -> pd.DataFrame:
     for method in style.order(set(runs["method"]) - {OURS}):
         own = runs[runs["method"] == method]
         same, plain = own[own["variant"] == variant], own[own["variant"] == ""]
-        alike = all(plain[column].max() == ours[column].max() for column in ("round", "num_participants"))
+        as_long = plain["round"].max() == ours["round"].max() or plain["device_s"].max() >= ours["device_s"].max()
+        alike = as_long and plain["num_participants"].max() == ours["num_participants"].max()
         entered.append(same if len(same) else plain if alike else own.head(0))
     return pd.concat(entered, ignore_index=True)
 
@@ -109,6 +110,58 @@ def _against(ours: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
         "final_ratio": final[0], "final_low": final[1], "final_high": final[2],
         "clock_model": ours["clock_model"].iloc[0], "link": ours["link"].iloc[0],
     }  # fmt: skip
+
+
+def scores(found: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
+    """Final scores and times to target of the plain runs, means over seeds: one row per model, task and method.
+
+    ``reached`` counts the seeds that reached the target; ``device_s`` and ``rounds`` are means over them. ``base`` is
+    the score before any training.
+    """
+    plain = found[found["variant"] == ""] if len(found) else found
+    if plain.empty:
+        return pd.DataFrame()
+    first = rounds[(rounds["round"] == 0) & (rounds["variant"] == "")]
+    base = first.groupby(["model", "task"])["metric"].mean().rename("base")
+    table = plain.groupby(["model", "task", "method"], sort=False).agg(
+        metric=("metric_name", "first"),
+        seeds=("seed", "nunique"),
+        final=("final_metric", "mean"),
+        reached=("device_s", "count"),
+        device_s=("device_s", "mean"),
+        rounds=("round", "mean"),
+        round_s=("round_s", "mean"),
+    )
+    return table.join(base).reset_index()
+
+
+def scores_markdown(table: pd.DataFrame) -> str:
+    """:func:`scores` as a Markdown table: one line per model and task, the methods side by side."""
+    if table.empty:
+        return "*No FLUX and FMD runs with the same model, task and seed.*"
+    methods = style.order(table["method"])
+    titles = " / ".join(style.method(name).title for name in methods)
+    lines = [
+        f"| {titles} on | | metric | seeds | before | final score | device s to the target | device s a round |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (model, task), rows in table.groupby(["model", "task"], sort=False):
+        by_name = rows.set_index("method").reindex(methods)
+        finals = " / ".join(f"{value:.3f}" if value == value else "–" for value in by_name["final"])
+        times = " / ".join(_seconds(row) for row in by_name.to_dict("records"))
+        lengths = " / ".join(f"{value:.0f}" if value == value else "–" for value in by_name["round_s"])
+        one = rows.iloc[0]
+        metric = style.METRICS.get(one["metric"], one["metric"])
+        cells = [f"`{Path(str(model)).name}`", f"`{task}`", metric, str(one["seeds"]), f"{one['base']:.3f}"]
+        lines.append("| " + " | ".join([*cells, finals, times, lengths]) + " |")
+    return "\n".join(lines)
+
+
+def _seconds(row: Any) -> str:
+    if not row["reached"] > 0:
+        return "never"
+    some = "" if row["reached"] == row["seeds"] else f" ({row['reached']:.0f} of {row['seeds']:.0f})"
+    return f"{row['device_s']:.0f}{some}"
 
 
 def describe(row: Any) -> str:

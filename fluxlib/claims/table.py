@@ -8,13 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from fluxlib.claims import base
+from fluxlib.claims import base, races
 from fluxlib.claims.base import MISSING, VERDICTS, Claim, Reading, Tables
 from fluxlib.claims.paper import CLAIMS
-from fluxlib.config import REPO_ROOT, ConfigError
+from fluxlib.config import REPO_ROOT
 
 BENCHMARKS = REPO_ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 UP_TO = "speed_up"
 """The one claim that a single case proves: its verdict is the best of its readings, not the worst."""
 HEADER = ("claim", "in the paper", "paper", "ours", "to reach", "scale", "verdict", "reason")
@@ -114,27 +113,14 @@ def summary(table: pd.DataFrame) -> str:
     return f"{len(table)} claims: {told}."
 
 
-def replace_section(page: Path, text: str) -> bool:
-    """Put ``text`` between the markers of ``page``; whether that changed anything.
-
-    Raises:
-        ConfigError: the page is not there, or does not hold both markers once, in order.
-    """
-    if not page.is_file():
-        raise ConfigError(f"no page {page}")
-    old = page.read_text()
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ConfigError(f"{page} needs one {BEGIN} and after it one {END}")
-    before, rest = old.split(BEGIN)
-    new = f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
-    if new != old:
-        page.write_text(new)
-    return new != old
-
-
-def section(page: Path) -> str:
-    """What stands between the markers of ``page``."""
-    return page.read_text().split(BEGIN)[1].split(END)[0].strip()
+def page_sections(results: Path, benchmarks: Path | None = BENCHMARKS) -> dict[str, str]:
+    """Generated parts of a page (:mod:`fluxlib.pages`) from one profile's results: ``races`` and ``claims``."""
+    rounds = base.load(results, benchmarks).rounds
+    raced = races.races(rounds)
+    parts = [races.speed_up_markdown(races.speed_ups(raced))]
+    if rounds is not None:
+        parts.insert(0, races.scores_markdown(races.scores(raced, rounds)))
+    return {"races": "\n\n".join(parts), "claims": to_markdown(claims(results, benchmarks))}
 
 
 def goals(benchmarks: Path = BENCHMARKS) -> pd.DataFrame:

@@ -147,7 +147,7 @@ def _panel(ax: Any, cells: pd.DataFrame, fleets: list[str], links: list[str], no
         color = mpl.colormaps[style.SEQUENTIAL](norm(cell["speedup"])) if cell is not None and known else (1.0,) * 4
         later = cell is not None and cell["speedup"] < 1 and cell["bound"] in (REACHED, AT_MOST)
         square = mpl.patches.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="#bbbbbb", linewidth=0.5)
-        square.set_hatch("////" if later else None)
+        square.set_hatch("////" if later else "")
         ax.add_patch(square)
         dark = 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2] < 0.5
         box = {"facecolor": color, "edgecolor": "none", "pad": 0.6} if later else None

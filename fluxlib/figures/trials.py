@@ -62,9 +62,9 @@ def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) ->
         raise ValueError(f"methods must have equally many trials; there are: {listed}")
     best = frame.groupby(["model", "task", "method"])["score"].transform("idxmax")
     frame["is_best"] = best.to_numpy() == frame.index.to_numpy()
-    means = frame.groupby(["method", *reversed(SETTINGS)], as_index=False)["score"].mean()
-    chosen = means.loc[means.groupby("method")["score"].idxmax(), ["method", *SETTINGS]]
-    frame["is_chosen"] = pd.MultiIndex.from_frame(frame[["method", *SETTINGS]]).isin(pd.MultiIndex.from_frame(chosen))
+    means = frame.groupby(["method", *reversed(SETTINGS)])["score"].mean()
+    chosen = means.loc[means.groupby("method").idxmax()].index
+    frame["is_chosen"] = frame.set_index(chosen.names).index.isin(chosen)
     return frame
 
 

@@ -68,4 +68,4 @@ def test_the_picture_writes_bounds_brackets_and_who_is_later():
     picture = sensitivity.draw(speedups(*runs))
     texts = [text.get_text() for ax in picture.axes[:2] for text in ax.texts]
     assert texts == ["(0.50)", "(\u226510)"]
-    assert [ax.patches[0].get_hatch() for ax in picture.axes[:2]] == ["////", None]
+    assert [ax.patches[0].get_hatch() for ax in picture.axes[:2]] == ["////", ""]
