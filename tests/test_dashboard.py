@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import json
+import json
+import json
 import threading
 from types import SimpleNamespace
 
@@ -172,7 +175,7 @@ def test_a_run_that_is_killed_keeps_its_rounds_in_the_store(tmp_path):
     taken: list[object] = []
     history.show(config.model, config.task)
     ((label, file),) = history.choice.options
-    assert label.startswith("FLUX seed 0 · 1 of 3, unfinished rounds") and history.unfinished(tmp_path) == [
+    assert label.startswith("FLUX seed 0 · 1 of 3 rounds, unfinished") and history.unfinished(tmp_path) == [
         config.run_id
     ]
     history.choice.value = (file,)
@@ -201,6 +204,306 @@ def test_a_watcher_that_fails_ends_no_run(engine, tmp_path):
     run.start()
     engine.release(3)
     run.wait(300)
+    assert (run.state, len(run.rows)) == ("complete", 3)
+
+
+def test_settings_that_the_dashboard_cannot_show_change_nothing():
+    controls = Controls(make_config(SMALL))
+    before = controls.config()
+    with pytest.raises(ConfigError, match="model is 'elsewhere', which the dashboard cannot show"):
+        controls.load(make_config(SMALL | {"model": "elsewhere"}))
+    assert controls.config() == before
+    controls.load(make_config(SMALL | {"rounds": 90, "alpha": 0.1}))
+    assert controls.config().rounds == 90 and controls.config().alpha == 0.1
+
+
+@pytest.mark.parametrize("method", ["flux", "fmd", "fmq", "fmes"])
+def test_the_work_of_a_preview_is_that_of_a_run(method):
+    config = make_config(SMALL | {"method": method, "local_steps": 2})
+    rows = federation.run(config).participants
+    row = rows[(rows["round"] == 2) & (rows["participant"] == 0)].iloc[0]
+    was, _ = read_work(row["work"])
+    expected = widgets.preview(config).works[method]
+    counted = {"num_tuned", "num_quantized", "weight_bits", "offloaded", "num_uploaded", "download_bits", "upload_bits",
+               "train_steps", "train_samples", "profile_samples", "profile_bits", "num_experts"}  # fmt: skip
+    assert {name: getattr(expected, name) for name in counted} == {name: getattr(was, name) for name in counted}
+    for name in ("train_tokens", "profile_tokens", "probe_samples", "num_frozen", "num_merge_sources"):
+        assert getattr(expected, name) == pytest.approx(getattr(was, name), rel=0.3), name
+
+
+def test_what_does_not_fit_says_what_would():
+    config = make_config(SMALL | {"fleet": "rtx-3060", "clock_model": "llama-moe-3.5b", "tune_fraction": 0.5})
+    warning = widgets.preview(config).warning
+    assert warning.startswith("Does not fit: 256 tuned and 128 merged experts of llama-moe-3.5b need ")
+    share = float(warning.split("Up to tune_fraction ")[1].split()[0])
+    assert 0 < share < 0.5
+    smaller = config.model_copy(update={"tune_fraction": share - 0.01, "merge_fraction": share / 2 - 0.01})
+    assert widgets.preview(smaller).warning == ""
+
+
+def test_roles_of_a_run_that_goes_on_begin_with_its_first_round(tmp_path):
+    config = make_config(SMALL | {"rounds": 3, "eval_samples": 4})
+    first = widgets.BackgroundRun(config, tmp_path, lambda run: run.stop() if len(run.rows) == 2 else None)
+    first.start()
+    first.wait(60)
+    assert first.state == "stopped" and len(first.tuned) == 1
+    (label, file), *_ = store.runs([tmp_path]).items()
+    assert label == f"{config.run_id}  ({tmp_path.name}, unfinished)" and store.parameters(file)["rounds"] == 3
+    second = widgets.BackgroundRun(config, tmp_path)
+    second.start()
+    second.wait(60)
+    assert (
+        second.state == "complete" and second.first_round == 1 and [row["round"] for row in second.rows] == [0, 1, 2, 3]
+    )
+    people = records.read("participants", tmp_path / "participants" / f"{config.run_id}.parquet")
+    stored = count_tuned(people, (4, 16))
+    assert [counts.tolist() for counts in second.tuned] == [counts.tolist() for counts in stored]
+    assert second.tuned[0].tolist() == first.tuned[0].tolist()
+    assert list(store.runs([tmp_path])) == [f"{config.run_id}  ({tmp_path.name})"]
+
+
+def test_a_run_that_is_killed_keeps_its_rounds_in_the_store(tmp_path):
+    """A kernel that dies leaves a checkpoint and no tables: the newest of both is what the store has."""
+    config = make_config(SMALL | {"rounds": 3})
+    folder = tmp_path / "checkpoints" / config.run_id
+    rounds = pd.DataFrame([row(0), row(1)])
+    records.write("rounds", rounds, folder / "rounds-1.parquet", {})
+    manifest = {"round": 1, "files": {"rounds": "rounds-1.parquet"}, "config": config.model_dump(mode="json")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert len(store.load([config.run_id], [tmp_path])[config.run_id]) == 2
+    history = widgets.history.History([tmp_path], lambda: None, lambda config: taken.append(config))
+    taken: list[object] = []
+    history.list(config.model, config.task)
+    ((label, file),) = history.choice.options
+    assert label.startswith("FLUX seed 0 · 1 of 3 rounds, unfinished") and history.unfinished(tmp_path) == [
+        config.run_id
+    ]
+    history.choice.value = (file,)
+    history.take_over.click()
+    assert taken == [config]
+    (folder / "rounds-1.parquet").unlink()
+    with pytest.raises(records.TableError, match="no 'rounds' table"):
+        store.read(file)
+
+
+def test_a_dashboard_that_is_opened_again_watches_the_run_that_goes_on(engine, tmp_path):
+    closed = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
+    closed.controls.widgets["rounds"].value = 1
+    closed.start.click()
+    opened = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
+    assert opened.run is closed.run and opened.start.disabled and not opened.halt.disabled
+    assert opened.controls.config() == opened.run.config and opened.tabs.selected_index == 1
+    engine.release(2)
+    opened.run.wait(20)
+    assert "Complete." in opened.status.value and "Complete." not in closed.status.value
+    assert widgets.Dashboard(make_config(SMALL), tmp_path, store=[]).run is None
+
+
+def test_a_watcher_that_fails_ends_no_run(engine, tmp_path):
+    run = widgets.BackgroundRun(make_config(SMALL), tmp_path, lambda run: 1 / 0)
+    run.start()
+    engine.release(3)
+    run.wait(20)
+    assert (run.state, len(run.rows)) == ("complete", 3)
+
+
+def test_settings_that_the_dashboard_cannot_show_change_nothing():
+    controls = Controls(make_config(SMALL))
+    before = controls.config()
+    with pytest.raises(ConfigError, match="model is 'elsewhere', which the dashboard cannot show"):
+        controls.load(make_config(SMALL | {"model": "elsewhere"}))
+    assert controls.config() == before
+    controls.load(make_config(SMALL | {"rounds": 90, "alpha": 0.1}))
+    assert controls.config().rounds == 90 and controls.config().alpha == 0.1
+
+
+@pytest.mark.parametrize("method", ["flux", "fmd", "fmq", "fmes"])
+def test_the_work_of_a_preview_is_that_of_a_run(method):
+    config = make_config(SMALL | {"method": method, "local_steps": 2})
+    rows = federation.run(config).participants
+    row = rows[(rows["round"] == 2) & (rows["participant"] == 0)].iloc[0]
+    was, _ = read_work(row["work"])
+    expected = widgets.preview(config).works[method]
+    counted = {"num_tuned", "num_quantized", "weight_bits", "offloaded", "num_uploaded", "download_bits", "upload_bits",
+               "train_steps", "train_samples", "profile_samples", "profile_bits", "num_experts"}  # fmt: skip
+    assert {name: getattr(expected, name) for name in counted} == {name: getattr(was, name) for name in counted}
+    for name in ("train_tokens", "profile_tokens", "probe_samples", "num_frozen", "num_merge_sources"):
+        assert getattr(expected, name) == pytest.approx(getattr(was, name), rel=0.3), name
+
+
+def test_what_does_not_fit_says_what_would():
+    config = make_config(SMALL | {"fleet": "rtx-3060", "clock_model": "llama-moe-3.5b", "tune_fraction": 0.5})
+    warning = widgets.preview(config).warning
+    assert warning.startswith("Does not fit: 256 tuned and 128 merged experts of llama-moe-3.5b need ")
+    share = float(warning.split("Up to tune_fraction ")[1].split()[0])
+    assert 0 < share < 0.5
+    smaller = config.model_copy(update={"tune_fraction": share - 0.01, "merge_fraction": share / 2 - 0.01})
+    assert widgets.preview(smaller).warning == ""
+
+
+def test_roles_of_a_run_that_goes_on_begin_with_its_first_round(tmp_path):
+    config = make_config(SMALL | {"rounds": 3, "eval_samples": 4})
+    first = widgets.BackgroundRun(config, tmp_path, lambda run: run.stop() if len(run.rows) == 2 else None)
+    first.start()
+    first.wait(60)
+    assert first.state == "stopped" and len(first.tuned) == 1
+    (label, file), *_ = store.runs([tmp_path]).items()
+    assert label == f"{config.run_id}  ({tmp_path.name}, unfinished)" and store.parameters(file)["rounds"] == 3
+    second = widgets.BackgroundRun(config, tmp_path)
+    second.start()
+    second.wait(60)
+    assert (
+        second.state == "complete" and second.first_round == 1 and [row["round"] for row in second.rows] == [0, 1, 2, 3]
+    )
+    people = records.read("participants", tmp_path / "participants" / f"{config.run_id}.parquet")
+    stored = count_tuned(people, (4, 16))
+    assert [counts.tolist() for counts in second.tuned] == [counts.tolist() for counts in stored]
+    assert second.tuned[0].tolist() == first.tuned[0].tolist()
+    assert list(store.runs([tmp_path])) == [f"{config.run_id}  ({tmp_path.name})"]
+
+
+def test_a_run_that_is_killed_keeps_its_rounds_in_the_store(tmp_path):
+    """A kernel that dies leaves a checkpoint and no tables: the newest of both is what the store has."""
+    config = make_config(SMALL | {"rounds": 3})
+    folder = tmp_path / "checkpoints" / config.run_id
+    rounds = pd.DataFrame([row(0), row(1)])
+    records.write("rounds", rounds, folder / "rounds-1.parquet", {})
+    manifest = {"round": 1, "files": {"rounds": "rounds-1.parquet"}, "config": config.model_dump(mode="json")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert len(store.load([config.run_id], [tmp_path])[config.run_id]) == 2
+    history = widgets.history.History([tmp_path], lambda: None, lambda config: taken.append(config))
+    taken: list[object] = []
+    history.list(config.model, config.task)
+    ((label, file),) = history.choice.options
+    assert label.startswith("FLUX seed 0 · 1 of 3 rounds, unfinished") and history.unfinished(tmp_path) == [
+        config.run_id
+    ]
+    history.choice.value = (file,)
+    history.take_over.click()
+    assert taken == [config]
+    (folder / "rounds-1.parquet").unlink()
+    with pytest.raises(records.TableError, match="no 'rounds' table"):
+        store.read(file)
+
+
+def test_a_dashboard_that_is_opened_again_watches_the_run_that_goes_on(engine, tmp_path):
+    closed = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
+    closed.controls.widgets["rounds"].value = 1
+    closed.start.click()
+    opened = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
+    assert opened.run is closed.run and opened.start.disabled and not opened.halt.disabled
+    assert opened.controls.config() == opened.run.config and opened.tabs.selected_index == 1
+    engine.release(2)
+    opened.run.wait(20)
+    assert "Complete." in opened.status.value and "Complete." not in closed.status.value
+    assert widgets.Dashboard(make_config(SMALL), tmp_path, store=[]).run is None
+
+
+def test_a_watcher_that_fails_ends_no_run(engine, tmp_path):
+    run = widgets.BackgroundRun(make_config(SMALL), tmp_path, lambda run: 1 / 0)
+    run.start()
+    engine.release(3)
+    run.wait(20)
+    assert (run.state, len(run.rows)) == ("complete", 3)
+
+
+def test_settings_that_the_dashboard_cannot_show_change_nothing():
+    controls = Controls(make_config(SMALL))
+    before = controls.config()
+    with pytest.raises(ConfigError, match="model is 'elsewhere', which the dashboard cannot show"):
+        controls.load(make_config(SMALL | {"model": "elsewhere"}))
+    assert controls.config() == before
+    controls.load(make_config(SMALL | {"rounds": 90, "alpha": 0.1}))
+    assert controls.config().rounds == 90 and controls.config().alpha == 0.1
+
+
+@pytest.mark.parametrize("method", ["flux", "fmd", "fmq", "fmes"])
+def test_the_work_of_a_preview_is_that_of_a_run(method):
+    config = make_config(SMALL | {"method": method, "local_steps": 2})
+    rows = federation.run(config).participants
+    row = rows[(rows["round"] == 2) & (rows["participant"] == 0)].iloc[0]
+    was, _ = read_work(row["work"])
+    expected = widgets.preview(config).works[method]
+    counted = {"num_tuned", "num_quantized", "weight_bits", "offloaded", "num_uploaded", "download_bits", "upload_bits",
+               "train_steps", "train_samples", "profile_samples", "profile_bits", "num_experts"}  # fmt: skip
+    assert {name: getattr(expected, name) for name in counted} == {name: getattr(was, name) for name in counted}
+    for name in ("train_tokens", "profile_tokens", "probe_samples", "num_frozen", "num_merge_sources"):
+        assert getattr(expected, name) == pytest.approx(getattr(was, name), rel=0.3), name
+
+
+def test_what_does_not_fit_says_what_would():
+    config = make_config(SMALL | {"fleet": "rtx-3060", "clock_model": "llama-moe-3.5b", "tune_fraction": 0.5})
+    warning = widgets.preview(config).warning
+    assert warning.startswith("Does not fit: 256 tuned and 128 merged experts of llama-moe-3.5b need ")
+    share = float(warning.split("Up to tune_fraction ")[1].split()[0])
+    assert 0 < share < 0.5
+    smaller = config.model_copy(update={"tune_fraction": share - 0.01, "merge_fraction": share / 2 - 0.01})
+    assert widgets.preview(smaller).warning == ""
+
+
+def test_roles_of_a_run_that_goes_on_begin_with_its_first_round(tmp_path):
+    config = make_config(SMALL | {"rounds": 3, "eval_samples": 4})
+    first = widgets.BackgroundRun(config, tmp_path, lambda run: run.stop() if len(run.rows) == 2 else None)
+    first.start()
+    first.wait(60)
+    assert first.state == "stopped" and len(first.tuned) == 1
+    (label, file), *_ = store.runs([tmp_path]).items()
+    assert label == f"{config.run_id}  ({tmp_path.name}, unfinished)" and store.parameters(file)["rounds"] == 3
+    second = widgets.BackgroundRun(config, tmp_path)
+    second.start()
+    second.wait(60)
+    assert (
+        second.state == "complete" and second.first_round == 1 and [row["round"] for row in second.rows] == [0, 1, 2, 3]
+    )
+    people = records.read("participants", tmp_path / "participants" / f"{config.run_id}.parquet")
+    stored = count_tuned(people, (4, 16))
+    assert [counts.tolist() for counts in second.tuned] == [counts.tolist() for counts in stored]
+    assert second.tuned[0].tolist() == first.tuned[0].tolist()
+    assert list(store.runs([tmp_path])) == [f"{config.run_id}  ({tmp_path.name})"]
+
+
+def test_a_run_that_is_killed_keeps_its_rounds_in_the_store(tmp_path):
+    """A kernel that dies leaves a checkpoint and no tables: the newest of both is what the store has."""
+    config = make_config(SMALL | {"rounds": 3})
+    folder = tmp_path / "checkpoints" / config.run_id
+    rounds = pd.DataFrame([row(0), row(1)])
+    records.write("rounds", rounds, folder / "rounds-1.parquet", {})
+    manifest = {"round": 1, "files": {"rounds": "rounds-1.parquet"}, "config": config.model_dump(mode="json")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert len(store.load([config.run_id], [tmp_path])[config.run_id]) == 2
+    history = widgets.history.History([tmp_path], lambda: None, lambda config: taken.append(config))
+    taken: list[object] = []
+    history.list(config.model, config.task)
+    ((label, file),) = history.choice.options
+    assert label.startswith("FLUX seed 0 · 1 of 3 rounds, unfinished") and history.unfinished(tmp_path) == [
+        config.run_id
+    ]
+    history.choice.value = (file,)
+    history.take_over.click()
+    assert taken == [config]
+    (folder / "rounds-1.parquet").unlink()
+    with pytest.raises(records.TableError, match="no 'rounds' table"):
+        store.read(file)
+
+
+def test_a_dashboard_that_is_opened_again_watches_the_run_that_goes_on(engine, tmp_path):
+    closed = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
+    closed.controls.widgets["rounds"].value = 1
+    closed.start.click()
+    opened = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
+    assert opened.run is closed.run and opened.start.disabled and not opened.halt.disabled
+    assert opened.controls.config() == opened.run.config and opened.tabs.selected_index == 1
+    engine.release(2)
+    opened.run.wait(20)
+    assert "Complete." in opened.status.value and "Complete." not in closed.status.value
+    assert widgets.Dashboard(make_config(SMALL), tmp_path, store=[]).run is None
+
+
+def test_a_watcher_that_fails_ends_no_run(engine, tmp_path):
+    run = widgets.BackgroundRun(make_config(SMALL), tmp_path, lambda run: 1 / 0)
+    run.start()
+    engine.release(3)
+    run.wait(20)
     assert (run.state, len(run.rows)) == ("complete", 3)
 
 

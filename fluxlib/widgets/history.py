@@ -89,8 +89,8 @@ def _describe(file: Path, modified: float) -> str:
     scored = rounds.dropna(subset=["metric"])
     score = f"{rounds['metric_name'].iloc[0]} {scored['metric'].iloc[-1]:.3f}" if len(scored) else "not scored"
     last, planned = int(rounds["round"].max()), store.parameters(file).get("rounds")
-    of = f" of {planned}, unfinished" if planned and last < planned else ""
-    return f"{short_name(file)} · {last}{of} rounds · {score} · {store.place_of(file).name}"
+    done = f"{last} of {planned} rounds, unfinished" if planned and last < planned else f"{last} rounds"
+    return f"{short_name(file)} · {done} · {score} · {store.place_of(file).name}"
 
 
 def short_name(file: Path) -> str:
