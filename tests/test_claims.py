@@ -98,6 +98,30 @@ def test_a_baseline_that_never_arrives_gives_a_lower_bound() -> None:
     assert read("ahead_of_fmq", tables(*runs)).verdict == "agrees"
 
 
+def test_a_run_that_went_on_stands_for_the_plain_one_and_other_variants_do_not_race() -> None:
+    late = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+    longer, other = run("flux", 0, late, variant="long"), run("flux", 0, variant="short")
+    raced = claims.timed(pd.concat([run("fmd", 0), run("flux", 0, late[:3]), longer, other, run("fmq", 0)]))
+    assert raced.groupby("method")["round"].max().to_dict() == {"flux": 5, "fmd": 4, "fmq": 4}
+    by_name = claims.speed_ups(claims.races(raced)).set_index("baseline")
+    assert by_name.loc["fmd", "variant"] == "" and by_name.loc["fmd", "ahead"] == 1
+    # FMQ's run of 40 seconds was over before FLUX reached the target: nobody can say who would have been sooner.
+    assert by_name.loc["fmq", ["ahead", "behind", "baseline_missed"]].tolist() == [0, 0, 1]
+    assert by_name.loc["fmq", "at_least"] < 1
+
+
+def test_scores_of_all_methods_stand_side_by_side() -> None:
+    plain = pd.concat([*grid({0: 10.0, 1: 20.0}), run("fmq", 0), run("fmq", 1)])
+    table = claims.scores(claims.races(plain), plain)
+    by_name = table.set_index("method")
+    assert by_name["final"].to_dict() == pytest.approx({"flux": 1.0, "fmd": 1.0, "fmq": 1 / 3})
+    assert by_name["reached"].to_dict() == {"flux": 2, "fmd": 2, "fmq": 0}
+    assert by_name["base"].to_dict() == pytest.approx({"flux": 0.2, "fmd": 0.2, "fmq": 0.2})
+    (line,) = claims.scores_markdown(table).splitlines()[2:]
+    assert "| 1.000 / 1.000 / 0.333 | 28 / 75 / never | 15 / 40 / 10 |" in line
+    assert "No FLUX and FMD runs" in claims.scores_markdown(claims.scores(claims.races(None), plain))
+
+
 def test_a_base_model_at_the_target_is_no_race() -> None:
     flat = (1.0, 1.0, 1.0)
     (row,) = claims.speed_ups(claims.races(pd.concat([run("fmd", 0, flat), run("flux", 0, flat)]))).to_dict("records")

@@ -11,7 +11,7 @@ from fluxlib.claims import federated, measured
 from fluxlib.claims.base import VERDICTS, Claim, Reading, Tables, load
 from fluxlib.claims.measured import clock_check
 from fluxlib.claims.paper import CLAIMS
-from fluxlib.claims.races import races, scores, scores_markdown, speed_up_markdown, speed_ups
+from fluxlib.claims.races import races, scores, scores_markdown, speed_up_markdown, speed_ups, timed
 from fluxlib.claims.table import claims, goals, page_sections, readings, summary, to_markdown
 
 __all__ = [
@@ -34,5 +34,6 @@ __all__ = [
     "speed_up_markdown",
     "speed_ups",
     "summary",
+    "timed",
     "to_markdown",
 ]

@@ -15,7 +15,7 @@ import pandas as pd
 
 from fluxlib import records
 from fluxlib.claims.numbers import geometric, in_order, shown, shown_interval
-from fluxlib.claims.races import races
+from fluxlib.claims.races import races, timed
 from fluxlib.figures.canvas import clock_shapes, interval
 from fluxlib.studies import verdicts
 
@@ -38,15 +38,21 @@ class Tables:
 
     @cached_property
     def plain_races(self) -> pd.DataFrame:
-        """:func:`fluxlib.claims.races.races` of the unchanged runs."""
+        """:func:`fluxlib.claims.races.races` of the unchanged runs, all with the same number of rounds."""
         return races(None if self.rounds is None else self.rounds[self.rounds["variant"] == ""])
 
-    def plain(self) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
-        """Model by model: its name, the ``rounds`` of its unchanged runs, and their races."""
+    @cached_property
+    def timed_races(self) -> pd.DataFrame:
+        """The same with the runs that were continued for as long as FMD's (:func:`fluxlib.claims.races.timed`)."""
+        return races(None if self.rounds is None else timed(self.rounds))
+
+    def plain(self, timed: bool = False) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+        """Model by model: its name, the ``rounds`` of its unchanged runs, and their races (``timed`` or plain)."""
         if self.rounds is not None:
             rows = self.rounds[self.rounds["variant"] == ""]
+            raced = self.timed_races if timed else self.plain_races
             for name in in_order(rows["model"]):
-                yield name, of_model(rows, name), of_model(self.plain_races, name)
+                yield name, of_model(rows, name), of_model(raced, name)
 
 
 def of_model(table: pd.DataFrame, name: str) -> pd.DataFrame:

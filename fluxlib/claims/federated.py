@@ -30,7 +30,7 @@ def up_to(claim: Claim, tables: Tables) -> list[Reading]:
     """
     assert claim.size is not None
     found = []
-    for name, rounds, raced in tables.plain():
+    for name, rounds, raced in tables.plain(timed=True):
         rows = _against(speed_ups(raced), REFERENCE)
         if rows.empty:
             continue
@@ -58,7 +58,7 @@ def ahead_of(baseline: str) -> Callable[[Claim, Tables], list[Reading]]:
         direction``: it is sooner with more than half of all seeds and tasks. ``does not``: anything else.
         """
         found = []
-        for name, rounds, raced in tables.plain():
+        for name, rounds, raced in tables.plain(timed=True):
             rows = _against(speed_ups(raced), baseline)
             if not rows.empty:
                 found.append(_every_task(claim, name, rows, clock_of(rounds)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,23 @@ OURS, REFERENCE = "flux", "fmd"
 TARGET_FRACTION = 0.95
 FINAL_ROUNDS = 3
 """A final score is the mean of this many last scored rounds, as in notebook 03."""
+LONG = "long"
+"""Variant of runs that have more rounds than the plain ones and are alike otherwise."""
+RACED = ("", "improved")
+"""Variants that race: others change what a method is compared by (local work, budgets, participants)."""
+
+
+def timed(rounds: pd.DataFrame, variants: Sequence[str] = RACED) -> pd.DataFrame:
+    """The runs that race for time: each plain one, or the run of variant ``long`` in its place, and other ``variants``.
+
+    A method whose rounds are short has had little time when all have had twenty rounds; where it has not reached the
+    target by then it may go on for as long as FMD's run lasts.
+    """
+    longer = rounds.loc[rounds["variant"] == LONG].assign(variant="")
+    key = ["model", "task", "seed", "method"]
+    replaced = pd.MultiIndex.from_frame(rounds[key]).isin(pd.MultiIndex.from_frame(longer[key]))
+    kept = rounds[rounds["variant"].isin(variants) & ~(replaced & (rounds["variant"] == ""))]
+    return pd.concat([kept, longer], ignore_index=True)
 
 
 def races(
@@ -70,7 +88,8 @@ def speed_ups(found: pd.DataFrame) -> pd.DataFrame:
     ``baseline_missed`` count seeds, and ``at_least`` is the geometric mean over all seeds with the baseline's whole run
     in the place of a time it never had (NaN if FLUX missed one). ``trivial`` counts seeds whose base model is at the
     target already: they say nothing and are in none of the others. ``ahead`` counts seeds in which FLUX is sooner,
-    ``behind`` those in which it is not; in the rest neither reaches the target.
+    ``behind`` those in which it is not; in the rest neither reaches the target, or the other's run ended before FLUX
+    reached it.
     """
     rows = []
     for (model, task, variant), group in found.groupby(["model", "task", "variant"], sort=False):
@@ -97,7 +116,8 @@ def _against(ours: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
     bounds = np.where(they, theirs, other["end_s"].to_numpy(dtype=float))[reached] / mine[reached]
     speedup, low, high = geometric(ratios)
     final = geometric(ours["final_metric"].to_numpy(dtype=float) / other["final_metric"].to_numpy(dtype=float))
-    ahead = int((ratios > 1).sum() + (reached & ~they).sum())
+    outlasted = np.nan_to_num(mine, nan=np.inf) <= other["end_s"].to_numpy(dtype=float)
+    ahead = int((ratios > 1).sum() + (reached & ~they & outlasted).sum())
     raced = ~trivial
     return {
         "seeds": len(ours), "trivial": int(trivial.sum()), "num_both": int(both.sum()),
@@ -132,7 +152,9 @@ def scores(found: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
         rounds=("round", "mean"),
         round_s=("round_s", "mean"),
     )
-    return table.join(base).reset_index()
+    joined = table.join(base).reset_index()
+    place = {name: number for number, name in enumerate(in_order(joined["model"]))}
+    return joined.sort_values("model", key=lambda names: names.map(lambda name: place[Path(name).name]), kind="stable")
 
 
 def scores_markdown(table: pd.DataFrame) -> str:
@@ -189,14 +211,17 @@ def speed_up_markdown(table: pd.DataFrame) -> str:
     baselines = style.order(table["baseline"])
     titles = [style.method(name).title for name in baselines]
     lines = [
-        "| model | task | seeds | FLUX sooner than " + " | ".join(titles) + " | final score, of FMD's |",
-        "|---|---|---|" + "---|" * (len(titles) + 1),
+        "| model | task | seeds | FLUX sooner than "
+        + " | ".join(titles)
+        + " | rounds, of FMD's | a round shorter by |",
+        "|---|---|---|" + "---|" * (len(titles) + 2),
     ]
     for (model, task, variant), rows in table.groupby(["model", "task", "variant"], sort=False):
         by_name = {row["baseline"]: row for row in rows.to_dict("records")}
         cells = [describe(by_name[name]) if name in by_name else "no run" for name in baselines]
         own = by_name[REFERENCE]
-        final = shown_interval(own["final_ratio"], own["final_low"], own["final_high"], "%")
-        name = f"`{model}`" + (f" ({variant})" if variant else "")
-        lines.append(f"| {name} | `{task}` | {own['seeds']} | " + " | ".join([*cells, final]) + " |")
+        number = f"{own['rounds_ratio']:.2f}×" if own["num_both"] else "–"
+        name = f"`{Path(str(model)).name}`" + (f" ({variant})" if variant else "")
+        cells += [number, f"{own['round_s_ratio']:.2f}×"]
+        lines.append(f"| {name} | `{task}` | {own['seeds']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

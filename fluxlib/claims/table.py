@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from fluxlib.claims import base, races
+from fluxlib.claims import base
 from fluxlib.claims.base import MISSING, VERDICTS, Claim, Reading, Tables
 from fluxlib.claims.paper import CLAIMS
+from fluxlib.claims.races import scores, scores_markdown, speed_up_markdown, speed_ups
 from fluxlib.config import REPO_ROOT
 
 BENCHMARKS = REPO_ROOT / "benchmarks" / "results"
@@ -115,11 +116,10 @@ def summary(table: pd.DataFrame) -> str:
 
 def page_sections(results: Path, benchmarks: Path | None = BENCHMARKS) -> dict[str, str]:
     """Generated parts of a page (:mod:`fluxlib.pages`) from one profile's results: ``races`` and ``claims``."""
-    rounds = base.load(results, benchmarks).rounds
-    raced = races.races(rounds)
-    parts = [races.speed_up_markdown(races.speed_ups(raced))]
-    if rounds is not None:
-        parts.insert(0, races.scores_markdown(races.scores(raced, rounds)))
+    tables = base.load(results, benchmarks)
+    parts = [speed_up_markdown(speed_ups(tables.timed_races))]
+    if tables.rounds is not None:
+        parts.insert(0, scores_markdown(scores(tables.plain_races, tables.rounds)))
     return {"races": "\n\n".join(parts), "claims": to_markdown(claims(results, benchmarks))}
 
 
