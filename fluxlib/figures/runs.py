@@ -13,8 +13,10 @@ from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, dr
 from fluxlib.figures.plans import draw_roles
 from fluxlib.figures.times import CLOCKS, time_to_target
 
-LINES = ("-", "--", "-.", ":")
-MARKERS = "osD^vPX*"
+LINES = ("--", "-.", ":")
+MARKERS = "vPX*<>hd"
+SPARE = ("#009E73", "#CC79A7", "#000000", "#8C6D1F", "#5D3A9B", "#7F7F7F")
+"""Looks of runs whose method is drawn already."""
 
 
 def compare_runs(runs: Mapping[str, pd.DataFrame], target: float) -> pd.DataFrame:
@@ -59,9 +61,10 @@ def curves(
     parts = np.asarray(figure.subfigures(2, 1, height_ratios=(2.9, 2.1))) if with_roles else (figure, None)
     upper, lower = parts
     axes = np.asarray(upper.subplots(1, len(clocks), squeeze=False))[0]
+    looks = _looks(runs)
     for ax, clock in zip(axes, clocks, strict=True):
-        for index, (label, run) in enumerate(runs.items()):
-            _line(ax, run, clock, label, index)
+        for label, run in runs.items():
+            _line(ax, run, clock, label, looks[label])
         if target is not None:
             ax.axhline(target, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
             ax.annotate(f"target {target:.3f}", (1.0, target), xycoords=ax.get_yaxis_transform(), ha="right",
@@ -80,11 +83,20 @@ def _metric(runs: Mapping[str, pd.DataFrame]) -> str:
     return next((str(run["metric_name"].iloc[0]) for run in runs.values() if len(run)), "")
 
 
-def _line(ax: Any, run: pd.DataFrame, clock: str, label: str, index: int) -> None:
+def _looks(runs: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, Any]]:
+    """A method's own look for its first run, spare ones for its others."""
+    spare = iter([(color, MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]) for i, color in enumerate(SPARE * 4)])
+    found: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+    for label, run in runs.items():
+        method = str(run["method"].iloc[0]) if len(run) else ""
+        own = style.method(method)
+        color, marker, line = next(spare) if method in seen else (own.color, own.marker, own.line)
+        found[label] = {"color": color, "marker": marker, "linestyle": line}
+        seen.add(method)
+    return found
+
+
+def _line(ax: Any, run: pd.DataFrame, clock: str, label: str, look: dict[str, Any]) -> None:
     scored = run.dropna(subset=["metric"])
-    look = style.method(str(run["method"].iloc[0])) if len(run) else style.METHODS["flux"]
-    shades = (look.color, "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#0072B2", "#D55E00")
-    ax.plot(
-        scored[clock], scored["metric"], label=label, color=shades[index % len(shades)] if index else look.color,
-        marker=MARKERS[index % len(MARKERS)], linestyle=LINES[index % len(LINES)], markevery=max(1, len(scored) // 8),
-    )  # fmt: skip
+    ax.plot(scored[clock], scored["metric"], label=label, markevery=max(1, len(scored) // 8), **look)

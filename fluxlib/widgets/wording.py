@@ -17,13 +17,13 @@ COLUMNS = {
     "rounds": ("rounds done", "{}"),
     "best_metric": ("best score", "{:.3f}"),
     "final_metric": ("last score", "{:.3f}"),
-    "device_s_to_target": ("to target: device clock, s", "{:.1f}"),
-    "wall_s_to_target": ("measured here, s", "{:.1f}"),
+    "device_s_to_target": ("to target: device s", "{:.1f}"),
+    "wall_s_to_target": ("measured s", "{:.1f}"),
     "round_to_target": ("rounds", "{:.1f}"),
 }
 """Of a comparison: what stands above a column, and how its values are written."""
 
-STYLE = """<style>.flux table {border-collapse: collapse; margin: 4px 0} .flux th, .flux td {padding: 2px 10px;
+STYLE = """<style>.flux table {border-collapse: collapse; margin: 4px 0} .flux th, .flux td {padding: 2px 8px;
 text-align: right; white-space: nowrap} .flux th:first-child, .flux td:first-child {text-align: left}
 .flux thead {border-bottom: 1px solid #999}</style>"""
 
@@ -34,10 +34,10 @@ def compared(times: pd.DataFrame, target_frac: float) -> str:
     head = "".join(f"<th>{title}</th>" for title, _ in COLUMNS.values())
     body = ""
     for row in times.to_dict(orient="records"):
-        cells = (("not reached" if value != value else form.format(value))
+        cells = (("–" if value != value else form.format(value))
                  for value, form in ((row[name], form) for name, (_, form) in COLUMNS.items()))  # fmt: skip
         body += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-    said = f"Target: {metric} {target:.3f}, {target_frac:.0%} of the best score shown (dotted line)."
+    said = f"Target: {metric} {target:.3f}, {target_frac:.0%} of the best score shown (dotted line); –: not reached."
     return f"{STYLE}<div class='flux'>{said}<table><thead><tr>{head}</tr></thead>{body}</table></div>"
 
 
