@@ -254,30 +254,31 @@ def list_runs(
     out: Annotated[Path | None, typer.Option(help="folder of tables; default: every profile's, build/runs")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the runs in the store: last round, score, both clocks.
+    """List the runs in the store: last round, score, both clocks; exit code 1 if one cannot be read.
 
     \b
     Example:
         fluxlib list --json
     """
     from fluxlib import records, store
-    from fluxlib.config import ConfigError
 
     folders = [_existing(out)] if out else store.folders()
-    try:
-        last = [
-            _last(store.read(file)) | {"path": str(file), "unfinished": store.is_checkpoint(file)}
-            for file in store.runs(folders).values()
-        ]
-    except records.TableError as error:
-        raise ConfigError(str(error)) from None
+    last, broken = [], []
+    for file in store.runs(folders).values():
+        try:
+            last.append(_last(store.read(file)) | {"path": str(file), "unfinished": store.is_checkpoint(file)})
+        except records.TableError as error:
+            broken.append(f"cannot be read: {error}")
     if as_json:
         print(json.dumps(last))
-        return
-    if not last:
+    elif not last and not broken:
         print(f"no runs in {', '.join(map(str, folders))}: `make reproduce` or `fluxlib run` makes some")
-    for row in last:
-        print(f"{records.describe_round(row)}  {row['path']}" + "  unfinished" * row["unfinished"])
+    else:
+        for row in last:
+            print(f"{records.describe_round(row)}  {row['path']}" + "  unfinished" * row["unfinished"])
+    if broken:
+        print("\n".join(broken), file=sys.stderr)
+        raise SystemExit(1)
 
 
 def _existing(folder: Path) -> Path:
@@ -452,15 +453,16 @@ def claims(
     known = sorted(file.stem for file in (REPO_ROOT / "config").glob("*.yaml"))
     if out is None and profile_name not in known:
         raise ConfigError(f"no profile {profile_name!r}; allowed are {', '.join(known)}")
+    folder = _existing(out) if out else results_dir(profile_name)
     from fluxlib import claims as judged
     from fluxlib import pages
 
     try:
-        table = judged.claims(out or results_dir(profile_name))
+        table = judged.claims(folder)
     except (records.TableError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     if readme is not None:
-        for name, text in judged.page_sections(out or results_dir(profile_name)).items():
+        for name, text in judged.page_sections(folder).items():
             pages.replace(readme, name, text)
     print(table.to_json(orient="records") if as_json else judged.to_markdown(table))
 

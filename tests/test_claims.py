@@ -110,6 +110,33 @@ def test_a_run_that_went_on_stands_for_the_plain_one_and_other_variants_do_not_r
     assert by_name.loc["fmq", "at_least"] < 1
 
 
+def test_a_race_that_was_cut_short_is_left_open() -> None:
+    late = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+    runs = [run("fmd", 0), run("flux", 0, late[:3]), run("flux", 0, late, variant="long"), run("fmq", 0)]
+    other = [run(method, 0, task="mini-mmlu") for method in SCORES]
+    for found, verdict, reached in ((other, "agrees", True), ([*runs, *other], "agrees in direction", False)):
+        reading = read("ahead_of_fmq", tables(*found))
+        assert (reading.verdict, reading.reached) == (verdict, reached)
+    assert "FMQ never (1 of 1), its run over before FLUX arrived in 1" in reading.ours
+    assert "1 of 2 left open" in reading.reason
+
+
+def test_what_goes_beyond_the_paper_is_no_evidence_for_its_claims() -> None:
+    better = [run(m, 0, seconds=s, variant="improved") for m, s in (("fmd", 40.0), ("flux", 1.0))]
+    plain = [*grid({0: 20.0}), run("fmq", 0)]
+    assert (read("speed_up", tables(*plain, *better)).value, len(tables(*plain).timed_races)) == (2.0, 3)
+    assert read("ahead_of_fmd", tables(*plain, *better)).ours == "`mini-dolly` 2×"
+    alone = claims.speed_up_markdown(claims.speed_ups(claims.races(pd.concat([*plain, better[1]]))))
+    assert "(improved) | `mini-dolly` | 1 | 40× (unchanged) |" in alone
+    both = claims.speed_ups(claims.races(pd.concat([*plain, *better]))).set_index(["variant", "baseline"])["as_it_is"]
+    assert both.to_dict() == {
+        ("", "fmd"): False,
+        ("", "fmq"): False,
+        ("improved", "fmd"): False,
+        ("improved", "fmq"): True,
+    }
+
+
 def test_scores_of_all_methods_stand_side_by_side() -> None:
     plain = pd.concat([*grid({0: 10.0, 1: 20.0}), run("fmq", 0), run("fmq", 1)])
     table = claims.scores(claims.races(plain), plain)
@@ -144,6 +171,12 @@ def test_a_variant_meets_its_own_baseline_and_else_the_plain_one_of_the_same_siz
 def test_up_to_needs_every_seed_of_one_task(seconds: dict[int, float], verdict: str) -> None:
     slow = [run(m, seed, seconds=40.0, task="mini-mmlu") for m in ("fmd", "flux") for seed in (0, 1)]
     assert read("speed_up", tables(*grid(seconds), *slow)).verdict == verdict
+
+
+def test_up_to_tells_of_an_interval_that_reaches_below_the_papers() -> None:
+    reading = read("speed_up", tables(*grid({0: 5.0, 1: 10.0})))
+    assert (reading.verdict, reading.reason) == ("agrees", "the interval includes less than the paper's")
+    assert read("speed_up", tables(*grid({0: 5.0, 1: 6.0}))).reason == ""
 
 
 def test_every_task_means_every_task() -> None:
@@ -237,7 +270,7 @@ def test_the_weakest_model_decides_but_for_up_to() -> None:
 def test_numbers_in_words() -> None:
     assert (shown(0.1101, "%"), shown(-0.02, "%"), shown(4.75, "x")) == ("11 %", "−2 %", "4.75×")
     assert shown_interval(0.5, 0.4, 0.6) == "0.5 (0.4 to 0.6)" and shown_interval(0.5, 0.5, 0.5) == "0.5"
-    assert geometric([2.0, 8.0])[0] == pytest.approx(4.0)
+    assert geometric([2.0, 8.0])[0] == pytest.approx(4.0) and geometric([2.0, 0.0]) == (0.0, 0.0, 2.0)
     assert measured.clock_check(studies.measurements(
         rows("clock_check", "train, measured", 3.0) + rows("clock_check", "train, predicted", 2.0), "x"
     )) == {"train": 1.5}  # fmt: skip
@@ -264,6 +297,11 @@ def test_the_command_prints_writes_and_refuses(tmp_path: Path, monkeypatch, caps
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and "allowed are full, mini" in capsys.readouterr().err
+    before = page.read_text()
+    monkeypatch.setattr("sys.argv", ["fluxlib", "claims", "--out", str(tmp_path / "typo"), "--readme", str(page)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "no folder" in capsys.readouterr().err and page.read_text() == before
 
 
 def test_the_readme_says_what_the_tracked_tables_say() -> None:

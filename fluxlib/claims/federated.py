@@ -38,8 +38,9 @@ def up_to(claim: Claim, tables: Tables) -> list[Reading]:
         best = (whole if len(whole) else rows).fillna({"speedup": 0.0}).sort_values("speedup").iloc[-1]
         value = float(best["speedup"]) if len(whole) else np.nan
         verdict = DIFFERS if not len(whole) else AGREES if value >= claim.size else DIRECTION
-        why = "" if verdict == AGREES else _why_not_faster(best, tables, rounds)
         low, high = (float(best[end]) if len(whole) else np.nan for end in ("low", "high"))
+        unsure = "the interval includes less than the paper's" if low < claim.size else ""
+        why = unsure if verdict == AGREES else _why_not_faster(best, tables, rounds)
         found.append(Reading(
             name, verdict, f"{describe(best)} on `{best['task']}`", value, low, high,
             seeds=int(best["seeds"]), tasks=tuple(rows["task"]), clock=clock_of(rounds),
@@ -54,8 +55,9 @@ def ahead_of(baseline: str) -> Callable[[Claim, Tables], list[Reading]]:
     def read(claim: Claim, tables: Tables) -> list[Reading]:
         """Every task of a model; a task where neither method reaches the target, or both begin there, says nothing.
 
-        ``agrees``: FLUX is sooner with every seed of every task (or the baseline never arrives). ``agrees in
-        direction``: it is sooner with more than half of all seeds and tasks. ``does not``: anything else.
+        ``agrees``: FLUX is sooner with every seed of every task (or the baseline never arrives), and none is left open:
+        neither arrives, or the baseline's run was over before FLUX arrived. ``agrees in direction``: it is sooner with
+        more than half of the seeds and tasks that are decided. ``does not``: anything else.
         """
         found = []
         for name, rounds, raced in tables.plain(timed=True):
@@ -69,7 +71,8 @@ def ahead_of(baseline: str) -> Callable[[Claim, Tables], list[Reading]]:
 
 def _every_task(claim: Claim, name: str, rows: pd.DataFrame, clock: str) -> Reading:
     ahead, behind = int(rows["ahead"].sum()), int(rows["behind"].sum())
-    verdict = AGREES if ahead and not behind else DIRECTION if ahead > behind else DIFFERS
+    undecided = int((rows["seeds"] - rows["trivial"]).sum()) - ahead - behind
+    verdict = AGREES if ahead and not behind + undecided else DIRECTION if ahead > behind else DIFFERS
     told = [f"`{row['task']}` {describe(row)}" for row in rows.to_dict("records")]
     worst = float(rows["at_least"].min(skipna=False)) if not behind else np.nan
     raced = rows[(rows["ahead"] + rows["behind"]) > 0]
@@ -79,7 +82,9 @@ def _every_task(claim: Claim, name: str, rows: pd.DataFrame, clock: str) -> Read
               for row in lost.to_dict("records")]  # fmt: skip
     none = [f"`{row['task']}`" for row in rows.to_dict("records") if not row["ahead"] + row["behind"]]
     parts += [f"no race on {', '.join(none)}"] if none else []
-    reached = None if claim.reach is None else bool(len(raced) and raced["at_least"].min(skipna=False) > claim.reach)
+    parts += [f"{undecided} of {ahead + behind + undecided} left open"] if undecided else []
+    hit = len(raced) and not undecided and raced["at_least"].min(skipna=False) > claim.reach
+    reached = None if claim.reach is None else bool(hit)
     return Reading(
         name, verdict, "; ".join(told), worst, seeds=int(rows["seeds"].max()), tasks=tuple(rows["task"]), clock=clock,
         reached=reached, reason="; ".join(parts),

@@ -36,7 +36,12 @@ def shown_interval(value: float, low: float, high: float, unit: str = "") -> str
 
 
 def geometric(ratios: Iterable[float]) -> tuple[float, float, float]:
-    """Geometric mean of ratios over seeds and its interval: that of :func:`canvas.interval`, on logarithms."""
+    """Geometric mean of ratios over seeds and its interval: that of :func:`canvas.interval`, on logarithms.
+
+    One ratio of 0 makes it 0; NaN are left out.
+    """
     found = np.asarray(list(ratios), dtype=float)
+    if (found == 0).any():
+        return 0.0, 0.0, float(np.nanmax(found))
     mean, low, high = interval(np.log(found[found > 0]))
     return float(np.exp(mean)), float(np.exp(low)), float(np.exp(high))

@@ -46,8 +46,8 @@ def races(
     at least as many device seconds. Seeds and variants without FMD are left out.
 
     Returns:
-        columns of :func:`fluxlib.figures.times.times_to_target` and ``variant``, ``end_s`` (device seconds of the whole
-        run) and ``round_s`` (mean of its rounds).
+        columns of :func:`fluxlib.figures.times.times_to_target` and ``variant`` (FLUX's), ``own_variant`` (the run's),
+        ``end_s`` (device seconds of the whole run) and ``round_s`` (mean of its rounds).
     """
     found = []
     groups: Any = [] if rounds is None else rounds.groupby(["model", "task", "seed"], sort=False)
@@ -77,7 +77,8 @@ def _field(runs: pd.DataFrame, variant: str) -> pd.DataFrame:
 
 def _ends(runs: pd.DataFrame) -> pd.DataFrame:
     trained = runs[runs["round"] > 0].groupby("method")
-    return trained.agg(end_s=("device_s", "max"), round_s=("round_device_s", "mean")).reset_index()
+    kept = {"own_variant": ("variant", "first"), "end_s": ("device_s", "max"), "round_s": ("round_device_s", "mean")}
+    return trained.agg(**kept).reset_index()
 
 
 def speed_ups(found: pd.DataFrame) -> pd.DataFrame:
@@ -129,6 +130,7 @@ def _against(ours: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
         "round_s_ratio": geometric(other["round_s"].to_numpy() / ours["round_s"].to_numpy())[0],
         "final_ratio": final[0], "final_low": final[1], "final_high": final[2],
         "clock_model": ours["clock_model"].iloc[0], "link": ours["link"].iloc[0],
+        "as_it_is": bool((other["own_variant"].to_numpy() != ours["own_variant"].to_numpy()).any()),
     }  # fmt: skip
 
 
@@ -200,12 +202,17 @@ def describe(row: Any) -> str:
         only = " FLUX only otherwise" if not rest and row["ours_missed"] < raced else ""
         return f"never ({row['ours_missed']} of {raced}){rest}{only}"
     if row["baseline_missed"]:
-        return f"> {row['at_least']:.3g}×, {title} never ({row['baseline_missed']} of {raced})"
+        open_races = raced - row["ahead"] - row["behind"]
+        ended = f", its run over before FLUX arrived in {open_races}" if open_races else ""
+        return f"> {row['at_least']:.3g}×, {title} never ({row['baseline_missed']} of {raced}){ended}"
     return value
 
 
 def speed_up_markdown(table: pd.DataFrame) -> str:
-    """The speed-ups as a Markdown table: one line per model, task and variant, one column per baseline."""
+    """The speed-ups as a Markdown table: one line per model, task and variant, one column per baseline.
+
+    ``unchanged``: a variant of FLUX met a baseline without what the variant changes, on the link above all.
+    """
     if table.empty:
         return "*No race: no FLUX and FMD runs with the same model, task and seed.*"
     baselines = style.order(table["baseline"])
@@ -218,7 +225,10 @@ def speed_up_markdown(table: pd.DataFrame) -> str:
     ]
     for (model, task, variant), rows in table.groupby(["model", "task", "variant"], sort=False):
         by_name = {row["baseline"]: row for row in rows.to_dict("records")}
-        cells = [describe(by_name[name]) if name in by_name else "no run" for name in baselines]
+        cells = [
+            describe(by_name[name]) + " (unchanged)" * by_name[name]["as_it_is"] if name in by_name else "no run"
+            for name in baselines
+        ]
         own = by_name[REFERENCE]
         number = f"{own['rounds_ratio']:.2f}×" if own["num_both"] else "–"
         name = f"`{Path(str(model)).name}`" + (f" ({variant})" if variant else "")
