@@ -77,6 +77,16 @@ def test_a_profile_has_what_the_trials_say(profile: str) -> None:
             assert (run.learning_rate, run.local_steps) == tuple(chosen.loc[run.method].drop_duplicates().iloc[0])
 
 
+@pytest.mark.parametrize("profile", ["mini", "full"])
+def test_fmd_has_what_helps_flux_on_the_link(profile: str) -> None:
+    runs = workflow.load_profile(REPO_ROOT / "config" / f"{profile}.yaml").runs.values()
+    places = {
+        m: {(r.model, r.task, r.seed) for r in runs if (r.method, r.variant) == (m, "improved")}
+        for m in ("flux", "fmd")
+    }
+    assert places["flux"] and places["flux"] == places["fmd"]
+
+
 def test_an_unequal_search_is_refused() -> None:
     less = ROUNDS[ROUNDS["run_id"] != "fmd-more-0"]
     with pytest.raises(ValueError, match="equally many trials; there are: flux on m 3, fmd on m 2"):
