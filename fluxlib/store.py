@@ -58,14 +58,21 @@ def read(file: Path, table: str = "rounds") -> pd.DataFrame:
     """The ``table`` of the run whose ``rounds`` are in ``file``.
 
     Raises:
-        records.TableError: no such table, or one that does not fit the schema.
+        records.TableError: no such table, one that does not fit the schema, or ``rounds`` without a row.
     """
+    found = _read(file, table)
+    if table == "rounds" and found.empty:
+        raise records.TableError(f"{file}: no round in it")
+    return found
+
+
+def _read(file: Path, table: str) -> pd.DataFrame:
     if not is_checkpoint(file):
         return records.read(table, file if table == "rounds" else file.parent.parent / table / file.name)
     for _ in range(RETRIES):
         try:
             return records.read(table, file.parent / _manifest(file.parent)["files"][table])
-        except (records.TableError, KeyError):
+        except (records.TableError, KeyError, TypeError):
             continue  # a run that goes on replaces its checkpoint after every round
     raise records.TableError(f"no {table!r} table in {file.parent}")
 
@@ -73,28 +80,34 @@ def read(file: Path, table: str = "rounds") -> pd.DataFrame:
 def parameters(file: Path) -> dict[str, Any]:
     """The configuration of the run whose ``rounds`` are in ``file``, as it was stored; empty where none was."""
     if is_checkpoint(file):
-        return dict(_manifest(file.parent).get("config", {}))
-    try:
-        return dict(json.loads(file.with_suffix(".json").read_text()).get("parameters", {}))
-    except (OSError, ValueError):
-        return {}
+        found = _manifest(file.parent).get("config")
+    else:
+        found = _object(file.with_suffix(".json")).get("parameters")
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def _unfinished(place: Path) -> dict[str, Path]:
     """Tables of rounds in checkpoints, by run."""
     found = {}
     for folder in place.glob(f"{CHECKPOINTS}/*"):
-        name = _manifest(folder).get("files", {}).get("rounds")
-        if name and (folder / name).is_file():
+        files = _manifest(folder).get("files")
+        name = files.get("rounds") if isinstance(files, dict) else None
+        if isinstance(name, str) and (folder / name).is_file():
             found[folder.name] = folder / name
     return found
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    return _object(folder / "manifest.json")
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``; empty where there is none: a file may be half written, or of another program."""
     try:
-        return dict(json.loads((folder / "manifest.json").read_text()))
+        found = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def modified(file: Path) -> float:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from fluxlib import cli, doctor, records
+from fluxlib import cli, doctor, records, store
 from fluxlib.config import ConfigError
 
 DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
@@ -171,6 +171,23 @@ def test_list_shows_the_last_round_of_every_run(call, rounds, tmp_path):
     assert "no runs in" in call("list", "--out", tmp_path / "empty")[1]
     code, _, err = call("list", "--out", tmp_path / "none")
     assert (code, err) == (2, f"error: --out is {tmp_path / 'none'}, which is no folder\n")
+
+
+def test_list_shows_what_can_be_read_and_names_the_rest(call, rounds, tmp_path):
+    good = records.write("rounds", rounds, tmp_path / "rounds" / "flux-m-t-seed0.parquet", {})
+    records.write("rounds", rounds[:0], good.with_name("flux-m-t-seed1.parquet"), {})
+    good.with_name("flux-m-t-seed2.parquet").write_bytes(good.read_bytes()[:200])
+    for number, text in enumerate(('{"files": {"rou', "3", '{"files": [1]}', '{"files": {"rounds": 5}}')):
+        (folder := tmp_path / "checkpoints" / f"run{number}").mkdir(parents=True)
+        (folder / "manifest.json").write_text(text)
+    code, out, err = call("list", "--out", tmp_path, "--json")
+    assert (code, [row["run_id"] for row in json.loads(out)]) == (1, ["flux-m-t-seed0"])
+    lines = err.strip().splitlines()
+    assert all(line.startswith("cannot be read: ") for line in lines)
+    assert ["seed1" in lines[0], "no round in it" in lines[0], "seed2" in lines[1]] == [True] * 3
+    for text in ("[]", '{"parameters": 3}', '{"par'):
+        good.with_suffix(".json").write_text(text)
+        assert store.parameters(good) == {}
 
 
 def test_an_unknown_notebook_lists_those_beside_it(call, tmp_path):
