@@ -206,7 +206,10 @@ def save_participant(
         raise ConfigError(f"participant is {participant}, allowed is 0 to {config.participants - 1}")
     if (path / WEIGHTS).exists():
         raise ConfigError(f"{path} holds a compact model already; give a new folder")
-    model, tokenizer = models.load(source)
+    try:
+        model, tokenizer = models.load(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{source} holds no model that can be loaded: {error}") from None
     task, parts = federation.load_task(config)
     own = [task.train[index] for index in parts[participant]][:PROFILE_SAMPLES]
     batch = make_batch(own, tokenizer, config.max_tokens)
@@ -241,7 +244,10 @@ def save_participant(
 def _config(source: Path, tune_fraction: float | None, merge_fraction: float | None) -> RunConfig:
     if not (source / RUN).is_file():
         raise ConfigError(f"{source} has no {RUN}: give a folder that `fluxlib run --save` wrote")
-    found = json.loads((source / RUN).read_text())["config"]
+    try:
+        found = dict(json.loads((source / RUN).read_text())["config"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{source / RUN} does not hold the settings of a run: was it changed, or cut off?") from None
     given = {"tune_fraction": tune_fraction, "merge_fraction": merge_fraction}
     return make_config(found | {name: value for name, value in given.items() if value is not None})
 

@@ -118,6 +118,19 @@ def test_an_impossible_export_is_refused(tuned, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 3}'])
+def test_broken_settings_are_no_traceback(text, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match="does not hold the settings of a run"):
+        exports.save_participant(tmp_path, tmp_path / "b")
+
+
+def test_settings_without_a_model_are_no_traceback(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"config": make_config({}).model_dump(mode="json")}))
+    with pytest.raises(ConfigError, match="holds no model that can be loaded"):
+        exports.save_participant(tmp_path, tmp_path / "b")
+
+
 def test_a_run_is_found_by_what_a_person_would_type(tmp_path):
     for place, run_id in (("a", "flux-m-t-seed0"), ("a", "fmd-m-t-seed0"), ("b", "flux-m-t-seed0")):
         records.write("rounds", rounds(run_id), tmp_path / place / "rounds" / f"{run_id}.parquet", {})
