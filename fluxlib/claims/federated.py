@@ -83,8 +83,8 @@ def _every_task(claim: Claim, name: str, rows: pd.DataFrame, clock: str) -> Read
     none = [f"`{row['task']}`" for row in rows.to_dict("records") if not row["ahead"] + row["behind"]]
     parts += [f"no race on {', '.join(none)}"] if none else []
     parts += [f"{undecided} of {ahead + behind + undecided} left open"] if undecided else []
-    hit = len(raced) and not undecided and raced["at_least"].min(skipna=False) > claim.reach
-    reached = None if claim.reach is None else bool(hit)
+    least = float(raced["at_least"].min(skipna=False)) if len(raced) and not undecided else np.nan
+    reached = None if claim.reach is None else least > claim.reach
     return Reading(
         name, verdict, "; ".join(told), worst, seeds=int(rows["seeds"].max()), tasks=tuple(rows["task"]), clock=clock,
         reached=reached, reason="; ".join(parts),
