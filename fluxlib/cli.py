@@ -415,7 +415,7 @@ def trials(
 ) -> None:
     """Print the trials of `make reproduce PROFILE=tune`: every setting of every method, and the best of each."""
     from fluxlib import records
-    from fluxlib.config import ConfigError, results_dir
+    from fluxlib.config import ConfigError, check_writable, results_dir
 
     folder = out or results_dir("tune")
     try:
@@ -430,7 +430,7 @@ def trials(
     except (records.TableError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     if figure is not None:
-        figures.save(figures.draw_trials(table), "trials", figure, table)
+        figures.save(figures.draw_trials(table), "trials", check_writable(figure), table)
     print(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="{:.4g}".format))
 
 

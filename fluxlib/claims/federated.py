@@ -11,9 +11,10 @@ import pandas as pd
 from fluxlib.claims import base
 from fluxlib.claims.base import AGREES, DIFFERS, DIRECTION, Claim, Reading, Tables, clock_of, of_model
 from fluxlib.claims.numbers import in_order, shown, shown_interval
-from fluxlib.claims.races import FINAL_ROUNDS, OURS, REFERENCE, TARGET_FRACTION, describe, races, speed_ups
+from fluxlib.claims.races import OURS, REFERENCE, TARGET_FRACTION, describe, races, speed_ups
 from fluxlib.figures import overhead
 from fluxlib.figures.canvas import interval
+from fluxlib.figures.times import FINAL_ROUNDS
 
 OWN_PHASES = ("merge", "quantize", "profile", "probe")
 SCALE = (10, 20, 30)

@@ -11,12 +11,10 @@ import pandas as pd
 
 from fluxlib import style
 from fluxlib.claims.numbers import geometric, in_order, shown_interval
-from fluxlib.figures.times import times_to_target
+from fluxlib.figures.times import FINAL_ROUNDS, times_to_target
 
 OURS, REFERENCE = "flux", "fmd"
 TARGET_FRACTION = 0.95
-FINAL_ROUNDS = 3
-"""A final score is the mean of this many last scored rounds, as in notebook 03."""
 LONG = "long"
 """Variant of runs that have more rounds than the plain ones and are alike otherwise."""
 RACED = ("", "improved")

@@ -11,7 +11,7 @@ from fluxlib import style
 from fluxlib.devices import catalogue
 from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, interval, unique
 from fluxlib.figures.measured import HATCHES, study
-from fluxlib.figures.times import times_to_target
+from fluxlib.figures.times import FINAL_ROUNDS, times_to_target
 from fluxlib.records import PHASES
 
 SERIAL = tuple(phase for phase in PHASES if phase not in ("quantize", "profile"))
@@ -66,7 +66,7 @@ def relinked(rounds: pd.DataFrame, participants: pd.DataFrame, link: str) -> pd.
 def speedups(rounds: pd.DataFrame, participants: pd.DataFrame, target_fraction: float = 0.95) -> pd.DataFrame:
     """Speed-up over FMD on the device clock for every link of the catalogue, one row per run and link."""
     found = [
-        times_to_target(relinked(rounds, participants, link), target_fraction).assign(
+        times_to_target(relinked(rounds, participants, link), target_fraction, final_rounds=FINAL_ROUNDS).assign(
             up_bits_per_s=8 * catalogue.LINKS[link].up_bytes_per_s
         )
         for link in catalogue.LINKS

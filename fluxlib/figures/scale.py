@@ -22,7 +22,7 @@ from fluxlib.figures.canvas import (
     unique,
 )
 from fluxlib.figures.measured import LINES, MARKERS, shades
-from fluxlib.figures.times import time_to_target
+from fluxlib.figures.times import final_score, time_to_target
 
 FEDERATION = ["participants", "participants_per_round", "alpha"]
 """What the target depends on: FMD has no budget, so all budgets have the same one."""
@@ -54,7 +54,7 @@ def outcomes(
     rows: list[dict[str, Any]] = []
     for _, group in rounds.groupby(["model", "task", *FEDERATION], sort=False):
         scored = group.dropna(subset=["metric"]).sort_values("round")
-        finals = scored[scored["method"] == reference].groupby("run_id")["metric"].last()
+        finals = scored[scored["method"] == reference].groupby("run_id")["metric"].agg(final_score)
         target = target_fraction * float(finals.mean()) if len(finals) else math.nan
         for run_id, run in scored.groupby("run_id", sort=False):
             rows += [_one(run, group[group["run_id"] == run_id], target, name) for name in _asked(run, questions)]
@@ -72,7 +72,7 @@ def _one(scored: pd.DataFrame, run: pd.DataFrame, target: float, question: str) 
     return (
         {"question": question}
         | {name: first[name] for name in (*IDENTITY, *FEDERATION, "tune_fraction", "merge_fraction")}
-        | {"final_metric": metrics[-1], "target": target, "end_s": end_s}
+        | {"final_metric": final_score(metrics), "target": target, "end_s": end_s}
         | times
         | {"at_least_s": end_s if math.isnan(times["device_s"]) and not math.isnan(target) else times["device_s"]}
         | {"round_mb": float((trained["uplink_bytes"] + trained["downlink_bytes"]).mean()) / 1e6}

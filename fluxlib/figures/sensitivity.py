@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm
 from fluxlib import style
 from fluxlib.devices import catalogue
 from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn, interval, notice, unique
-from fluxlib.figures.times import times_to_target
+from fluxlib.figures.times import FINAL_ROUNDS, times_to_target
 
 PLACE = ["model", "task", "fleet", "link"]
 REACHED, AT_LEAST, AT_MOST, NEITHER = "", "at least", "at most", "neither"
@@ -47,7 +47,7 @@ def speedups(
     rows: list[dict[str, Any]] = []
     kept = comparable(recounted, method, reference)
     for place, part in kept.groupby(["fleet", "link"], sort=False) if len(kept) else ():
-        times = times_to_target(part, target_fraction, reference)
+        times = times_to_target(part, target_fraction, reference, FINAL_ROUNDS)
         keys = ["model", "task", "method", "seed"]
         ends = part.groupby(keys).agg(end_s=("device_s", "max"), memory_share=("memory_share", "max"))
         times = times.merge(ends.reset_index(), on=keys)

@@ -17,6 +17,8 @@ from fluxlib.figures.canvas import clock_shapes, interval, interval_name
 
 CLOCKS = tuple(style.CLOCKS)
 """Columns of ``rounds`` in which time may be counted: both clocks, and rounds."""
+FINAL_ROUNDS = 3
+"""A final score is the mean of this many last scored rounds, wherever methods are compared."""
 
 
 def time_to_target(times: Sequence[float], metrics: Sequence[float], target: float) -> float:
@@ -134,8 +136,13 @@ def option_table(
     return table.join(trained["round_device_s"].mean()).reset_index()
 
 
+def final_score(scores: Sequence[float], final_rounds: int = FINAL_ROUNDS) -> float:
+    """Mean of the last scores, in the order of the rounds, NaN left out."""
+    return float(pd.Series(scores).dropna().tail(final_rounds).mean())
+
+
 def _final(run: pd.DataFrame, final_rounds: int) -> float:
-    return float(run.sort_values("round")["metric"].dropna().tail(final_rounds).mean())
+    return final_score(run.sort_values("round")["metric"].tolist(), final_rounds)
 
 
 def _with_speedups(times: pd.DataFrame, reference: str) -> pd.DataFrame:

@@ -63,7 +63,10 @@ class History:
 
     def _press(self, *_: Any) -> None:
         try:
-            self._on_take_over(make_config(store.parameters(self.choice.value[0])))
+            found = store.parameters(self.choice.value[0])
+            if not found:
+                raise ConfigError("nothing readable says what they were")
+            self._on_take_over(make_config(found))
         except ConfigError as error:
             self.note.value = f"These settings cannot be taken over: {error}"
 
@@ -96,7 +99,7 @@ def _describe(file: Path, modified: float) -> str:
 def short_name(file: Path) -> str:
     """Method, what was changed, and seed: what sets runs of one model and task apart."""
     found = store.parameters(file)
-    if not found:
+    if not {"method", "seed"} <= set(found):
         return store.run_id(file)
     title = style.method(str(found["method"])).title
     return " ".join(part for part in (title, str(found.get("variant", "")), f"seed {found['seed']}") if part)
