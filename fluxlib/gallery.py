@@ -18,6 +18,11 @@ MODELS = ("mini-llama-moe", "mini-deepseek-moe")
 TITLES: dict[str, str] = {
     "convergence": "Score over time of each method",
     "time_to_accuracy": "Time to target, and how much sooner than FMD",
+    "claims": "Ours beside the paper's, claim by claim",
+    "speed_up": "How much sooner FLUX is, task by task",
+    "sensitivity": "The lead on other devices and links",
+    "scale_participants": "More participants (Fig. 12)",
+    "scale_settings": "Other heterogeneity, other budgets",
     "activation_by_layer": "Which experts are used, by layer (Fig. 2)",
     "profile_error": "A profile in few bits (Fig. 6b)",
     "sample_size": "How many samples a profile needs",
@@ -51,7 +56,9 @@ TITLES: dict[str, str] = {
 DEVICE, HERE, BOTH = "device clock", "measured", "device clock and measured"
 CLOCKS: dict[str, str] = {
     "time_to_accuracy": BOTH, "round_saving": DEVICE, "clustering_time": HERE, "own_share": BOTH, "role_seconds": BOTH,
-    "role_ablation": DEVICE, "role_options": DEVICE, "round_phases": DEVICE, "link_speed": DEVICE, "clock_check": BOTH,
+    "role_ablation": DEVICE,
+    "sensitivity": DEVICE, "scale_settings": DEVICE, "scale_participants": DEVICE,
+    "role_options": DEVICE, "round_phases": DEVICE, "link_speed": DEVICE, "clock_check": BOTH,
     "real_phases": DEVICE, "real_links": DEVICE,
 }  # fmt: skip
 """Whose seconds a figure shows where the numbers beside it do not say; others show none."""

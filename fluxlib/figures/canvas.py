@@ -132,9 +132,16 @@ def clock_shapes(frame: pd.DataFrame) -> str:
     return f"{', '.join(pd.unique(names))} over {unique(frame, 'link')}"
 
 
-def num_seeds(frame: pd.DataFrame) -> int:
-    """Seeds that every curve of ``frame`` has: the smallest number over model, task and method."""
-    return int(frame.groupby(["model", "task", "method"])["seed"].nunique().min())
+def seeds_name(frame: pd.DataFrame) -> str:
+    """:func:`interval_names` of a table of runs, counted by model, task and method."""
+    return interval_names(frame.groupby(["model", "task", "method"])["seed"].nunique())
+
+
+def interval_names(counts: pd.Series) -> str:
+    """:func:`interval_name` where some curves may have more seeds than others."""
+    if counts.min() == counts.max():
+        return interval_name(int(counts.max()))
+    return f"{counts.min()} to {counts.max()} seeds: two, min to max; three, 95 % t interval"
 
 
 def axes_grid(figure: Figure, rows: int, columns: int, **kwargs: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fluxlib import style
-from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, interval_name
+from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, interval_names
 from fluxlib.figures.measured import COLORS, MARKERS
 
 FILLS = {"agrees": "full", "agrees in direction": "left", "does not": "none", "not attempted": "none"}
@@ -130,9 +130,7 @@ def draw_speed_ups(table: pd.DataFrame) -> Picture:
     axes[0, 0].set_xticks([0.5, 1, 2, 5], ["0.5×", "1×", "2×", "5×"])
     axes[0, 0].minorticks_off()
     if len(table):
-        caption(
-            figure, f"device clock: {clock_shapes(table)}", interval_name(int(table["seeds"].min())), "arrow: at least"
-        )
+        caption(figure, f"device clock: {clock_shapes(table)}", interval_names(table["seeds"]), "arrow: at least")
     return figure
 
 

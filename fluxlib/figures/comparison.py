@@ -15,8 +15,7 @@ from fluxlib.figures.canvas import (
     clock_shapes,
     drawn,
     interval,
-    interval_name,
-    num_seeds,
+    seeds_name,
     unique,
 )
 
@@ -50,7 +49,7 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
             ax.set_ylabel(style.METRICS.get(unique(runs, "metric_name"), "score"))
         axes[0, column].set_title(f"{model}\n{task}")
     axes[0, 0].legend()
-    caption(figure, f"device clock: shapes of {clock_shapes(rounds)}", interval_name(num_seeds(rounds)))
+    caption(figure, f"device clock: shapes of {clock_shapes(rounds)}", seeds_name(rounds))
     return figure
 
 
@@ -77,7 +76,8 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
     """
     tasks = list(pd.unique(times["task"]))
     methods = style.order(times["method"])
-    figure = Picture(figsize=(max(3.2, 1.1 * len(tasks) * len(methods) / 2 + 1.2) * len(clocks), PANEL[1] + 0.6))
+    width = min(6.5, max(3.2, 1.1 * len(tasks) * len(methods) / 2 + 1.2))
+    figure = Picture(figsize=(width * len(clocks), PANEL[1] + 0.6))
     axes = axes_grid(figure, 1, len(clocks))
     for ax, clock in zip(axes[0], clocks, strict=True):
         for index, method in enumerate(methods):
@@ -92,7 +92,7 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
         figure,
         f"{unique(times, 'model')}: target {share} of the reference's final score",
         f"device clock: shapes of {clock_shapes(times)}",
-        interval_name(num_seeds(times)),
+        seeds_name(times),
     )
     return figure
 
@@ -104,8 +104,10 @@ def _bars(ax: Any, runs: pd.DataFrame, tasks: list[str], clock: str, method: str
     for place, task in enumerate(tasks):
         values = runs.loc[runs["task"] == task, clock].to_numpy(dtype=float)
         x = place + (index - (num_methods - 1) / 2) * width
+        if not len(values):  # no such run, which is no miss
+            continue
         missed = int(np.isnan(values).sum())
-        if missed or not len(values):
+        if missed:
             note = f"{look.title}: not reached" + (f" ({missed}/{len(values)})" if len(values) > 1 else "")
             ax.annotate(
                 note, (x, 0), (0, 3), textcoords="offset points", rotation=90, ha="center", va="bottom", fontsize=7
