@@ -38,7 +38,8 @@ def text_batches(text: str, tokenizer: Any, num_tokens: int, max_samples: int) -
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError("the text holds no token")
-    if all(token == tokenizer.unk_token_id for token in ids):
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if all(token == unknown for token in ids):
         raise ValueError("the text holds no token that the model's tokenizer knows")
     width = min(num_tokens, len(ids))
     rows = [ids[start : start + width] for start in range(0, len(ids) - width + 1, width)][:max_samples]

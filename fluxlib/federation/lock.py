@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,18 +22,27 @@ class Held(ConfigError):
 
 
 @contextmanager
-def hold(folder: Path, run_id: str, role: str = "") -> Iterator[None]:
+def hold(folder: Path, run_id: str, role: str = "", wait_s: float = 0.0) -> Iterator[None]:
     """Hold the run called ``run_id`` in ``folder`` for the time of the block.
 
     Args:
         role: what may be held beside the run itself, such as following it from another process.
+        wait_s: how long to wait for a holder; a process that is killed lets go a moment after it is gone.
 
     Raises:
         Held: another process holds it; the message names its process number and machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".{run_id}{f'.{role}' if role else ''}.lock"
-    file = _acquire(path, run_id)
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            file = _acquire(path, run_id)
+            break
+        except Held:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
     try:
         yield
     finally:

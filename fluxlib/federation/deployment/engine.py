@@ -31,6 +31,9 @@ POLL_S = 0.5
 STATUS_EVERY_S = 15.0
 """Seconds between two questions to the SuperLink: each is a process of its own."""
 
+LETTING_GO_S = 5.0
+"""Seconds that a server app which was killed may still seem to run."""
+
 
 def run_deployment(config: RunConfig, options: Options) -> RunResult:
     """Run ``config`` on the SuperLink that ``options`` name, or on a federation started here for this one run.
@@ -48,7 +51,9 @@ def run_deployment(config: RunConfig, options: Options) -> RunResult:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flux-")))
         out = (options.out or temporary / "out").resolve()
         stack.enter_context(lock.hold(out, config.run_id, "caller"))
-        with lock.hold(out, config.run_id):  # a server at work would lose what it wrote for its caller
+        with lock.hold(
+            out, config.run_id, wait_s=LETTING_GO_S
+        ):  # a server at work would lose what it wrote for its caller
             progress.clear(out, config.run_id)
         if options.superlink is None:
             federation = stack.enter_context(LocalFederation(temporary / "federation", config))
