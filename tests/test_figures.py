@@ -166,7 +166,7 @@ def test_convergence_has_a_panel_per_task_and_clock_and_says_what_it_shows(round
     assert len(figure.axes) == 4
     assert {line.get_label() for line in figure.axes[0].lines} == {"FLUX", "FMD"}
     small_print = figure.get_supxlabel()
-    assert "llama-moe-3.5b" in small_print and "1gbps" in small_print and "1 seed: no band" in small_print
+    assert "llama-moe-3.5b" in small_print and "1gbps" in small_print and "1 to 2 seeds: one, no band; two" in small_print
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [0.0, 3.0, 6.0])
     with pytest.raises(ValueError, match="allowed are device_s, wall_s, round"):
         figures.convergence(rounds, clocks=("hours",))

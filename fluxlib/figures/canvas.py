@@ -141,7 +141,7 @@ def interval_names(counts: pd.Series) -> str:
     """:func:`interval_name` where some curves may have more seeds than others."""
     if counts.min() == counts.max():
         return interval_name(int(counts.max()))
-    return f"{counts.min()} to {counts.max()} seeds: two, min to max; three, 95 % t interval"
+    return f"{counts.min()} to {counts.max()} seeds: one, no band; two, min to max; three, 95 % t interval"
 
 
 def axes_grid(figure: Figure, rows: int, columns: int, **kwargs: Any) -> np.ndarray:
