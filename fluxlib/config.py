@@ -76,6 +76,11 @@ class RunConfig(BaseModel):
         "", pattern=r"^([a-z0-9]+([.-][a-z0-9]+)*)?$", description="name of a run with something changed"
     )
     engine: Literal["local", "simulation", "deployment"] = Field("local", description="what runs the Flower apps")
+    torch_device: str = Field(
+        "cpu",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="where models compute; auto: a GPU if there is one. Nodes of a deployment say so for themselves",
+    )
     round_timeout_s: float | None = Field(None, gt=0, description="time a participant may take for one message")
     join_timeout_s: float = Field(600.0, gt=0, description="time to wait for all participants to be there")
 
@@ -198,8 +203,8 @@ class RunConfig(BaseModel):
 
     @property
     def numbers(self) -> str:
-        """Digest of what the numbers depend on: runs that differ in engine or patience only have the same."""
-        text = self.model_dump_json(exclude={"engine", "round_timeout_s", "join_timeout_s"})
+        """Digest of what the numbers depend on: runs that differ in engine, hardware or patience only have the same."""
+        text = self.model_dump_json(exclude={"engine", "torch_device", "round_timeout_s", "join_timeout_s"})
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

@@ -16,6 +16,7 @@ from fluxlib.devices import catalogue
 from fluxlib.federation.budgets import make_budgets
 from fluxlib.federation.outcome import RoundOutcome
 from fluxlib.federation.tables import Row
+from fluxlib.models.hardware import torch_device
 from fluxlib.moe import layers
 
 OnRound = Callable[[Row], "bool | None"]
@@ -84,6 +85,7 @@ def check(config: RunConfig, out: Path | None = None) -> None:
             )
         if config.task not in tasks.TASKS:
             raise ValueError(f"task is {config.task!r}, allowed are {', '.join(tasks.TASKS)}")
+        torch_device(config.torch_device)
         catalogue.fleet(config.fleet, config.participants)
         catalogue.link(config.link)
         num_train = len(tasks.load(config.task, config.seed, config.task_size, config.data_path).train)

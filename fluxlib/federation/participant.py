@@ -33,6 +33,7 @@ from fluxlib.federation.state import STATE_RECORDS, load_state, save_state
 from fluxlib.federation.sync import NOTHING
 from fluxlib.federation.wire import Form
 from fluxlib.methods.base import Batch, LocalData, Method, ParticipantState, Update, Work
+from fluxlib.models.hardware import torch_device
 from fluxlib.profiling import Profile
 from fluxlib.tasks.batches import sample_batches
 from fluxlib.tasks.partition import partition
@@ -51,8 +52,7 @@ class ParticipantError(RuntimeError):
 @lru_cache(maxsize=1)
 def workspace(model: str, wire: Form, device: str = "cpu") -> Workspace:
     """The process's one model in memory, shared by all participants that run in it."""
-    loaded, tokenizer = models.load(model)
-    return Workspace(loaded.to(device), tokenizer, wire)
+    return Workspace(*models.load(model, device=torch_device(device)), wire)
 
 
 def forget_workspace() -> None:
@@ -303,7 +303,7 @@ def _profile_for_next(
         return update, state
     wanted = str(context.node_config.get(later.BACKGROUND, "")).lower() in ("true", "1")
     if _folder(context) is not None and wanted:
-        device = str(context.node_config.get("torch-device", "cpu"))
+        device = _torch_device(config, context)
         samples = str(own_samples(context) or "")
         about = {"run": instruction.config, "participant": instruction.participant, "data": samples}
         later.note(context.state, instruction.round, wire=instruction.wire, device=device, **about)
@@ -360,7 +360,13 @@ def _forgetting_on_error() -> Iterator[None]:
 
 def _workspace(instruction: Instruction, context: Context) -> Workspace:
     config = messages.parse_config(instruction.config)
-    return workspace(config.model, instruction.wire, str(context.node_config.get("torch-device", "cpu")))
+    return workspace(config.model, instruction.wire, _torch_device(config, context))
+
+
+def _torch_device(config: RunConfig, context: Context) -> str:
+    """Where this participant computes: its own setting, or the run's where the nodes are this machine's."""
+    of_run = "cpu" if config.engine == "deployment" else config.torch_device
+    return str(context.node_config.get("torch-device", of_run))
 
 
 def _partition_id(context: Context) -> int:

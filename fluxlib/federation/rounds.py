@@ -27,6 +27,7 @@ from fluxlib.federation.strategy import FluxStrategy
 from fluxlib.federation.sync import ExpertStore
 from fluxlib.federation.tables import Row, RowMaker, Totals
 from fluxlib.federation.timeline import Timeline
+from fluxlib.models.hardware import torch_device
 from fluxlib.tasks.batches import encode
 from fluxlib.tasks.evaluate import Score, evaluate
 from fluxlib.tasks.partition import histogram
@@ -54,7 +55,7 @@ class _Run:
         self.grid, self.config, self.options = grid, config, options
         self.start = datetime.datetime.now(datetime.UTC)
         try:
-            self.model, self.tokenizer = models.load(config.model)
+            self.model, self.tokenizer = models.load(config.model, device=torch_device(config.torch_device))
         except (ValueError, OSError, SafetensorError) as error:
             raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
         self.task, self.parts = load_task(config)

@@ -16,9 +16,11 @@ from typing import Any
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation import client_app, server_app
 from fluxlib.federation.options import Options, RunResult, check
+from fluxlib.models.hardware import torch_device
 
 CLIENT_RESOURCES = {"num_cpus": 1, "num_gpus": 0.0}
-"""What Ray sets aside for one participant at work; it limits how many work at once, not what one of them takes."""
+"""What Ray sets aside for one participant at work; it limits how many work at once, not what one of them takes.
+Without a share of a GPU a worker does not see any: it gets a whole one where the run computes on GPUs."""
 
 
 def run_simulation(config: RunConfig, options: Options) -> RunResult:
@@ -44,13 +46,14 @@ def run_simulation(config: RunConfig, options: Options) -> RunResult:
             server_app=server_app.make_app(config, options, results.append),
             client_app=client_app.app,
             num_supernodes=config.participants,
-            backend_config=_backend(),
+            backend_config=_backend(config),
         )
     return results[0]
 
 
-def _backend() -> dict[str, Any]:
+def _backend(config: RunConfig) -> dict[str, Any]:
+    num_gpus = float(torch_device(config.torch_device).type == "cuda")
     return {
         "init_args": {"log_to_driver": False, "logging_level": logging.ERROR},
-        "client_resources": dict(CLIENT_RESOURCES),
+        "client_resources": CLIENT_RESOURCES | {"num_gpus": num_gpus},
     }
