@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fluxlib import models, profiling, seeding, tasks
 from fluxlib.config import ConfigError
+from fluxlib.models.hardware import torch_device
 from fluxlib.moe import layers
-from fluxlib.tasks.batches import make_batch
+from fluxlib.tasks.batches import make_batch, to_device
 from fluxlib.tasks.partition import partition
 
 if TYPE_CHECKING:
@@ -43,10 +44,12 @@ class Bench:
     seed: int
     parts: Sequence[Sequence[tasks.Example]]
     held_out: Sequence[dict[str, Tensor]]
+    max_tokens: int = 128
 
     def local(self, num_samples: int, participant: int = 0) -> list[dict[str, Tensor]]:
         """The participant's first samples in batches; the same samples whatever their number."""
-        return batches(self.parts[participant][:num_samples], self.tokenizer)
+        device = next(self.model.parameters()).device
+        return batches(self.parts[participant][:num_samples], self.tokenizer, self.max_tokens, device)
 
     def profile(self, num_samples: int, bits: int = 4) -> profiling.Profile:
         """Profile of the first participant's first samples."""
@@ -63,12 +66,24 @@ class Bench:
 
 
 def benches(
-    model: str, task_names: Iterable[str], seeds: Iterable[int], participants: int = 8, held_out: int = 32
+    model: str,
+    task_names: Iterable[str],
+    seeds: Iterable[int],
+    participants: int = 8,
+    held_out: int = 32,
+    data_path: str | None = None,
+    device: str = "cpu",
+    max_tokens: int = 128,
 ) -> Iterator[Bench]:
     """One bench per task and seed, of participants with a Dirichlet (0.5) mix of labels; the model is loaded once.
 
+    Args:
+        data_path: files of the public data sets; ``None``: they come from the hub.
+        device: where the model computes, see :func:`~fluxlib.models.hardware.torch_device`.
+        max_tokens: of a prompt with its response; longer prompts are cut.
+
     Raises:
-        ConfigError: an unknown task or no seed, before anything is loaded.
+        ConfigError: an unknown task, no seed, or no such device, before anything is loaded.
     """
     names, seeds = list(task_names), list(seeds)
     unknown = [name for name in names if name not in tasks.TASKS]
@@ -76,12 +91,16 @@ def benches(
         raise ConfigError(f"tasks: unknown {unknown}; allowed are {', '.join(tasks.TASKS)}, at least one")
     if not seeds:
         raise ConfigError("seeds: at least one is needed, got none")
-    loaded, tokenizer = models.load(model)
+    try:
+        where = torch_device(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    loaded, tokenizer = models.load(model, device=where)
     start = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
     for name in names:
         for seed in seeds:
             loaded.load_state_dict(start)
-            task = tasks.load(name, seed)
+            task = tasks.load(name, seed, path=data_path)
             shares = partition(task.train, participants, seeding.generator(seed, "partition"), "dirichlet", 0.5)
             order = torch.randperm(len(shares[0]), generator=seeding.generator(seed, "bench")).tolist()
             shares[0] = [shares[0][i] for i in order]
@@ -90,12 +109,16 @@ def benches(
             # Generated tasks repeat themselves: a sample whose copy is held out is held back too.
             copies = {(example.prompt, example.response) for example in apart}
             parts[0] = [e for e in parts[0] if (e.prompt, e.response) not in copies]
-            yield Bench(loaded, tokenizer, Path(model).name, name, seed, parts, batches(apart, tokenizer))
+            scored = batches(apart, tokenizer, max_tokens, where)
+            yield Bench(loaded, tokenizer, Path(model).name, name, seed, parts, scored, max_tokens)
 
 
-def batches(examples: Sequence[tasks.Example], tokenizer: Any, max_tokens: int = 128) -> list[dict[str, Tensor]]:
-    """Samples in batches of :data:`BATCH`, in the given order."""
-    return [make_batch(examples[i : i + BATCH], tokenizer, max_tokens) for i in range(0, len(examples), BATCH)]
+def batches(
+    examples: Sequence[tasks.Example], tokenizer: Any, max_tokens: int = 128, device: torch.device | str = "cpu"
+) -> list[dict[str, Tensor]]:
+    """Samples in batches of :data:`BATCH`, in the given order, on ``device``."""
+    parts = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
+    return [to_device(make_batch(part, tokenizer, max_tokens), device) for part in parts]
 
 
 def row(

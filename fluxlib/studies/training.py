@@ -76,7 +76,7 @@ def _one_run(
 ) -> Iterator[Row]:
     config = RunConfig(learning_rate=learning_rate)
     data = [
-        sample_batches(part, bench.tokenizer, 16, 128, seeding.generator(bench.seed, "drift", i))
+        sample_batches(part, bench.tokenizer, 16, bench.max_tokens, seeding.generator(bench.seed, "drift", i))
         for i, part in enumerate(bench.parts[:participants])
     ]
     first = bench.profile(num_samples, bits=16)
