@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BATCH_SIZE = 8
+MAX_SQUARES = 8 * 1024**2
+"""Pairs of tokens in a batch, at most: attention received takes the weights of all of them, layer by layer."""
 COVERED = 0.8
 """Share of a layer's tokens that the busiest experts are counted for."""
 
@@ -27,6 +29,28 @@ class TextProfile:
     num_tokens: int
     by_layer: pd.DataFrame
     by_expert: pd.DataFrame
+
+
+def check_reading(config: Any, bits: int, num_tokens: int) -> None:
+    """Refuse what a model of ``config`` cannot be asked for, before its weights are loaded.
+
+    Raises:
+        ValueError: other ``bits``, or samples longer than the model can read at once.
+    """
+    if bits not in profiling.BITS:
+        raise ValueError(f"bits is {bits}, allowed are {', '.join(map(str, profiling.BITS))}")
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and num_tokens > longest:
+        raise ValueError(f"tokens is {num_tokens}, allowed is 1 to {longest}, the model's longest sequence")
+
+
+def unknown_frac(batches: Iterable[dict[str, Tensor]], tokenizer: Any) -> float:
+    """Share of the tokens in ``batches`` that stand for text the tokenizer does not know; 0 if it knows every text."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return 0.0
+    ids = torch.cat([batch["input_ids"].flatten() for batch in batches])
+    return float((ids == unknown).float().mean())
 
 
 def text_batches(text: str, tokenizer: Any, num_tokens: int, max_samples: int) -> list[dict[str, Tensor]]:
@@ -42,10 +66,11 @@ def text_batches(text: str, tokenizer: Any, num_tokens: int, max_samples: int) -
     if all(token == unknown for token in ids):
         raise ValueError("the text holds no token that the model's tokenizer knows")
     width = min(num_tokens, len(ids))
+    size = max(1, min(BATCH_SIZE, MAX_SQUARES // width**2))
     rows = [ids[start : start + width] for start in range(0, len(ids) - width + 1, width)][:max_samples]
     return [
         {"input_ids": torch.tensor(part), "attention_mask": torch.ones(len(part), width, dtype=torch.long)}
-        for part in (rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE))
+        for part in (rows[start : start + size] for start in range(0, len(rows), size))
     ]
 
 

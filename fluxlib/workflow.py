@@ -133,12 +133,17 @@ def _only(kind: str, content: dict[str, Any], allowed: tuple[str, ...], path: Pa
 
 
 def cells(notebook: Path) -> list[dict[str, Any]]:
-    """The cells of ``notebook``; their sources are joined into one string each."""
+    """The cells of ``notebook``; their sources are joined into one string each.
+
+    Raises:
+        ConfigError: a file that is no notebook.
+    """
     try:
         content = json.loads(notebook.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{notebook} is not a notebook: {error}") from None
-    return [cell | {"source": "".join(cell["source"])} for cell in content["cells"]]
+        return [cell | {"source": "".join(cell["source"])} for cell in content["cells"]]
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ConfigError(f"{notebook} is not a notebook: {why}") from None
 
 
 def declared_parameters(notebook: Path) -> dict[str, Any]:
@@ -232,7 +237,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     import papermill
 
     check_parameters(notebook, parameters)
-    check_writable(output.resolve().parent)
+    _check_output(notebook, output)
     with _environment(FLUXLIB_HEADLESS="1"):
         papermill.execute_notebook(
             notebook,
@@ -243,6 +248,15 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
             progress_bar=False,
             log_output=True,
         )
+
+
+def _check_output(notebook: Path, output: Path) -> None:
+    """Refuse a place where the executed copy cannot lie, or where it would take the notebook's own."""
+    if output.suffix != ".ipynb" or output.is_dir():
+        raise ConfigError(f"the executed copy is to be {output}, allowed is a file that ends in .ipynb")
+    if output.resolve() == notebook.resolve():
+        raise ConfigError(f"{output} is the notebook itself: give its executed copy another name")
+    check_writable(output.resolve().parent)
 
 
 @contextmanager

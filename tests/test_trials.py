@@ -89,7 +89,7 @@ def test_fmd_has_what_helps_flux_on_the_link(profile: str) -> None:
 
 def test_an_unequal_search_is_refused() -> None:
     less = ROUNDS[ROUNDS["run_id"] != "fmd-more-0"]
-    with pytest.raises(ValueError, match="equally many trials; there are: flux on m 3, fmd on m 2"):
+    with pytest.raises(ValueError, match="equally many trials on each model and task; there are: flux 3, fmd 2"):
         figures.trials(less, parameters(less))
 
 

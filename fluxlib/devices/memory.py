@@ -31,6 +31,8 @@ STATE_BYTES = {"adamw": 8, "sgd": 0}
 """Optimizer state per tuned parameter."""
 RESERVE_FRAC = 0.1
 """Share of a device's memory that is left to runtime, fragmentation and workspaces."""
+MAX_COUNT, MAX_SQUARES = 2**20, 2**50
+"""Sequences and tokens of a step, and its pairs of tokens, at most: beyond them sizes no longer fit into 64 bits."""
 UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}}
 UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
 
@@ -87,8 +89,12 @@ def plan_memory(
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
     for argument, count in (("batch", batch), ("tokens", tokens)):
-        if count < 1:
-            raise ValueError(f"{argument}: expected at least 1, got {count}")
+        if not 1 <= count <= MAX_COUNT:
+            raise ValueError(f"{argument}: expected 1 to {MAX_COUNT}, got {count}")
+    if batch * tokens**2 > MAX_SQUARES:
+        raise ValueError(
+            f"batch, tokens: expected batch times squared tokens up to {MAX_SQUARES}, got {batch}, {tokens}"
+        )
     if bits not in BITS:
         raise ValueError(f"bits: expected one of {', '.join(map(str, BITS))}, got {bits}")
     if not 0 <= merged_per_tuned < float("inf"):

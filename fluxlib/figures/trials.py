@@ -40,8 +40,10 @@ def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) ->
         parameters: of each run, by run id.
 
     Raises:
-        ValueError: methods with unequal numbers of trials, since that would not be the same search.
+        ValueError: methods with unequal numbers of trials, since that would not be the same search; a run without
+            its settings, or without a score.
     """
+    _check_runs(rounds, parameters)
     rows = []
     for (model, task, method), runs in rounds.groupby(["model", "task", "method"], sort=False):
         at_s = float(runs.groupby("run_id")["device_s"].max().min())
@@ -57,9 +59,8 @@ def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) ->
     )
     counts = frame.groupby(["model", "task", "method"]).size()
     if counts.nunique() > 1:
-        named = counts.reset_index(name="num")
-        listed = ", ".join(f"{row.method} on {row.model} {row.num}" for row in named.itertuples())
-        raise ValueError(f"methods must have equally many trials; there are: {listed}")
+        listed = ", ".join(f"{name} {_span(found)}" for name, found in counts.groupby("method", sort=False))
+        raise ValueError(f"methods must have equally many trials on each model and task; there are: {listed}")
     best = frame.groupby(["model", "task", "method"])["score"].transform("idxmax")
     frame["is_best"] = best.to_numpy() == frame.index.to_numpy()
     means = frame.groupby(["method", *reversed(SETTINGS)])["score"].mean()
@@ -68,12 +69,25 @@ def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) ->
     return frame
 
 
+def _check_runs(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) -> None:
+    for run, table in rounds.groupby("run_id"):
+        if lacking := [name for name in SETTINGS if name not in parameters[str(run)]]:
+            raise ValueError(f"{run} does not say its {', '.join(lacking)}")
+        if table["metric"].isna().all():
+            raise ValueError(f"{run} was never scored")
+
+
 def _scores(run: pd.DataFrame, at_s: float) -> tuple[float, float]:
     """Last score of a run, and its last score by ``at_s``."""
     scored = run.dropna(subset=["metric"]).sort_values("round")
     return float(scored["metric"].iloc[-1]), float(
         scored.loc[scored["device_s"] <= at_s * (1 + 1e-9), "metric"].iloc[-1]
     )
+
+
+def _span(numbers: pd.Series) -> str:
+    low, high = int(numbers.min()), int(numbers.max())
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _mean(values: Iterable[float]) -> float:
