@@ -149,14 +149,17 @@ def test_plan_says_what_fits_on_a_device(call):
     ("arguments", "message"),
     [
         (["--memory", "1GiB", "--device", "l20"], "error: --memory and --device say the same thing"),
-        (["--device", "l21"], "error: unknown fleet 'l21'; allowed are paper, mixed, weak, l20"),
+        (["--device", "l21"], "error: --device is 'l21', allowed are l20, rtx-4090, rtx-3060, jetson-agx-orin"),
+        (["--device", "paper"], "error: --device is 'paper', allowed are l20"),
+        (["--batch", "9999999999"], "error: batch: expected 1 to 1048576, got 9999999999"),
+        (["--batch", "1048576", "--tokens", "1048576"], "error: batch, tokens: expected batch times squared tokens up to"),
         (["--memory", "lots"], "error: memory: expected a size such as 24GiB"),
         (["--memory", "1GiB"], "error: memory: "),
         (["--method", "fluxx"], "error: method: expected one of flux"),
     ],
 )
 def test_an_impossible_plan_is_one_message_and_exit_code_2(call, arguments, message):
-    code, out, err = call("plan", *arguments, "--batch", 1, "--tokens", 16)
+    code, out, err = call("plan", "--batch", 1, "--tokens", 16, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith(message)
 
@@ -285,7 +288,7 @@ def test_compare_gives_curves_and_times_to_the_best_runs_target(call, tmp_path):
         (["compare", "flux", "--target", "2"], "error: --target is 2.0, allowed is above 0 and at most 1"),
         (["compare", "flux", "--picture", "a b"], "error: --picture a b: slug is 'a b', allowed are letters"),
         (["profile", "mini-llama-moe", "nothing.txt"], "error: no file nothing.txt"),
-        (["profile", "mini-llama-moe", "README.md", "--bits", "5"], "error: bits must be one of"),
+        (["profile", "mini-llama-moe", "README.md", "--bits", "5"], "error: bits is 5, allowed are 2, 3, 4, 8, 16"),
         (["profile", "mini-lama-moe", "README.md"], "error: 'mini-lama-moe' is no folder, no known name"),
         (["export", "nowhere", "new"], "error: nowhere has no run.json"),
     ],

@@ -12,10 +12,11 @@ from fluxlib.claims.base import VERDICTS, Claim, Reading, Tables, load
 from fluxlib.claims.measured import clock_check
 from fluxlib.claims.paper import CLAIMS
 from fluxlib.claims.races import races, scores, scores_markdown, speed_up_markdown, speed_ups, timed
-from fluxlib.claims.table import claims, goals, page_sections, readings, summary, to_markdown
+from fluxlib.claims.table import SECTIONS, claims, goals, page_sections, readings, summary, to_markdown
 
 __all__ = [
     "CLAIMS",
+    "SECTIONS",
     "VERDICTS",
     "Claim",
     "Reading",

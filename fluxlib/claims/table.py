@@ -114,13 +114,17 @@ def summary(table: pd.DataFrame) -> str:
     return f"{len(table)} claims: {told}."
 
 
+SECTIONS = ("races", "claims")
+"""Names of a page's generated parts."""
+
+
 def page_sections(results: Path, benchmarks: Path | None = BENCHMARKS) -> dict[str, str]:
     """Generated parts of a page (:mod:`fluxlib.pages`) from one profile's results: ``races`` and ``claims``."""
     tables = base.load(results, benchmarks)
     parts = [speed_up_markdown(speed_ups(tables.timed_races))]
     if tables.rounds is not None:
         parts.insert(0, scores_markdown(scores(tables.plain_races, tables.rounds)))
-    return {"races": "\n\n".join(parts), "claims": to_markdown(claims(results, benchmarks))}
+    return dict(zip(SECTIONS, ("\n\n".join(parts), to_markdown(claims(results, benchmarks))), strict=True))
 
 
 def goals(benchmarks: Path = BENCHMARKS) -> pd.DataFrame:

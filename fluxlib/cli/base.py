@@ -1,0 +1,121 @@
+"""What the commands share: options that several of them have, and checks."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperArgument, TyperCommand
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="any other parameter; repeat as needed"),
+]
+PictureOption = Annotated[Path, typer.Option(help="pdf, png and csv are written under this name")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for a machine to read")]
+
+
+class Command(TyperCommand):
+    """A command whose help is plain text, that of its arguments included.
+
+    Typer 0.20 loses an argument's help beside Click 8.5, and escapes brackets as if Rich were to print them.
+    """
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        hints = typing.get_type_hints(self.callback, include_extras=True)
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument) and not parameter.help:
+                parameter.help = hints[str(parameter.name)].__metadata__[0].help
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Nothing: Typer lists them with the options."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """The text of ``--help``."""
+        return super().get_help(ctx).replace("\\[", "[")
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse empty words: mostly a shell's variable that was never set, and an empty path would mean this folder.
+
+    Raises:
+        ConfigError: naming the place.
+    """
+    from fluxlib.config import ConfigError
+
+    for before, word in zip(("fluxlib", *arguments), arguments, strict=False):
+        if not word.strip() or re.fullmatch(r"--[a-z-]+=\s*", word):
+            after = word if word.strip() else before
+            raise ConfigError(f"the argument after {after!r} is empty: give a value, or leave the option out")
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """``["rounds=3", "epsilon=dynamic"]`` as a dictionary; a value is YAML where it can be, text otherwise.
+
+    Raises:
+        ConfigError: an item without ``=``, or a name given twice.
+    """
+    import yaml
+
+    from fluxlib.config import ConfigError
+
+    found: dict[str, Any] = {}
+    for item in settings or []:
+        name, separator, text = item.partition("=")
+        if not separator or not name:
+            raise ConfigError(f"--set takes NAME=VALUE, got {item!r}")
+        if name in found:
+            raise ConfigError(f"--set {name} is given twice")
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            found[name] = text
+    return found
+
+
+def existing_folder(folder: Path) -> Path:
+    """``folder`` of ``--out``, which is to be read.
+
+    Raises:
+        ConfigError: it is no folder.
+    """
+    from fluxlib.config import ConfigError
+
+    if not folder.is_dir():
+        raise ConfigError(f"--out is {folder}, which is no folder")
+    return folder
+
+
+def new_folder(folder: Path) -> None:
+    """Refuse a folder with something in it, before hours of work.
+
+    Raises:
+        ConfigError: that, or one that cannot be written.
+    """
+    from fluxlib.config import ConfigError, check_writable
+
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: a model is written to a new folder")
+    check_writable(folder)
+
+
+def check_picture(picture: Path) -> None:
+    """Refuse a picture that cannot be written, before anything is computed for it.
+
+    Raises:
+        ConfigError: its name, or its folder.
+    """
+    from fluxlib.config import ConfigError, check_writable
+    from fluxlib.figures.canvas import check_slug
+
+    check_writable(picture.parent)
+    try:
+        check_slug(picture.name)
+    except ValueError as error:
+        raise ConfigError(f"--picture {picture}: {error}") from None
