@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,33 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CHECKPOINTS = "checkpoints"
+SEARCH = "tune"
+"""The profile whose runs are trials of settings."""
 RETRIES = 3
 LISTED = 12
 """Runs that a message names, at most."""
 
 
-def folders() -> list[Path]:
-    """Where runs lie unless somebody says otherwise: every profile's results, ``build/runs``, ``build/explore``."""
-    build = REPO_ROOT / "build"
-    return [*(results_dir(profile) for profile in PROFILES), build / "runs", build / "explore"]
+def folders(trials: bool = True) -> list[Path]:
+    """Where runs lie unless somebody says otherwise: every profile's results, ``build/runs``, ``build/explore``.
+
+    Args:
+        trials: those of the search too, which are many and have settings that nobody would choose.
+    """
+    build, profiles = REPO_ROOT / "build", [profile for profile in PROFILES if trials or profile != SEARCH]
+    return [*(results_dir(profile) for profile in profiles), build / "runs", build / "explore"]
+
+
+def place_names(places: Sequence[Path]) -> list[str]:
+    """A name for each of ``places``: its last part where that says which it is, all of its path otherwise."""
+    last = [place.resolve().name for place in places]
+    return [name if last.count(name) == 1 else shown(place) for name, place in zip(last, places, strict=True)]
+
+
+def shown(path: Path) -> str:
+    """``path`` as it is written from here, where that is shorter."""
+    whole, here = path.resolve(), Path.cwd()
+    return str(whole.relative_to(here)) if whole.is_relative_to(here) and whole != here else str(whole)
 
 
 def runs(places: Sequence[Path] | None = None) -> dict[str, Path]:
@@ -34,13 +53,14 @@ def runs(places: Sequence[Path] | None = None) -> dict[str, Path]:
 
     Of an unfinished run it is the table with more rounds: the one in its checkpoint, or the one written when it ended.
     """
+    places = list({place.resolve(): place for place in (folders() if places is None else places)}.values())
     found: dict[str, Path] = {}
-    for place in folders() if places is None else places:
+    for place, title in zip(places, place_names(places), strict=True):
         written = {file.stem: file for file in place.glob("rounds/*.parquet")}
         kept = _unfinished(place)
         for name in sorted({*written, *kept}):
             files = [files[name] for files in (written, kept) if name in files]
-            found[f"{name}  ({place.name}{', unfinished' if name in kept else ''})"] = max(files, key=modified)
+            found[f"{name}  ({title}{', unfinished' if name in kept else ''})"] = max(files, key=modified)
     return found
 
 
@@ -125,6 +145,8 @@ def find(name: str, places: Sequence[Path] | None = None) -> Path:
         ConfigError: no such run, or several; the message lists what there is.
     """
     path = Path(name)
+    if not name.strip():
+        raise ConfigError("the name of a run is empty; give a run id, a unique part of one, or a path")
     if path.suffix == ".parquet" and path.is_file():
         return path
     known = runs([path]) if path.is_dir() else runs(places)
@@ -133,17 +155,38 @@ def find(name: str, places: Sequence[Path] | None = None) -> Path:
     matching = list(known.values()) if path.is_dir() else exact or partly
     if len(matching) == 1:
         return matching[0]
-    listed = "\n".join(f"  {file}" for file in (matching or list(known.values()))[:LISTED])
-    more = len(matching or known) - LISTED
-    listed = listed or "  none: `fluxlib run` makes some"
-    listed += f"\n  and {more} more: `fluxlib list`" * (more > 0)
-    what = "means several runs" if matching else "is no run"
-    raise ConfigError(f"{name!r} {what}; give a run id, a unique part of one, or a path. There are:\n{listed}")
+    raise ConfigError(_which(name, matching, list(known.values())))
+
+
+def _which(name: str, matching: list[Path], known: list[Path]) -> str:
+    """Why ``name`` means no run, with those that it may mean: what it stands in, or what is spelled most like it."""
+    how = "give a run id, a unique part of one, or a path"
+    if not known:
+        return f"{name!r} is no run; {how}. There are none: `fluxlib run` makes some"
+    files = matching or sorted(known, key=lambda file: -SequenceMatcher(None, name, run_id(file)).ratio())
+    listed = "".join(f"\n  {shown(file)}" for file in files[:LISTED])
+    if len(files) > LISTED:
+        listed += f"\n  and {len(files) - LISTED} more: `fluxlib list`"
+    if matching:
+        return f"{name!r} means {len(matching)} runs; {how}. They are:{listed}"
+    return f"{name!r} is no run; {how}. Nearest to it:{listed}"
 
 
 def place_of(file: Path) -> Path:
     """The folder of runs that a table of :func:`runs` lies in."""
     return file.parent.parent.parent if is_checkpoint(file) else file.parent.parent
+
+
+def tell_apart(labels: Sequence[str], files: Sequence[Path]) -> list[str]:
+    """``labels`` of ``files``; those that are the same say where the run lies, and its file if need be."""
+    places = list(dict.fromkeys(place_of(file) for file in files))
+    named = dict(zip(places, place_names(places), strict=True))
+    for tells in (lambda file: named[place_of(file)], shown):
+        labels = [
+            label if labels.count(label) == 1 else f"{label} ({tells(file)})"
+            for label, file in zip(labels, files, strict=True)
+        ]
+    return list(labels)
 
 
 def load(names: Sequence[str], places: Sequence[Path] | None = None) -> dict[str, pd.DataFrame]:
@@ -156,8 +199,7 @@ def load(names: Sequence[str], places: Sequence[Path] | None = None) -> dict[str
     for file in files:
         if files.count(file) > 1:
             raise ConfigError(f"{file} is named twice")
-    names = [run_id(file) for file in files]
-    labels = [n if names.count(n) == 1 else f"{n} ({place_of(f).name})" for n, f in zip(names, files, strict=True)]
+    labels = tell_apart([run_id(file) for file in files], files)
     try:
         return {label: read(file) for label, file in zip(labels, files, strict=True)}
     except records.TableError as error:

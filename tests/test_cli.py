@@ -152,7 +152,10 @@ def test_plan_says_what_fits_on_a_device(call):
         (["--device", "l21"], "error: --device is 'l21', allowed are l20, rtx-4090, rtx-3060, jetson-agx-orin"),
         (["--device", "paper"], "error: --device is 'paper', allowed are l20"),
         (["--batch", "9999999999"], "error: batch: expected 1 to 1048576, got 9999999999"),
-        (["--batch", "1048576", "--tokens", "1048576"], "error: batch, tokens: expected batch times squared tokens up to"),
+        (
+            ["--batch", "1048576", "--tokens", "1048576"],
+            "error: batch, tokens: expected batch times squared tokens up to",
+        ),
         (["--memory", "lots"], "error: memory: expected a size such as 24GiB"),
         (["--memory", "1GiB"], "error: memory: "),
         (["--method", "fluxx"], "error: method: expected one of flux"),
@@ -290,11 +293,27 @@ def test_compare_gives_curves_and_times_to_the_best_runs_target(call, tmp_path):
         (["profile", "mini-llama-moe", "nothing.txt"], "error: no file nothing.txt"),
         (["profile", "mini-llama-moe", "README.md", "--bits", "5"], "error: bits is 5, allowed are 2, 3, 4, 8, 16"),
         (["profile", "mini-lama-moe", "README.md"], "error: 'mini-lama-moe' is no folder, no known name"),
+        (["profile", "mini-llama-moe", "README.md", "--tokens", "257"], "error: tokens is 257, allowed is 1 to 256"),
+        (["profile", "mini-llama-moe", "."], "error: . is a folder, not a text file"),
+        (["compare", ""], "error: the argument after 'compare' is empty: give a value"),
+        (["compare", "flux", "--reference="], "error: the argument after '--reference=' is empty: give a value"),
         (["export", "nowhere", "new"], "error: nowhere has no run.json"),
+        (["run", "--save", "new", "--out", "new/runs"], "error: --save new holds --out new/runs: a model is written"),
+        (["trials", "--out", "README.md"], "error: --out is README.md, which is no folder"),
+        (["trials", "--out", "."], "error: no search in .: flux-m-t-seed0 does not say its learning_rate, local_steps"),
+        (["claims", "--readme", "none.md"], "error: no page none.md"),
+        (["claims", "--profile", "nope"], "error: --profile is 'nope', allowed are full, mini"),
+        (["notebook", "README.md", "x.ipynb"], "error: README.md is not a notebook: Expecting value"),
+        (["notebook", "a.ipynb", "x.ipynb"], "error: a.ipynb is not a notebook: it has no 'cells'"),
+        (["notebook", "b.ipynb", "b.ipynb"], "error: b.ipynb is the notebook itself: give its executed copy another"),
+        (["notebook", "b.ipynb", "."], "error: the executed copy is to be ., allowed is a file that ends in .ipynb"),
     ],
 )
 def test_wrong_input_of_the_other_commands_is_one_message_too(call, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "README.md").write_text("some words to read " * 5)
+    (tmp_path / "a.ipynb").write_text("{}")
+    cell = {"cell_type": "code", "source": ["a = 1"], "metadata": {"tags": ["parameters"]}}
+    (tmp_path / "b.ipynb").write_text(json.dumps({"cells": [cell]}))
     monkeypatch.chdir(tmp_path)
     stored(tmp_path, "flux-m-t-seed0", [0.0, 1.0], 1.0)
     code, out, err = call(*arguments, *(["--out", tmp_path] if arguments[0] == "compare" else []))
@@ -309,6 +328,7 @@ def test_profile_says_which_experts_a_text_uses(call, tmp_path):
     code, out, _ = call(*arguments)
     assert code == 0 and "128 tokens of" in out and "busiest" in out
     answer = json.loads(call(*arguments, "--json")[1])
+    assert f"{answer['unknown_frac']:.0%} of them unknown to its tokenizer" in out
     assert answer["tokens"] == 128 and len(answer["layers"]) == 4
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -321,8 +341,35 @@ def test_a_run_is_saved_only_into_a_new_folder(call, engine, tmp_path):
     assert err == f"error: {tmp_path / 'full'} is not empty: a model is written to a new folder\n"
 
 
-@pytest.mark.parametrize("name", ["run", "compare", "profile", "export", "plan", "list", "doctor", "notebook"])
+@pytest.mark.parametrize(
+    "name", ["run", "compare", "profile", "export", "plan", "list", "doctor", "notebook", "trials"]
+)
 def test_every_command_explains_itself_with_an_example(call, name):
     code, out, _ = call(name, "--help")
     assert code == 0
     assert f"fluxlib {name}" in out.split("Example")[1]
+    assert "\\[" not in out
+
+
+def test_help_says_what_an_argument_is(call):
+    assert "RUNS...  run ids, unique parts of one, or paths of tables  [required]" in call("compare", "--help")[1]
+
+
+def test_what_is_no_search_says_what_is(call, tmp_path):
+    for name, count in (("flux", 2), ("fmd", 1)):
+        for number in range(count):
+            stored(tmp_path, run_id := f"{name}-v{number}-m-t-seed0", [0.0, 1.0], 1.0)
+            table = tmp_path / "rounds" / f"{run_id}.parquet"
+            changed = pd.read_parquet(table).assign(method=name, variant=f"v{number}")
+            records.write("rounds", changed, table, {"parameters": {"learning_rate": 1e-3, "local_steps": 4}})
+    code, _, err = call("trials", "--out", tmp_path)
+    assert code == 2 and err.startswith(f"error: no search in {tmp_path}: methods must have equally many trials")
+    assert "there are: flux 2, fmd 1\nallowed is a folder of trials, such as `make reproduce PROFILE=tune`" in err
+
+
+def test_a_run_that_is_not_there_is_compared_with_those_that_are(call, tmp_path):
+    for run_id in ("aaa-m-t-seed0", "flux-m-t-seed1", "flux-m-t-seed2"):
+        stored(tmp_path, run_id, [0.0, 1.0], 1.0)
+    first, nearest, *_ = call("compare", "flux-m-seed1", "--out", tmp_path)[2].splitlines()
+    assert first.endswith("Nearest to it:") and nearest.endswith("flux-m-t-seed1.parquet")
+    assert "error: 'flux' means 2 runs; give a run id" in call("compare", "flux", "--out", tmp_path)[2]
