@@ -196,6 +196,53 @@ def test_a_dashboard_that_is_opened_again_watches_the_run_that_goes_on(engine, t
     assert widgets.Dashboard(make_config(SMALL), tmp_path, store=[]).run is None
 
 
+def test_buttons_that_are_pressed_twice_do_it_once(engine, tmp_path):
+    dashboard = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
+    dashboard.halt.click()
+    dashboard.history.take_over.click()
+    assert dashboard.run is None and dashboard.history.note.value == "Choose one run, 0 are chosen."
+    dashboard.start.click()
+    run = dashboard.run
+    dashboard.controls.widgets["rounds"].value = 1
+    dashboard.start.click()
+    assert dashboard.run is run and not dashboard.history.with_trials.value
+    with pytest.raises(ConfigError, match=f"{run.config.run_id} still runs: wait for it, or stop it"):
+        dashboard.press_run()
+    dashboard.halt.click()
+    dashboard.halt.click()
+    engine.release(3)
+    run.wait(300)
+    assert (run.state, len(run.rows)) == ("stopped", 1)
+
+
+@pytest.mark.parametrize("name", ["task", "method", "fleet", "link"])
+def test_a_name_that_no_menu_has_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} is 'nope', allowed are "):
+        Controls(make_config(SMALL | {name: "nope"}))
+
+
+def test_a_slider_goes_as_far_as_it_has_to():
+    assert Controls(make_config(SMALL | {"rounds": 90, "participants": 30})).config().rounds == 90
+
+
+def test_every_stored_copy_is_an_entry_and_trials_are_shown_when_asked_for(tmp_path):
+    config = make_config(SMALL)
+    places = [tmp_path / "a" / "full", tmp_path / "b" / "full"]
+    for place in (*places, tmp_path / "tune"):
+        table = place / "rounds" / f"{config.run_id}.parquet"
+        records.write("rounds", pd.DataFrame([row(0)]), table, {"parameters": config.model_dump(mode="json")})
+    history = widgets.history.History(places, lambda: None, lambda _: None, [tmp_path / "tune"])
+    history.show(config.model, config.task)
+    labels, files = zip(*history.choice.options, strict=True)
+    assert len(set(labels)) == len(set(files)) == 2 and not any("tune" in label for label in labels)
+    history.choice.value = files
+    assert sorted(history.chosen()) == [f"FLUX seed 0 ({place})" for place in places]
+    history.with_trials.value = True
+    assert len(history.choice.options) == 3 and set(history.choice.value) == set(files)
+    assert store.SEARCH in [place.name for place in store.folders()]
+    assert store.SEARCH not in [place.name for place in store.folders(trials=False)]
+
+
 def test_a_watcher_that_fails_ends_no_run(engine, tmp_path):
     run = widgets.BackgroundRun(make_config(SMALL), tmp_path, lambda run: 1 / 0)
     run.start()

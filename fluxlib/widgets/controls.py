@@ -22,13 +22,27 @@ class Controls:
     Attributes:
         widgets: by the name of the parameter; ``participant`` is the one whose plan is shown.
         base: what is not on the dashboard stays as it is here.
+
+    Raises:
+        ConfigError: a name in ``base`` that its menu does not have.
     """
 
     def __init__(self, base: RunConfig) -> None:
         import ipywidgets
 
         self.base = base
-        menu, slide, count = ipywidgets.Dropdown, ipywidgets.FloatSlider, ipywidgets.IntSlider
+        slide = ipywidgets.FloatSlider
+
+        def menu(name: str, options: list[Any]) -> Any:
+            allowed = [option[1] if isinstance(option, tuple) else option for option in options]
+            if (value := getattr(base, name)) not in allowed:
+                raise ConfigError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
+            return ipywidgets.Dropdown(options=options, value=value)
+
+        def count(name: str, most: int) -> Any:
+            value = getattr(base, name)
+            return ipywidgets.IntSlider(value=value, min=1, max=max(most, value), continuous_update=False)
+
         fleets = [(f"fleet: {name} ({len(kinds)} kinds)" if len(kinds) > 1 else f"fleet: {name}", name)
                   for name, kinds in catalogue.FLEETS.items()]  # fmt: skip
         fleets += [(device.title, name) for name, device in catalogue.DEVICES.items()]
@@ -37,19 +51,19 @@ class Controls:
         shapes = [("the mini model itself" if name == "self" else name, name) for name in shown]
         quarter = {"min": 0.0, "max": 1.0, "step": 0.05, "readout_format": ".2f", "continuous_update": False}
         self.widgets: dict[str, Any] = {
-            "model": menu(options=list(dict.fromkeys((*models.known()[:2], base.model))), value=base.model),
-            "task": menu(options=list(tasks.TASKS), value=base.task),
-            "method": menu(options=_methods(), value=base.method),
-            "fleet": menu(options=fleets, value=base.fleet),
-            "link": menu(options=links, value=base.link),
-            "clock_model": menu(options=shapes, value=base.clock_model),
+            "model": menu("model", list(dict.fromkeys((*models.known()[:2], base.model)))),
+            "task": menu("task", list(tasks.TASKS)),
+            "method": menu("method", _methods()),
+            "fleet": menu("fleet", fleets),
+            "link": menu("link", links),
+            "clock_model": menu("clock_model", shapes),
             "tune_fraction": slide(value=base.tune_fraction, **quarter),
             "merge_fraction": slide(value=base.merge_fraction, **quarter),
-            "participants": count(value=base.participants, min=1, max=16, continuous_update=False),
-            "participant": count(value=0, min=0, max=base.participants - 1, continuous_update=False),
-            "rounds": count(value=base.rounds, min=1, max=40, continuous_update=False),
-            "local_steps": count(value=base.local_steps, min=1, max=8, continuous_update=False),
-            "layer_budget": menu(options=["adaptive", "uniform", "single", "joint"], value=base.layer_budget),
+            "participants": count("participants", 16),
+            "participant": ipywidgets.IntSlider(value=0, min=0, max=base.participants - 1, continuous_update=False),
+            "rounds": count("rounds", 40),
+            "local_steps": count("local_steps", 8),
+            "layer_budget": menu("layer_budget", ["adaptive", "uniform", "single", "joint"]),
         }
         for name, widget in self.widgets.items():
             widget.description = LABELS[name]

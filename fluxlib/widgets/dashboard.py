@@ -14,8 +14,8 @@ from typing import Any
 import pandas as pd
 
 from fluxlib import figures, style
-from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
-from fluxlib.store import folders, place_of, run_id
+from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, results_dir
+from fluxlib.store import SEARCH, folders, place_of, run_id
 from fluxlib.widgets.background import BackgroundRun, count_tuned, going_on
 from fluxlib.widgets.controls import Controls, with_labels
 from fluxlib.widgets.history import History, table
@@ -35,16 +35,21 @@ class Dashboard:
     Args:
         config: where the controls start, and everything that has no control.
         out: folder of the tables and checkpoints of runs that are started here.
-        store: more folders of runs to compare with; None: those of :func:`fluxlib.store.folders`.
+        store: more folders of runs to compare with; None: those of :func:`fluxlib.store.folders`, the trials of the
+            search when they are asked for.
+
+    Raises:
+        ConfigError: a name in ``config`` that no menu has.
     """
 
     def __init__(self, config: RunConfig, out: Path | str = "", store: list[Path] | None = None) -> None:
         import ipywidgets
 
         self.out = Path(out) if out else REPO_ROOT / "build" / "explore"
-        places = list(dict.fromkeys([self.out, *(store if store is not None else folders())]))
+        places = [self.out, *(folders(trials=False) if store is None else store)]
+        trials = [results_dir(SEARCH)] if store is None else []
         self.controls = Controls(config)
-        self.history = History(places, self._draw, self._take_over)
+        self.history = History(places, self._draw, self._take_over, trials)
         self.preview: Preview | None = None
         self.run: BackgroundRun | None = None
         self._lock, self._paused = threading.RLock(), False
@@ -67,12 +72,14 @@ class Dashboard:
         """Do what the button does, and wait for the end of the run.
 
         Raises:
-            ConfigError: what the dashboard would say in red.
+            ConfigError: what the dashboard would say in red; another run that goes on.
             TimeoutError: the run goes on after ``timeout_s``.
         """
         self.refresh()
         if self.preview is None:
             raise ConfigError(self._problem)
+        if self.run is not None and self.run.busy:
+            raise ConfigError(f"{self.run.config.run_id} still runs: wait for it, or stop it")
         self._press_run()
         assert self.run is not None
         self.run.wait(timeout_s)
@@ -116,7 +123,7 @@ class Dashboard:
         buttons = ipywidgets.HBox([self.start, self.halt, self.progress])
         left = column([*self.controls.view(), buttons], layout=layout(width="330px", min_width="330px"))
         title = ipywidgets.HTML("<b>Compare with earlier runs</b> of this model and task (ctrl or shift for several)")
-        below = ipywidgets.HBox([self.history.take_over, self.history.note])
+        below = ipywidgets.HBox([self.history.take_over, self.history.with_trials, self.history.note])
         running = column([self.status, self.curve, self.table, title, self.history.choice, below])
         planned = column([self.summary, self.plan])
         self.tabs = ipywidgets.Tab([planned, running], titles=["Plan", "Run and compare"])
@@ -215,5 +222,5 @@ class Dashboard:
                 people = table(file, "participants")
                 num_layers, num_experts = self.preview.profile.frequency.shape
                 tuned = None if people is None else count_tuned(people, (num_layers, num_experts))
-            shown[label if label not in shown else f"{label} ({place_of(file).name})"] = found
+            shown[label] = found
         return shown, tuned, first

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 
@@ -12,14 +14,20 @@ from fluxlib.widgets.controls import with_labels
 
 RED, BROWN = "#b00020", "#8a5a00"
 
-COLUMNS = {
-    "run": ("run", "{}"),
-    "rounds": ("rounds done", "{}"),
-    "best_metric": ("best score", "{:.3f}"),
-    "final_metric": ("last score", "{:.3f}"),
-    "device_s_to_target": ("to target: device s", "{:.1f}"),
-    "wall_s_to_target": ("measured s", "{:.1f}"),
-    "round_to_target": ("rounds", "{:.1f}"),
+
+def seconds(value: float) -> str:
+    """Three digits, and no powers of ten: a mini model's rounds take milliseconds, a real one's minutes."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "run": ("run", str),
+    "rounds": ("rounds done", str),
+    "best_metric": ("best score", "{:.3f}".format),
+    "final_metric": ("last score", "{:.3f}".format),
+    "device_s_to_target": ("to target: device s", seconds),
+    "wall_s_to_target": ("measured s", seconds),
+    "round_to_target": ("rounds", "{:.1f}".format),
 }
 """Of a comparison: what stands above a column, and how its values are written."""
 
@@ -34,7 +42,7 @@ def compared(times: pd.DataFrame, target_frac: float) -> str:
     head = "".join(f"<th>{title}</th>" for title, _ in COLUMNS.values())
     body = ""
     for row in times.to_dict(orient="records"):
-        cells = (("–" if value != value else form.format(value))
+        cells = (("–" if value != value else form(value))
                  for value, form in ((row[name], form) for name, (_, form) in COLUMNS.items()))  # fmt: skip
         body += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
     said = f"Target: {metric} {target:.3f}, {target_frac:.0%} of the best score shown (dotted line); –: not reached."
@@ -81,7 +89,7 @@ def _round_line(run: BackgroundRun) -> str:
     said = [f"<b>round {row['round']}</b> of {run.config.rounds}"]
     if row["metric"] == row["metric"]:
         said.append(f"{style.METRICS.get(row['metric_name'], 'score')} {row['metric']:.3f}, loss {row['loss']:.3f}")
-    said.append(f"{row['wall_s']:.1f} s here, {row['device_s']:.3g} s on the device clock")
+    said.append(f"{row['wall_s']:.1f} s here, {seconds(row['device_s'])} s on the device clock")
     said.append(f"{row['uplink_bytes'] / 1e6:.1f} MB up, {row['downlink_bytes'] / 1e6:.1f} MB down in this round")
     return " · ".join(said) + (f" · {row['num_rejected']} replies refused" if row["num_rejected"] else "")
 
