@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from fluxlib.config import ConfigError
@@ -22,11 +24,29 @@ def replace(page: Path, name: str, text: str) -> bool:
     Raises:
         ConfigError: as in :func:`section`.
     """
-    before, old, after = _parts(page, name)
-    new = f"\n{text}\n"
-    if new != old:
+    return replace_all(page, {name: text})
+
+
+def replace_all(page: Path, texts: Mapping[str, str]) -> bool:
+    """Put each text between the marks of its name: all of them, or none where marks are missing.
+
+    The page is written once, whole or not at all.
+
+    Raises:
+        ConfigError: as in :func:`section`; the page is as it was.
+    """
+    for name in texts:
+        section(page, name)
+    old = new = page.read_text() if texts else ""
+    for name, text in texts.items():
         begin, end = _marks(name)
-        page.write_text(f"{before}{begin}{new}{end}{after}")
+        before, _, after = _split(page, new, name)
+        new = f"{before}{begin}\n{text}\n{end}{after}"
+    if new != old:
+        temporary = page.with_name(f".{page.name}.{os.getpid()}.tmp")
+        temporary.write_text(new)
+        temporary.chmod(page.stat().st_mode)
+        os.replace(temporary, page)
     return new != old
 
 
@@ -37,8 +57,11 @@ def _marks(name: str) -> tuple[str, str]:
 def _parts(page: Path, name: str) -> tuple[str, str, str]:
     if not page.is_file():
         raise ConfigError(f"no page {page}")
+    return _split(page, page.read_text(), name)
+
+
+def _split(page: Path, text: str, name: str) -> tuple[str, str, str]:
     begin, end = _marks(name)
-    text = page.read_text()
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ConfigError(f"{page} needs one {begin} and after it one {end}")
     before, rest = text.split(begin)

@@ -124,8 +124,7 @@ def claims(
     except (records.TableError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     if readme is not None:
-        for name, text in judged.page_sections(folder).items():
-            pages.replace(readme, name, text)
+        pages.replace_all(readme, judged.page_sections(folder))
     print(table.to_json(orient="records") if as_json else judged.to_markdown(table))
 
 
