@@ -26,7 +26,14 @@ from fluxlib.figures.plans import overview, roles_over_rounds, slots
 from fluxlib.figures.portraits import activation, activation_by_label, partition, phases
 from fluxlib.figures.runs import compare_runs, curves
 from fluxlib.figures.timeline import timeline
-from fluxlib.figures.times import describe_times, option_table, time_to_target, times_to_target, with_variants
+from fluxlib.figures.times import (
+    describe_times,
+    option_table,
+    time_to_target,
+    times_to_target,
+    with_variants,
+    without_reference,
+)
 from fluxlib.figures.trials import draw_trials, trials
 
 __all__ = [
@@ -61,6 +68,7 @@ __all__ = [
     "time_to_target",
     "timeline",
     "times_to_target",
-    "with_variants",
     "trials",
+    "with_variants",
+    "without_reference",
 ]

@@ -90,7 +90,7 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
     share = f"{times['target_fraction'].iloc[0]:.0%}".replace("%", " %")
     caption(
         figure,
-        f"{unique(times, 'model')}: target {share} of the reference's final score",
+        f"{unique(times, 'model')}: target {share} of the reference's final score, seed by seed",
         f"device clock: shapes of {clock_shapes(times)}",
         seeds_name(times),
     )

@@ -10,17 +10,8 @@ import numpy as np
 import pandas as pd
 
 from fluxlib import style
-from fluxlib.figures.canvas import (
-    Picture,
-    axes_grid,
-    caption,
-    clock_shapes,
-    drawn,
-    interval,
-    interval_name,
-    notice,
-    unique,
-)
+from fluxlib.figures import canvas
+from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, notice, unique
 from fluxlib.figures.measured import LINES, MARKERS, shades
 from fluxlib.figures.times import final_score, time_to_target
 
@@ -47,12 +38,12 @@ def outcomes(
 
     Returns:
         Identity, settings, ``question``, ``final_metric``, ``target`` (``target_fraction`` of the reference's final
-        score, mean over seeds, with as many participants and the same alpha; NaN without such a run), ``device_s``
+        score with the same seed, as many participants and the same alpha; NaN without such a run), ``device_s``
         and ``round`` to target (NaN: not reached), ``at_least_s`` (the whole run then) and ``round_mb``, what all
         participants of a round sent and received, on average: bytes of the run's own model.
     """
     rows: list[dict[str, Any]] = []
-    for _, group in rounds.groupby(["model", "task", *FEDERATION], sort=False):
+    for _, group in rounds.groupby(["model", "task", "seed", *FEDERATION], sort=False):
         scored = group.dropna(subset=["metric"]).sort_values("round")
         finals = scored[scored["method"] == reference].groupby("run_id")["metric"].agg(final_score)
         target = target_fraction * float(finals.mean()) if len(finals) else math.nan
@@ -152,7 +143,7 @@ def draw_settings(table: pd.DataFrame) -> Picture:
     handles = {label: one for ax in axes[:, 0] for one, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4, fontsize=8)
     seeds = sorted(table.groupby(["question", "variant", "method"])["seed"].nunique().unique())
-    bars = interval_name(int(seeds[-1])) + (" (where there is one seed: no bar)" if len(seeds) > 1 else "")
+    bars = canvas.interval_name(int(seeds[-1])) + (" (where there is one seed: no bar)" if len(seeds) > 1 else "")
     caption(
         figure,
         f"{unique(table, 'model')}, {unique(table, 'task')}",
@@ -201,7 +192,7 @@ def _points(
     known = own.dropna(subset=[column])
     means, errors, missed = {}, [], []
     for place, rows in known.groupby("place"):
-        mean, low, high = interval(rows[column].to_numpy())
+        mean, low, high = canvas.interval(rows[column].to_numpy())
         means[place] = mean
         errors.append((max(0.0, mean - low), max(0.0, high - mean)))
         missed.append(measure == "device_s" and bool(rows["device_s"].isna().any()))

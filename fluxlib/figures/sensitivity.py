@@ -13,8 +13,9 @@ from matplotlib.colors import LogNorm
 
 from fluxlib import style
 from fluxlib.devices import catalogue
-from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn, interval, notice, unique
+from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn, notice, unique
 from fluxlib.figures.times import FINAL_ROUNDS, times_to_target
+from fluxlib.metrics import geometric
 
 PLACE = ["model", "task", "fleet", "link"]
 REACHED, AT_LEAST, AT_MOST, NEITHER = "", "at least", "at most", "neither"
@@ -39,8 +40,8 @@ def speedups(
         target_fraction: share of the reference's final score, see :func:`fluxlib.figures.times.times_to_target`.
 
     Returns:
-        One row per model, task, fleet, link, ``baseline`` and seed of ``method``: ``speedup`` is the baseline's mean
-        time over seeds over this seed's. A run that never reached the target took at least as long as it was
+        One row per model, task, fleet, link, ``baseline`` and seed that both have: ``speedup`` is the baseline's time
+        over that of ``method``. A run that never reached the target took at least as long as it was
         followed, so ``bound`` says whether the speed-up is at least or at most that; ``neither``: nothing is known.
         ``fits`` and ``baseline_fits``: whether the predicted memory of a step is there on every device.
     """
@@ -56,15 +57,16 @@ def speedups(
             own, others = runs[runs["method"] == method], runs[runs["method"] != method]
             for name, other in others.groupby("method", sort=False):
                 fixed = dict(zip(PLACE, (model, task, *place), strict=True)) | {"baseline": name}
-                rows += [fixed | _one(run, other) for run in own.to_dict("records")]
+                pairs = own.merge(other, on="seed", suffixes=("", "_of_baseline"))
+                rows += [fixed | _one(pair) for pair in pairs.to_dict("records")]
     return pd.DataFrame(rows, columns=None if rows else [*PLACE, "baseline", "seed", "speedup", "bound"])
 
 
-def _one(run: Mapping[Any, Any], other: pd.DataFrame) -> dict[str, Any]:
-    """One seed against the other method's seeds."""
-    missed, other_missed = math.isnan(run["device_s"]), bool(other["device_s"].isna().any())
+def _one(run: Mapping[Any, Any]) -> dict[str, Any]:
+    """One seed against the other method's run with it."""
+    missed, other_missed = math.isnan(run["device_s"]), math.isnan(run["device_s_of_baseline"])
     bounds = {(False, False): REACHED, (False, True): AT_LEAST, (True, False): AT_MOST, (True, True): NEITHER}
-    bound, base_s = bounds[missed, other_missed], float(other["at_least_s"].mean())
+    bound, base_s = bounds[missed, other_missed], run["at_least_s_of_baseline"]
     return {
         "seed": run["seed"],
         "speedup": math.nan if bound == NEITHER else base_s / run["at_least_s"],
@@ -75,15 +77,15 @@ def _one(run: Mapping[Any, Any], other: pd.DataFrame) -> dict[str, Any]:
         "target_fraction": run["target_fraction"],
         "clock_model": run["clock_model"],
         "fits": run["memory_share"] <= FULL,
-        "baseline_fits": bool((other["memory_share"] <= FULL).all()),
+        "baseline_fits": run["memory_share_of_baseline"] <= FULL,
     }
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per cell of the heat map: mean and interval over seeds, and what the mean is worth (``bound``)."""
+    """One row per cell of the heat map: geometric mean and interval over seeds, and what it is worth (``bound``)."""
     rows = []
     for key, part in table.groupby([*PLACE, "baseline"], sort=False):
-        mean, low, high = interval(part["speedup"].to_numpy())
+        mean, low, high = geometric(part["speedup"])
         found = set(part["bound"]) - {REACHED}
         # A mean of lower bounds and values is a lower bound; of lower and upper bounds it is nothing.
         bound = found.pop() if len(found) == 1 else (NEITHER if found else REACHED)
@@ -131,7 +133,7 @@ def draw(table: pd.DataFrame) -> Picture:
     caption(
         figure,
         f"{unique(table, 'model')}: time to {share} of FMD's final score",
-        f"{seeds} seed{'s: mean' if seeds > 1 else ''}\ndevice clock, shapes of {unique(table, 'clock_model')}",
+        f"geometric mean of {seeds} seed(s)\ndevice clock, shapes of {unique(table, 'clock_model')}",
         "hatched: FLUX is later",
         "( ): FLUX's step exceeds the memory\n\u2265: the baseline never got there",
         "\u2264: FLUX did not in every seed",

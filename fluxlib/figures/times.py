@@ -1,20 +1,25 @@
 """Time to target: how long a method takes to a share of the reference method's final quality. Tables, no drawing.
 
-The target of a model and task is ``target_fraction`` times the reference's final metric, averaged over seeds: the
-same target for every method and seed (the paper's own targets are absolute and belong to other models).
+The target of a model, task and seed is ``target_fraction`` times the reference's final metric with that seed: the same
+for every method (the paper's own targets are absolute and belong to other models). So seeds are pairs: a seed that is
+hard is hard for both. A run whose seed the reference lacks has no target and is left out (:func:`without_reference`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from fluxlib import style
-from fluxlib.figures.canvas import clock_shapes, interval, interval_name
+from fluxlib.figures.canvas import clock_shapes, interval_name
+from fluxlib.metrics import geometric
 
+SEED = ["model", "task", "seed"]
+"""What two runs that are compared have in common."""
 CLOCKS = tuple(style.CLOCKS)
 """Columns of ``rounds`` in which time may be counted: both clocks, and rounds."""
 FINAL_ROUNDS = 3
@@ -54,53 +59,59 @@ def with_variants(rounds: pd.DataFrame, suffixes: Mapping[str, str]) -> pd.DataF
     return kept
 
 
+def without_reference(rounds: pd.DataFrame, reference: str = "fmd") -> list[str]:
+    """Run ids of the runs that have no partner: the reference was not run on their model and task with their seed."""
+    known = pd.MultiIndex.from_frame(rounds.loc[rounds["method"] == reference, SEED])
+    alone = ~pd.MultiIndex.from_frame(rounds[SEED]).isin(known)
+    return sorted(rounds.loc[alone, "run_id"].unique())
+
+
 def times_to_target(
     rounds: pd.DataFrame, target_fraction: float = 0.95, reference: str = "fmd", final_rounds: int = 1
 ) -> pd.DataFrame:
-    """Time to target of every run in ``rounds``, one row per model, task, method and seed.
+    """Time to target of every run in ``rounds`` that has a partner, one row per model, task, method and seed.
 
     Args:
-        rounds: the ``rounds`` table of any number of runs.
-        target_fraction: share of the reference's final metric.
-        reference: the method whose final metric sets the target, and whose mean time the speed-ups refer to.
+        rounds: the ``rounds`` table of any number of runs, one per model, task, method and seed.
+        target_fraction: share of the reference's final metric with the same seed.
+        reference: the method whose final metric sets the target, and whose time the speed-ups refer to.
         final_rounds: the final metric is the mean of this many last scored rounds.
 
     Returns:
         Identity, ``target``, ``final_metric``, ``final_frac`` (of the reference's), time to target on each clock
-        (``device_s``, ``wall_s``, ``round``; NaN: not reached) and ``speedup_<clock>``: the reference's mean time over
-        this run's, NaN where either was not reached.
+        (``device_s``, ``wall_s``, ``round``; NaN: not reached) and ``speedup_<clock>``: the time of the reference's
+        run with the same seed over this run's, NaN where either was not reached.
 
     Raises:
         ValueError: the reference is missing for a model and task, or ``target_fraction`` is not within (0, 1].
     """
     if not 0 < target_fraction <= 1:
         raise ValueError(f"target_fraction is {target_fraction}, allowed is above 0 and at most 1")
-    rows = []
     for (model, task), runs in rounds.groupby(["model", "task"], sort=False):
-        finals = {key: _final(run, final_rounds) for key, run in runs.groupby(["method", "seed"], sort=False)}
-        of_reference = [final for (method, _), final in finals.items() if method == reference]
-        if not of_reference:
+        if reference not in set(runs["method"]):
             have = ", ".join(style.order(runs["method"]))
             raise ValueError(f"reference {reference!r} has no run for {model} and {task}; there are {have}")
-        best = float(np.mean(of_reference))
-        for (method, seed), run in runs.groupby(["method", "seed"], sort=False):
-            rows.append(
-                {
-                    "model": model,
-                    "task": task,
-                    "method": method,
-                    "seed": seed,
-                    "metric_name": run["metric_name"].iloc[0],
-                    "clock_model": run["clock_model"].iloc[0],
-                    "link": run["link"].iloc[0],
-                    "target_fraction": target_fraction,
-                    "target": target_fraction * best,
-                    "final_metric": finals[method, seed],
-                    "final_frac": finals[method, seed] / best if best else math.nan,
-                }
-                | {c: time_to_target(run[c].tolist(), run["metric"].tolist(), target_fraction * best) for c in CLOCKS}
-            )
+    rows: list[dict[str, Any]] = []
+    for (model, task, seed), runs in rounds.groupby(SEED, sort=False):
+        of_reference = runs[runs["method"] == reference]
+        if of_reference.empty:
+            continue
+        best = _final(of_reference, final_rounds)
+        fixed = {"model": model, "task": task, "seed": seed, "target_fraction": target_fraction}
+        rows += [
+            fixed | {"method": method} | _one(run, best, target_fraction, final_rounds)
+            for method, run in runs.groupby("method", sort=False)
+        ]
     return _with_speedups(pd.DataFrame(rows), reference)
+
+
+def _one(run: pd.DataFrame, best: float, target_fraction: float, final_rounds: int) -> dict[str, Any]:
+    final, target = _final(run, final_rounds), target_fraction * best
+    return (
+        {name: run[name].iloc[0] for name in ("metric_name", "clock_model", "link")}
+        | {"target": target, "final_metric": final, "final_frac": final / best if best else math.nan}
+        | {clock: time_to_target(run[clock].tolist(), run["metric"].tolist(), target) for clock in CLOCKS}
+    )
 
 
 def option_table(
@@ -120,8 +131,8 @@ def option_table(
         when there are no such runs. See :func:`times_to_target` for the arguments.
     """
     every = with_variants(rounds, {name: f", {name}" for name in options} | {"improved": "+"})
-    place, seed = ["model", "task"], ["model", "task", "seed"]
-    every = every.merge(every.loc[every["variant"].isin(options), seed].drop_duplicates(), on=seed)
+    place = ["model", "task"]
+    every = every.merge(every.loc[every["variant"].isin(options), SEED].drop_duplicates(), on=SEED)
     if every.empty:
         return pd.DataFrame()
     times = times_to_target(every, target_fraction, reference, final_rounds)
@@ -146,13 +157,12 @@ def _final(run: pd.DataFrame, final_rounds: int) -> float:
 
 
 def _with_speedups(times: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Every seed of the reference must have reached the target, or there is no time to compare with."""
-    of_reference = times[times["method"] == reference].groupby(["model", "task"])
+    """Seed by seed: each run against the reference's with its seed."""
+    base = times.loc[times["method"] == reference].set_index(SEED)
     for clock in CLOCKS:
-        mean = of_reference[clock].mean(skipna=False)
-        base = np.array([mean[key] for key in zip(times["model"], times["task"], strict=True)])
+        theirs = base[clock].reindex(pd.MultiIndex.from_frame(times[SEED])).to_numpy(dtype=float)
         own = times[clock].to_numpy(dtype=float)
-        times[f"speedup_{clock}"] = np.divide(base, own, out=np.full(len(own), math.nan), where=own > 0)
+        times[f"speedup_{clock}"] = np.divide(theirs, own, out=np.full(len(own), math.nan), where=own > 0)
     return times
 
 
@@ -160,7 +170,7 @@ def describe_times(times: pd.DataFrame, reference: str = "fmd") -> str:
     """``times`` (of :func:`times_to_target`) in words, as Markdown: one sentence per model, task and other method."""
     title = style.method(reference).title
     share = f"{times['target_fraction'].iloc[0]:.0%}".replace("%", " %")
-    lines = [f"Target: {share} of {title}'s final score on the same model and task.", ""]
+    lines = [f"Target: {share} of {title}'s final score on the same model and task with the same seed.", ""]
     for (model, task, method), runs in times.groupby(["model", "task", "method"], sort=False):
         if method != reference:
             name = style.method(str(method)).title
@@ -174,14 +184,14 @@ def _verdict(runs: pd.DataFrame, reference: str) -> str:
     missed = int(runs["device_s"].isna().sum())
     if missed:
         return f"did not reach the target in {missed} of {len(runs)} runs; it {final} ({seeds})"
-    speedup, low, high = interval(runs["speedup_device_s"].to_numpy())
-    if speedup != speedup:
+    speedup, low, high = geometric(runs["speedup_device_s"])
+    if runs["speedup_device_s"].isna().any():
         return f"reached the target, {reference} itself did not in every run; it {final} ({seeds})"
     spread = f" ({interval_name(len(runs)).split(' and ')[-1]}: {low:.2f} to {high:.2f})" if len(runs) > 1 else ""
     if runs["final_frac"].mean() < runs["target_fraction"].iloc[0]:
         final = final.replace("ends", "does not hold it and ends")
     clock = f"device clock ({clock_shapes(runs)})"
-    wall, rounds = runs["speedup_wall_s"].mean(), runs["round"].mean()
+    wall, rounds = geometric(runs["speedup_wall_s"])[0], runs["round"].mean()
     return (
         f"is {speedup:.2f}x as fast to the target{spread} on the {clock}, {wall:.2f}x as measured here, "
         f"in {rounds:.1f} rounds; it {final} ({seeds})"

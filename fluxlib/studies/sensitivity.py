@@ -36,24 +36,29 @@ class Reply:
     first: Work | None
 
 
-def recount(
-    participants: pd.DataFrame,
-    rounds: pd.DataFrame,
-    about: Mapping[str, Any],
-    fleet: str | None = None,
-    link: str | None = None,
-    clock_model: str | None = None,
-    tokens_per_sample: int | None = None,
-) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Place:
+    """Where a run is counted anew; None: as it was.
+
+    Attributes:
+        fleet: of :func:`fluxlib.devices.catalogue.fleet`; None: the devices that the run's participants stood for.
+        link: of :func:`fluxlib.devices.catalogue.link`.
+        clock_model: whose shapes are charged; ``self``: the run's model.
+        tokens_per_sample: what every sample counts as; 0: the tokens that were counted.
+    """
+
+    fleet: str | None = None
+    link: str | None = None
+    clock_model: str | None = None
+    tokens_per_sample: int | None = None
+
+
+def recount(participants: pd.DataFrame, rounds: pd.DataFrame, about: Mapping[str, Any], place: Place) -> pd.DataFrame:
     """``rounds`` of one run as the device clock counts them elsewhere.
 
     Args:
         participants, rounds: the tables of one run.
         about: what is stored beside them; its ``parameters`` are the run's configuration.
-        fleet: of :func:`fluxlib.devices.catalogue.fleet`; None: the devices that the run's participants stood for.
-        link: of :func:`fluxlib.devices.catalogue.link`; None: the run's own, as the next two.
-        clock_model: whose shapes are charged; ``self``: the run's model.
-        tokens_per_sample: what every sample counts as; 0: the tokens that were counted.
 
     Returns:
         ``rounds`` in order, with other ``round_device_s``, ``server_device_s``, ``device_s``, ``link`` and
@@ -64,7 +69,7 @@ def recount(
         ValueError: a run without works (stored before there was such a column), or an unknown fleet or link.
     """
     replies = read_replies(participants, str(rounds["run_id"].iloc[0]))
-    return _recount(replies, rounds, about["parameters"], fleet, link, clock_model, tokens_per_sample)
+    return _recount(replies, rounds, about["parameters"], place)
 
 
 def read_replies(participants: pd.DataFrame, run_id: str) -> dict[int, list[Reply]]:
@@ -84,19 +89,13 @@ def read_replies(participants: pd.DataFrame, run_id: str) -> dict[int, list[Repl
 
 
 def _recount(
-    replies: Mapping[int, list[Reply]],
-    rounds: pd.DataFrame,
-    run: Mapping[str, Any],
-    fleet: str | None = None,
-    link: str | None = None,
-    clock_model: str | None = None,
-    tokens_per_sample: int | None = None,
+    replies: Mapping[int, list[Reply]], rounds: pd.DataFrame, run: Mapping[str, Any], place: Place
 ) -> pd.DataFrame:
-    name = clock_model or str(run["clock_model"])
+    name = place.clock_model or str(run["clock_model"])
     shapes = clock.shapes(str(run["model"]) if name == "self" else name)
-    tokens = run["clock_tokens_per_sample"] if tokens_per_sample is None else tokens_per_sample or None
-    over = catalogue.link(link or str(run["link"]))
-    devices = catalogue.fleet(fleet, run["participants"]) if fleet else None
+    tokens = run["clock_tokens_per_sample"] if place.tokens_per_sample is None else place.tokens_per_sample or None
+    over = catalogue.link(place.link or str(run["link"]))
+    devices = catalogue.fleet(place.fleet, run["participants"]) if place.fleet else None
     table = rounds.sort_values("round", kind="stable")
     counted = [_count(replies.get(int(number), []), devices, shapes, over, tokens) for number in table["round"]]
     return table.assign(
@@ -105,7 +104,7 @@ def _recount(
         device_s=list(itertools.accumulate(total for total, _, _ in counted)),
         link=over.name,
         clock_model=name,
-        fleet=fleet or str(run["fleet"]),
+        fleet=place.fleet or str(run["fleet"]),
         memory_share=[share for _, _, share in counted],
     )
 
@@ -158,12 +157,12 @@ def recounts(
     """
     import pandas as pd
 
-    kept, places = with_works(participants), list(itertools.product(fleets, links))
+    kept, places = with_works(participants), list(itertools.starmap(Place, itertools.product(fleets, links)))
     found = []
     for run_id, run in rounds.groupby("run_id", sort=False):
         if run_id in kept:
             replies, parameters = read_replies(participants, str(run_id)), abouts[str(run_id)]["parameters"]
-            found += [_recount(replies, run, parameters, fleet, link) for fleet, link in places]
+            found += [_recount(replies, run, parameters, place) for place in places]
     if not found:
         raise ValueError("no run has works: all were stored before the column was, run them again")
     return pd.concat(found, ignore_index=True)

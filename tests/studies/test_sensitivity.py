@@ -10,6 +10,7 @@ from fluxlib.config import make_config
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.tables import read_work
 from fluxlib.studies import sensitivity
+from fluxlib.studies.sensitivity import Place
 
 TINY = {"rounds": 3, "participants": 3, "task_size": 200, "local_steps": 1, "batch_size": 4, "eval_samples": 4}
 
@@ -34,11 +35,11 @@ def one(stored, method):
 @pytest.mark.parametrize("method", ["flux", "fmd"])
 def test_with_nothing_changed_every_digit_is_the_stored_one(stored, method):
     participants, rounds, about = one(stored, method)
-    found = sensitivity.recount(participants, rounds, about)
+    found = sensitivity.recount(participants, rounds, about, Place())
     for column in ("round_device_s", "server_device_s", "device_s", "link", "clock_model"):
         assert found[column].tolist() == rounds[column].tolist()
     named = about["parameters"]
-    again = sensitivity.recount(participants, rounds, about, named["fleet"], named["link"], named["clock_model"])
+    again = sensitivity.recount(participants, rounds, about, Place(named["fleet"], named["link"], named["clock_model"]))
     assert again["device_s"].tolist() == rounds["device_s"].tolist()
 
 
@@ -48,7 +49,7 @@ def test_what_was_named_is_what_a_run_there_would_have_said(stored, tmp_path):
         out=tmp_path,
     )
     there = records.read_all("rounds", tmp_path)
-    found = sensitivity.recount(*one(stored, "flux"), "weak", "lte", "deepseek-moe-16b", tokens_per_sample=0)
+    found = sensitivity.recount(*one(stored, "flux"), Place("weak", "lte", "deepseek-moe-16b", tokens_per_sample=0))
     assert found["device_s"].tolist() == there["device_s"].tolist()
     assert found["metric"].tolist() == there["metric"].tolist()
     assert found["fleet"].unique().tolist() == ["weak"]
@@ -60,14 +61,14 @@ def test_a_reply_that_was_refused_does_not_count(stored):
     refused = participants.assign(rejected=participants["rejected"].where(kept, "late"))
     without = participants[kept]
     assert (
-        sensitivity.recount(refused, rounds, about)["device_s"].tolist()
-        == sensitivity.recount(without, rounds, about)["device_s"].tolist()
+        sensitivity.recount(refused, rounds, about, Place())["device_s"].tolist()
+        == sensitivity.recount(without, rounds, about, Place())["device_s"].tolist()
     )
 
 
 def test_memory_is_the_most_loaded_participants_share(stored):
     participants, rounds, about = one(stored, "flux")
-    found = sensitivity.recount(participants, rounds, about, fleet="rtx-3060").set_index("round")["memory_share"]
+    found = sensitivity.recount(participants, rounds, about, Place("rtx-3060")).set_index("round")["memory_share"]
     device, shapes = catalogue.DEVICES["rtx-3060"], clock.shapes("llama-moe-3.5b")
     works = [read_work(text)[0] for text in participants.loc[participants["round"] == 2, "work"]]
     needed = max(clock.device_bytes(work, shapes, device, 256) for work in works)
@@ -84,7 +85,7 @@ def test_runs_without_works_are_left_out_and_named(stored):
     assert set(found["method"]) == {"flux"} and len(found) == 2 * 4
     fmd = one(stored, "fmd")
     with pytest.raises(ValueError, match="fmd-mini-llama-moe-mini-gsm8k-seed0 has no works"):
-        sensitivity.recount(fmd[0].assign(work=None), fmd[1], fmd[2])
+        sensitivity.recount(fmd[0].assign(work=None), fmd[1], fmd[2], Place())
     with pytest.raises(ValueError, match="no run has works"):
         sensitivity.recounts(participants.assign(work=None), rounds, abouts)
 
@@ -92,7 +93,7 @@ def test_runs_without_works_are_left_out_and_named(stored):
 def test_an_unknown_place_is_refused_by_name(stored):
     for changes, message in (({"fleet": "moon"}, "unknown fleet 'moon'"), ({"link": "string"}, "unknown link")):
         with pytest.raises(ValueError, match=message):
-            sensitivity.recount(*one(stored, "fmd"), **changes)
+            sensitivity.recount(*one(stored, "fmd"), Place(**changes))
 
 
 def test_every_device_of_the_catalogue_is_looked_at():
@@ -102,5 +103,5 @@ def test_every_device_of_the_catalogue_is_looked_at():
 def test_pandas_tables_stay_as_they_were(stored):
     participants, rounds, about = one(stored, "flux")
     before = rounds.copy()
-    sensitivity.recount(participants, rounds, about, fleet="weak", link="lte")
+    sensitivity.recount(participants, rounds, about, Place("weak", "lte"))
     pd.testing.assert_frame_equal(rounds, before)
