@@ -275,6 +275,21 @@ def read_all(table: str, folder: Path) -> pd.DataFrame:
     return pd.concat([read(table, file) for file in files], ignore_index=True)
 
 
+def unfinished(folder: Path) -> dict[str, str]:
+    """Runs in ``<folder>/rounds`` that must not count as finished, by run id, and why.
+
+    A run that failed or was stopped leaves its rounds so far and says so in the ``.json`` beside them.
+    """
+    found = {}
+    for file in sorted((Path(folder) / "rounds").glob("*.parquet")):
+        about = file.with_suffix(".json")
+        content = json.loads(about.read_text()) if about.is_file() else {"status": f"no {about.name} beside it"}
+        status = content.get("status", "complete")
+        if status != "complete":
+            found[file.stem] = f"{status}: {content['failure']}" if content.get("failure") else str(status)
+    return found
+
+
 def about_run(parameters: dict[str, Any], start: datetime.datetime, **more: Any) -> dict[str, Any]:
     """What made a table: parameters, versions, commit, machine, ``start`` and now as the end (both UTC)."""
     return {

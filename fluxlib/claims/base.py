@@ -14,12 +14,18 @@ import numpy as np
 import pandas as pd
 
 from fluxlib import records
-from fluxlib.claims.numbers import geometric, in_order, shown, shown_interval
-from fluxlib.claims.races import races, timed
-from fluxlib.figures.canvas import clock_shapes, interval
+from fluxlib.claims.numbers import in_order, sentence, shown, shown_interval
+from fluxlib.claims.races import REFERENCE, races, timed
+from fluxlib.figures.canvas import clock_shapes
+from fluxlib.figures.quality import final_quality
+from fluxlib.metrics import geometric, interval
 from fluxlib.studies import verdicts
 
-AGREES, DIRECTION, DIFFERS, MISSING = VERDICTS = ("agrees", "agrees in direction", "does not", "not attempted")
+MODELLED = "modelled"
+"""Source of numbers that no seed changes."""
+AGREES, DIRECTION, DIFFERS = verdicts.AGREES, verdicts.DIRECTION, verdicts.DIFFERS
+MISSING = "not attempted"
+VERDICTS = (AGREES, DIRECTION, DIFFERS, MISSING)
 """From the best to no evidence."""
 
 
@@ -35,6 +41,8 @@ class Tables:
     """By run id."""
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By benchmark, e.g. ``experts``."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Runs whose tables are there but are not read, by run id, and why: unfinished or failed ones."""
 
     @cached_property
     def plain_races(self) -> pd.DataFrame:
@@ -45,6 +53,12 @@ class Tables:
     def timed_races(self) -> pd.DataFrame:
         """The same with the runs that were continued for as long as FMD's (:func:`fluxlib.claims.races.timed`)."""
         return races(None if self.rounds is None else timed(self.rounds))
+
+    @cached_property
+    def quality(self) -> pd.DataFrame:
+        """:func:`fluxlib.figures.quality.final_quality` of the unchanged runs, and of those that were continued."""
+        assert self.rounds is not None
+        return final_quality(self.rounds[self.rounds["variant"] == ""], timed(self.rounds, [""]), REFERENCE)
 
     def plain(self, timed: bool = False) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
         """Model by model: its name, the ``rounds`` of its unchanged runs, and their races (``timed`` or plain)."""
@@ -77,6 +91,8 @@ class Reading:
     low: float = math.nan
     high: float = math.nan
     seeds: int = 1
+    fewest: int | None = None
+    """Seeds of the task that has the fewest, where tasks differ."""
     tasks: tuple[str, ...] = ()
     clock: str = ""
     reached: bool | None = None
@@ -92,6 +108,8 @@ class Claim:
         place: where in the paper; a question mark where the number of the figure is inferred.
         paper: the paper's value, in words; ``size`` the same as a number to compare with, None if there is none.
         better: ``larger`` or ``smaller`` than ``size``.
+        null: what would be no effect (:func:`fluxlib.studies.verdicts.judge`); None: 1 or 0, or ``size`` where smaller
+            is better. ``size`` itself where the sign cannot come out otherwise.
         reach: the number this project set out to reach (None: none set), shown in ``unit``.
         source: what is measured in ours, and what is modelled.
         needs: the command that makes the tables.
@@ -108,6 +126,7 @@ class Claim:
     better: str = "larger"
     reach: float | None = None
     unit: str = ""
+    null: float | None = None
 
     @property
     def bar(self) -> str:
@@ -124,16 +143,19 @@ class Claim:
 
 
 def load(results: Path, benchmarks: Path | None = None) -> Tables:
-    """Read what is there; what is not is left empty.
+    """Read what is there; what is not is left empty. Runs that did not finish are named in ``left_out``, not read.
 
     Raises:
         TableError: a table that does not fit its schema, by name.
     """
     results = Path(results)
+    left_out = records.unfinished(results)
     found: dict[str, pd.DataFrame | None] = {}
     for table in ("rounds", "participants"):
         there = any((results / table).glob("*.parquet"))
-        found[table] = records.read_all(table, results) if there else None
+        rows = records.read_all(table, results) if there else None
+        kept = None if rows is None else rows[~rows["run_id"].isin(list(left_out))].reset_index(drop=True)
+        found[table] = kept if kept is not None and len(kept) else None
     measurements: dict[str, dict[str, pd.DataFrame]] = {}
     for path in sorted((results / "measurements").glob("*.parquet")):
         stem, _, model = path.stem.partition("-")
@@ -144,41 +166,63 @@ def load(results: Path, benchmarks: Path | None = None) -> Tables:
         found["rounds"],
         found["participants"],
         {stem: {model: by_model[model] for model in in_order(by_model)} for stem, by_model in measurements.items()},
-        {run: content.get("parameters", {}) for run, content in about.items()},
+        {run: content.get("parameters", {}) for run, content in about.items() if run not in left_out},
         {path.stem: json.loads(path.read_text()) for path in files},
+        left_out,
     )
 
 
 def read_size(
-    claim: Claim, label: str, values: np.ndarray, tasks: Iterable[str] = (), why: str = "", clock: str = ""
+    claim: Claim,
+    label: str,
+    values: np.ndarray,
+    tasks: Iterable[str] = (),
+    why: str = "",
+    clock: str = "",
+    null: np.ndarray | None = None,
 ) -> Reading:
-    """A number per seed held against the paper's; factors (unit ``x``) are averaged geometrically.
+    """A number per seed held against the paper's by the one rule of :mod:`fluxlib.studies.verdicts`.
 
-    The rule is that of the study notebooks (:func:`fluxlib.studies.verdicts.judge`): ``agrees``: the mean over seeds
-    reaches the paper's size, and every seed points its way. ``agrees in direction``: every seed points the paper's way,
-    the mean falls short of its size. ``does not``: anything else; where smaller is better there is a size only. An
-    interval that includes no difference at all does not change the verdict; it is told.
+    Factors (unit ``x``) are averaged geometrically. An interval that includes no effect is told.
+
+    Args:
+        null: no effect of each seed; None: the claim's.
+        why: told as it is, whatever the verdict.
     """
     assert claim.size is not None
-    values = np.asarray(values, dtype=float)
-    value, low, high = geometric(values) if claim.unit == "x" else interval(values)
-    verdict = verdicts.judge(values, claim.size, claim.better, value)
-    turn = 1.0 if claim.size >= 1 else 0.0
-    unsure = verdict != DIFFERS and claim.better == "larger" and low <= turn < high
-    parts = [f"in every seed, but the interval includes {shown(turn, claim.unit)}"] if unsure else []
-    parts += [_short(claim, values, value), why] if verdict != AGREES else []
+    values, seeded = np.asarray(values, dtype=float), claim.source != MODELLED
+    ratio, no_effect = claim.unit == "x", claim.null if null is None else null
+    value, low, high = geometric(values) if ratio else interval(values)
+    verdict = verdicts.judge(values, claim.size, claim.better, no_effect, ratio, seeded)
+    parts = [few(len(values)) if seeded else "", _short(claim, values, value, no_effect, verdict), why]
     return Reading(
-        label, verdict, shown_interval(value, low, high, claim.unit), value, low, high, len(values), tuple(tasks),
-        clock, claim.reached(value), "; ".join(part for part in parts if part),
+        label, verdict, shown_interval(value, low, high, claim.unit), value, low, high, len(values), None, tuple(tasks),
+        clock, claim.reached(value), sentence(parts),
     )  # fmt: skip
 
 
-def _short(claim: Claim, values: np.ndarray, value: float) -> str:
-    """By how much a number misses the paper's."""
+def few(seeds: int) -> str:
+    """What is said of too few seeds; nothing where there are enough."""
+    return "" if seeds >= verdicts.MIN_SEEDS else f"{seeds} seed only, so in direction at most"
+
+
+def _short(claim: Claim, values: np.ndarray, value: float, null: Any, verdict: str) -> str:
+    """By how much a number misses the paper's, and whether it may be nothing."""
     size = float(claim.size or 0.0)
     if claim.better == "smaller":
-        return f"{value / size:.2g} times the paper's"
-    against = int((values <= (1.0 if size >= 1 else 0.0)).sum())
+        if value > size:
+            return f"{value / size:.2g} times the paper's"
+        some = verdict == DIRECTION and len(values) >= verdicts.MIN_SEEDS
+        return "not clear of no effect in every seed and the interval" if some else ""
+    turn = (1.0 if size >= 1 else 0.0) if null is None else float(null)
+    if null is not None and turn == size:
+        return f"{shown(value / size, '%')} of the paper's" if value < size else ""
+    low = (geometric(values) if claim.unit == "x" else interval(values))[1]
+    against = int((values <= turn).sum())
+    parts = [f"{shown(value / size, '%')} of the paper's"] if turn < value < size else []
     if against:
-        return f"the other way in {against} of {len(values)} seeds" if len(values) > 1 else "the other way"
-    return f"{shown(value / size, '%')} of the paper's"
+        told = f"the other way in {against} of {len(values)} seeds" if len(values) > 1 else "the other way"
+        return "; ".join([told, *parts])
+    if low <= turn:
+        parts = [f"in every seed, but the interval includes {shown(turn, claim.unit)}", *parts]
+    return "; ".join(parts)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
 from fluxlib.claims import base
 from fluxlib.claims.base import AGREES, DIFFERS, DIRECTION, Claim, Reading, Tables
-from fluxlib.claims.numbers import geometric, shown, shown_interval
+from fluxlib.claims.numbers import shown, shown_interval
 from fluxlib.devices import catalogue
-from fluxlib.studies.verdicts import CLOCK_LINK, by_seed
+from fluxlib.metrics import geometric, interval
+from fluxlib.studies import verdicts
+from fluxlib.studies.verdicts import CLOCK_LINK, MIN_SEEDS, by_seed
 
 GIB = 2**30
 Values = Callable[[pd.DataFrame], np.ndarray]
@@ -19,13 +21,18 @@ CLOCK = f"device clock, real shapes over {CLOCK_LINK}"
 
 
 def study(
-    stem: str, values: Values, why: Callable[[pd.DataFrame], str] | None = None, clock: str = ""
+    stem: str,
+    values: Values,
+    why: Callable[[pd.DataFrame], str] | None = None,
+    clock: str = "",
+    null: Values | None = None,
 ) -> Callable[[Claim, Tables], list[Reading]]:
     """A reader of one notebook's table: a number per seed, held against the paper's by :func:`base.read_size`.
 
     Args:
         values: one number per seed; empty where the table lacks what it needs.
-        why: what the table says on the reason, told where the verdict is not ``agrees``.
+        why: what the table says on the reason.
+        null: what each seed has without the thing, see :func:`fluxlib.studies.verdicts.judge`.
     """
 
     def read(claim: Claim, tables: Tables) -> list[Reading]:
@@ -33,8 +40,9 @@ def study(
         for model, table in tables.measurements.get(stem, {}).items():
             numbers = values(table)
             if len(numbers) and np.isfinite(numbers).all():
-                reason = why(table) if why else ""
-                found.append(base.read_size(claim, model, numbers, _tasks(table), reason, clock))
+                reason, without = why(table) if why else "", null(table) if null else np.array([])
+                known = without if len(without) == len(numbers) else None
+                found.append(base.read_size(claim, model, numbers, _tasks(table), reason, clock, known))
         return found
 
     return read
@@ -61,8 +69,7 @@ def more(name: str, one: str, other: str) -> Values:
 
 
 def _paired(table: pd.DataFrame, name: str, one: str, other: str, join: Callable[..., np.ndarray]) -> np.ndarray:
-    first, second = by_seed(table, name, one), by_seed(table, name, other)
-    return join(first, second) if len(first) == len(second) else np.array([])
+    return join(*verdicts.paired(table, name, one, other))
 
 
 def _tasks(table: pd.DataFrame) -> list[str]:
@@ -72,20 +79,21 @@ def _tasks(table: pd.DataFrame) -> list[str]:
 def unevenness(claim: Claim, tables: Tables) -> list[Reading]:
     """The busiest expert of the first layer, of the last, and the rarest of the first.
 
-    ``agrees``: with every seed the first layer has an expert above 30 % and one below 5 %, and its busiest is busier
-    than the last layer's. ``agrees in direction``: the last of these alone. ``does not``: anything else.
+    The size is reached where, with every seed, the first layer has an expert above 30 % and one below 5 %, and the
+    last layer's busiest has no more than twice an even share. The direction is that the first layer's busiest is busier
+    than the last layer's, by the rule of :mod:`fluxlib.studies.verdicts`.
     """
     found = []
     for model, table in tables.measurements.get("01_profiling", {}).items():
         top = by_seed(table, "activation", reduce="max", by="layer")
         low = by_seed(table, "activation", reduce="min", by="layer")
-        first, last = top[:, 0], top[:, -1]
-        skewed = bool((first > last).all())
-        whole = skewed and bool((first > 0.30).all() and (low[:, 0] < 0.05).all())
-        verdict = AGREES if whole else DIRECTION if skewed else DIFFERS
+        first, last, even = top[:, 0], top[:, -1], 1 / table["expert"].nunique()
+        size = bool((first > 0.30).all() and (low[:, 0] < 0.05).all() and (last <= 2 * even).all())
+        verdict = verdicts.judge(first / last, 1.0, ratio=True)
+        verdict = DIRECTION if verdict == AGREES and not size else verdict
         told = f"{shown(first.mean(), '%')} and {shown(low[:, 0].mean(), '%')}; last layer {shown(last.mean(), '%')}"
-        ratio = shown(geometric(first / last)[0], "x")
-        reason = "" if whole else f"busiest expert of the first layer over that of the last: {ratio}"
+        ratio = shown_interval(*geometric(first / last), "x")
+        reason = f"busiest expert of the first layer over that of the last: {ratio}; an even share: {shown(even, '%')}"
         found.append(Reading(model, verdict, told, seeds=len(first), tasks=tuple(_tasks(table)), reason=reason))
     return found
 
@@ -97,24 +105,56 @@ def drift(table: pd.DataFrame) -> np.ndarray:
     return ends[0] / ends[1] if rows["x"].nunique() > 1 else np.array([])
 
 
-def rare_but_attended(table: pd.DataFrame) -> np.ndarray:
-    """Share of the experts rarer than their layer's median that receive more attention than its median, per seed."""
-    both = table[table["study"].isin(["activation", "attention"])]
+def attended(claim: Claim, tables: Tables) -> list[Reading]:
+    """Whether being rare and much attended is a property of an expert, and not the noise of few tokens.
+
+    Rare: below its layer's median activation; attended: above the median attention of the layer's experts that have
+    tokens. Some rare experts always are. So those are taken that were rare and attended with every other seed, and rare
+    with this one: the value of a seed is by how much more often they are attended again than rare experts on the whole.
+    The verdict is that of the rule, 0 being no effect; one seed says nothing.
+    """
+    found = []
+    for model, table in tables.measurements.get("01_profiling", {}).items():
+        marks = _marks(table)
+        if marks.empty or marks.index.nlevels < 2 or len(marks.columns.unique("seed")) < MIN_SEEDS:
+            continue
+        rare, both = pd.DataFrame(marks["rare"]), pd.DataFrame(marks["attended"])
+        again, usual = [], []
+        for seed in rare.columns:
+            known = rare.all(axis=1) & both.drop(columns=seed).all(axis=1)
+            if known.any():
+                again.append(float(both.loc[known, seed].mean()))
+                usual.append(float(both.loc[rare[seed], seed].mean()))
+        gains = np.array(again) - np.array(usual)
+        if not len(gains):
+            continue
+        verdict = verdicts.judge(gains, 0.0)
+        value, low, high = interval(gains)
+        share = both.sum().to_numpy() / marks["below"].to_numpy().sum(axis=0)
+        told = f"{shown_interval(*interval(share), '%')}"
+        reason = (f"of those that were with the other seeds, {shown(float(np.mean(again)), '%')} are again: "
+                  f"{shown_interval(value, low, high, '%')} above the share of rare ones that have tokens")  # fmt: skip
+        tasks = tuple(_tasks(table))
+        found.append(Reading(model, verdict, told, value, low, high, len(gains), tasks=tasks, reason=reason))
+    return found
+
+
+def _marks(table: pd.DataFrame) -> pd.DataFrame:
+    """By seed, one row per task, layer and expert: ``below`` the median activation, ``rare``: that, with tokens, and of
+    these ``attended``.
+    """
+    rows = table[table["study"].isin(["activation", "attention"])]
     keys = ["seed", "task", "layer", "expert"]
-    wide = both.pivot_table(index=keys, columns="study", values="value").reset_index()
+    wide = rows.pivot_table(index=keys, columns="study", values="value").reset_index()
     if "attention" not in wide:
-        return np.array([])
+        return pd.DataFrame()
+    used = wide["activation"] > 0
+    wide["attention"] = wide["attention"].where(used)
     medians = wide.groupby(keys[:3])[["activation", "attention"]].transform("median")
-    rare = wide["activation"] < medians["activation"]
-    attended = rare & (wide["activation"] > 0) & (wide["attention"] > medians["attention"])
-    counts = pd.DataFrame({"seed": wide["seed"], "rare": rare, "attended": attended}).groupby("seed").sum()
-    return (counts["attended"] / counts["rare"]).to_numpy(dtype=float)
-
-
-def best_saving(table: pd.DataFrame) -> np.ndarray:
-    """The largest share of a round that a stale profile saves over any number of samples, at the clock's link."""
-    rows = table[(table["study"] == "round_saving") & (table["setting"] == CLOCK_LINK)]
-    return np.array([rows["value"].max()] if len(rows) else [])
+    below, much = wide["activation"] < medians["activation"], wide["attention"] > medians["attention"]
+    wide = wide.assign(below=below, rare=below & used, attended=below & used & much)
+    marks = ["below", "rare", "attended"]
+    return wide.pivot_table(index=keys[1:], columns="seed", values=marks).dropna().astype(bool)
 
 
 def clustering(claim: Claim, tables: Tables) -> list[Reading]:
@@ -124,10 +164,10 @@ def clustering(claim: Claim, tables: Tables) -> list[Reading]:
     for shape in ("32 x 16 experts", "27 x 64 experts"):
         speeds, inertias = [], []
         for table in both:
-            kinds = [f"{shape}, {kind}" for kind in ("per layer", "fused")]
-            slow, fast = (by_seed(table, "clustering_seconds", kind, "median") for kind in kinds)
-            worse, own = (by_seed(table, "clustering_inertia", kind) for kind in kinds)
-            if len(slow) and len(slow) == len(fast):
+            layer, fused = (f"{shape}, {kind}" for kind in ("per layer", "fused"))
+            slow, fast = verdicts.paired(table, "clustering_seconds", layer, fused, "median")
+            worse, own = verdicts.paired(table, "clustering_inertia", layer, fused)
+            if len(slow):
                 speeds.append(slow / fast)
                 inertias.append(own / worse)
         if speeds:
@@ -139,9 +179,8 @@ def clustering(claim: Claim, tables: Tables) -> list[Reading]:
 def fastest_epsilon(claim: Claim, tables: Tables) -> list[Reading]:
     """Device seconds to the target with each fixed epsilon, over those with the rising one.
 
-    ``agrees``: the rising one is sooner than every fixed one with every seed. ``agrees in direction``: sooner than
-    every fixed one in the geometric mean over seeds. ``does not``: anything else. A run that missed the target counts
-    with its whole time.
+    Against each fixed one by the rule of :mod:`fluxlib.studies.verdicts`, seed by seed; the weakest decides. A run that
+    missed the target counts with its whole time.
     """
     found = []
     for model, table in tables.measurements.get("03_role_assignment", {}).items():
@@ -152,15 +191,13 @@ def fastest_epsilon(claim: Claim, tables: Tables) -> list[Reading]:
         if not ratios:
             continue
         means = {s: geometric(values) for s, values in ratios.items()}
-        whole = all((values > 1).all() for values in ratios.values())
-        leads = all(mean[0] > 1 for mean in means.values())
+        verdict = verdicts.weakest(verdicts.judge(values, 1.0, ratio=True) for values in ratios.values())
         worst = min(means, key=lambda s: means[s][0])
         told = "; ".join(f"against {s}: {shown_interval(*mean, 'x')}" for s, mean in means.items())
         rounds = shown(geometric(over("epsilon_round_at_least", worst, "dynamic")(table))[0], "x")
         found.append(Reading(
-            model, AGREES if whole else DIRECTION if leads else DIFFERS, told, *means[worst],
-            seeds=len(ratios[worst]), tasks=tuple(_tasks(table)), clock=CLOCK,
-            reason="" if whole else f"in rounds, against {worst}: {rounds}",
+            model, verdict, told, *means[worst], seeds=len(ratios[worst]), tasks=tuple(_tasks(table)), clock=CLOCK,
+            reason=f"in rounds, against {worst}: {rounds}",
         ))  # fmt: skip
     return found
 
@@ -168,8 +205,8 @@ def fastest_epsilon(claim: Claim, tables: Tables) -> list[Reading]:
 def memory(claim: Claim, tables: Tables) -> list[Reading]:
     """Predicted peak of a training step of each method at the public model's shapes, nothing offloaded.
 
-    ``agrees``: FLUX's fits the paper's 48 GB device and FMD's does not. ``agrees in direction``: FLUX's is the smaller.
-    ``does not``: anything else.
+    ``agrees``: FLUX's fits the paper's 48 GB device and FMD's does not. ``does not``: anything else; that fewer tuned
+    experts need less memory cannot come out otherwise, so a smaller step alone is no direction.
     """
     device = catalogue.fleet("l20", 1)[0].memory_bytes
     found = []
@@ -178,84 +215,14 @@ def memory(claim: Claim, tables: Tables) -> list[Reading]:
         if not {"flux", "fmd"} <= set(rows.index):
             continue
         fits = rows["flux"] <= device < rows["fmd"]
-        verdict = AGREES if fits else DIRECTION if rows["flux"] < rows["fmd"] else DIFFERS
+        budget = by_seed(table, "real_fits", "l20, B_tune")
+        less = f", FLUX fits with {budget[0]:.0f} experts tuned" if len(budget) else ""
         told = ", ".join(f"{str(name).upper()} {value / GIB:.0f}" for name, value in rows.items()) + " GiB"
         found.append(Reading(
-            model, verdict, told, rows["flux"] / rows["fmd"], clock="memory planner, real shapes",
-            reason="" if fits else f"the device has {device / GIB:.0f} GiB",
+            model, AGREES if fits else DIFFERS, told, rows["flux"] / rows["fmd"], clock="memory planner, real shapes",
+            reason="" if fits else f"with a quarter of the experts tuned; the device has {device / GIB:.0f} GiB{less}",
         ))  # fmt: skip
     return found
-
-
-def why_budgets(table: pd.DataFrame) -> str:
-    """Where errors are made here, and what budgets from another objective come to."""
-    parts = []
-    rows = table[table["study"] == "growth"]
-    if len(rows):
-        last = rows[rows["layer"] == rows["layer"].max()]
-        ends = [last[last["x"] == place]["value"].mean() for place in (0, rows["x"].max())]
-        part = shown(float(ends[0] / ends[1]), "%")
-        parts.append(f"eq. 1 favours early layers; the first layer's error is {part} of the last's here")
-    ours = list(_beyond(table))
-    return "; ".join([*parts, *ours])
-
-
-def _beyond(table: pd.DataFrame) -> Iterator[str]:
-    joint = [below("error", "joint + squared gate", other)(table) for other in ("single", "uniform")]
-    if all(map(len, joint)):
-        shares = " / ".join(shown(float(values.mean()), "%") for values in joint)
-        yield f"budgets and clusters from one objective (ours): {shares} below one slot / uniform"
-
-
-def why_weights(table: pd.DataFrame) -> str:
-    """How much attention differs between experts beside frequency, and what goes beyond it."""
-    spread = {
-        name: float(rows.groupby(["seed", "task", "layer"])["value"].agg(lambda v: v.std(ddof=0) / v.mean()).mean())
-        for name, rows in table.groupby("study")
-        if name in ("activation", "attention")
-    }
-    parts = []
-    if len(spread) == 2:
-        told = " and ".join(shown(spread[name], "%") for name in ("attention", "activation"))
-        parts.append(f"attention and frequency vary by {told} between the experts of a layer")
-    for setting, name in (("aligned", "neurons aligned"), ("weights: squared gate", "squared gate weights")):
-        gained = below("error", setting, "weights: frequency")(table)
-        if len(gained):
-            parts.append(f"{name} (ours): {shown(float(gained.mean()), '%')}")
-    return "; ".join(parts)
-
-
-def why_share(table: pd.DataFrame) -> str:
-    """The largest of FLUX's own phases, and the share with more samples a round."""
-    rows = table[table["study"] == "phase_device_s"]
-    own = {name: rows[(rows["setting"] == f"{CLOCK_LINK}: {name}") & (rows["x"] == 64)]["value"].mean()
-           for name in ("merge", "quantize", "profile", "probe")}  # fmt: skip
-    parts = []
-    if len(rows):
-        largest = max(own, key=lambda name: own[name])
-        parts.append(f"{largest} is {shown(own[largest] / sum(own.values()), '%')} of it")
-    many = by_seed(table, "own_share_device", f"{CLOCK_LINK}, overlapped", x=512)
-    if len(many):
-        parts.append(f"{shown(float(many.mean()), '%')} with 512 samples a round")
-    return "; ".join(parts)
-
-
-def why_stale(table: pd.DataFrame) -> str:
-    """What the stale profile costs where it is used: the merged model."""
-    costs = over("stale_merge", "stale", "fresh")(table)
-    if not len(costs):
-        return ""
-    fresh = float(by_seed(table, "profile_age", "fresh, a quarter tuned").mean())
-    merged = shown(float(costs.mean()) - 1, "%")
-    return f"a fresh profile is {shown(fresh, '%')} off; the model merged by a stale one has {merged} more error"
-
-
-def why_saving(table: pd.DataFrame) -> str:
-    """What can be hidden at most."""
-    rows = table[(table["study"] == "round_saving") & (table["setting"] == CLOCK_LINK)]
-    best = rows.sort_values("value")["x"].iloc[-1]
-    worst = shown(float(rows["value"].min()), "%")
-    return f"only the profile can be hidden; best at {best:.0f} samples a round, least {worst}"
 
 
 def clock_check(table: pd.DataFrame) -> dict[str, float]:

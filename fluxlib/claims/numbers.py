@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
-from fluxlib.figures.canvas import interval
 from fluxlib.studies import REAL_SHAPES
 
 UNITS = {"%": "{:.3g} %", "x": "{:.3g}×", "": "{:.3g}"}
@@ -35,13 +32,6 @@ def shown_interval(value: float, low: float, high: float, unit: str = "") -> str
     return f"{shown(value, unit)} ({ends})"
 
 
-def geometric(ratios: Iterable[float]) -> tuple[float, float, float]:
-    """Geometric mean of ratios over seeds and its interval: that of :func:`canvas.interval`, on logarithms.
-
-    One ratio of 0 makes it 0; NaN are left out.
-    """
-    found = np.asarray(list(ratios), dtype=float)
-    if (found == 0).any():
-        return 0.0, 0.0, float(np.nanmax(found))
-    mean, low, high = interval(np.log(found[found > 0]))
-    return float(np.exp(mean)), float(np.exp(low)), float(np.exp(high))
+def sentence(parts: Iterable[str]) -> str:
+    """What there is to say, one thing after another."""
+    return "; ".join(part for part in parts if part)

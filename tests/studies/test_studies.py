@@ -105,9 +105,40 @@ def test_own_share_counts_what_only_flux_does() -> None:
         ([45.0, 50.0], 40, "larger", "agrees"),
         ([0.9, 1.2], 40, "larger", "does not"),
         ([1.1, 3.0], 40, "larger", "agrees in direction"),
-        ([0.01], 0.02, "smaller", "agrees"),
-        ([0.03], 0.02, "smaller", "does not"),
+        ([0.9], 0.476, "larger", "agrees in direction"),  # one seed is an anecdote
+        ([0.9, 0.1, 0.9], 0.476, "larger", "agrees in direction"),  # every seed, but the interval includes 0
+        ([0.9, 0.9, 0.9, 0.9, -0.01], 0.476, "larger", "agrees in direction"),  # the interval, but not every seed
+        ([0.1, 0.9, 0.5], 0.0, "larger", "agrees in direction"),  # a direction alone: the same rule
+        ([0.01, 0.02], 0.02, "smaller", "agrees"),
+        ([0.01], 0.02, "smaller", "agrees in direction"),
+        ([0.03, 0.03], 0.02, "smaller", "does not"),
+        ([0.05, 0.15, 0.10], 0.1101, "smaller", "does not"),  # neither every seed nor the interval keeps it
     ],
 )
 def test_verdicts_by_hand(values: list[float], reach: float, better: str, expected: str) -> None:
     assert verdicts.judge(np.array(values), reach, better) == expected
+
+
+def test_what_the_model_makes_positive_must_reach_its_size_and_needs_no_seeds() -> None:
+    saved = {"null": 0.282, "seeded": False}
+    assert [verdicts.judge(np.array([v]), 0.282, **saved) for v in (0.05, 0.282)] == ["does not", "agrees"]
+
+
+def test_no_effect_may_differ_by_seed() -> None:
+    without = np.array([0.7, 0.6])
+    found = [verdicts.judge(np.array(v), 0.29, "smaller", without) for v in ([0.1, 0.2], [0.4, 0.5], [0.8, 0.5])]
+    assert found == ["agrees", "agrees in direction", "does not"]
+
+
+def test_ratios_are_judged_on_their_logarithms() -> None:
+    halved_and_fourfold = np.array([0.5, 0.5, 4.0])  # arithmetic mean 1.67, geometric mean 1
+    assert verdicts.judge(halved_and_fourfold, 1.0, ratio=True) == "does not"
+    assert verdicts.weakest(["agrees", "does not", "agrees in direction"]) == "does not"
+
+
+def test_two_settings_meet_on_the_seeds_and_tasks_that_both_have() -> None:
+    rows = [studies.row("error", setting, value, model="m", task=task, seed=seed)
+            for setting, seed, task, value in (("a", 0, "t", 1.0), ("a", 1, "t", 2.0), ("a", 1, "u", 8.0),
+                                               ("b", 1, "t", 4.0), ("b", 2, "t", 9.0))]  # fmt: skip
+    one, other = verdicts.paired(pd.DataFrame(rows), "error", "a", "b")
+    assert (one.tolist(), other.tolist()) == ([2.0], [4.0])
