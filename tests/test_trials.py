@@ -87,6 +87,19 @@ def test_fmd_has_what_helps_flux_on_the_link(profile: str) -> None:
     assert places["flux"] and places["flux"] == places["fmd"]
 
 
+def test_the_gentlest_setting_within_a_standard_error_of_the_best_is_chosen() -> None:
+    rounds = pd.concat([run("flux", "", [0.2, 0.46], 1.0), run("flux", "fast", [0.2, 0.5], 1.0)])
+    # Of 100 samples a score of 0.5 has a standard error of 0.05, of 400 one of 0.025.
+    for samples, expected in ((None, "fast"), (400, "fast"), (100, "")):
+        asked = {name: {**settings, "eval_samples": samples} for name, settings in parameters(rounds).items()}
+        found = figures.trials(rounds, asked)
+        assert found.loc[found["is_chosen"], "variant"].tolist() == [expected]
+    both = pd.concat([rounds.assign(model="n", run_id=rounds["run_id"] + "-n"), rounds])
+    asked = {name: {**settings, "eval_samples": 200} for name, settings in parameters(both).items()}
+    # The mean of two such scores of 200 samples has 0.025, so 0.04 is too far off again.
+    assert set(figures.trials(both, asked).query("is_chosen")["variant"]) == {"fast"}
+
+
 def test_an_unequal_search_is_refused() -> None:
     less = ROUNDS[ROUNDS["run_id"] != "fmd-more-0"]
     with pytest.raises(ValueError, match="equally many trials on each model and task; there are: flux 3, fmd 2"):

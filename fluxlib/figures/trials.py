@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ COLUMNS = (
     "final",
     "at_s",
     "score",
+    "mean",
     "is_best",
     "is_chosen",
 )
@@ -32,8 +34,11 @@ def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) ->
 
     That moment, ``at_s`` on the device clock, is when the quickest of the method's trials on this model and task had
     ended: more local work per round must pay within the same time. ``is_best`` marks the highest mean score over seeds
-    there (the lower learning rate among equals), ``is_chosen`` the setting with the highest mean over models and tasks:
-    one per method, since nobody tunes a method per task.
+    there (the lower learning rate among equals). ``mean`` is a setting's score over all models and tasks, and
+    ``is_chosen`` marks one setting per method, since nobody tunes a method per task: the lowest learning rate, and of
+    that the fewest steps, among the settings whose mean is within one standard error of the highest (Hastie et al.,
+    The Elements of Statistical Learning, 7.10). That error is of the scored samples, ``eval_samples`` of each trial;
+    without such a number only the highest counts.
 
     Args:
         rounds: the ``rounds`` table of all trials.
@@ -50,11 +55,13 @@ def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) ->
         for variant, same in runs.groupby("variant", sort=False):
             found = [_scores(run, at_s) for _, run in same.groupby("run_id")]
             settings = parameters[same["run_id"].iloc[0]]
-            row = {"model": model, "task": task, "method": method, "variant": variant, "at_s": at_s}
+            row: dict[str, Any] = {"model": model, "task": task, "method": method, "variant": variant, "at_s": at_s}
             row |= {name: settings[name] for name in SETTINGS}
             row |= {"num_seeds": len(found), "final": _mean(f for f, _ in found), "score": _mean(s for _, s in found)}
+            samples = settings.get("eval_samples")
+            row["variance"] = row["score"] * (1 - row["score"]) / (samples * len(found)) if samples else 0.0
             rows.append(row)
-    frame = pd.DataFrame(rows, columns=list(COLUMNS)).sort_values(
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, "variance"]).sort_values(
         ["model", "task", "method", "local_steps", "learning_rate"], kind="stable", ignore_index=True
     )
     counts = frame.groupby(["model", "task", "method"]).size()
@@ -63,10 +70,18 @@ def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) ->
         raise ValueError(f"methods must have equally many trials on each model and task; there are: {listed}")
     best = frame.groupby(["model", "task", "method"])["score"].transform("idxmax")
     frame["is_best"] = best.to_numpy() == frame.index.to_numpy()
-    means = frame.groupby(["method", *reversed(SETTINGS)])["score"].mean()
-    chosen = means.loc[means.groupby("method").idxmax()].index
-    frame["is_chosen"] = frame.set_index(chosen.names).index.isin(chosen)
-    return frame
+    frame["mean"] = frame.groupby(["method", *SETTINGS])["score"].transform("mean")
+    chosen = [_gentlest(trials) for _, trials in frame.groupby("method")]
+    frame["is_chosen"] = frame.set_index(["method", *SETTINGS]).index.isin(chosen)
+    return frame.drop(columns="variance")[list(COLUMNS)]
+
+
+def _gentlest(trials: pd.DataFrame) -> tuple[str, float, int]:
+    """Method and settings of the gentlest of its trials that are as good as the best, as far as can be told."""
+    best = trials[trials["mean"] == trials["mean"].max()]
+    error = math.sqrt(best["variance"].sum()) / len(best)
+    alike = trials[trials["mean"] >= trials["mean"].max() - error]
+    return min(alike[["method", *SETTINGS]].itertuples(index=False, name=None))
 
 
 def _check_runs(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) -> None:
@@ -120,7 +135,6 @@ def draw_trials(frame: pd.DataFrame) -> Picture:
         ax.set_ylabel("score at equal device time")
         ax.set_title(f"{model}\n{task}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-    caption(
-        figure, "ring: chosen, the best mean over panels", f"{int(frame['num_seeds'].max())} seed(s)", "device clock"
-    )
+    chosen = "ring: chosen, the gentlest within a standard error of the best mean over panels"
+    caption(figure, chosen, f"{int(frame['num_seeds'].max())} seed(s)", "device clock")
     return figure
