@@ -106,6 +106,7 @@ class Size:
     Attributes:
         num_bytes: Of the stored weights.
         num_parameters: Stored weights, each once.
+        memory_bytes: That the loaded model's parameters and buffers hold, in 32 bit.
         read_s: Processor seconds of a forward pass over :data:`TIMED_SAMPLES` samples.
         write_s: Processor seconds per token of a greedy answer of :data:`TIMED_TOKENS` to one sample, with a cache.
         loss: Nats per token.
@@ -114,6 +115,7 @@ class Size:
 
     num_bytes: int
     num_parameters: int
+    memory_bytes: int
     read_s: float
     write_s: float
     loss: float
@@ -138,6 +140,7 @@ class CompactReport:
         for title, name, scale in (
             ("stored, 16 bit (MB)", "num_bytes", 1e6),
             ("parameters (M)", "num_parameters", 1e6),
+            ("held in memory, 32 bit (MB)", "memory_bytes", 1e6),
             (f"{TIMED_SAMPLES} samples read (ms)", "read_s", 1e-3),
             ("a token written (ms)", "write_s", 1e-3),
             ("loss (nats per token)", "loss", 1.0),
@@ -149,9 +152,9 @@ class CompactReport:
 
     def table(self) -> str:
         """The two side by side, as text."""
-        lines = [f"{'':<26}{'full':>12}{'compact':>12}{'ratio':>9}"]
+        lines = [f"{'':<28}{'full':>12}{'compact':>12}{'ratio':>9}"]
         lines += [
-            f"{title:<26}{full:>12.3f}{compact:>12.3f}{ratio:>9.2f}" for title, full, compact, ratio in self.rows()
+            f"{title:<28}{full:>12.3f}{compact:>12.3f}{ratio:>9.2f}" for title, full, compact, ratio in self.rows()
         ]
         return "\n".join([*lines, f"{self.num_experts} experts in {self.num_slots} slots; in {self.path}"])
 
@@ -230,7 +233,7 @@ def save_participant(
 
     def measure(name: str, candidate: Any, num_bytes: int) -> Size:
         score = evaluate(candidate, tokenizer, task.metric, scored, config.max_tokens)
-        return Size(num_bytes, _parameters(candidate), *seconds[name], score.loss, score.metric)
+        return Size(num_bytes, _parameters(candidate), _held_bytes(candidate), *seconds[name], score.loss, score.metric)
 
     full = measure("full", model, 2 * _parameters(model))
     compact = measure("compact", small, (path / WEIGHTS).stat().st_size)
@@ -256,6 +259,12 @@ def _parameters(model: Any) -> int:
     """Weights that have to be stored: each once, frozen slots included."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() > 1}
     return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _held_bytes(model: Any) -> int:
+    """What the parameters and buffers of a loaded model occupy, whatever shares a storage once."""
+    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @torch.no_grad()

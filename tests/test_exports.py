@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -94,6 +95,8 @@ def test_a_participants_model_is_smaller_and_measured_beside_the_full_one(tuned,
     assert (report.num_slots, report.num_experts) == (24, 64)
     assert report.compact.num_parameters < 0.6 * report.full.num_parameters
     assert report.compact.num_bytes < 0.6 * report.full.num_bytes
+    assert report.full.memory_bytes >= 4 * report.full.num_parameters
+    assert report.compact.memory_bytes < 0.6 * report.full.memory_bytes
     assert json.loads((tmp_path / "compact" / "report.json").read_text()) == json.loads(json.dumps(report.to_dict()))
     assert "64 experts in 24 slots" in report.table()
     for size in (report.full, report.compact):
@@ -140,9 +143,9 @@ def test_a_run_is_found_by_what_a_person_would_type(tmp_path):
     assert store.find("seed0  (b)", places).parent.parent.name == "b"
     file = tmp_path / "b" / "rounds" / "flux-m-t-seed0.parquet"
     assert list(store.load(["flux-m-t-seed0  (a)", str(file)], places)) == ["flux-m-t-seed0 (a)", "flux-m-t-seed0 (b)"]
-    with pytest.raises(ConfigError, match="'flux' means several runs"):
+    with pytest.raises(ConfigError, match="'flux' means 2 runs"):
         store.find("flux", places)
-    with pytest.raises(ConfigError, match="'fmq' is no run; .*There are:"):
+    with pytest.raises(ConfigError, match="'fmq' is no run; .*Nearest to it:"):
         store.find("fmq", places)
     with pytest.raises(ConfigError, match="is named twice"):
         store.load(["fmd", "fmd"], places)
@@ -160,6 +163,8 @@ def test_a_text_becomes_samples_of_one_length():
 
     batches = exhibits.text_batches("abcdefgh", tokenizer, num_tokens=3, max_samples=9)
     assert torch.cat([batch["input_ids"] for batch in batches]).tolist() == [[97, 98, 99], [100, 101, 102]]
+    assert exhibits.unknown_frac(batches, SimpleNamespace(unk_token_id=98)) == pytest.approx(1 / 6)
+    assert exhibits.unknown_frac(batches, SimpleNamespace()) == 0.0
     assert exhibits.text_batches("ab", tokenizer, num_tokens=3, max_samples=9)[0]["input_ids"].shape == (1, 2)
     with pytest.raises(ValueError, match="holds no token"):
         exhibits.text_batches("", tokenizer, num_tokens=3, max_samples=9)
