@@ -67,7 +67,7 @@ def curves(
             _line(ax, run, clock, label, looks[label])
         if target is not None:
             ax.axhline(target, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
-            ax.annotate(f"target {target:.3f}", (1.0, target), xycoords=ax.get_yaxis_transform(), ha="right",
+            ax.annotate(f"target {target:.3f}", (0.01, target), xycoords=ax.get_yaxis_transform(), ha="left",
                         va="bottom", fontsize=7)  # fmt: skip
         ax.set(xlabel=style.CLOCKS[clock], ylabel=style.METRICS.get(_metric(runs), "score"))
     if runs:
