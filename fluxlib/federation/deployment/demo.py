@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pandas as pd
 
-from fluxlib.config import RunConfig, make_config
+from fluxlib.config import ConfigError, RunConfig, make_config
 from fluxlib.federation import run
 from fluxlib.federation.deployment.processes import CONNECTION, LocalFederation
+from fluxlib.federation.options import check
 from fluxlib.federation.tables import Row
 from fluxlib.records import describe_round
+
+OWN = ("flwr", "home", "logs", "results", "server")
+"""What a demonstration leaves in its folder, besides a folder per node."""
 
 
 def run_demo(folder: Path, participants: int, num_rounds: int, method: str) -> None:
     """Start a federation in ``folder``, train on it over TLS, say where everything is.
 
     Raises:
-        ConfigError, RunFailed: as :func:`fluxlib.federation.run`.
+        ConfigError, RunFailed: as :func:`fluxlib.federation.run`; a folder with anything else in it.
     """
     config = make_config(
         {
@@ -28,7 +32,8 @@ def run_demo(folder: Path, participants: int, num_rounds: int, method: str) -> N
             "eval_samples": 64, "fleet": "mixed", "engine": "deployment", "join_timeout_s": 300.0,
         }
     )  # fmt: skip
-    shutil.rmtree(folder, ignore_errors=True)
+    check(config)
+    _clear(folder)
     start = time.monotonic()
     print(f"starting a SuperLink and {participants} SuperNodes; logs are in {folder / 'logs'}", flush=True)
     with LocalFederation(folder, config, shared=False) as federation:
@@ -37,6 +42,14 @@ def run_demo(folder: Path, participants: int, num_rounds: int, method: str) -> N
         result = run(config, on_round=_print, out=folder / "results", superlink=CONNECTION)
     print(f"done after {time.monotonic() - start:.0f} s")
     print(_summary(config, result.participants, folder))
+
+
+def _clear(folder: Path) -> None:
+    """Take an earlier demonstration away, and nothing else."""
+    others = [path.name for path in folder.glob("*") if path.name not in OWN and not path.name.startswith("node-")]
+    if others:
+        raise ConfigError(f"--folder {folder} holds {others[0]}, which is of no demonstration: give a new folder")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _print(row: Row) -> None:
