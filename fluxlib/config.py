@@ -71,7 +71,7 @@ class RunConfig(BaseModel):
     method: str = "flux"
     model: str = "mini-llama-moe"
     task: str = "mini-gsm8k"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     variant: str = Field(
         "", pattern=r"^([a-z0-9]+([.-][a-z0-9]+)*)?$", description="name of a run with something changed"
     )
@@ -93,7 +93,7 @@ class RunConfig(BaseModel):
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration: small = participants differ")
     equal_sizes: bool = True
     task_size: int | None = Field(
-        None, ge=10, description="samples of the task before the 80/20 split; None: its own default"
+        None, ge=10, le=1_000_000, description="samples of the task before the 80/20 split; None: its own default"
     )
     data_path: str | None = Field(None, description="files of a public data set; None: they come from the hub")
 

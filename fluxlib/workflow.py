@@ -225,6 +225,20 @@ def check_names(parameters: dict[str, Any]) -> None:
             raise ConfigError(f"{name} is {parameters[name]!r}, allowed are {', '.join(known)}")
 
 
+def check_kinds(notebook: Path, parameters: dict[str, Any]) -> None:
+    """Refuse text, or no number at all, for a parameter of ``notebook`` that is a number as it stands.
+
+    Raises:
+        ConfigError: the name, what is allowed and what came.
+    """
+    declared = declared_parameters(notebook)
+    for name, value in parameters.items():
+        default = declared.get(name)
+        if isinstance(default, (int, float)) and (isinstance(value, str) or value != value):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise ConfigError(f"{name} is {value!r}, allowed is {kind} (as it stands: {default})")
+
+
 def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     """Execute ``notebook`` with ``parameters`` and keep the executed copy at ``output``.
 

@@ -90,6 +90,8 @@ def test_run_can_answer_a_machine(call, engine, tmp_path):
     ("arguments", "message"),
     [
         (["--rounds", "0"], "error: rounds: Input should be greater than or equal to 1, got 0"),
+        (["--seed", "9" * 30], "error: seed: Input should be less than 9223372036854775808, got 999"),
+        (["--set", "task_size=10000000000"], "error: task_size: Input should be less than or equal to 1000000"),
         (["--engine", "moon"], "error: engine: Input should be 'local'"),
         (["--set", "epsilom=1"], "error: unknown parameter 'epsilom'; allowed are method, model"),
         (["--set", "alpha"], "error: --set takes NAME=VALUE, got 'alpha'"),
@@ -131,8 +133,7 @@ def test_values_are_read_as_yaml_where_they_can_be():
     assert cli.parse_settings(["a=1", "b=1.5e-3", "c=null", "d=dynamic", "e=[1, 2]", "f=a=b", "g="]) == {
         "a": 1, "b": 1.5e-3, "c": None, "d": "dynamic", "e": [1, 2], "f": "a=b", "g": None,
     }  # fmt: skip
-    # YAML wants a dot in front of an exponent; configurations turn such text into numbers.
-    assert float(cli.parse_settings(["b=1e-3"])["b"]) == 1e-3
+    assert cli.parse_settings(["b=1e-3"]) == {"b": 1e-3}
     with pytest.raises(ConfigError, match="NAME=VALUE"):
         cli.parse_settings(["=1"])
 
@@ -306,12 +307,20 @@ def test_compare_gives_curves_and_times_to_the_best_runs_target(call, tmp_path):
         (["notebook", "README.md", "x.ipynb"], "error: README.md is not a notebook: Expecting value"),
         (["notebook", "a.ipynb", "x.ipynb"], "error: a.ipynb is not a notebook: it has no 'cells'"),
         (["notebook", "b.ipynb", "b.ipynb"], "error: b.ipynb is the notebook itself: give its executed copy another"),
+        (
+            ["notebook", "b.ipynb", "x.ipynb", "--set", "a=nan"],
+            "error: a is 'nan', allowed is a number (as it stands: 1)",
+        ),
+        (["notebook", "b.ipynb", "x.ipynb", "--set", "b=1"], "error: b.ipynb has no parameter 'b'; allowed are a"),
+        (["run", "--model", "dense"], "error: model: GPT2LMHeadModel has no MoE layer"),
         (["notebook", "b.ipynb", "."], "error: the executed copy is to be ., allowed is a file that ends in .ipynb"),
     ],
 )
 def test_wrong_input_of_the_other_commands_is_one_message_too(call, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "README.md").write_text("some words to read " * 5)
     (tmp_path / "a.ipynb").write_text("{}")
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text('{"model_type": "gpt2"}')
     cell = {"cell_type": "code", "source": ["a = 1"], "metadata": {"tags": ["parameters"]}}
     (tmp_path / "b.ipynb").write_text(json.dumps({"cells": [cell]}))
     monkeypatch.chdir(tmp_path)
@@ -353,6 +362,19 @@ def test_every_command_explains_itself_with_an_example(call, name):
 
 def test_help_says_what_an_argument_is(call):
     assert "RUNS...  run ids, unique parts of one, or paths of tables  [required]" in call("compare", "--help")[1]
+
+
+def test_a_demonstration_takes_nothing_away_but_an_earlier_one(call, tmp_path, monkeypatch):
+    from fluxlib.federation.deployment import demo
+
+    monkeypatch.setattr(demo, "LocalFederation", None)
+    (tmp_path / "thesis.tex").write_text("years")
+    for arguments in (["--folder", tmp_path], ["--method", "nope", "--folder", tmp_path / "new"]):
+        code, out, err = call("deploy", "demo", *arguments)
+        assert (code, out) == (2, "") and (
+            "thesis.tex, which is of no demonstration" in err or "method is 'nope'" in err
+        )
+    assert (tmp_path / "thesis.tex").is_file() and not (tmp_path / "new").exists()
 
 
 def test_what_is_no_search_says_what_is(call, tmp_path):

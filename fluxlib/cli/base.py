@@ -12,6 +12,9 @@ import click
 import typer
 from typer.core import TyperArgument, TyperCommand
 
+POWER = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
+"""Such as 1e-3, which is text to YAML."""
+
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="any other parameter; repeat as needed"),
@@ -73,7 +76,7 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
         if name in found:
             raise ConfigError(f"--set {name} is given twice")
         try:
-            found[name] = yaml.safe_load(text)
+            found[name] = float(text) if POWER.fullmatch(text) else yaml.safe_load(text)
         except yaml.YAMLError:
             found[name] = text
     return found

@@ -33,6 +33,7 @@ def notebook(
         raise ConfigError(f"no notebook {source}; in its folder: {known}")
     by_hand = parse_settings(settings)
     workflow.check_names(by_hand)
+    workflow.check_kinds(source, by_hand)
     values = _object(parameters) | by_hand
     from papermill import PapermillExecutionError
 

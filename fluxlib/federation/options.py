@@ -94,9 +94,10 @@ def check(config: RunConfig, out: Path | None = None) -> None:
         settings = models.config(config.model)
         if config.clock_model not in ("self", config.model):
             models.config(config.clock_model)
+        shape = _moe_shape(settings)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
-    make_budgets(config, *_moe_shape(settings))
+    make_budgets(config, *shape)
     if out is not None:
         check_writable(out)
 
