@@ -37,7 +37,7 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
     unknown = [clock for clock in clocks if clock not in style.CLOCKS]
     if unknown:
         raise ValueError(f"clocks has {unknown}, allowed are {', '.join(style.CLOCKS)}")
-    panels = list(rounds.groupby(["model", "task"], sort=False))
+    panels = list(rounds.groupby(["model", "task"]))
     figure = Picture(figsize=(max(4.0, PANEL[0] * len(panels)), PANEL[1] * len(clocks) + 0.4))
     axes = axes_grid(figure, len(clocks), len(panels), sharey="col")
     for column, ((model, task), runs) in enumerate(panels):
@@ -48,7 +48,7 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
             ax.set_xlabel(style.CLOCKS[clock])
             ax.set_ylabel(style.METRICS.get(unique(runs, "metric_name"), "score"))
         axes[0, column].set_title(f"{model}\n{task}")
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     caption(figure, f"device clock: shapes of {clock_shapes(rounds)}", seeds_name(rounds))
     return figure
 
@@ -58,7 +58,7 @@ def _curve(ax: Any, runs: pd.DataFrame, clock: str, method: str) -> None:
     look = style.method(method)
     scored = runs.dropna(subset=["metric"]).groupby("round")
     times = scored[clock].mean() if clock != "round" else scored["round"].first()
-    bands = np.array([interval(values.to_numpy()) for _, values in scored["metric"]])
+    bands = np.array([interval(values.to_numpy()) for _, values in scored["metric"]]).clip(0, 1)  # all scores lie there
     every = max(1, len(bands) // 8)
     ax.plot(
         times, bands[:, 0], color=look.color, marker=look.marker, linestyle=look.line, markevery=every, label=look.title
@@ -74,7 +74,7 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
     Args:
         times: of :func:`fluxlib.figures.times.times_to_target`, usually of one model.
     """
-    tasks = list(pd.unique(times["task"]))
+    tasks = sorted(pd.unique(times["task"]))
     methods = style.order(times["method"])
     width = min(6.5, max(3.2, 1.1 * len(tasks) * len(methods) / 2 + 1.2))
     figure = Picture(figsize=(width * len(clocks), PANEL[1] + 0.6))
@@ -85,6 +85,7 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
         ax.set_xticks(range(len(tasks)), tasks)
         ax.set_ylabel(f"time to target, {style.CLOCKS[clock]}")
         ax.set_ylim(bottom=0)
+        ax.set_xlim(-0.5, len(tasks) - 0.5)  # a miss at the edge has no bar that would make room for it
         ax.grid(axis="x", visible=False)
     figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside right upper")
     share = f"{times['target_fraction'].iloc[0]:.0%}".replace("%", " %")
