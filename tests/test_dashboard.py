@@ -127,6 +127,12 @@ def test_the_work_of_a_preview_is_that_of_a_run(method):
         assert getattr(expected, name) == pytest.approx(getattr(was, name), rel=0.3), name
 
 
+def test_too_few_experts_of_the_real_model_are_said_in_the_words_of_the_controls():
+    config = make_config(SMALL | {"method": "fmes", "clock_model": "llama-moe-3.5b", "tune_fraction": 0.0625})
+    with pytest.raises(ConfigError, match=r"tune_fraction is 0\.0625, 32 of 512 experts of llama-moe-3\.5b: .*128"):
+        widgets.preview(config)
+
+
 def test_what_does_not_fit_says_what_would():
     config = make_config(SMALL | {"fleet": "rtx-3060", "clock_model": "llama-moe-3.5b", "tune_fraction": 0.5})
     warning = widgets.preview(config).warning

@@ -55,10 +55,12 @@ def overview(
     _activation(top, left, shares)
     draw_slots(right, plans, np.asarray(explored, dtype=bool))
     space, time = bottom.subplots(1, 2)
-    _stacked(space, memory, MEMORY_COLORS, f"GiB at the peak, on a device of {limit_gib:.0f} (dashed)")
+    title = f"GiB at the peak, on a device of {limit_gib:.0f}"
+    _stacked(space, memory, MEMORY_COLORS, title)
     # A device that is many times larger than what it holds is named, not drawn.
     if limit_gib <= 2 * space.get_xlim()[1]:
         space.axvline(limit_gib, color="black", linestyle="--", linewidth=1.2)
+        space.set_title(f"{title} (dashed)", loc="left")
     _stacked(time, seconds, style.PHASE_COLORS, "device seconds of the last round")
     caption(figure, *notes)
     return figure

@@ -83,7 +83,8 @@ def _cached_memory(
             bits=bits, name=name,
         )  # fmt: skip
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        share = f"tune_fraction is {shares[0]:.3g}, {num_tuned} of {shapes.num_experts} experts of {Path(name).name}"
+        raise ConfigError(f"{share}: {error}") from None
 
 
 def predict_seconds(config: RunConfig, work: Work, device: catalogue.Device) -> dict[str, float]:
