@@ -1,0 +1,39 @@
+"""The tracked results are those of the configuration beside them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fluxlib import records, workflow
+from fluxlib.config import REPO_ROOT
+
+TRACKED = ("full", "tune")
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_every_stored_run_has_the_parameters_that_its_profile_has_today(name: str) -> None:
+    """A run made before its profile changed would be drawn beside runs that it cannot be compared with."""
+    folder = REPO_ROOT / "data" / "results" / name
+    runs = workflow.load_profile(REPO_ROOT / "config" / f"{name}.yaml").runs
+    stored = {path.stem: json.loads(path.read_text())["parameters"] for path in (folder / "rounds").glob("*.json")}
+    assert set(stored) <= set(runs)
+    for run, parameters in stored.items():
+        wanted = runs[run].model_dump(mode="json")
+        changed = {field: value for field, value in parameters.items() if wanted.get(field) != value}
+        assert not changed, f"{run}: stored {changed}"
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_no_stored_run_is_unfinished(name: str) -> None:
+    assert not records.unfinished(REPO_ROOT / "data" / "results" / name)
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_every_stored_run_has_its_participants(name: str) -> None:
+    rounds, participants = (
+        {path.name for path in (REPO_ROOT / "data" / "results" / name / table).glob("*.parquet")}
+        for table in ("rounds", "participants")
+    )
+    assert rounds and rounds == participants
