@@ -368,13 +368,19 @@ def test_a_demonstration_takes_nothing_away_but_an_earlier_one(call, tmp_path, m
     from fluxlib.federation.deployment import demo
 
     monkeypatch.setattr(demo, "LocalFederation", None)
-    (tmp_path / "thesis.tex").write_text("years")
-    for arguments in (["--folder", tmp_path], ["--method", "nope", "--folder", tmp_path / "new"]):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thesis.tex").write_text("years")
+    for arguments, said in (
+        (["--folder", tmp_path], "holds results and is of no demonstration: give a new folder"),
+        (["--method", "nope", "--folder", tmp_path / "new"], "method is 'nope'"),
+    ):
         code, out, err = call("deploy", "demo", *arguments)
-        assert (code, out) == (2, "") and (
-            "thesis.tex, which is of no demonstration" in err or "method is 'nope'" in err
-        )
-    assert (tmp_path / "thesis.tex").is_file() and not (tmp_path / "new").exists()
+        assert (code, out) == (2, "") and said in err
+    assert (tmp_path / "results" / "thesis.tex").is_file() and not (tmp_path / "new").exists()
+    demo._clear(tmp_path / "new")
+    (tmp_path / "new" / "logs").mkdir()
+    demo._clear(tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [demo.MARK]
 
 
 def test_what_is_no_search_says_what_is(call, tmp_path):

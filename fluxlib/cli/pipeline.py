@@ -85,6 +85,8 @@ def trials(
 
     try:
         rounds = records.read_all("rounds", folder)
+        if left := records.unfinished(folder):
+            raise ValueError(f"{', '.join(left)} did not finish; run them again, or take them away")
         parameters = {run: store.parameters(folder / "rounds" / f"{run}.parquet") for run in rounds["run_id"].unique()}
         table = figures.trials(rounds, parameters)
     except (records.TableError, ValueError) as error:

@@ -16,8 +16,8 @@ from fluxlib.federation.options import check
 from fluxlib.federation.tables import Row
 from fluxlib.records import describe_round
 
-OWN = ("flwr", "home", "logs", "results", "server")
-"""What a demonstration leaves in its folder, besides a folder per node."""
+MARK = ".flux-demonstration"
+"""File that says of a folder that a demonstration made it, and that the next one may take it away."""
 
 
 def run_demo(folder: Path, participants: int, num_rounds: int, method: str) -> None:
@@ -46,10 +46,11 @@ def run_demo(folder: Path, participants: int, num_rounds: int, method: str) -> N
 
 def _clear(folder: Path) -> None:
     """Take an earlier demonstration away, and nothing else."""
-    others = [path.name for path in folder.glob("*") if path.name not in OWN and not path.name.startswith("node-")]
-    if others:
-        raise ConfigError(f"--folder {folder} holds {others[0]}, which is of no demonstration: give a new folder")
+    if folder.exists() and not (folder / MARK).is_file() and (others := sorted(folder.glob("*"))):
+        raise ConfigError(f"--folder {folder} holds {others[0].name} and is of no demonstration: give a new folder")
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
 
 
 def _print(row: Row) -> None:
