@@ -121,29 +121,37 @@ def option_table(
     reference: str = "fmd",
     final_rounds: int = 1,
 ) -> pd.DataFrame:
-    """What each option does alone: plain runs, ``improved`` ones, and those of the variants ``options``, side by side.
+    """What each option does alone: runs of each variant in ``options``, and the plain ones, side by side.
 
-    Only models, tasks and seeds with a run of such a variant count, so that rows are means over the same seeds.
+    Of the plain runs only models, tasks and seeds with a run of that variant count, so that an option and what it is
+    compared with are means over the same seeds.
 
     Returns:
-        One row per model, task and method (``"flux, int8"``): ``seeds``, ``final`` metric, ``rounds`` and ``device_s``
-        to the target (means over seeds that reached it), ``missed`` (seeds that did not), ``round_device_s``. Empty
-        when there are no such runs. See :func:`times_to_target` for the arguments.
+        One row per option, model, task and method (``"flux, int8"``): ``seeds``, ``final`` metric, ``rounds`` and
+        ``device_s`` to the target (means over seeds that reached it), ``missed`` (seeds that did not),
+        ``round_device_s``. Empty when there are no such runs. See :func:`times_to_target` for the arguments.
     """
-    every = with_variants(rounds, {name: f", {name}" for name in options} | {"improved": "+"})
-    place = ["model", "task"]
-    every = every.merge(every.loc[every["variant"].isin(options), SEED].drop_duplicates(), on=SEED)
-    if every.empty:
-        return pd.DataFrame()
-    times = times_to_target(every, target_fraction, reference, final_rounds)
-    table = times.groupby([*place, "method"]).agg(
+    tables = []
+    for option in options:
+        every = with_variants(rounds, {option: f", {option}"})
+        every = every.merge(every.loc[every["variant"] == option, SEED].drop_duplicates(), on=SEED)
+        if len(every):
+            times = times_to_target(every, target_fraction, reference, final_rounds)
+            tables.append(_means(every, times).assign(option=option).set_index("option").reset_index())
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _means(rounds: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
+    """One row per model, task and method: means over seeds."""
+    place = ["model", "task", "method"]
+    table = times.groupby(place).agg(
         seeds=("seed", "nunique"),
         final=("final_metric", "mean"),
         rounds=("round", "mean"),
         device_s=("device_s", "mean"),
         missed=("device_s", lambda found: int(found.isna().sum())),
     )
-    trained = every[every["round"] > 0].groupby([*place, "method"])
+    trained = rounds[rounds["round"] > 0].groupby(place)
     return table.join(trained["round_device_s"].mean()).reset_index()
 
 
