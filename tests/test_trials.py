@@ -95,8 +95,8 @@ def test_the_gentlest_setting_within_a_standard_error_of_the_best_is_chosen() ->
         found = figures.trials(rounds, asked)
         assert found.loc[found["is_chosen"], "variant"].tolist() == [expected]
     both = pd.concat([rounds.assign(model="n", run_id=rounds["run_id"] + "-n"), rounds])
-    asked = {name: {**settings, "eval_samples": 200} for name, settings in parameters(both).items()}
-    # The mean of two such scores of 200 samples has 0.025, so 0.04 is too far off again.
+    asked = {name: {**settings, "eval_samples": 120} for name, settings in parameters(both).items()}
+    # One such score of 120 samples has 0.046, the mean of two 0.032, and 0.04 is too far off again.
     assert set(figures.trials(both, asked).query("is_chosen")["variant"]) == {"fast"}
 
 

@@ -34,7 +34,7 @@ def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) ->
 
     That moment, ``at_s`` on the device clock, is when the quickest of the method's trials on this model and task had
     ended: more local work per round must pay within the same time. ``is_best`` marks the highest mean score over seeds
-    there (the lower learning rate among equals). ``mean`` is a setting's score over all models and tasks, and
+    there (the first of the table among equals). ``mean`` is a setting's score over all models and tasks, and
     ``is_chosen`` marks one setting per method, since nobody tunes a method per task: the lowest learning rate, and of
     that the fewest steps, among the settings whose mean is within one standard error of the highest (Hastie et al.,
     The Elements of Statistical Learning, 7.10). That error is of the scored samples, ``eval_samples`` of each trial;
@@ -79,7 +79,8 @@ def trials(rounds: pd.DataFrame, parameters: Mapping[str, Mapping[str, Any]]) ->
 def _gentlest(trials: pd.DataFrame) -> tuple[str, float, int]:
     """Method and settings of the gentlest of its trials that are as good as the best, as far as can be told."""
     best = trials[trials["mean"] == trials["mean"].max()]
-    error = math.sqrt(best["variance"].sum()) / len(best)
+    panels = len(trials[["model", "task"]].drop_duplicates())
+    error = math.sqrt(best["variance"].iloc[:panels].sum()) / panels
     alike = trials[trials["mean"] >= trials["mean"].max() - error]
     return min(alike[["method", *SETTINGS]].itertuples(index=False, name=None))
 
