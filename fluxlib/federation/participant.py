@@ -366,6 +366,8 @@ def _workspace(instruction: Instruction, context: Context) -> Workspace:
 def _torch_device(config: RunConfig, context: Context) -> str:
     """Where this participant computes: its own setting, or the run's where the nodes are this machine's."""
     of_run = "cpu" if config.engine == "deployment" else config.torch_device
+    if config.engine == "simulation" and of_run.startswith("cuda"):
+        of_run = "cuda"  # a worker sees the one that it was given, whichever that is
     return str(context.node_config.get("torch-device", of_run))
 
 

@@ -58,7 +58,7 @@ def test_hardware_is_nothing_that_numbers_depend_on() -> None:
     ("engine", "own", "used"),
     [
         ("local", None, "cuda:1"),
-        ("simulation", None, "cuda:1"),
+        ("simulation", None, "cuda"),
         ("deployment", None, "cpu"),
         ("deployment", "mps", "mps"),
     ],

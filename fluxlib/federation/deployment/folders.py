@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from fluxlib.config import ConfigError, RunConfig, check_writable
+from fluxlib.config import ConfigError, RunConfig, check_writable, make_config
 from fluxlib.devices import catalogue
 from fluxlib.federation import disk, later
 from fluxlib.federation.own_data import write_examples
@@ -62,6 +62,10 @@ def read_participant(folder: Path) -> Participant:
     is_number = isinstance(found.participant, int) and not isinstance(found.participant, bool)
     if found.device not in catalogue.DEVICES or not is_number:
         raise ConfigError(f"{path}: participant is a number, device one of {', '.join(catalogue.DEVICES)}")
+    try:
+        make_config({"torch_device": found.torch_device})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return found
 
 
