@@ -68,7 +68,8 @@ def load_profile(path: Path) -> Profile:
             _only(f"key of variant {name}:", part, (*GRID, "run"), path)
             points = {axis: part.get(axis, grid[axis]) for axis in GRID}
             runs |= _runs(content, points, {"variant": str(name), **(part.get("run") or {})}, path)
-    return Profile(content["profile"], runs, content.get("studies") or {})
+    studies = {name: _with_data(parameters or {}) for name, parameters in (content.get("studies") or {}).items()}
+    return Profile(content["profile"], runs, studies)
 
 
 def _runs(
@@ -84,13 +85,17 @@ def _configure(content: dict[str, Any], point: dict[str, Any], changes: dict[str
     parameters = dict(content.get("run") or {})
     for axis in ("model", "task", "method"):
         parameters |= (content.get(f"per_{axis}") or {}).get(point[axis]) or {}
-    if parameters.get("data_path"):
-        # Notebooks are executed in their own folder.
-        parameters["data_path"] = str(Path(parameters["data_path"]).expanduser().resolve())
     try:
-        return make_config(parameters | changes | point)
+        return make_config(_with_data(parameters) | changes | point)
     except ConfigError as error:
         raise ConfigError(f"{path}, run {point | changes}:\n{error}") from None
+
+
+def _with_data(parameters: dict[str, Any]) -> dict[str, Any]:
+    """``parameters`` with a ``data_path`` that is right from anywhere: notebooks are executed in their own folder."""
+    if not parameters.get("data_path"):
+        return parameters
+    return parameters | {"data_path": str(Path(parameters["data_path"]).expanduser().resolve())}
 
 
 def runs_read(profile: Profile, study: str, groups: Sequence[str], model: str) -> list[str]:
@@ -234,7 +239,7 @@ def check_kinds(notebook: Path, parameters: dict[str, Any]) -> None:
     declared = declared_parameters(notebook)
     for name, value in parameters.items():
         default = declared.get(name)
-        if isinstance(default, (int, float)) and (isinstance(value, str) or value != value):
+        if isinstance(default, (int, float)) and (not isinstance(value, (int, float)) or value != value):
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise ConfigError(f"{name} is {value!r}, allowed is {kind} (as it stands: {default})")
 

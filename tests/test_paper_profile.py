@@ -125,8 +125,11 @@ def test_data_path_of_a_profile_is_from_where_make_is_called(tmp_path: Path, mon
         "profile": "paper",
         "grid": {"methods": ["flux"], "models": ["m"], "tasks": ["gsm8k"], "seeds": [0]},
         "run": {"data_path": "my/data"},
+        "studies": {"01_profiling": {"data_path": "my/data", "tasks": ["gsm8k"]}},
     }
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
-    (run,) = workflow.load_profile(tmp_path / "paper.yaml").runs.values()
+    profile = workflow.load_profile(tmp_path / "paper.yaml")
+    (run,) = profile.runs.values()
     assert isinstance(run, RunConfig) and run.data_path == str(tmp_path / "my" / "data")
+    assert profile.studies["01_profiling"] == {"data_path": run.data_path, "tasks": ["gsm8k"]}

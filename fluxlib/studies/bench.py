@@ -96,7 +96,7 @@ def benches(
     except ValueError as error:
         raise ConfigError(str(error)) from None
     loaded, tokenizer = models.load(model, device=where)
-    start = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    start = {name: tensor.to("cpu", copy=True) for name, tensor in loaded.state_dict().items()}
     for name in names:
         for seed in seeds:
             loaded.load_state_dict(start)

@@ -58,7 +58,7 @@ def drift(
     quarter; ``stale_merge``, error of the model merged by either.
     """
     for bench in benches:
-        start = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
+        start = {name: tensor.to("cpu", copy=True) for name, tensor in bench.model.state_dict().items()}
         for setting, fraction in SETTINGS.items():
             yield from _one_run(bench, setting, fraction, rounds, participants, num_samples, learning_rate, bits)
             bench.model.load_state_dict(start)
