@@ -27,6 +27,10 @@ WireType = Literal["float32", "bfloat16", "int8"]
 """How weights travel between server and participants; see :mod:`fluxlib.federation.wire`."""
 
 
+NO_NUMBERS = ("engine", "torch_device", "round_timeout_s", "join_timeout_s")
+"""Settings of a run that no number depends on: engine, hardware and patience."""
+
+
 class ConfigError(ValueError):
     """A run, a notebook or a command was asked for something that cannot be done; the message says what can."""
 
@@ -204,7 +208,7 @@ class RunConfig(BaseModel):
     @property
     def numbers(self) -> str:
         """Digest of what the numbers depend on: runs that differ in engine, hardware or patience only have the same."""
-        text = self.model_dump_json(exclude={"engine", "torch_device", "round_timeout_s", "join_timeout_s"})
+        text = self.model_dump_json(exclude=set(NO_NUMBERS))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

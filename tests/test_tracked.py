@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from fluxlib import records, workflow
+from fluxlib.claims.stored import parameters, settings
 from fluxlib.config import REPO_ROOT
 
 TRACKED = ("full", "tune")
@@ -17,12 +16,12 @@ def test_every_stored_run_has_the_parameters_that_its_profile_has_today(name: st
     """A run made before its profile changed would be drawn beside runs that it cannot be compared with."""
     folder = REPO_ROOT / "data" / "results" / name
     runs = workflow.load_profile(REPO_ROOT / "config" / f"{name}.yaml").runs
-    stored = {path.stem: json.loads(path.read_text())["parameters"] for path in (folder / "rounds").glob("*.json")}
+    stored = parameters(folder)
     assert set(stored) <= set(runs)
-    for run, parameters in stored.items():
-        wanted = runs[run].model_dump(mode="json")
-        changed = {field: value for field, value in parameters.items() if wanted.get(field) != value}
-        assert not changed, f"{run}: stored {changed}"
+    for run, known in stored.items():
+        had, wanted = settings(known), settings(runs[run].model_dump(mode="json"))
+        changed = {name: (had.get(name), value) for name, value in wanted.items() if had.get(name) != value}
+        assert not changed, f"{run}: stored, and wanted today: {changed}"
 
 
 @pytest.mark.parametrize("name", TRACKED)

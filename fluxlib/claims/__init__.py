@@ -6,6 +6,7 @@
 - :mod:`fluxlib.claims.races` -- FLUX against each method, seed by seed, misses counted,
 - :mod:`fluxlib.claims.lead`, :mod:`fluxlib.claims.federated`, :mod:`fluxlib.claims.measured` -- readers: who is
   sooner, scores and overhead of runs, the study notebooks; :mod:`fluxlib.claims.reasons` -- why,
+- :mod:`fluxlib.claims.stored` -- the settings of stored runs, and which of them are no evidence,
 - :mod:`fluxlib.claims.table` -- one row per claim, Markdown, the README's sections.
 """
 
@@ -14,6 +15,7 @@ from fluxlib.claims.base import VERDICTS, Claim, Reading, Tables, load
 from fluxlib.claims.measured import clock_check
 from fluxlib.claims.paper import CLAIMS
 from fluxlib.claims.races import races, scores, scores_markdown, speed_up_markdown, speed_ups, timed
+from fluxlib.claims.stored import left_out
 from fluxlib.claims.table import SECTIONS, claims, goals, page_sections, races_markdown, readings, summary, to_markdown
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "federated",
     "goals",
     "lead",
+    "left_out",
     "load",
     "measured",
     "page_sections",

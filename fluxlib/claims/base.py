@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from fluxlib import records
+from fluxlib.claims import stored
 from fluxlib.claims.numbers import in_order, sentence, shown, shown_interval
 from fluxlib.claims.races import REFERENCE, races, timed
 from fluxlib.figures.canvas import clock_shapes
@@ -25,8 +26,8 @@ MODELLED = "modelled"
 """Source of numbers that no seed changes."""
 AGREES, DIRECTION, DIFFERS = verdicts.AGREES, verdicts.DIRECTION, verdicts.DIFFERS
 MISSING = "not attempted"
-VERDICTS = (AGREES, DIRECTION, DIFFERS, MISSING)
-"""From the best to no evidence."""
+VERDICTS = (AGREES, DIRECTION, MISSING, DIFFERS)
+"""From the best to the worst: what was found to differ outweighs what was not attempted."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Tables:
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By benchmark, e.g. ``experts``."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Runs whose tables are there but are not read, by run id, and why: unfinished or failed ones."""
+    """Runs whose tables are there but are not read, by run id, and why (:func:`fluxlib.claims.stored.left_out`)."""
 
     @cached_property
     def plain_races(self) -> pd.DataFrame:
@@ -96,7 +97,7 @@ class Reading:
     tasks: tuple[str, ...] = ()
     clock: str = ""
     reached: bool | None = None
-    """Whether the number that this project set out to reach was reached; None: there is none."""
+    """Whether the number that this project set out to reach was reached; None: none is set, or nothing was judged."""
     reason: str = ""
 
 
@@ -136,20 +137,20 @@ class Claim:
         return f"{'≤' if self.better == 'smaller' else '≥'} {shown(self.reach, self.unit)}"
 
     def reached(self, value: float) -> bool | None:
-        """Whether ``value`` reaches :attr:`reach`."""
+        """Whether ``value`` reaches :attr:`reach`; NaN does not. None: nothing is set."""
         if self.reach is None:
             return None
         return bool(value <= self.reach if self.better == "smaller" else value >= self.reach)
 
 
 def load(results: Path, benchmarks: Path | None = None) -> Tables:
-    """Read what is there; what is not is left empty. Runs that did not finish are named in ``left_out``, not read.
+    """Read what is there; what is not is left empty. Runs that are no evidence are named in ``left_out``, not read.
 
     Raises:
         TableError: a table that does not fit its schema, by name.
     """
     results = Path(results)
-    left_out = records.unfinished(results)
+    left_out = stored.left_out(results)
     found: dict[str, pd.DataFrame | None] = {}
     for table in ("rounds", "participants"):
         there = any((results / table).glob("*.parquet"))
@@ -160,13 +161,12 @@ def load(results: Path, benchmarks: Path | None = None) -> Tables:
     for path in sorted((results / "measurements").glob("*.parquet")):
         stem, _, model = path.stem.partition("-")
         measurements.setdefault(stem, {})[model] = records.read("measurements", path)
-    about = {path.stem: json.loads(path.read_text()) for path in sorted((results / "rounds").glob("*.json"))}
     files = sorted(Path(benchmarks).glob("*.json")) if benchmarks else []
     return Tables(
         found["rounds"],
         found["participants"],
         {stem: {model: by_model[model] for model in in_order(by_model)} for stem, by_model in measurements.items()},
-        {run: content.get("parameters", {}) for run, content in about.items() if run not in left_out},
+        {run: known for run, known in stored.parameters(results).items() if run not in left_out},
         {path.stem: json.loads(path.read_text()) for path in files},
         left_out,
     )
@@ -202,8 +202,9 @@ def read_size(
 
 
 def few(seeds: int) -> str:
-    """What is said of too few seeds; nothing where there are enough."""
-    return "" if seeds >= verdicts.MIN_SEEDS else f"{seeds} seed only, so in direction at most"
+    """What is said of too few seeds; nothing where there are enough, or none."""
+    least = verdicts.MIN_SEEDS
+    return f"{seeds} seed{'s' * (seeds > 1)} of {least} needed, so in direction at most" if 0 < seeds < least else ""
 
 
 def _short(claim: Claim, values: np.ndarray, value: float, null: Any, verdict: str) -> str:

@@ -29,6 +29,9 @@ def timed(rounds: pd.DataFrame, variants: Sequence[str] = RACED) -> pd.DataFrame
 
     A method whose rounds are short has had little time when all have had twenty rounds; where it has not reached the
     target by then it may go on for as long as FMD's run lasts.
+
+    Args:
+        rounds: without runs that went on with other settings (:func:`fluxlib.claims.stored.left_out`).
     """
     longer = rounds.loc[rounds["variant"] == LONG].assign(variant="")
     key = ["model", "task", "seed", "method"]
@@ -91,7 +94,7 @@ def speed_ups(found: pd.DataFrame) -> pd.DataFrame:
     in the place of a time it never had (NaN if FLUX missed one), ``at_least_low`` its interval's lower end. ``trivial``
     counts seeds whose base model is at the target already: they say nothing and are in none of the others. ``ahead``
     counts seeds in which FLUX is sooner, ``behind`` those in which it is not; in the rest neither reaches the target,
-    or the other's run ended before FLUX reached it.
+    or the other's run ended before FLUX reached it. ``final_ratio`` leaves out seeds in which the baseline ends at 0.
     """
     rows = []
     for (model, task, variant), group in found.groupby(["model", "task", "variant"], sort=False):
@@ -117,7 +120,7 @@ def _against(ours: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
     ratios = theirs[both] / mine[both]
     bounds = np.where(they, theirs, other["end_s"].to_numpy(dtype=float))[reached] / mine[reached]
     speedup, low, high = geometric(ratios)
-    final = geometric(ours["final_metric"].to_numpy(dtype=float) / other["final_metric"].to_numpy(dtype=float))
+    final = geometric((ours["final_metric"] / other["final_metric"].replace(0.0, np.nan)).to_numpy(dtype=float))
     outlasted = np.nan_to_num(mine, nan=np.inf) <= other["end_s"].to_numpy(dtype=float)
     ahead = int((ratios > 1).sum() + (reached & ~they & outlasted).sum())
     raced = ~trivial
