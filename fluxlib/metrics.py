@@ -54,7 +54,8 @@ def exact_match(prediction: str, reference: str) -> float:
 def interval(values: Iterable[float]) -> tuple[float, float, float]:
     """Mean, low and high of ``values`` over seeds; NaN are left out.
 
-    From three values on a 95 % t interval, for two their minimum and maximum, for one the value itself. (A bootstrap
+    From three values on a 95 % t interval, for two their minimum and maximum, for one the value itself: the last two
+    are a range, no interval, and no verdict rests on them (:data:`fluxlib.studies.verdicts.MIN_SEEDS`). (A bootstrap
     over three seeds covers 74 %, not 95.)
     """
     found = np.asarray([value for value in values if value == value], dtype=float)

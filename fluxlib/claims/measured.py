@@ -13,10 +13,11 @@ from fluxlib.claims.numbers import shown, shown_interval
 from fluxlib.devices import catalogue
 from fluxlib.metrics import geometric, interval
 from fluxlib.studies import verdicts
-from fluxlib.studies.verdicts import CLOCK_LINK, MIN_SEEDS, by_seed
+from fluxlib.studies.verdicts import CLOCK_LINK, by_layer, by_seed
 
 GIB = 2**30
-Values = Callable[[pd.DataFrame], np.ndarray]
+Values = Callable[[pd.DataFrame], pd.Series]
+"""A number per seed, by seed."""
 CLOCK = f"device clock, real shapes over {CLOCK_LINK}"
 
 
@@ -30,26 +31,25 @@ def study(
     """A reader of one notebook's table: a number per seed, held against the paper's by :func:`base.read_size`.
 
     Args:
-        values: one number per seed; empty where the table lacks what it needs.
+        values: empty where the table lacks what it needs.
         why: what the table says on the reason.
-        null: what each seed has without the thing, see :func:`fluxlib.studies.verdicts.judge`.
+        null: what each seed has without the thing, see :func:`fluxlib.studies.verdicts.beside`.
     """
 
     def read(claim: Claim, tables: Tables) -> list[Reading]:
         found = []
         for model, table in tables.measurements.get(stem, {}).items():
-            numbers = values(table)
+            numbers, known = verdicts.beside(values(table), null(table)) if null else (values(table), None)
             if len(numbers) and np.isfinite(numbers).all():
-                reason, without = why(table) if why else "", null(table) if null else np.array([])
-                known = without if len(without) == len(numbers) else None
-                found.append(base.read_size(claim, model, numbers, _tasks(table), reason, clock, known))
+                reason, without = why(table) if why else "", None if known is None else known.to_numpy()
+                found.append(base.read_size(claim, model, numbers.to_numpy(), _tasks(table), reason, clock, without))
         return found
 
     return read
 
 
 def of(name: str, setting: str | None = None, **more: float) -> Values:
-    """Values of one study and setting, one per seed."""
+    """Values of one study and setting."""
     return lambda table: by_seed(table, name, setting, **more)  # type: ignore[arg-type]
 
 
@@ -68,7 +68,7 @@ def more(name: str, one: str, other: str) -> Values:
     return lambda table: _paired(table, name, one, other, lambda a, b: a - b)
 
 
-def _paired(table: pd.DataFrame, name: str, one: str, other: str, join: Callable[..., np.ndarray]) -> np.ndarray:
+def _paired(table: pd.DataFrame, name: str, one: str, other: str, join: Callable[..., pd.Series]) -> pd.Series:
     return join(*verdicts.paired(table, name, one, other))
 
 
@@ -85,24 +85,23 @@ def unevenness(claim: Claim, tables: Tables) -> list[Reading]:
     """
     found = []
     for model, table in tables.measurements.get("01_profiling", {}).items():
-        top = by_seed(table, "activation", reduce="max", by="layer")
-        low = by_seed(table, "activation", reduce="min", by="layer")
-        first, last, even = top[:, 0], top[:, -1], 1 / table["expert"].nunique()
-        size = bool((first > 0.30).all() and (low[:, 0] < 0.05).all() and (last <= 2 * even).all())
+        top, low = (by_layer(table, "activation", reduce) for reduce in ("max", "min"))
+        first, last, rarest = top.iloc[:, 0], top.iloc[:, -1], low.iloc[:, 0]
+        even = 1 / table["expert"].nunique()
+        size = bool((first > 0.30).all() and (rarest < 0.05).all() and (last <= 2 * even).all())
         verdict = verdicts.judge(first / last, 1.0, ratio=True)
         verdict = DIRECTION if verdict == AGREES and not size else verdict
-        told = f"{shown(first.mean(), '%')} and {shown(low[:, 0].mean(), '%')}; last layer {shown(last.mean(), '%')}"
+        told = f"{shown(first.mean(), '%')} and {shown(rarest.mean(), '%')}; last layer {shown(last.mean(), '%')}"
         ratio = shown_interval(*geometric(first / last), "x")
         reason = f"busiest expert of the first layer over that of the last: {ratio}; an even share: {shown(even, '%')}"
         found.append(Reading(model, verdict, told, seeds=len(first), tasks=tuple(_tasks(table)), reason=reason))
     return found
 
 
-def drift(table: pd.DataFrame) -> np.ndarray:
-    """How far activation has moved by the last round of the study over how far by the first, per seed."""
-    rows = table[(table["study"] == "drift") & (table["setting"] == "a quarter tuned")]
-    ends = [by_seed(rows, "drift", x=place) for place in (rows["x"].max(), rows["x"].min())]
-    return ends[0] / ends[1] if rows["x"].nunique() > 1 else np.array([])
+def drift(table: pd.DataFrame) -> pd.Series:
+    """How far activation has moved by the last round of the study over how far by the first, by seed."""
+    first, last = verdicts.ends(table[(table["study"] == "drift") & (table["setting"] == "a quarter tuned")], "drift")
+    return last / first
 
 
 def attended(claim: Claim, tables: Tables) -> list[Reading]:
@@ -111,12 +110,14 @@ def attended(claim: Claim, tables: Tables) -> list[Reading]:
     Rare: below its layer's median activation; attended: above the median attention of the layer's experts that have
     tokens. Some rare experts always are. So those are taken that were rare and attended with every other seed, and rare
     with this one: the value of a seed is by how much more often they are attended again than rare experts on the whole.
-    The verdict is that of the rule, 0 being no effect; one seed says nothing.
+    The verdict is that of the rule, 0 being no effect, but in direction at most: each seed is held against all others,
+    so the values share their seeds, and an interval that takes them for independent is too narrow. One seed says
+    nothing.
     """
     found = []
     for model, table in tables.measurements.get("01_profiling", {}).items():
         marks = _marks(table)
-        if marks.empty or marks.index.nlevels < 2 or len(marks.columns.unique("seed")) < MIN_SEEDS:
+        if marks.empty or marks.index.nlevels < 2 or len(marks.columns.unique("seed")) < 2:
             continue
         rare, both = pd.DataFrame(marks["rare"]), pd.DataFrame(marks["attended"])
         again, usual = [], []
@@ -129,11 +130,13 @@ def attended(claim: Claim, tables: Tables) -> list[Reading]:
         if not len(gains):
             continue
         verdict = verdicts.judge(gains, 0.0)
+        verdict = DIRECTION if verdict == AGREES else verdict
         value, low, high = interval(gains)
         share = both.sum().to_numpy() / marks["below"].to_numpy().sum(axis=0)
         told = f"{shown_interval(*interval(share), '%')}"
         reason = (f"of those that were with the other seeds, {shown(float(np.mean(again)), '%')} are again: "
-                  f"{shown_interval(value, low, high, '%')} above the share of rare ones that have tokens")  # fmt: skip
+                  f"{shown_interval(value, low, high, '%')} above the share of rare ones that have tokens; "
+                  "each seed is held against the others, not independent: in direction at most")  # fmt: skip
         tasks = tuple(_tasks(table))
         found.append(Reading(model, verdict, told, value, low, high, len(gains), tasks=tasks, reason=reason))
     return found
@@ -158,22 +161,31 @@ def _marks(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def clustering(claim: Claim, tables: Tables) -> list[Reading]:
-    """Seconds of clustering layer by layer over those of clustering all layers at once, for each shape of experts."""
+    """Seconds of clustering layer by layer over those of clustering all layers at once, for each shape of experts.
+
+    Per seed the geometric mean over models, of the seeds that all have.
+    """
     found: list[Reading] = []
-    both = list(tables.measurements.get("02_merging", {}).values())
     for shape in ("32 x 16 experts", "27 x 64 experts"):
         speeds, inertias = [], []
-        for table in both:
+        for table in tables.measurements.get("02_merging", {}).values():
             layer, fused = (f"{shape}, {kind}" for kind in ("per layer", "fused"))
             slow, fast = verdicts.paired(table, "clustering_seconds", layer, fused, "median")
-            worse, own = verdicts.paired(table, "clustering_inertia", layer, fused)
             if len(slow):
                 speeds.append(slow / fast)
-                inertias.append(own / worse)
-        if speeds:
-            why = f"inertia {shown(float(np.mean(inertias)))} of the reference's"
-            found.append(base.read_size(claim, shape, np.mean(speeds, axis=0), (), why))
+                inertias.append(over("clustering_inertia", fused, layer)(table))
+        speed, inertia = (_over_models(parts) for parts in (speeds, inertias))
+        if len(speed):
+            why = f"inertia {shown(geometric(inertia)[0])} of the reference's"
+            found.append(base.read_size(claim, shape, speed, (), why))
     return found
+
+
+def _over_models(ratios: list[pd.Series]) -> np.ndarray:
+    """Geometric mean over models, one value per seed that all have."""
+    if not ratios:
+        return np.array([])
+    return np.exp(np.log(pd.concat(ratios, axis=1, join="inner")).mean(axis=1)).to_numpy()
 
 
 def fastest_epsilon(claim: Claim, tables: Tables) -> list[Reading]:
@@ -216,7 +228,7 @@ def memory(claim: Claim, tables: Tables) -> list[Reading]:
             continue
         fits = rows["flux"] <= device < rows["fmd"]
         budget = by_seed(table, "real_fits", "l20, B_tune")
-        less = f", FLUX fits with {budget[0]:.0f} experts tuned" if len(budget) else ""
+        less = f", FLUX fits with {budget.iloc[0]:.0f} experts tuned" if len(budget) else ""
         told = ", ".join(f"{str(name).upper()} {value / GIB:.0f}" for name, value in rows.items()) + " GiB"
         found.append(Reading(
             model, AGREES if fits else DIFFERS, told, rows["flux"] / rows["fmd"], clock="memory planner, real shapes",

@@ -87,8 +87,7 @@ def why_probes(table: pd.DataFrame) -> str:
     """What the utilities would be without probes, and how well either ranks experts: a few large ones make a cosine."""
     told = []
     for study, name in (("probe_cosine_distance", "distance"), ("probe_rank_correlation", "rank correlation")):
-        one, none = (by_seed(table, study, *where) for where in (("one-sided (paper)", "mean", 1),
-                                                                 ("frequency alone", "mean", 0)))  # fmt: skip
+        one, none = (by_seed(table, study, *where) for where in (("one-sided (paper)", 1), ("frequency alone", 0)))
         if len(one) and len(none):
             told.append(f"{name} {shown(float(one.mean()))}, of frequency alone {shown(float(none.mean()))}")
     return "; ".join(told)

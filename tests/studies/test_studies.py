@@ -98,18 +98,20 @@ def test_own_share_counts_what_only_flux_does() -> None:
 @pytest.mark.parametrize(
     ("values", "reach", "better", "expected"),
     [
-        ([0.5, 0.6], 0.476, "larger", "agrees"),
+        ([0.5, 0.6, 0.55], 0.476, "larger", "agrees"),
+        ([0.5, 0.6], 0.476, "larger", "agrees in direction"),  # two seeds have a range, no interval
         ([0.1, 0.2], 0.476, "larger", "agrees in direction"),
         ([-0.1, 0.2], 0.476, "larger", "does not"),
         ([0.0, 0.0], 0.0, "larger", "does not"),
-        ([45.0, 50.0], 40, "larger", "agrees"),
+        ([45.0, 50.0, 45.0], 40, "larger", "agrees"),
         ([0.9, 1.2], 40, "larger", "does not"),
         ([1.1, 3.0], 40, "larger", "agrees in direction"),
         ([0.9], 0.476, "larger", "agrees in direction"),  # one seed is an anecdote
         ([0.9, 0.1, 0.9], 0.476, "larger", "agrees in direction"),  # every seed, but the interval includes 0
         ([0.9, 0.9, 0.9, 0.9, -0.01], 0.476, "larger", "agrees in direction"),  # the interval, but not every seed
         ([0.1, 0.9, 0.5], 0.0, "larger", "agrees in direction"),  # a direction alone: the same rule
-        ([0.01, 0.02], 0.02, "smaller", "agrees"),
+        ([0.01, 0.012, 0.01], 0.02, "smaller", "agrees"),
+        ([0.01, 0.02], 0.02, "smaller", "agrees in direction"),
         ([0.01], 0.02, "smaller", "agrees in direction"),
         ([0.03, 0.03], 0.02, "smaller", "does not"),
         ([0.05, 0.15, 0.10], 0.1101, "smaller", "does not"),  # neither every seed nor the interval keeps it
@@ -125,8 +127,9 @@ def test_what_the_model_makes_positive_must_reach_its_size_and_needs_no_seeds() 
 
 
 def test_no_effect_may_differ_by_seed() -> None:
-    without = np.array([0.7, 0.6])
-    found = [verdicts.judge(np.array(v), 0.29, "smaller", without) for v in ([0.1, 0.2], [0.4, 0.5], [0.8, 0.5])]
+    without = np.array([0.7, 0.6, 0.7])
+    held = ([0.1, 0.2, 0.1], [0.4, 0.5, 0.4], [0.8, 0.5, 0.8])
+    found = [verdicts.judge(np.array(v), 0.29, "smaller", without) for v in held]
     assert found == ["agrees", "agrees in direction", "does not"]
 
 
@@ -141,4 +144,17 @@ def test_two_settings_meet_on_the_seeds_and_tasks_that_both_have() -> None:
             for setting, seed, task, value in (("a", 0, "t", 1.0), ("a", 1, "t", 2.0), ("a", 1, "u", 8.0),
                                                ("b", 1, "t", 4.0), ("b", 2, "t", 9.0))]  # fmt: skip
     one, other = verdicts.paired(pd.DataFrame(rows), "error", "a", "b")
-    assert (one.tolist(), other.tolist()) == ([2.0], [4.0])
+    assert (one.to_dict(), other.to_dict()) == ({1: 2.0}, {1: 4.0})
+    values, known = verdicts.beside(one, pd.Series({0: 5.0, 1: 6.0}))
+    assert (values.to_dict(), known.to_dict()) == ({1: 2.0}, {1: 6.0})
+    assert verdicts.beside(one, pd.Series(dtype=float))[1] is None
+
+
+def test_a_notebooks_ratio_is_the_geometric_mean_that_the_claims_table_has() -> None:
+    rows = [studies.row("growth", "", value, model="m", task="t", seed=seed, layer=3, x=x)
+            for seed, first in ((0, 2.0), (1, 8.0)) for x, value in ((0, first), (3, 1.0))]  # fmt: skip
+    ratios = verdicts.early_over_late(pd.DataFrame(rows))
+    assert ratios.to_dict() == {0: 2.0, 1: 8.0}
+    line = verdicts._line("", "", 1.0, ratios, ratio=True)
+    assert line[3:] == (pytest.approx(4.0), 2.0, 8.0, 2, "agrees in direction")
+    assert verdicts.early_over_late(pd.DataFrame(rows).iloc[:0]).empty
