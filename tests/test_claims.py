@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fluxlib import claims, cli, figures, pages, records, studies
-from fluxlib.claims import base, lead, measured
+from fluxlib.claims import base, lead, measured, stored
 from fluxlib.claims.base import Claim, Tables
 from fluxlib.claims.numbers import shown, shown_interval
 from fluxlib.claims.races import describe
@@ -92,7 +92,7 @@ def test_misses_are_counted_on_both_sides() -> None:
 
 
 def test_a_baseline_that_never_arrives_gives_a_lower_bound() -> None:
-    runs = [*grid({0: 10.0, 1: 10.0}), run("fmq", 0), run("fmq", 1)]
+    runs = [*grid(dict.fromkeys(range(3), 10.0)), *(run("fmq", seed) for seed in range(3))]
     row = claims.speed_ups(claims.races(pd.concat(runs))).set_index("baseline").loc["fmq"]
     # 0.95 lies seven eighths between the first and the second round: 18.75 s; FMQ runs for 40 s.
     assert row["at_least"] == pytest.approx(40 / 18.75) and np.isnan(row["speedup"])
@@ -114,12 +114,12 @@ def test_a_run_that_went_on_stands_for_the_plain_one_and_other_variants_do_not_r
 def test_a_race_that_was_cut_short_is_left_open() -> None:
     late = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
     runs = [run("fmd", 0), run("flux", 0, late[:3]), run("flux", 0, late, variant="long"), run("fmq", 0)]
-    other = [run(method, seed, task="mini-mmlu") for method in SCORES for seed in (0, 1)]
+    other = [run(method, seed, task="mini-mmlu") for method in SCORES for seed in range(3)]
     for found, verdict, reached in ((other, "agrees", True), ([*runs, *other], "agrees in direction", False)):
         reading = read("ahead_of_fmq", tables(*found))
         assert (reading.verdict, reading.reached) == (verdict, reached)
     assert "FMQ never (1 of 1), its run over before FLUX arrived in 1" in reading.ours
-    assert "1 of 3 left open" in reading.reason
+    assert "1 of 4 left open" in reading.reason
     most_open = read("ahead_of_fmq", tables(*runs, *[one for one in other if one["seed"].iloc[0] == 0]))
     assert most_open.verdict == "does not"  # one race decided, one open
 
@@ -155,6 +155,13 @@ def test_scores_of_all_methods_stand_side_by_side() -> None:
     assert "No FLUX and FMD runs" in claims.scores_markdown(claims.scores(claims.races(None), plain))
 
 
+def test_a_baseline_that_ends_at_nothing_has_no_share() -> None:
+    nothing = (0.2, 0.0, 0.0, 0.0, 0.0)
+    runs = [*grid({0: 10.0, 1: 10.0}), run("fmq", 0, nothing), run("fmq", 1, (0.2, *[0.5] * 4))]
+    row = claims.speed_ups(claims.races(pd.concat(runs))).set_index("baseline").loc["fmq"]
+    assert (row["final_ratio"], row["baseline_missed"]) == (pytest.approx(2.0), 2)
+
+
 def test_a_base_model_at_the_target_is_no_race() -> None:
     flat = (1.0, 1.0, 1.0)
     (row,) = claims.speed_ups(claims.races(pd.concat([run("fmd", 0, flat), run("flux", 0, flat)]))).to_dict("records")
@@ -172,7 +179,12 @@ def test_a_variant_meets_its_own_baseline_and_else_the_plain_one_of_the_same_siz
 
 @pytest.mark.parametrize(
     ("seconds", "verdict"),
-    [({0: 8.0, 1: 8.0}, "agrees"), ({0: 20.0, 1: 10.0}, "agrees in direction"), ({0: 20.0, 1: 80.0}, "does not")],
+    [
+        ({0: 8.0, 1: 8.0, 2: 8.0}, "agrees"),
+        ({0: 8.0, 1: 8.0}, "agrees in direction"),  # two seeds have a range, no interval
+        ({0: 20.0, 1: 10.0, 2: 10.0}, "agrees in direction"),
+        ({0: 20.0, 1: 80.0}, "does not"),
+    ],
 )
 def test_up_to_needs_every_seed_of_one_task(seconds: dict[int, float], verdict: str) -> None:
     slow = [run(m, seed, seconds=40.0, task="mini-mmlu") for m in ("fmd", "flux") for seed in (0, 1)]
@@ -181,28 +193,42 @@ def test_up_to_needs_every_seed_of_one_task(seconds: dict[int, float], verdict: 
 
 def test_up_to_prefers_enough_seeds_to_a_larger_factor_and_one_seed_agrees_in_direction_at_most() -> None:
     lucky = [run("fmd", 0, task="mini-mmlu"), run("flux", 0, seconds=1.0, task="mini-mmlu")]
-    alone, both = read("speed_up", tables(*lucky)), read("speed_up", tables(*grid({0: 8.0, 1: 8.0}), *lucky))
+    alone, both = read("speed_up", tables(*lucky)), read("speed_up", tables(*grid({0: 8.0, 1: 8.0, 2: 8.0}), *lucky))
     assert (alone.value, alone.verdict) == (pytest.approx(40.0), "agrees in direction")
-    assert "1 seed only" in alone.reason
-    assert (both.value, both.verdict, both.seeds) == (pytest.approx(5.0), "agrees", 2) and "the best of 2" in both.ours
-    more = [run(method, seed, task="mini-mmlu") for method in ("fmd", "flux") for seed in (1, 2)]
-    assert "2 seeds, another task has 3" in read("speed_up", tables(*grid({0: 2.0, 1: 2.0}), *lucky, *more)).reason
+    assert "1 seed of 3 needed" in alone.reason
+    assert (both.value, both.verdict, both.seeds) == (pytest.approx(5.0), "agrees", 3) and "the best of 2" in both.ours
+    more = [run(method, seed, task="mini-mmlu") for method in ("fmd", "flux") for seed in (1, 2, 3)]
+    fast = grid({0: 2.0, 1: 2.0, 2: 2.0})
+    assert "3 seeds, another task has 4" in read("speed_up", tables(*fast, *lucky, *more)).reason
+
+
+def test_a_seed_that_begins_at_the_target_is_no_race_for_up_to_as_for_the_others() -> None:
+    flat = [run(method, 3, (1.0, 1.0, 1.0)) for method in ("fmd", "flux")]
+    found = tables(*grid({0: 8.0, 1: 8.0, 2: 8.0}), *flat)
+    assert {read(slug, found).verdict for slug in ("speed_up", "ahead_of_fmd")} == {"agrees"}
+    assert "no race in 1 of 4" in read("speed_up", found).reason
+    assert read("speed_up", tables(*flat)).verdict == "does not"
+
+
+def test_a_number_that_is_just_reached_is_reached() -> None:
+    assert read("ahead_of_fmd", tables(*grid({0: 20.0}))).value == 2.0
+    assert read("ahead_of_fmd", tables(*grid({0: 20.0}))).reached  # the table says "≥ 2×"
 
 
 def test_up_to_tells_of_an_interval_that_reaches_below_the_papers() -> None:
-    reading = read("speed_up", tables(*grid({0: 5.0, 1: 10.0})))
+    reading = read("speed_up", tables(*grid({0: 5.0, 1: 8.0, 2: 8.0})))
     assert (reading.verdict, reading.reason) == ("agrees", "the interval includes less than the paper's")
-    assert read("speed_up", tables(*grid({0: 5.0, 1: 6.0}))).reason == ""
+    assert read("speed_up", tables(*grid({0: 5.0, 1: 6.0, 2: 5.0}))).reason == ""
 
 
 def test_every_task_means_every_task() -> None:
     other = [run("fmd", 0, task="mini-mmlu"), run("flux", 0, seconds=80.0, task="mini-mmlu")]
     whole, partly = (
-        read("ahead_of_fmd", tables(*grid({0: 10.0, 1: 10.0}))),
-        read("ahead_of_fmd", tables(*grid({0: 10.0, 1: 10.0}), *other)),
+        read("ahead_of_fmd", tables(*grid({0: 10.0, 1: 10.0, 2: 10.0}))),
+        read("ahead_of_fmd", tables(*grid({0: 10.0, 1: 10.0, 2: 10.0}), *other)),
     )
     assert (whole.verdict, whole.reached, partly.verdict, partly.reached) == ("agrees", True, "does not", False)
-    assert "sooner in 2 of 3 races" in partly.reason
+    assert "sooner in 3 of 4 races" in partly.reason
 
 
 def test_a_wide_interval_makes_it_a_direction() -> None:
@@ -212,7 +238,7 @@ def test_a_wide_interval_makes_it_a_direction() -> None:
 
 @pytest.mark.parametrize(("last", "verdict"), [(1.0, "agrees"), (0.96, "agrees in direction"), (0.9, "does not")])
 def test_final_quality_is_a_share_of_fmd(last: float, verdict: str) -> None:
-    runs = [one for seed in (0, 1) for one in (run("fmd", seed), run("flux", seed, (0.2, last, last, last, last)))]
+    runs = [one for seed in range(3) for one in (run("fmd", seed), run("flux", seed, (0.2, last, last, last, last)))]
     reading = read("quality_dolly", tables(*runs))
     assert (reading.value, reading.verdict) == (pytest.approx(last), verdict)
 
@@ -226,10 +252,11 @@ def test_the_worst_task_decides_on_quality() -> None:
 
 
 def test_quality_at_equal_seconds_needs_runs_as_long_as_fmds() -> None:
-    short = grid({0: 10.0, 1: 10.0})
+    short = grid({0: 10.0, 1: 10.0, 2: 10.0})
     early = read("quality_in_time", tables(*short))
-    assert early.verdict == "not attempted" and "at 25 % of FMD's run" in early.ours and not early.reached
-    longer = [run("flux", seed, (0.2, 0.6, *[1.0] * 15), variant="long") for seed in (0, 1)]
+    assert early.verdict == "not attempted" and "at 25 % of FMD's run" in early.ours
+    assert early.reached is None and _row(claim("quality_in_time"), [early])["to reach"] == "≥ 99 %"
+    longer = [run("flux", seed, (0.2, 0.6, *[1.0] * 15), variant="long") for seed in range(3)]
     assert read("quality_in_time", tables(*short, *longer)).verdict == "agrees"
     partly = [
         one for seed in (0, 1) for one in (run("fmd", seed, task="mini-mmlu"), run("flux", seed, task="mini-mmlu"))
@@ -237,11 +264,21 @@ def test_quality_at_equal_seconds_needs_runs_as_long_as_fmds() -> None:
     assert read("quality_in_time", tables(*short, *longer, *partly)).verdict == "agrees in direction"
 
 
+def test_a_model_that_fails_is_not_hidden_by_one_that_was_not_attempted() -> None:
+    low = (0.2, *[0.5] * 16)
+    other = [one.assign(model="mini-deepseek-moe") for one in (run("fmd", 0), run("flux", 0, low))]
+    found = claim("quality_in_time").read(claim("quality_in_time"), tables(*grid({0: 10.0}), *other))
+    assert [one.verdict for one in found] == ["not attempted", "does not"]
+    row = _row(claim("quality_in_time"), found)
+    assert (row["verdict"], row["to reach"]) == ("does not", "≥ 99 %: not reached")
+    assert claims.VERDICTS == ("agrees", "agrees in direction", "not attempted", "does not")
+
+
 def sweep(counts: tuple[int, ...], **more: object) -> tuple[list[pd.DataFrame], dict[str, dict]]:
-    """FLUX and FMD with two seeds per number of participants, and their parameters."""
+    """FLUX and FMD with three seeds per number of participants, and their parameters."""
     runs, parameters = [], {}
     for count in counts:
-        for method, seed in [(method, seed) for method in ("fmd", "flux") for seed in (0, 1)]:
+        for method, seed in [(method, seed) for method in ("fmd", "flux") for seed in range(3)]:
             one = run(method, seed, variant=f"p{count}", num_participants=count)
             parameters[one["run_id"].iloc[0]] = {"participants": count, "rounds": 4, "method": method, **more}
             runs.append(one)
@@ -253,28 +290,34 @@ def test_participants_are_compared_between_runs_that_differ_in_nothing_else() ->
     twin = run("flux", 0, variant="twin", num_participants=10)
     with_twin = parameters | {twin["run_id"].iloc[0]: parameters["fluxp10-mini-llama-moe-mini-dolly-0"]}
     assert read("participants", tables(*runs, twin, parameters=with_twin)).verdict == "agrees"
-    assert read("participants", tables(*runs[:8], parameters=parameters)).verdict == "agrees in direction"
+    assert read("participants", tables(*runs[:12], parameters=parameters)).verdict == "agrees in direction"
+    late = "fluxp20-mini-llama-moe-mini-dolly-0"
+    newer = parameters | {late: parameters[late] | {"torch_device": "cuda", "engine": "simulation", "coverage": None}}
+    assert (
+        read("participants", tables(*runs, parameters=newer)).verdict == "agrees"
+    )  # stored with more is no difference
     alone = [one for one in runs if one["seed"].iloc[0] == 0]
     assert read("participants", tables(*alone, parameters=parameters)).verdict == "agrees in direction"
     for run_id in parameters:
         parameters[run_id]["rounds"] += "p20" in run_id
-    assert lead.participants(claim("participants"), tables(*runs[:8], parameters=parameters)) == []
+    assert lead.participants(claim("participants"), tables(*runs[:12], parameters=parameters)) == []
 
 
 def test_settings_that_are_tuned_per_method_do_not_mix_within_a_method() -> None:
     runs, parameters = sweep((10, 20), learning_rate=1e-3)
     for run_id in parameters:
         parameters[run_id]["learning_rate"] *= 3 if run_id.startswith("flux") else 1
-    assert read("participants", tables(*runs, parameters=parameters)).seeds == 2  # each method has its own
+    assert read("participants", tables(*runs, parameters=parameters)).seeds == 3  # each method has its own
     parameters["fluxp20-mini-llama-moe-mini-dolly-0"]["learning_rate"] = 1.0
-    assert read("participants", tables(*runs, parameters=parameters)).fewest == 1  # the odd one is no part of the sweep
-    parameters["fluxp20-mini-llama-moe-mini-dolly-1"]["learning_rate"] = 1.0
+    assert read("participants", tables(*runs, parameters=parameters)).fewest == 2  # the odd one is no part of the sweep
+    for seed in (1, 2):
+        parameters[f"fluxp20-mini-llama-moe-mini-dolly-{seed}"]["learning_rate"] = 1.0
     assert lead.participants(claim("participants"), tables(*runs, parameters=parameters)) == []
 
 
 def test_falls_are_added_up_over_what_both_methods_have() -> None:
     down, less = (0.5, 0.1, 0.5, 0.1), (0.5, 0.4, 0.5, 0.4)
-    runs = [run(m, seed, s) for seed in (0, 1) for m, s in (("fmq", down), ("fmd", less))]
+    runs = [run(m, seed, s) for seed in range(3) for m, s in (("fmq", down), ("fmd", less))]
     more = run("fmq", 0, down, task="mini-mmlu")
     for found in (runs, [*runs, more]):
         reading = read("fmq_oscillates", tables(*found))
@@ -311,10 +354,10 @@ def test_an_interval_with_no_difference_in_it_is_told() -> None:
 
 def test_epsilon_and_memory_have_rules_of_their_own() -> None:
     name = "epsilon_device_s_at_least"
-    times = [rows(name, "dynamic", 10, 10), rows(name, "0.3", 20, 9), rows(name, "0.7", 12, 12)]
-    times += [rows("epsilon_round_at_least", s, 1, 1) for s in ("dynamic", "0.3", "0.7")]
+    times = [rows(name, "dynamic", 10, 10, 10), rows(name, "0.3", 20, 9, 9), rows(name, "0.7", 12, 12, 12)]
+    times += [rows("epsilon_round_at_least", s, 1, 1, 1) for s in ("dynamic", "0.3", "0.7")]
     assert read("epsilon", measurements("03_role_assignment", *times)).verdict == "does not"
-    times[1] = rows(name, "0.3", 20, 11)
+    times[1] = rows(name, "0.3", 12, 13, 12)
     assert read("epsilon", measurements("03_role_assignment", *times)).verdict == "agrees"
     for own, verdict in ((30, "agrees"), (60, "does not")):  # less than FMD is no direction: it cannot be otherwise
         peaks = [rows("real_peak", method, gib * 2**30) for method, gib in (("flux", own), ("fmd", 80))]
@@ -334,7 +377,8 @@ def profile(*attended: int) -> Tables:
 
 def test_a_rare_expert_is_attended_if_it_is_so_again_with_another_seed() -> None:
     same = claim("attended").read(claim("attended"), profile(2, 2, 2))[0]
-    assert (same.value, same.verdict, same.ours) == (pytest.approx(0.5), "agrees", "50 %")
+    assert (same.value, same.verdict, same.ours) == (pytest.approx(0.5), "agrees in direction", "50 %")
+    assert "each seed is held against the others" in same.reason
     assert claim("attended").read(claim("attended"), profile(2, 3, 2))[0].verdict == "does not"
     assert claim("attended").read(claim("attended"), profile(2)) == []
 
@@ -346,12 +390,34 @@ def test_the_saving_is_that_of_a_typical_round_and_must_reach_the_papers() -> No
 
 
 def test_probes_are_held_against_frequency_alone() -> None:
-    kinds = [rows("probe_cosine_distance", "one-sided (paper)", 0.1, 0.2, x=1)]
-    for alone, verdict in (((0.5, 0.6), "agrees"), ((0.05, 0.1), "does not")):
+    kinds = [rows("probe_cosine_distance", "one-sided (paper)", 0.1, 0.2, 0.1, x=1)]
+    for alone, verdict in (((0.5, 0.6, 0.5), "agrees"), ((0.05, 0.1, 0.05), "does not")):
         found = measurements(
             "03_role_assignment", *kinds, rows("probe_cosine_distance", "frequency alone", *alone, x=0)
         )
         assert read("forward_only", found).verdict == verdict
+
+
+def test_values_meet_by_the_number_of_their_seed_and_not_by_their_place() -> None:
+    distance = rows("probe_cosine_distance", "one-sided (paper)", 0.1, 0.2, 0.1, 0.4, x=1)
+    alone = rows("probe_cosine_distance", "frequency alone", 0.15, 0.25, 0.15, x=0)
+    found = measurements("03_role_assignment", distance[:1] + distance[2:], alone)  # seeds 0, 2, 3 and seeds 0, 1, 2
+    reading = read("forward_only", found)
+    assert (reading.seeds, reading.value, reading.verdict) == (2, pytest.approx(0.1), "agrees in direction")
+    moved = [rows("drift", "a quarter tuned", *values, x=x) for x, values in ((1, (1, 2, 4)), (5, (2, 4, 8)))]
+    table = measurements("01_profiling", moved[0][:2], moved[1][1:]).measurements["01_profiling"]["m"]
+    assert measured.drift(table).to_dict() == {1: 2.0}
+
+
+def test_models_are_averaged_geometrically_in_a_ratio() -> None:
+    names = [f"32 x 16 experts, {kind}" for kind in ("per layer", "fused")]
+    by_model = {}
+    for model, seconds in (("a", 10.0), ("b", 1000.0)):
+        parts = [rows("clustering_seconds", names[0], *[seconds] * 3), rows("clustering_seconds", names[1], 1, 1, 1)]
+        parts += [rows("clustering_inertia", name, 1, 1, 1) for name in names]
+        by_model |= {model: measurements("02_merging", *parts).measurements["02_merging"]["m"]}
+    reading = read("clustering", Tables(measurements={"02_merging": by_model}))
+    assert (reading.value, reading.verdict) == (pytest.approx(100.0), "agrees")
 
 
 def test_without_tables_every_claim_says_what_to_run(tmp_path: Path) -> None:
@@ -371,7 +437,7 @@ def test_the_weakest_model_decides_but_for_up_to() -> None:
     row = _row(claim("four_bit"), claim("four_bit").read(claim("four_bit"), found))
     assert row["verdict"] == "does not" and "`a`: agrees" in row["reason"] and row["to reach"] == "≤ 8 %: by `a`"
     deep = [r.assign(model="mini-deepseek-moe") for r in grid({0: 80.0, 1: 80.0})]
-    both = tables(*grid({0: 8.0, 1: 8.0}), *deep)
+    both = tables(*grid({0: 8.0, 1: 8.0, 2: 8.0}), *deep)
     assert _row(claim("speed_up"), lead.up_to(claim("speed_up"), both))["verdict"] == "agrees"
 
 
@@ -420,20 +486,45 @@ def test_the_readme_says_what_the_tracked_tables_say() -> None:
         )
 
 
-def test_a_run_that_did_not_finish_is_left_out_and_named(tmp_path: Path) -> None:
+def write(folder: Path, one: pd.DataFrame, **about: object) -> Path:
+    """Store one run as a federation does."""
     defaults = {"string": "x", "int64": 0, "float64": 0.0, "bool": False}
+    whole = pd.DataFrame({c.name: [defaults[c.dtype]] * len(one) for c in records.ROUNDS})
+    kept = one[[name for name in one if name in whole]].reset_index(drop=True)
+    file = folder / "rounds" / f"{one['run_id'].iloc[0]}.parquet"
+    records.write("rounds", whole.assign(**{name: kept[name] for name in kept}), file, {"parameters": {}} | about)
+    return file
+
+
+def test_a_run_that_went_on_with_other_settings_stands_for_none(tmp_path: Path) -> None:
+    alike = {"method": "flux", "task": "mini-dolly", "learning_rate": 0.001}
+    stored_with = {"": {"rounds": 4}, "long": {"rounds": 16, "torch_device": "cpu", "variant": "long"}}
+    for seed, rate in ((0, 0.001), (1, 0.003)):
+        for variant, more in stored_with.items():
+            about = alike | {"seed": seed} | more | ({"learning_rate": rate} if variant else {})
+            write(tmp_path, run("flux", seed, variant=variant), parameters=about, status="complete")
+    name, plain = (f"flux{variant}-mini-llama-moe-mini-dolly-1" for variant in ("long", ""))
+    found = claims.load(tmp_path)
+    assert found.left_out == {name: f"not {plain} with more rounds: learning_rate 0.003 in place of 0.001"}
+    assert found.rounds is not None and set(found.rounds["variant"]) == {"", "long"} and name not in found.parameters
+    assert set(claims.timed(found.rounds).groupby("seed")["run_id"].first()) == {name.replace("-1", "-0"), plain}
+
+
+def test_the_settings_of_a_stored_run_are_those_that_numbers_depend_on() -> None:
+    whole, old = stored.settings({"rounds": 4, "torch_device": "cuda"}), stored.settings({"rounds": 4})
+    assert whole == old and old["server_learning_rate"] == 1.0 and not {"engine", "torch_device"} & set(old)
+    assert stored.settings({"rounds": 0, "engine": "local", "odd": 1}) == {"rounds": 0, "odd": 1}  # as it was stored
+
+
+def test_a_run_that_did_not_finish_is_left_out_and_named(tmp_path: Path) -> None:
     for one, status in zip(grid({0: 8.0, 1: 8.0}), ("complete", "complete", "complete", "failed"), strict=True):
-        whole = pd.DataFrame({c.name: [defaults[c.dtype]] * len(one) for c in records.ROUNDS})
-        kept = one[[name for name in one if name in whole]].reset_index(drop=True)
-        file = tmp_path / "rounds" / f"{one['run_id'].iloc[0]}.parquet"
-        about = {"parameters": {}, "status": status, "failure": "no replies" if status == "failed" else ""}
-        records.write("rounds", whole.assign(**{name: kept[name] for name in kept}), file, about)
+        file = write(tmp_path, one, status=status, failure="no replies" if status == "failed" else "")
     found = claims.load(tmp_path)
     name = "flux-mini-llama-moe-mini-dolly-1"
     assert found.left_out == {name: "failed: no replies"} and name not in set(found.rounds["run_id"])
     assert read("speed_up", found).verdict == "agrees in direction"  # one seed is left
     table = claims.claims(tmp_path, None)
-    assert f"Left out, not finished: `{name}` (failed: no replies)." in claims.to_markdown(table)
+    assert f"Left out: `{name}` (failed: no replies)." in claims.to_markdown(table)
     file.with_suffix(".json").unlink()
     assert claims.load(tmp_path).left_out == {name: f"no {name}.json beside it"}
 

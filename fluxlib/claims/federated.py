@@ -70,9 +70,10 @@ def _quality(claim: Claim, name: str, rows: pd.DataFrame, rounds: pd.DataFrame, 
         parts += [_trend(rounds, worst)] if verdict != AGREES and compared == EQUAL_ROUNDS else []
     parts += [f"FLUX's run ended too early for a final score on {', '.join(early)}"] if early else []
     clock = clock_of(rounds) if compared == EQUAL_SECONDS else ""
+    reached = claim.reached(least["ratio"]) and not early if judged else None
     return Reading(
         name, verdict, "; ".join(told), least["ratio"], least["low"], least["high"], int(means["seeds"].max()),
-        fewest, tuple(map(str, means.index)), clock, bool(claim.reached(least["ratio"])) and not early, sentence(parts),
+        fewest, tuple(map(str, means.index)), clock, reached, sentence(parts),
     )  # fmt: skip
 
 
@@ -123,7 +124,8 @@ def own_share(claim: Claim, tables: Tables) -> list[Reading]:
 def absolute_targets(claim: Claim, tables: Tables) -> list[Reading]:
     """The paper's own targets, on its own data sets only.
 
-    ``agrees``: FLUX's score reaches every target with every seed, two at least. ``does not``: anything else.
+    ``agrees``: FLUX's score reaches every target with every seed, of at least
+    :data:`~fluxlib.studies.verdicts.MIN_SEEDS`. ``does not``: anything else.
     """
     found = []
     for name, rounds, _ in tables.plain():

@@ -13,6 +13,7 @@ import pandas as pd
 from fluxlib.claims.base import AGREES, DIFFERS, DIRECTION, Claim, Reading, Tables, clock_of, few, of_model
 from fluxlib.claims.numbers import in_order, sentence, shown
 from fluxlib.claims.races import OURS, REFERENCE, TARGET_FRACTION, describe, races, speed_ups
+from fluxlib.claims.stored import settings
 from fluxlib.figures import overhead
 from fluxlib.studies import verdicts
 
@@ -26,9 +27,9 @@ def up_to(claim: Claim, tables: Tables) -> list[Reading]:
     """The paper's "up to": the best task of a model, of those on which FLUX leads in every seed.
 
     The verdict is that of the rule on this task's speed-ups (:mod:`fluxlib.studies.verdicts`): ``agrees`` where their
-    mean is the paper's or more, with two seeds at least; a seed in which either never arrives disqualifies a task.
-    The best of several is a choice made after seeing them: the number of tasks is told, and fewer seeds than on
-    another task.
+    mean is the paper's or more; a seed in which either never arrives disqualifies a task, one in which both begin at
+    the target is no race and does not count. The best of several is a choice made after seeing them: the number of
+    tasks is told, and fewer seeds than on another task.
     """
     assert claim.size is not None
     found = []
@@ -36,21 +37,22 @@ def up_to(claim: Claim, tables: Tables) -> list[Reading]:
         rows = _against(speed_ups(raced), REFERENCE)
         if rows.empty:
             continue
-        rows["every"] = (rows["num_both"] == rows["seeds"]) & (rows["ahead"] == rows["seeds"])
-        rows["enough"] = rows["seeds"] >= verdicts.MIN_SEEDS
+        rows["every"] = (rows["raced"] > 0) & (rows["num_both"] == rows["raced"]) & (rows["ahead"] == rows["raced"])
+        rows["enough"] = rows["raced"] >= verdicts.MIN_SEEDS
         # Enough seeds before a large number: one lucky seed must not stand for a model.
         best = rows.fillna({"speedup": 0.0}).sort_values(["every", "enough", "speedup"]).iloc[-1]
-        whole, seeds = bool(best["every"]), int(best["seeds"])
+        whole, seeds = bool(best["every"]), int(best["raced"])
         value, low, high = (float(best[end]) if whole else np.nan for end in ("speedup", "low", "high"))
         verdict = verdicts.verdict(value >= claim.size, whole, low > 1, seeds) if whole else DIFFERS
-        most = int(rows["seeds"].max())
+        most = int(rows["raced"].max())
         parts = [few(seeds), f"{seeds} seeds, another task has {most}" if seeds < most else ""]
+        parts += [f"no race in {best['trivial']} of {best['seeds']}" if best["trivial"] else ""]
         parts += ["in every seed, but the interval includes 1×" if low <= 1 else ""]
         parts += ["the interval includes less than the paper's"] if verdict == AGREES and low < claim.size else []
         parts += [_why_not_faster(best, tables, rounds)] if verdict != AGREES else []
         found.append(Reading(
             name, verdict, f"{describe(best)} on `{best['task']}`, the best of {len(rows)}", value, low, high,
-            seeds=seeds, tasks=tuple(rows["task"]), clock=clock_of(rounds), reached=claim.reached(value),
+            seeds=int(best["seeds"]), tasks=tuple(rows["task"]), clock=clock_of(rounds), reached=claim.reached(value),
             reason=sentence(parts),
         ))  # fmt: skip
     return found
@@ -78,7 +80,7 @@ def ahead_of(baseline: str) -> Callable[[Claim, Tables], list[Reading]]:
 
 def _every_task(claim: Claim, name: str, rows: pd.DataFrame, clock: str) -> Reading:
     ahead, behind = int(rows["ahead"].sum()), int(rows["behind"].sum())
-    undecided = int((rows["seeds"] - rows["trivial"]).sum()) - ahead - behind
+    undecided = int(rows["raced"].sum()) - ahead - behind
     judged = {row["task"]: _task_verdict(row) for row in rows.to_dict("records") if row["ahead"] + row["behind"]}
     verdict = verdicts.weakest(judged.values()) if ahead > undecided and judged else DIFFERS
     none = [f"`{task}`" for task in rows["task"] if task not in judged]
@@ -87,31 +89,31 @@ def _every_task(claim: Claim, name: str, rows: pd.DataFrame, clock: str) -> Read
     told = [f"`{row['task']}` {describe(row)}" for row in rows.to_dict("records")]
     worst = float(rows["at_least"].min(skipna=False)) if not behind else np.nan
     raced = rows[(rows["ahead"] + rows["behind"]) > 0]
-    parts = [few(int(rows["seeds"].min())), f"sooner in {ahead} of {ahead + behind} races" * bool(behind)]
+    parts = [few(min((number for number in rows["raced"] if number), default=0))]
+    parts += [f"sooner in {ahead} of {ahead + behind} races"] if behind else []
     parts += [f"{row['task']}: final score {row['final_ratio']:.0%} of the other's".replace("%", " %")
-              for row in raced[raced["behind"] > 0].to_dict("records")]  # fmt: skip
+              for row in raced[(raced["behind"] > 0) & raced["final_ratio"].notna()].to_dict("records")]  # fmt: skip
     unsure = [f"`{task}`" for task, found in judged.items() if found == DIRECTION and _is_unsure(rows, task)]
     parts += [f"in every seed, but the interval includes 1× on {', '.join(unsure)}"] if unsure else []
     parts += [f"no race on {', '.join(none)}"] if none else []
     parts += [f"{undecided} of {ahead + behind + undecided} left open"] if undecided else []
     least = float(raced["at_least"].min(skipna=False)) if len(raced) and not undecided else np.nan
-    reached = None if claim.reach is None else least > claim.reach
     return Reading(
         name, verdict, "; ".join(told), worst, seeds=int(rows["seeds"].max()), fewest=int(rows["seeds"].min()),
-        tasks=tuple(rows["task"]), clock=clock, reached=reached, reason=sentence(parts),
+        tasks=tuple(rows["task"]), clock=clock, reached=claim.reached(least), reason=sentence(parts),
     )  # fmt: skip
 
 
 def _task_verdict(row: Mapping[Any, Any]) -> str:
     """One task of :func:`ahead_of` that has a decided race; open races are no evidence either way."""
     every = row["ahead"] > 0 and row["behind"] == 0
-    decided = row["ahead"] + row["behind"] == row["seeds"] - row["trivial"]
-    return verdicts.verdict(bool(decided), every, row["at_least_low"] > 1, row["seeds"] - row["trivial"])
+    decided = row["ahead"] + row["behind"] == row["raced"]
+    return verdicts.verdict(bool(decided), every, row["at_least_low"] > 1, row["raced"])
 
 
 def _is_unsure(rows: pd.DataFrame, task: str) -> bool:
     row = rows[rows["task"] == task].iloc[0]
-    return bool(row["ahead"] == row["seeds"] - row["trivial"] and row["at_least_low"] <= 1)
+    return bool(row["ahead"] == row["raced"] and row["at_least_low"] <= 1)
 
 
 def participants(claim: Claim, tables: Tables) -> list[Reading]:
@@ -132,7 +134,7 @@ def participants(claim: Claim, tables: Tables) -> list[Reading]:
         verdict = DIRECTION if verdict == AGREES and not set(SCALE) <= set(counts) else verdict
         seeds = [row["seeds"] for row in rows]
         told = "; ".join(f"{row['count']}: {describe(row)}" for row in rows)
-        parts = [few(min(seeds)), "not at every number" if verdict == DIFFERS else ""]
+        parts = [few(min(row["raced"] for row in rows)), "not at every number" if verdict == DIFFERS else ""]
         parts += [f"at {', '.join(map(str, counts))} participants" if not set(SCALE) <= set(counts) else ""]
         found.append(Reading(
             name, verdict, told, float(min(row["speedup"] for row in rows)), seeds=max(seeds), fewest=min(seeds),
@@ -161,9 +163,9 @@ def _swept(tables: Tables) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _settings(parameters: Mapping[str, Any], names: Sequence[str] | None) -> str:
-    """The named parameters as text, or all that must be alike in runs that are compared."""
+    """The named settings as text, or all that must be alike in runs that are compared."""
     free = {"method", "variant", "participants", "seed", *TUNED}
-    kept = {k: v for k, v in parameters.items() if (k not in free if names is None else k in names)}
+    kept = {k: v for k, v in settings(parameters).items() if (k not in free if names is None else k in names)}
     return json.dumps(kept, sort_keys=True)
 
 
@@ -178,7 +180,11 @@ def _sweeps(alike: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 
 def _against(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    return table if table.empty else table[table["baseline"] == baseline].reset_index(drop=True)
+    """Rows of one baseline, and how many of their seeds ``raced``: those whose base model is not at the target yet."""
+    if table.empty:
+        return table
+    rows = table[table["baseline"] == baseline].reset_index(drop=True)
+    return rows.assign(raced=rows["seeds"] - rows["trivial"])
 
 
 def _why_not_faster(best: pd.Series, tables: Tables, rounds: pd.DataFrame) -> str:

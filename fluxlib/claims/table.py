@@ -33,10 +33,11 @@ def readings(tables: Tables, listed: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
 def claims(results: Path, benchmarks: Path | None = BENCHMARKS, listed: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
     """The claims table of one profile's results, one row per claim, in the order of the paper.
 
-    Runs that did not finish are no evidence: they are left out, and named in ``attrs["left_out"]`` and below the table.
-    The verdict over several models is the weakest of them (``does not`` before ``agrees in direction`` before
-    ``agrees``), but for the paper's "up to", where the best counts; where models differ the reason says so. A claim
-    whose tables are absent is ``not attempted``, with what to run as its reason.
+    Runs that did not finish, or that went on with other settings, are no evidence: they are left out, and named in
+    ``attrs["left_out"]`` and below the table.
+    The verdict over several models is the weakest of them (the last of :data:`~fluxlib.claims.base.VERDICTS`), but for
+    the paper's "up to", where the best counts; where models differ the reason says so. A claim whose tables are absent
+    is ``not attempted``, with what to run as its reason.
 
     Args:
         results: a folder such as ``data/results/full``; it need not exist.
@@ -67,8 +68,9 @@ def _row(claim: Claim, found: list[Reading]) -> dict[str, Any]:
 
 
 def _bar(claim: Claim, found: list[Reading]) -> str:
-    if not claim.bar:
-        return ""
+    """The number to reach and who reached it; of whom nothing was judged nothing is said."""
+    if not claim.bar or all(r.reached is None for r in found):
+        return claim.bar
     hits = [r.label for r in found if r.reached]
     told = "reached" if len(hits) == len(found) else "not reached" if not hits else f"by `{'`, `'.join(hits)}`"
     return f"{claim.bar}: {told}"
@@ -115,7 +117,7 @@ def summary(table: pd.DataFrame) -> str:
     counts = table["verdict"].value_counts()
     told = ", ".join(f"{verdict} {counts[verdict]}" for verdict in VERDICTS if verdict in counts)
     missing = ", ".join(f"`{run}` ({why})" for run, why in table.attrs.get("left_out", {}).items())
-    return f"{len(table)} claims: {told}." + (f" Left out, not finished: {missing}." if missing else "")
+    return f"{len(table)} claims: {told}." + (f" Left out: {missing}." if missing else "")
 
 
 BEYOND_TITLE = (
