@@ -409,6 +409,14 @@ def test_values_meet_by_the_number_of_their_seed_and_not_by_their_place() -> Non
     assert measured.drift(table).to_dict() == {1: 2.0}
 
 
+def test_a_reason_has_the_ratio_of_its_own_row() -> None:
+    grown = [rows("growth", "", *values, layer=3, x=x) for x, values in ((0, (0.2, 0.8)), (3, (1.0, 1.0)))]
+    budgets = [rows("error", setting, 1.0, 1.0) for setting in ("adaptive", "single")]
+    found = measurements("02_merging", *grown, *budgets)
+    assert read("early_errors", found).value == pytest.approx(0.4)
+    assert "the first layer's error is 40 % of the last's" in read("budgets_single", found).reason
+
+
 def test_models_are_averaged_geometrically_in_a_ratio() -> None:
     names = [f"32 x 16 experts, {kind}" for kind in ("per layer", "fused")]
     by_model = {}

@@ -8,17 +8,16 @@ import pandas as pd
 
 from fluxlib.claims.measured import below, over
 from fluxlib.claims.numbers import shown
-from fluxlib.studies.verdicts import CLOCK_LINK, TYPICAL, by_seed
+from fluxlib.metrics import geometric
+from fluxlib.studies.verdicts import CLOCK_LINK, TYPICAL, by_seed, early_over_late
 
 
 def why_budgets(table: pd.DataFrame) -> str:
     """Where errors are made here, and what budgets from another objective come to."""
     parts = []
-    rows = table[table["study"] == "growth"]
-    if len(rows):
-        last = rows[rows["layer"] == rows["layer"].max()]
-        ends = [last[last["x"] == place]["value"].mean() for place in (0, rows["x"].max())]
-        part = shown(float(ends[0] / ends[1]), "%")
+    ratios = early_over_late(table)
+    if len(ratios):
+        part = shown(geometric(ratios)[0], "%")
         parts.append(f"eq. 1 favours early layers; the first layer's error is {part} of the last's here")
     ours = list(_beyond(table))
     return "; ".join([*parts, *ours])
