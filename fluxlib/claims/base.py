@@ -97,7 +97,7 @@ class Reading:
     tasks: tuple[str, ...] = ()
     clock: str = ""
     reached: bool | None = None
-    """Whether the number that this project set out to reach was reached; None: none is set, or nothing was judged."""
+    """Whether the number that this project set out to reach was reached; None: none is set, or not all was judged."""
     reason: str = ""
 
 

@@ -70,7 +70,8 @@ def _quality(claim: Claim, name: str, rows: pd.DataFrame, rounds: pd.DataFrame, 
         parts += [_trend(rounds, worst)] if verdict != AGREES and compared == EQUAL_ROUNDS else []
     parts += [f"FLUX's run ended too early for a final score on {', '.join(early)}"] if early else []
     clock = clock_of(rounds) if compared == EQUAL_SECONDS else ""
-    reached = claim.reached(least["ratio"]) and not early if judged else None
+    reached = claim.reached(least["ratio"]) if judged else None
+    reached = None if early and reached else reached  # not every task was seen to the end
     return Reading(
         name, verdict, "; ".join(told), least["ratio"], least["low"], least["high"], int(means["seeds"].max()),
         fewest, tuple(map(str, means.index)), clock, reached, sentence(parts),
