@@ -52,12 +52,12 @@ class Tables:
 
     @cached_property
     def timed_races(self) -> pd.DataFrame:
-        """The same with the runs that were continued for as long as FMD's (:func:`fluxlib.claims.races.timed`)."""
+        """The same with longer runs where there are such (:func:`fluxlib.claims.races.timed`)."""
         return races(None if self.rounds is None else timed(self.rounds))
 
     @cached_property
     def quality(self) -> pd.DataFrame:
-        """:func:`fluxlib.figures.quality.final_quality` of the unchanged runs, and of those that were continued."""
+        """:func:`fluxlib.figures.quality.final_quality` of the plain runs, and of longer ones."""
         assert self.rounds is not None
         return final_quality(self.rounds[self.rounds["variant"] == ""], timed(self.rounds, [""]), REFERENCE)
 

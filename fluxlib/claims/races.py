@@ -17,7 +17,10 @@ from fluxlib.metrics import geometric
 OURS, REFERENCE = "flux", "fmd"
 TARGET_FRACTION = 0.95
 LONG = "long"
-"""Variant of runs that have more rounds than the plain ones and are alike otherwise."""
+"""Variant of runs with more rounds than the plain ones and the same settings otherwise.
+
+They do not begin with the same rounds: epsilon rises over a third of a run.
+"""
 BEYOND = "improved"
 """Variant with all that goes beyond the paper: FLUX+ against FMD+ and FMES+."""
 RACED = ("", BEYOND)
@@ -28,10 +31,10 @@ def timed(rounds: pd.DataFrame, variants: Sequence[str] = RACED) -> pd.DataFrame
     """The runs that race for time: each plain one, or the run of variant ``long`` in its place, and other ``variants``.
 
     A method whose rounds are short has had little time when all have had twenty rounds; where it has not reached the
-    target by then it may go on for as long as FMD's run lasts.
+    target by then a run of its own may last as long as FMD's.
 
     Args:
-        rounds: without runs that went on with other settings (:func:`fluxlib.claims.stored.left_out`).
+        rounds: without longer runs with other settings (:func:`fluxlib.claims.stored.left_out`).
     """
     longer = rounds.loc[rounds["variant"] == LONG].assign(variant="")
     key = ["model", "task", "seed", "method"]

@@ -33,7 +33,7 @@ def readings(tables: Tables, listed: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
 def claims(results: Path, benchmarks: Path | None = BENCHMARKS, listed: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
     """The claims table of one profile's results, one row per claim, in the order of the paper.
 
-    Runs that did not finish, or that went on with other settings, are no evidence: they are left out, and named in
+    Runs that did not finish, or longer ones with other settings, are no evidence: they are left out, and named in
     ``attrs["left_out"]`` and below the table.
     The verdict over several models is the weakest of them (the last of :data:`~fluxlib.claims.base.VERDICTS`), but for
     the paper's "up to", where the best counts; where models differ the reason says so. A claim whose tables are absent

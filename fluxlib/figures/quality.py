@@ -46,7 +46,7 @@ def final_quality(plain: pd.DataFrame, longest: pd.DataFrame, reference: str = "
 
     Args:
         plain: ``rounds`` of one run per model, task, seed and method, all with the same number of rounds.
-        longest: the same, a run that was continued in the place of a plain one where there is such.
+        longest: the same, a longer run in the place of a plain one where there is such.
 
     Returns:
         columns :data:`COLUMNS`: ``ratio`` is ``score`` over ``reference_score``, ``at_s`` the device second (NaN at
