@@ -98,9 +98,9 @@ def no_data(*_: Any) -> LocalData:
 def measure(folder: Path, name: str, tune: float, participants: int, per_round: int, num_rounds: int) -> dict[str, Any]:
     """One run without work; the first round, which fills caches, is left out of the medians."""
     config = RunConfig(
-        method="idle", model=str(folder), task="mini-piqa", task_size=max(60, 2 * participants), rounds=num_rounds,
-        participants=participants, participants_per_round=per_round, tune_fraction=tune,
-        merge_fraction=0.0 if tune == 1 else 0.25, eval_samples=1,
+        method="idle", model=str(folder), task="mini-piqa", data__task_size=max(60, 2 * participants), federation__rounds=num_rounds,
+        federation__participants=participants, federation__participants_per_round=per_round, budget__tune_frac=tune,
+        budget__merge_frac=0.0 if tune == 1 else 0.25, evaluation__samples=1,
     )  # fmt: skip
     ticks: list[float] = []
     result = federation.run(config, on_round=lambda row: ticks.append(time.process_time()))

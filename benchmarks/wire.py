@@ -19,24 +19,24 @@ from fluxlib.config import make_config
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {},
-    "bf16": {"uplink_wire": "bfloat16", "downlink_wire": "bfloat16"},
-    "int8 up": {"uplink_wire": "int8"},
-    "int8 both": {"uplink_wire": "int8", "downlink_wire": "int8"},
-    "4bit": {"merged_downlink": "4bit"},
-    "4bit, int8 both": {"merged_downlink": "4bit", "uplink_wire": "int8", "downlink_wire": "int8"},
-    "server": {"merged_downlink": "server"},
-    "server, int8 both": {"merged_downlink": "server", "uplink_wire": "int8", "downlink_wire": "int8"},
+    "bf16": {"wire.uplink": "bfloat16", "wire.downlink": "bfloat16"},
+    "int8 up": {"wire.uplink": "int8"},
+    "int8 both": {"wire.uplink": "int8", "wire.downlink": "int8"},
+    "4bit": {"wire.merged": "4bit"},
+    "4bit, int8 both": {"wire.merged": "4bit", "wire.uplink": "int8", "wire.downlink": "int8"},
+    "server": {"wire.merged": "server"},
+    "server, int8 both": {"wire.merged": "server", "wire.uplink": "int8", "wire.downlink": "int8"},
 }
 PROTECTION: dict[str, dict[str, Any]] = {
-    "clip at the median": {"clip_norm": 1.0, "clip_quantile": 0.5},
-    "central noise 0.001": {"clip_norm": 1.0, "noise_multiplier": 0.001},
-    "central noise 0.01": {"clip_norm": 1.0, "noise_multiplier": 0.01},
-    "local noise 0.001": {"clip_norm": 1.0, "noise_multiplier": 0.001, "noise": "participant"},
+    "clip at the median": {"privacy.clip_norm": 1.0, "privacy.clip_quantile": 0.5},
+    "central noise 0.001": {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.001},
+    "central noise 0.01": {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.01},
+    "local noise 0.001": {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.001, "privacy.noise": "participant"},
     "trimmed mean": {"aggregation": "trimmed_mean"},
     "median": {"aggregation": "median"},
     "krum": {"aggregation": "krum"},
     "random roles": {"assignment": "random"},
-    "withheld reports": {"assignment": "random", "withhold_reports": True},
+    "withheld reports": {"roles.assignment": "random", "privacy.withhold_reports": True},
 }
 ALL = OPTIONS | PROTECTION
 
@@ -44,16 +44,16 @@ ALL = OPTIONS | PROTECTION
 def measure(method: str, option: str, given: argparse.Namespace) -> dict[str, object]:
     """One run with one option."""
     config = make_config({
-        "method": method, "model": given.model, "task": given.task, "rounds": given.rounds, "seed": given.seed,
-        "participants": 8, "eval_samples": 200, "eval_every": given.rounds, "clock_model": given.clock_model,
-        "clock_tokens_per_sample": 128, **ALL[option],
+        "method": method, "model": given.model, "task": given.task, "federation.rounds": given.rounds, "seed": given.seed,
+        "federation.participants": 8, "evaluation.samples": 200, "evaluation.every": given.rounds, "clock.model": given.clock_model,
+        "clock.tokens_per_sample": 128, **ALL[option],
     })  # fmt: skip
     result = federation.run(config)
     later, last = result.rounds[result.rounds["round"] > 1], result.rounds.iloc[-1]
     people = result.participants[result.participants["round"] > 1]
     return {
         "method": method, "option": option, "model": given.model, "task": given.task, "rounds": given.rounds,
-        "seed": given.seed, "clock_model": given.clock_model, "link": config.link,
+        "seed": given.seed, "clock_model": given.clock_model, "link": config.clock.link,
         "uplink_mb": round(later["uplink_bytes"].median() / 8 / 1e6, 3),
         "downlink_mb": round(later["downlink_bytes"].median() / 8 / 1e6, 3),
         "round_device_s": round(later["round_device_s"].median(), 2),

@@ -1,7 +1,8 @@
 """Run configuration, and where things lie on disk.
 
 A :class:`RunConfig` is everything that decides a run's numbers; two runs with equal configurations give equal
-tables. Names of methods, models and tasks are checked by the registries that own them, ranges are checked here.
+tables. Its groups follow the paper's sections. Names of methods, models and tasks are checked by the registries that
+own them, ranges are checked here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +22,18 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 
 PROFILES = ("smoke", "mini", "full", "paper", "tune")
 
-AssignmentKind = Literal["flux", "random", "frequency", "utility", "proportional"]
+AssignmentKind = Literal["flux", "random", "frequency", "utility"]
 """By what experts are chosen to be tuned; see :func:`fluxlib.roles.priorities`."""
 
 WireType = Literal["float32", "bfloat16", "int8"]
-"""How weights travel between server and participants; see :mod:`fluxlib.federation.wire`."""
+"""How weights travel between server and participants; see :mod:`fluxlib.federation.protocol.wire`."""
 
 
-NO_NUMBERS = ("engine", "torch_device", "round_timeout_s", "join_timeout_s")
+NO_NUMBERS: dict[str, Any] = {
+    "engine": True,
+    "torch_device": True,
+    "federation": {"round_timeout_s", "join_timeout_s"},
+}
 """Settings of a run that no number depends on: engine, hardware and patience."""
 
 
@@ -64,13 +70,140 @@ def check_writable(folder: Path) -> Path:
         raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from None
 
 
-class RunConfig(BaseModel):
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class FederationConfig(_Group):
+    """Who takes part, for how long, and how long they are waited for."""
+
+    rounds: int = Field(10, ge=1)
+    participants: int = Field(10, ge=1, le=100_000)
+    participants_per_round: int | None = Field(None, ge=1, description="None: every participant, every round")
+    min_replies_frac: float = Field(0.5, gt=0, le=1, description="fewer good replies than this share: the run fails")
+    round_timeout_s: float | None = Field(None, gt=0, description="time a participant may take for one message")
+    join_timeout_s: float = Field(600.0, gt=0, description="time to wait for all participants to be there")
+
+
+class DataConfig(_Group):
+    """The task's samples and how they are dealt to the participants."""
+
+    partition: Literal["dirichlet", "iid", "label"] = "dirichlet"
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration: small = participants differ")
+    equal_sizes: bool = True
+    task_size: int | None = Field(
+        None, ge=10, le=1_000_000, description="samples of the task before the 80/20 split; None: its own default"
+    )
+    path: str | None = Field(None, description="files of a public data set; None: they come from the hub")
+
+
+class TrainingConfig(_Group):
+    """Local steps of a participant."""
+
+    local_steps: int = Field(4, ge=1)
+    batch_size: int = Field(16, ge=1)
+    max_tokens: int = Field(128, ge=8)
+    learning_rate: float = Field(3e-3, gt=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    fmq_bits: Literal[2, 3, 4, 8, 16] = Field(4, description="of the experts while FMQ tunes them; 16: it is FMD")
+
+
+class EvaluationConfig(_Group):
+    """Scoring the global model on the server's test split."""
+
+    samples: int | None = Field(None, ge=1, description="test samples scored each round; None: all")
+    every: int = Field(1, ge=1, description="rounds from one score to the next")
+
+
+class BudgetConfig(_Group):
+    """What fits on a participant, as shares of all routed experts of the model."""
+
+    tune_frac: float = Field(0.25, gt=0, le=1, description="B_tune as a share of all experts")
+    merge_frac: float = Field(0.25, ge=0, le=1, description="B_non as a share of all experts")
+
+
+class ProfilingConfig(_Group):
+    """Section 4: which experts a participant's data uses."""
+
+    bits: Literal[2, 3, 4, 8, 16] = 4
+    batches: int = Field(2, ge=1)
+    stale: bool = Field(True, description="the profile is that of the round before, made while the server works")
+
+
+class MergingConfig(_Group):
+    """Section 5: what becomes of experts that are not tuned."""
+
+    budgets: Literal["adaptive", "uniform", "single", "joint"] = Field("adaptive", description="slots per layer, eq. 1")
+    clustering: Literal["fused", "per_layer"] = "fused"
+    weights: Literal["attention_frequency", "frequency", "uniform", "gate"] = Field(
+        "attention_frequency", description="of an expert in its slot, eq. 2"
+    )
+    align_neurons: bool = False
+
+
+class RolesConfig(_Group):
+    """Section 6: who tunes which expert."""
+
+    assignment: AssignmentKind = Field("flux", description="what is exploited; see roles.priorities")
+    epsilon: Literal["dynamic", "paper"] | float = Field(
+        "dynamic", description="share of B_tune that exploits; see roles.epsilon_schedule"
+    )
+    explore_by: Literal["probes", "backward"] = Field(
+        "probes", description="utilities of explored experts: forward passes, or one backward pass for all of them"
+    )
+    num_probes: int = Field(1, ge=1)
+    probes_per_round: int | None = Field(8, ge=0, description="explored experts probed each round; None: all of them")
+
+    @property
+    def probe_limit(self) -> int | None:
+        """Explored experts whose utility is measured in a round, at most; a backward pass measures all at once."""
+        return None if self.explore_by == "backward" else self.probes_per_round
+
+
+class WireConfig(_Group):
+    """How weights travel between server and participants."""
+
+    uplink: WireType = Field("float32", description="type of changes on their way to the server")
+    downlink: WireType = Field("float32", description="type of experts on their way to participants")
+    merged: Literal["exact", "4bit"] = Field(
+        "exact", description="how experts travel that the participant will only merge"
+    )
+
+
+class AggregationConfig(_Group):
+    """Section 6: how the changes of one expert become one. Rules other than the mean bound what bad participants do."""
+
+    rule: Literal["mean", "trimmed_mean", "median", "krum"] = Field(
+        "mean", description="how the changes of one expert are combined"
+    )
+    trim_frac: float = Field(0.2, gt=0, lt=0.5, description="share of an expert's tuners that may be bad")
+
+
+class PrivacyConfig(_Group):
+    """Clipping, noise, and what participants keep to themselves; for operators, the paper has none of it."""
+
+    clip_norm: float | None = Field(None, gt=0, description="bound on the norm of a participant's whole change")
+    clip_quantile: float | None = Field(None, gt=0, lt=1, description="quantile of the norms that clip_norm follows")
+    noise_multiplier: float = Field(0.0, ge=0, description="standard deviation of the noise, in units of clip_norm")
+    noise: Literal["server", "participant"] = Field("server", description="who adds it: central or local privacy")
+    withhold_reports: bool = Field(False, description="participants send no utilities, token counts or frequencies")
+
+
+class ClockConfig(_Group):
+    """Whose seconds the device clock counts; see :mod:`fluxlib.devices.clock`."""
+
+    fleet: str = "paper"
+    link: str = "1gbps"
+    model: str = Field("self", description="the model whose shapes count; self: the run's own")
+    tokens_per_sample: int | None = Field(None, ge=1, description="None: the run's own token counts")
+
+
+class RunConfig(_Group):
     """One federated run: who trains what, how, within which budget, and which clock counts the time.
 
-    Fractions are of all routed experts of the model. Times are in seconds, sizes in bytes.
+    A setting is named by its group and its own name: ``merging.budgets``. Fractions are of all routed experts of the
+    model. Times are in seconds, sizes in bytes.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     method: str = "flux"
     model: str = "mini-llama-moe"
@@ -85,136 +218,75 @@ class RunConfig(BaseModel):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="where models compute; auto: a GPU if there is one. Nodes of a deployment say so for themselves",
     )
-    round_timeout_s: float | None = Field(None, gt=0, description="time a participant may take for one message")
-    join_timeout_s: float = Field(600.0, gt=0, description="time to wait for all participants to be there")
 
-    rounds: int = Field(10, ge=1)
-    participants: int = Field(10, ge=1, le=100_000)
-    participants_per_round: int | None = Field(None, ge=1, description="None: every participant, every round")
-    min_replies_frac: float = Field(0.5, gt=0, le=1, description="fewer good replies than this share: the run fails")
-
-    partition: Literal["dirichlet", "iid", "label"] = "dirichlet"
-    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration: small = participants differ")
-    equal_sizes: bool = True
-    task_size: int | None = Field(
-        None, ge=10, le=1_000_000, description="samples of the task before the 80/20 split; None: its own default"
-    )
-    data_path: str | None = Field(None, description="files of a public data set; None: they come from the hub")
-
-    local_steps: int = Field(4, ge=1)
-    batch_size: int = Field(16, ge=1)
-    max_tokens: int = Field(128, ge=8)
-    learning_rate: float = Field(3e-3, gt=0)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    server_learning_rate: float = Field(1.0, gt=0, description="factor on an expert's aggregated change")
-    eval_samples: int | None = Field(None, ge=1, description="test samples scored each round; None: all")
-    eval_every: int = Field(1, ge=1)
-
-    tune_fraction: float = Field(0.25, gt=0, le=1, description="B_tune as a share of all experts")
-    merge_fraction: float = Field(0.25, ge=0, le=1, description="B_non as a share of all experts")
-    budget_spread: float = Field(
-        0.0, ge=0, lt=1, description="participants' budgets vary evenly by this share, up and down"
-    )
-
-    fmq_bits: Literal[2, 3, 4, 8, 16] = Field(4, description="of the experts while FMQ tunes them; 16: it is FMD")
-    profile_bits: Literal[2, 3, 4, 8, 16] = 4
-    profile_batches: int = Field(2, ge=1)
-    stale_profile: bool = True
-    layer_budget: Literal["adaptive", "uniform", "single", "joint"] = "adaptive"
-    clustering: Literal["fused", "per_layer"] = "fused"
-    merge_weights: Literal["attention_frequency", "frequency", "uniform", "gate"] = "attention_frequency"
-    align_neurons: bool = False
-    assignment: AssignmentKind = Field("flux", description="what is exploited; see roles.priorities")
-    epsilon: Literal["dynamic", "paper"] | float = Field(
-        "dynamic", description="share of B_tune that exploits; see roles.epsilon_schedule"
-    )
-    coverage: int | None = Field(None, ge=1, description="rounds that an expert may go untuned by all; None: any")
-    max_tuners: int | None = Field(None, ge=1, description="participants that tune one expert at a time; None: all")
-    uncertainty: float = Field(0.0, ge=0, description="weight of the bonus for utilities measured long ago")
-    explore_by: Literal["probes", "backward"] = Field(
-        "probes", description="utilities of explored experts: forward passes, or one backward pass for all of them"
-    )
-    num_probes: int = Field(1, ge=1)
-    probes_per_round: int | None = Field(8, ge=0, description="explored experts probed each round; None: all of them")
-
-    uplink_wire: WireType = Field("float32", description="type of changes on their way to the server")
-    downlink_wire: WireType = Field("float32", description="type of experts on their way to participants")
-    merged_downlink: Literal["exact", "4bit", "server"] = Field(
-        "exact", description="how experts travel that the participant will only merge; server: merged by it"
-    )
-
-    aggregation: Literal["mean", "trimmed_mean", "median", "krum"] = Field(
-        "mean", description="how the changes of one expert are combined; see federation.robust"
-    )
-    trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="share of an expert's tuners that may be bad")
-    clip_norm: float | None = Field(None, gt=0, description="bound on the norm of a participant's whole change")
-    clip_quantile: float | None = Field(None, gt=0, lt=1, description="quantile of the norms that clip_norm follows")
-    noise_multiplier: float = Field(0.0, ge=0, description="standard deviation of the noise, in units of clip_norm")
-    noise: Literal["server", "participant"] = Field("server", description="who adds it: central or local privacy")
-    withhold_reports: bool = Field(False, description="participants send no utilities, token counts or frequencies")
-
-    fleet: str = "paper"
-    link: str = "1gbps"
-    clock_model: str = "self"
-    clock_tokens_per_sample: int | None = Field(None, ge=1, description="None: the run's own token counts")
+    federation: FederationConfig = FederationConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    budget: BudgetConfig = BudgetConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
+    merging: MergingConfig = MergingConfig()
+    roles: RolesConfig = RolesConfig()
+    wire: WireConfig = WireConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    clock: ClockConfig = ClockConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.participants_per_round is not None and self.participants_per_round > self.participants:
-            raise ValueError(
-                f"participants_per_round is {self.participants_per_round}, "
-                f"allowed is at most participants={self.participants}"
+        for problem in (self._federation_problem, self._privacy_problem, self._budget_problem):
+            if message := problem():
+                raise ValueError(message)
+        return self
+
+    def _federation_problem(self) -> str:
+        asked, present = self.federation.participants_per_round, self.federation.participants
+        if asked is not None and asked > present:
+            return (
+                f"federation.participants_per_round is {asked}, allowed is at most federation.participants={present}"
             )
-        if isinstance(self.epsilon, float) and not 0 < self.epsilon <= 1:
-            raise ValueError(f"epsilon is {self.epsilon}, allowed are 'dynamic', 'paper' and more than 0 up to 1")
-        asked = self.participants_per_round or self.participants
-        if self.max_tuners is not None and self.max_tuners < self.tune_fraction * asked:
-            raise ValueError(
-                f"max_tuners is {self.max_tuners}, allowed is at least tune_fraction times the {asked} participants "
-                f"of a round, {self.tune_fraction * asked:g} (there must be places for all of their budgets)"
-            )
-        if (self.noise_multiplier or self.clip_quantile) and self.clip_norm is None:
-            name = "noise_multiplier" if self.noise_multiplier else "clip_quantile"
-            raise ValueError(f"{name} is set and clip_norm is not; it needs a norm to refer to")
-        central = self.noise_multiplier and self.noise == "server"
-        if central and self.clip_quantile and self.noise_multiplier >= self.fewest_replies / 10:
-            raise ValueError(
-                f"noise_multiplier is {self.noise_multiplier:g}, allowed with clip_quantile is less than "
+        epsilon = self.roles.epsilon
+        if isinstance(epsilon, float) and not 0 < epsilon <= 1:
+            return f"roles.epsilon is {epsilon}, allowed are 'dynamic', 'paper' and more than 0 up to 1"
+        return ""
+
+    def _privacy_problem(self) -> str:
+        privacy = self.privacy
+        if (privacy.noise_multiplier or privacy.clip_quantile) and privacy.clip_norm is None:
+            name = "noise_multiplier" if privacy.noise_multiplier else "clip_quantile"
+            return f"privacy.{name} is set and privacy.clip_norm is not; it needs a norm to refer to"
+        central = privacy.noise_multiplier and privacy.noise == "server"
+        if central and privacy.clip_quantile and privacy.noise_multiplier >= self.fewest_replies / 10:
+            return (
+                f"privacy.noise_multiplier is {privacy.noise_multiplier:g}, allowed with clip_quantile is less than "
                 f"{self.fewest_replies / 10:g}, a tenth of the {self.fewest_replies} replies that min_replies_frac "
                 "asks for: the noisy count of those within the norm would cost more than that noise allows"
             )
-        if central and self.aggregation != "mean":
-            raise ValueError(f"aggregation is {self.aggregation!r}, allowed with noise on the server is 'mean'")
-        if self.withhold_reports and self.assignment != "random":
-            raise ValueError(f"assignment is {self.assignment!r}, allowed with withhold_reports is 'random'")
-        if self.merged_downlink == "server" and not self.stale_profile:
-            raise ValueError("stale_profile is False, allowed with merged_downlink 'server' is True")
-        if self.merged_downlink == "server" and self.withhold_reports:
-            raise ValueError(
-                "withhold_reports is True, allowed with merged_downlink 'server' is False: it needs profiles"
+        if central and self.aggregation.rule != "mean":
+            return f"aggregation.rule is {self.aggregation.rule!r}, allowed with noise on the server is 'mean'"
+        if privacy.withhold_reports and self.roles.assignment != "random":
+            return f"roles.assignment is {self.roles.assignment!r}, allowed with privacy.withhold_reports is 'random'"
+        return ""
+
+    def _budget_problem(self) -> str:
+        total = self.budget.tune_frac + self.budget.merge_frac
+        if total > 1 and self.budget.tune_frac < 1:
+            return (
+                f"budget.tune_frac + budget.merge_frac is {total:g}, allowed is at most 1 (more slots than experts)"
             )
-        if self.tune_fraction + self.merge_fraction > 1 and self.tune_fraction < 1:
-            raise ValueError(
-                f"tune_fraction + merge_fraction is {self.tune_fraction + self.merge_fraction:g}, allowed is at most 1 "
-                "(more slots than experts)"
-            )
-        return self
+        return ""
 
     @property
     def fewest_replies(self) -> int:
         """Good replies without which a round, and with it the run, fails."""
-        return math.ceil(self.min_replies_frac * (self.participants_per_round or self.participants) - 1e-9)
+        asked = self.federation.participants_per_round or self.federation.participants
+        return math.ceil(self.federation.min_replies_frac * asked - 1e-9)
 
     @property
     def numbers(self) -> str:
         """Digest of what the numbers depend on: runs that differ in engine, hardware or patience only have the same."""
-        text = self.model_dump_json(exclude=set(NO_NUMBERS))
+        text = self.model_dump_json(exclude=NO_NUMBERS)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    @property
-    def probe_limit(self) -> int | None:
-        """Explored experts whose utility is measured in a round, at most; a backward pass measures all at once."""
-        return None if self.explore_by == "backward" else self.probes_per_round
 
     @property
     def run_id(self) -> str:
@@ -222,22 +294,76 @@ class RunConfig(BaseModel):
         model, task = (Path(name).name for name in (self.model, self.task))
         return "-".join(part for part in (self.method, self.variant, model, task, f"seed{self.seed}") if part)
 
+    def settings(self, changed_only: bool = False) -> dict[str, Any]:
+        """Every setting by its full name (``merging.budgets``), as plain values; only those that are not defaults."""
+        return flatten(self.model_dump(mode="json", exclude_defaults=changed_only))
 
-def make_config(parameters: dict[str, Any]) -> RunConfig:
-    """Validate ``parameters`` into a :class:`RunConfig`.
+    def updated(self, changes: Mapping[str, Any]) -> RunConfig:
+        """This configuration with some settings changed, by full names, and validated.
+
+        Raises:
+            ConfigError: see :func:`make_config`.
+        """
+        return make_config(self.settings() | flatten(changes))
+
+
+GROUPS: dict[str, type[BaseModel]] = {
+    name: field.annotation
+    for name, field in RunConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+}
+"""The groups of a :class:`RunConfig`, by name."""
+
+SETTINGS = tuple(
+    full
+    for name in RunConfig.model_fields
+    for full in ([f"{name}.{inner}" for inner in GROUPS[name].model_fields] if name in GROUPS else [name])
+)
+"""Full names of all settings."""
+
+
+def flatten(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by full names, from names with dots and groups as mappings in any mixture; a later one wins.
+
+    >>> flatten({"seed": 1, "merging": {"budgets": "joint"}, "clock.link": "lte"})
+    {'seed': 1, 'merging.budgets': 'joint', 'clock.link': 'lte'}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if name in GROUPS and isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": setting for inner, setting in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def make_config(parameters: Mapping[str, Any]) -> RunConfig:
+    """Validate ``parameters`` into a :class:`RunConfig`; a setting is given as ``merging.budgets`` or in its group.
 
     Raises:
         ConfigError: one line per bad parameter: its name, what is allowed and what came.
     """
+    nested: dict[str, Any] = {}
+    for name, value in flatten(parameters).items():
+        group, dot, inner = name.partition(".")
+        if dot and group in GROUPS:
+            nested.setdefault(group, {})[inner] = value
+        else:
+            nested[name] = value
     try:
-        return RunConfig(**parameters)
+        return RunConfig(**nested)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
 
 
 def _explain(item: Any) -> str:
-    name = ".".join(str(part) for part in item["loc"]) or "configuration"
+    path = [str(part) for part in item["loc"]]
+    name = ".".join(path[:2] if path[0] in GROUPS else path[:1]) if path else "configuration"
     if item["type"] == "extra_forbidden":
-        return f"unknown parameter {name!r}; allowed are {', '.join(RunConfig.model_fields)}"
+        group = path[0] if path[0] in GROUPS else None
+        near = [full for full in SETTINGS if full.rpartition(".")[2] == path[-1]]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        allowed = [f"{group}.{inner}" for inner in GROUPS[group].model_fields] if group else SETTINGS
+        return f"unknown parameter {name!r}{hint}; allowed are {', '.join(allowed)}"
     came = "" if item["type"] == "value_error" else f", got {item['input']!r}"
     return f"{name}: {item['msg'].removeprefix('Value error, ')}{came}"

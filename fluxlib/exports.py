@@ -59,7 +59,7 @@ def model_card(config: RunConfig, rounds: pd.DataFrame, versions: Mapping[str, s
     changed = config.model_dump(mode="json", exclude_defaults=True)
     settings = "\n".join(f"| `{key}` | `{value}` |" for key, value in changed.items())
     up, down = (rounds[f"{way}_bytes"].sum() / 1e6 for way in ("uplink", "downlink"))
-    clock = Path(config.model).name if config.clock_model == "self" else config.clock_model
+    clock = Path(config.model).name if config.clock.model == "self" else config.clock.model
     return f"""---
 base_model: {config.model}
 library_name: transformers
@@ -68,8 +68,8 @@ tags: [mixture-of-experts, federated-learning, {config.method}]
 
 # {config.run_id}
 
-`{config.model}`, its experts tuned by {config.participants} simulated participants with the method `{config.method}`
-on `{config.task}`; {int(last["round"])} of {config.rounds} rounds. Router, attention and embeddings are the base's.
+`{config.model}`, its experts tuned by {config.federation.participants} simulated participants with the method `{config.method}`
+on `{config.task}`; {int(last["round"])} of {config.federation.rounds} rounds. Router, attention and embeddings are the base's.
 
 | | base | tuned |
 |---|---|---|
@@ -77,7 +77,7 @@ on `{config.task}`; {int(last["round"])} of {config.rounds} rounds. Router, atte
 | loss, nats per token | {first["loss"]:.3f} | {last["loss"]:.3f} |
 
 It took {last["wall_s"]:.0f} s as measured, {last["device_s"]:.0f} s on the device clock (shapes of {clock},
-fleet `{config.fleet}`, link `{config.link}`). Participants sent {up:.0f} MB and received {down:.0f} MB.
+fleet `{config.clock.fleet}`, link `{config.clock.link}`). Participants sent {up:.0f} MB and received {down:.0f} MB.
 
 ## Settings that are not the library's defaults
 
@@ -205,8 +205,8 @@ def save_participant(
     """
     source, path = Path(source), Path(path)
     config = _config(source, tune_fraction, merge_fraction)
-    if not 0 <= participant < config.participants:
-        raise ConfigError(f"participant is {participant}, allowed is 0 to {config.participants - 1}")
+    if not 0 <= participant < config.federation.participants:
+        raise ConfigError(f"participant is {participant}, allowed is 0 to {config.federation.participants - 1}")
     if (path / WEIGHTS).exists():
         raise ConfigError(f"{path} holds a compact model already; give a new folder")
     try:
@@ -215,12 +215,12 @@ def save_participant(
         raise ConfigError(f"{source} holds no model that can be loaded: {error}") from None
     task, parts = federation.load_task(config)
     own = [task.train[index] for index in parts[participant]][:PROFILE_SAMPLES]
-    batch = make_batch(own, tokenizer, config.max_tokens)
+    batch = make_batch(own, tokenizer, config.training.max_tokens)
     known = profiling.profile(model, [batch], bits=16)
     budget = make_budgets(config, *known.frequency.shape)[participant]
     kept = torch.zeros(known.frequency.numel(), dtype=torch.bool)
     kept[known.frequency.flatten().topk(budget.num_tuned).indices] = True
-    plans = merging.plan(model, known, kept.view_as(known.frequency), budget.num_merged, weights=config.merge_weights)
+    plans = merging.plan(model, known, kept.view_as(known.frequency), budget.num_merged, weights=config.merging.weights)
     held = {example.label for example in own}
     scored = [example for example in task.test if example.label in held][:SCORED_SAMPLES] or task.test[:SCORED_SAMPLES]
 
@@ -228,11 +228,11 @@ def save_participant(
     save_compact(model, path, tokenizer, torch.bfloat16)
     restore(model, write=False)
     small, _ = load_compact(path)
-    timed = make_batch(own[:TIMED_SAMPLES], tokenizer, config.max_tokens)
+    timed = make_batch(own[:TIMED_SAMPLES], tokenizer, config.training.max_tokens)
     seconds = _seconds({"full": model, "compact": small}, timed)
 
     def measure(name: str, candidate: Any, num_bytes: int) -> Size:
-        score = evaluate(candidate, tokenizer, task.metric, scored, config.max_tokens)
+        score = evaluate(candidate, tokenizer, task.metric, scored, config.training.max_tokens)
         return Size(num_bytes, _parameters(candidate), _held_bytes(candidate), *seconds[name], score.loss, score.metric)
 
     full = measure("full", model, 2 * _parameters(model))
@@ -251,7 +251,7 @@ def _config(source: Path, tune_fraction: float | None, merge_fraction: float | N
         found = dict(json.loads((source / RUN).read_text())["config"])
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{source / RUN} does not hold the settings of a run: was it changed, or cut off?") from None
-    given = {"tune_fraction": tune_fraction, "merge_fraction": merge_fraction}
+    given = {"budget.tune_frac": tune_fraction, "budget.merge_frac": merge_fraction}
     return make_config(found | {name: value for name, value in given.items() if value is not None})
 
 

@@ -95,7 +95,7 @@ def _with_data(parameters: dict[str, Any]) -> dict[str, Any]:
     """``parameters`` with a ``data_path`` that is right from anywhere: notebooks are executed in their own folder."""
     if not parameters.get("data_path"):
         return parameters
-    return parameters | {"data_path": str(Path(parameters["data_path"]).expanduser().resolve())}
+    return parameters | {"data.path": str(Path(parameters["data_path"]).expanduser().resolve())}
 
 
 def runs_read(profile: Profile, study: str, groups: Sequence[str], model: str) -> list[str]:

@@ -280,7 +280,7 @@ def sweep(counts: tuple[int, ...], **more: object) -> tuple[list[pd.DataFrame], 
     for count in counts:
         for method, seed in [(method, seed) for method in ("fmd", "flux") for seed in range(3)]:
             one = run(method, seed, variant=f"p{count}", num_participants=count)
-            parameters[one["run_id"].iloc[0]] = {"participants": count, "rounds": 4, "method": method, **more}
+            parameters[one["run_id"].iloc[0]] = {"federation.participants": count, "federation.rounds": 4, "method": method, **more}
             runs.append(one)
     return runs, parameters
 
@@ -505,11 +505,11 @@ def write(folder: Path, one: pd.DataFrame, **about: object) -> Path:
 
 
 def test_a_run_that_went_on_with_other_settings_stands_for_none(tmp_path: Path) -> None:
-    alike = {"method": "flux", "task": "mini-dolly", "learning_rate": 0.001}
-    stored_with = {"": {"rounds": 4}, "long": {"rounds": 16, "torch_device": "cpu", "variant": "long"}}
+    alike = {"method": "flux", "task": "mini-dolly", "training.learning_rate": 0.001}
+    stored_with = {"": {"federation.rounds": 4}, "long": {"federation.rounds": 16, "torch_device": "cpu", "variant": "long"}}
     for seed, rate in ((0, 0.001), (1, 0.003)):
         for variant, more in stored_with.items():
-            about = alike | {"seed": seed} | more | ({"learning_rate": rate} if variant else {})
+            about = alike | {"seed": seed} | more | ({"training.learning_rate": rate} if variant else {})
             write(tmp_path, run("flux", seed, variant=variant), parameters=about, status="complete")
     name, plain = (f"flux{variant}-mini-llama-moe-mini-dolly-1" for variant in ("long", ""))
     found = claims.load(tmp_path)
@@ -519,7 +519,7 @@ def test_a_run_that_went_on_with_other_settings_stands_for_none(tmp_path: Path) 
 
 
 def test_the_settings_of_a_stored_run_are_those_that_numbers_depend_on() -> None:
-    whole, old = stored.settings({"rounds": 4, "torch_device": "cuda"}), stored.settings({"rounds": 4})
+    whole, old = stored.settings({"federation.rounds": 4, "torch_device": "cuda"}), stored.settings({"federation.rounds": 4})
     assert whole == old and old["server_learning_rate"] == 1.0 and not {"engine", "torch_device"} & set(old)
     assert stored.settings({"rounds": 0, "engine": "local", "odd": 1}) == {"rounds": 0, "odd": 1}  # as it was stored
 

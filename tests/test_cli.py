@@ -67,7 +67,7 @@ def test_run_prints_a_line_per_round(call, engine, tmp_path):
         "run", "--rounds", 3, "--seed", 7, "--out", tmp_path, "--set", "alpha=0.1", "--set", "epsilon=dynamic"
     )
     assert (code, err) == (0, "")
-    assert (engine.config.rounds, engine.config.seed, engine.config.alpha, engine.config.epsilon) == (
+    assert (engine.config.federation.rounds, engine.config.seed, engine.config.data.alpha, engine.config.roles.epsilon) == (
         3,
         7,
         0.1,
@@ -389,7 +389,7 @@ def test_what_is_no_search_says_what_is(call, tmp_path):
             stored(tmp_path, run_id := f"{name}-v{number}-m-t-seed0", [0.0, 1.0], 1.0)
             table = tmp_path / "rounds" / f"{run_id}.parquet"
             changed = pd.read_parquet(table).assign(method=name, variant=f"v{number}")
-            records.write("rounds", changed, table, {"parameters": {"learning_rate": 1e-3, "local_steps": 4}})
+            records.write("rounds", changed, table, {"parameters": {"training.learning_rate": 1e-3, "training.local_steps": 4}})
     code, _, err = call("trials", "--out", tmp_path)
     assert code == 2 and err.startswith(f"error: no search in {tmp_path}: methods must have equally many trials")
     assert "there are: flux 2, fmd 1\nallowed is a folder of trials, such as `make reproduce PROFILE=tune`" in err

@@ -18,7 +18,7 @@ from fluxlib.widgets.background import count_tuned
 from fluxlib.widgets.controls import Controls, with_labels
 
 DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
-SMALL = {"task": "mini-mmlu", "task_size": 200, "participants": 2, "rounds": 2, "local_steps": 1, "batch_size": 4}
+SMALL = {"task": "mini-mmlu", "data.task_size": 200, "federation.participants": 2, "federation.rounds": 2, "training.local_steps": 1, "training.batch_size": 4}
 
 
 def row(number: int) -> dict:
@@ -32,7 +32,7 @@ def engine(monkeypatch):
 
     def run(config, on_round, out, on_outcome):
         rows = []
-        for number in range(config.rounds + 1):
+        for number in range(config.federation.rounds + 1):
             assert allowed.acquire(timeout=300)
             if number:
                 roles = SimpleNamespace(exploit=torch.eye(2, dtype=torch.bool))
@@ -83,7 +83,7 @@ def test_a_run_that_fails_says_why(monkeypatch, tmp_path):
 def test_two_settings_never_share_a_place_in_the_store_and_equal_ones_do():
     controls = Controls(make_config(SMALL))
     first = controls.config()
-    assert first == controls.config() and first.task_size == 200
+    assert first == controls.config() and first.data.task_size == 200
     assert first.run_id.startswith("flux-t25-m25-")
     for name, value in (("tune_fraction", 0.5), ("rounds", 3), ("fleet", "rtx-3060"), ("layer_budget", "uniform")):
         before, controls.widgets[name].value = controls.widgets[name].value, value
@@ -115,7 +115,7 @@ def test_a_preview_holds_every_expert_once_and_compares_with_the_full_model():
 
 @pytest.mark.parametrize("method", ["flux", "fmd", "fmq", "fmes"])
 def test_the_work_of_a_preview_is_that_of_a_run(method):
-    config = make_config(SMALL | {"method": method, "local_steps": 2})
+    config = make_config(SMALL | {"method": method, "training.local_steps": 2})
     rows = federation.run(config).participants
     row = rows[(rows["round"] == 2) & (rows["participant"] == 0)].iloc[0]
     was, _ = read_work(row["work"])
@@ -128,24 +128,24 @@ def test_the_work_of_a_preview_is_that_of_a_run(method):
 
 
 def test_too_few_experts_of_the_real_model_are_said_in_the_words_of_the_controls():
-    config = make_config(SMALL | {"method": "fmes", "clock_model": "llama-moe-3.5b", "tune_fraction": 0.0625})
+    config = make_config(SMALL | {"method": "fmes", "clock.model": "llama-moe-3.5b", "budget.tune_frac": 0.0625})
     with pytest.raises(ConfigError, match=r"tune_fraction is 0\.0625, 32 of 512 experts of llama-moe-3\.5b: .*128"):
         widgets.preview(config)
 
 
 def test_what_does_not_fit_says_what_would():
-    config = make_config(SMALL | {"fleet": "rtx-3060", "clock_model": "llama-moe-3.5b", "tune_fraction": 0.5})
+    config = make_config(SMALL | {"clock.fleet": "rtx-3060", "clock.model": "llama-moe-3.5b", "budget.tune_frac": 0.5})
     warning = widgets.preview(config).warning
     assert warning.startswith("Does not fit: 256 tuned and 128 merged experts of llama-moe-3.5b need ")
     found = re.search(r"About tune_fraction (\S+) with merge_fraction (\S+) would", warning)
     tuned, merged = float(found[1]), float(found[2])
     assert 0.0625 < tuned < 0.5
-    fitting = make_config(config.model_dump() | {"tune_fraction": tuned, "merge_fraction": max(merged, 0.0625)})
+    fitting = make_config(config.model_dump() | {"budget.tune_frac": tuned, "budget.merge_frac": max(merged, 0.0625)})
     assert widgets.preview(fitting).warning == ""
 
 
 def test_roles_of_a_run_that_goes_on_begin_with_its_first_round(tmp_path):
-    config = make_config(SMALL | {"rounds": 3, "eval_samples": 4})
+    config = make_config(SMALL | {"federation.rounds": 3, "evaluation.samples": 4})
     first = widgets.BackgroundRun(config, tmp_path, lambda run: run.stop() if len(run.rows) == 2 else None)
     first.start()
     first.wait(300)
@@ -167,11 +167,11 @@ def test_roles_of_a_run_that_goes_on_begin_with_its_first_round(tmp_path):
 
 def test_a_run_that_is_killed_keeps_its_rounds_in_the_store(tmp_path):
     """A kernel that dies leaves a checkpoint and no tables: the newest of both is what the store has."""
-    config = make_config(SMALL | {"rounds": 3})
+    config = make_config(SMALL | {"federation.rounds": 3})
     folder = tmp_path / "checkpoints" / config.run_id
     rounds = pd.DataFrame([row(0), row(1)])
     records.write("rounds", rounds, folder / "rounds-1.parquet", {})
-    manifest = {"round": 1, "files": {"rounds": "rounds-1.parquet"}, "config": config.model_dump(mode="json")}
+    manifest = {"round": 1, "files": {"federation.rounds": "rounds-1.parquet"}, "config": config.model_dump(mode="json")}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert len(store.load([config.run_id], [tmp_path])[config.run_id]) == 2
     history = widgets.history.History([tmp_path], lambda: None, lambda config: taken.append(config))
@@ -228,7 +228,7 @@ def test_a_name_that_no_menu_has_is_refused(name):
 
 
 def test_a_slider_goes_as_far_as_it_has_to():
-    assert Controls(make_config(SMALL | {"rounds": 90, "participants": 30})).config().rounds == 90
+    assert Controls(make_config(SMALL | {"federation.rounds": 90, "federation.participants": 30})).config().federation.rounds == 90
 
 
 def test_every_stored_copy_is_an_entry_and_trials_are_shown_when_asked_for(tmp_path):
@@ -263,8 +263,8 @@ def test_settings_that_the_dashboard_cannot_show_change_nothing():
     with pytest.raises(ConfigError, match="model is 'elsewhere', which the dashboard cannot show"):
         controls.load(make_config(SMALL | {"model": "elsewhere"}))
     assert controls.config() == before
-    controls.load(make_config(SMALL | {"rounds": 90, "alpha": 0.1}))
-    assert controls.config().rounds == 90 and controls.config().alpha == 0.1
+    controls.load(make_config(SMALL | {"federation.rounds": 90, "data.alpha": 0.1}))
+    assert controls.config().federation.rounds == 90 and controls.config().data.alpha == 0.1
 
 
 def test_the_dashboard_refuses_in_place_and_is_a_picture_where_nobody_looks(engine, monkeypatch, tmp_path):

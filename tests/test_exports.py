@@ -67,7 +67,7 @@ def rounds(run_id: str = "flux-m-t-seed0", metrics: tuple[float, ...] = (0.25, 0
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """A base model as if it had been tuned: what a run leaves, without the run."""
-    config = make_config({"task": "mini-mmlu", "participants": 2, "task_size": 200, "tune_fraction": 0.125})
+    config = make_config({"task": "mini-mmlu", "federation.participants": 2, "data.task_size": 200, "budget.tune_frac": 0.125})
     folder = tmp_path_factory.mktemp("exports") / "tuned"
     model, _ = models.load(config.model)
     table = rounds()

@@ -217,7 +217,7 @@ def test_slots_of_other_shares_are_reused_within_a_tolerance() -> None:
 
 
 def test_a_run_can_ask_for_joint_budgets_and_gate_weights(model: nn.Module, profile: profiling.Profile) -> None:
-    config = make_config({"layer_budget": "joint", "merge_weights": "gate"})
+    config = make_config({"merging.budgets": "joint", "merging.weights": "gate"})
     exploit = NONE.clone()
     exploit[:, 0] = True
     plans = flux.make_plans(model, profile, Roles(exploit, NONE), Budget(3, 7), config)

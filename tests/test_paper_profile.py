@@ -89,8 +89,8 @@ def paper(tmp_path: Path, checkpoints: dict[str, Path], data: Path) -> workflow.
     content = yaml.safe_load((REPO_ROOT / "config" / "paper.yaml").read_text())
     content["grid"]["models"] = [str(checkpoints[name]) for name in content["grid"]["models"]]
     content["run"] |= {
-        "data_path": str(data), "rounds": 1, "participants": 2, "local_steps": 1, "batch_size": 2, "eval_samples": 2,
-        "max_tokens": 128, "profile_batches": 1,
+        "data.path": str(data), "federation.rounds": 1, "federation.participants": 2, "training.local_steps": 1, "training.batch_size": 2, "evaluation.samples": 2,
+        "training.max_tokens": 128, "profiling.batches": 1,
     }  # fmt: skip
     path = tmp_path / "paper.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -103,7 +103,7 @@ def test_the_paper_profile_is_the_papers_experiment() -> None:
     assert set(profile.models.values()) == set(MODELS)
     assert {run.task for run in profile.runs.values()} == {"dolly", "gsm8k", "mmlu", "piqa"}
     one = next(iter(profile.runs.values()))
-    assert (one.learning_rate, one.batch_size, one.profile_bits, one.participants) == (1e-5, 16, 4, 10)
+    assert (one.training.learning_rate, one.training.batch_size, one.profiling.bits, one.federation.participants) == (1e-5, 16, 4, 10)
     assert {models.config(name).model_type for name in profile.models.values()} == {"llama_moe", "deepseek"}
 
 
@@ -124,12 +124,12 @@ def test_data_path_of_a_profile_is_from_where_make_is_called(tmp_path: Path, mon
     content = {
         "profile": "paper",
         "grid": {"methods": ["flux"], "models": ["m"], "tasks": ["gsm8k"], "seeds": [0]},
-        "run": {"data_path": "my/data"},
+        "run": {"data.path": "my/data"},
         "studies": {"01_profiling": {"data_path": "my/data", "tasks": ["gsm8k"]}},
     }
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
     profile = workflow.load_profile(tmp_path / "paper.yaml")
     (run,) = profile.runs.values()
-    assert isinstance(run, RunConfig) and run.data_path == str(tmp_path / "my" / "data")
-    assert profile.studies["01_profiling"] == {"data_path": run.data_path, "tasks": ["gsm8k"]}
+    assert isinstance(run, RunConfig) and run.data.path == str(tmp_path / "my" / "data")
+    assert profile.studies["01_profiling"] == {"data_path": run.data.path, "tasks": ["gsm8k"]}

@@ -45,10 +45,10 @@ def test_every_run_of_the_profile_left_valid_tables(smoke):
     assert set(rounds["run_id"]) == set(participants["run_id"]) == set(PROFILE.runs)
     for run_id, run in PROFILE.runs.items():
         rows = rounds[rounds["run_id"] == run_id]
-        assert rows["round"].tolist() == list(range(run.rounds + 1))
+        assert rows["round"].tolist() == list(range(run.federation.rounds + 1))
         assert rows["device_s"].is_monotonic_increasing and rows["wall_s"].is_monotonic_increasing
         assert (rows["num_rejected"] == 0).all()
-        assert len(participants[participants["run_id"] == run_id]) == run.rounds * run.participants
+        assert len(participants[participants["run_id"] == run_id]) == run.federation.rounds * run.federation.participants
 
 
 def test_flux_sends_and_tunes_less_than_the_full_model(smoke):

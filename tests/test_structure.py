@@ -149,8 +149,8 @@ def test_every_profile_names_runs_that_exist(path):
         assert run.method in methods.METHODS
         assert run.task in tasks.TASKS
         assert models.config(run.model).model_type in ("llama_moe", "deepseek")
-        assert run.clock_model == "self" or run.clock_model in models.known()
-        assert catalogue.fleet(run.fleet, run.participants) and catalogue.link(run.link)
+        assert run.clock.model == "self" or run.clock.model in models.known()
+        assert catalogue.fleet(run.clock.fleet, run.federation.participants) and catalogue.link(run.clock.link)
 
 
 def test_every_profile_fits_the_notebook_that_runs_it():

@@ -74,7 +74,7 @@ def test_a_profile_has_what_the_trials_say(profile: str) -> None:
     chosen = found[found["is_chosen"]].set_index("method")[["learning_rate", "local_steps"]]
     for run in workflow.load_profile(REPO_ROOT / "config" / f"{profile}.yaml").runs.values():
         if not run.variant:
-            assert (run.learning_rate, run.local_steps) == tuple(chosen.loc[run.method].drop_duplicates().iloc[0])
+            assert (run.training.learning_rate, run.training.local_steps) == tuple(chosen.loc[run.method].drop_duplicates().iloc[0])
 
 
 @pytest.mark.parametrize("profile", ["mini", "full"])
@@ -91,11 +91,11 @@ def test_the_gentlest_setting_within_a_standard_error_of_the_best_is_chosen() ->
     rounds = pd.concat([run("flux", "", [0.2, 0.46], 1.0), run("flux", "fast", [0.2, 0.5], 1.0)])
     # Of 100 samples a score of 0.5 has a standard error of 0.05, of 400 one of 0.025.
     for samples, expected in ((None, "fast"), (400, "fast"), (100, "")):
-        asked = {name: {**settings, "eval_samples": samples} for name, settings in parameters(rounds).items()}
+        asked = {name: {**settings, "evaluation.samples": samples} for name, settings in parameters(rounds).items()}
         found = figures.trials(rounds, asked)
         assert found.loc[found["is_chosen"], "variant"].tolist() == [expected]
     both = pd.concat([rounds.assign(model="n", run_id=rounds["run_id"] + "-n"), rounds])
-    asked = {name: {**settings, "eval_samples": 120} for name, settings in parameters(both).items()}
+    asked = {name: {**settings, "evaluation.samples": 120} for name, settings in parameters(both).items()}
     # One such score of 120 samples has 0.046, the mean of two 0.032, and 0.04 is too far off again.
     assert set(figures.trials(both, asked).query("is_chosen")["variant"]) == {"fast"}
 
@@ -118,7 +118,7 @@ def test_every_method_has_the_same_trials() -> None:
     runs = workflow.load_profile(REPO_ROOT / "config" / "tune.yaml").runs.values()
     by_method: dict[str, set[tuple[float, int]]] = {}
     for one in runs:
-        by_method.setdefault(one.method, set()).add((one.learning_rate, one.local_steps))
+        by_method.setdefault(one.method, set()).add((one.training.learning_rate, one.training.local_steps))
     assert set(by_method) == {"flux", "fmd", "fmq", "fmes"}
     assert all(
         found == {(rate, steps) for rate in (1e-3, 3e-3, 1e-2, 3e-2) for steps in (4, 8)}

@@ -37,7 +37,7 @@ def handle(monkeypatch):
 
 
 def watch(rounds: int) -> widgets.RunMonitor:
-    monitor = widgets.RunMonitor(RunConfig(rounds=rounds))
+    monitor = widgets.RunMonitor(RunConfig(federation__rounds=rounds))
     for number in range(rounds + 1):
         assert monitor(row(number)) is None, "a monitor never stops a run"
     return monitor

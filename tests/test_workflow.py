@@ -18,8 +18,8 @@ from fluxlib.config import REPO_ROOT, ConfigError, check_writable
 PROFILE = {
     "profile": "mini",
     "grid": {"methods": ["flux", "fmd"], "models": ["m"], "tasks": ["t"], "seeds": [0]},
-    "run": {"rounds": 3, "learning_rate": 1e-3},
-    "per_method": {"flux": {"learning_rate": 2e-3}},
+    "run": {"federation.rounds": 3, "training.learning_rate": 1e-3},
+    "per_method": {"flux": {"training.learning_rate": 2e-3}},
 }
 RUN_CODE = """\
 from pathlib import Path
@@ -65,7 +65,7 @@ def profile(path: Path, **changes) -> Path:
 
 
 def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
-    more = {"per_task": {"t": {"rounds": 5}}, "per_model": {"m": {"rounds": 4, "participants": 7}}}
+    more = {"per_task": {"t": {"federation.rounds": 5}}, "per_model": {"m": {"federation.rounds": 4, "federation.participants": 7}}}
     found = workflow.load_profile(profile(tmp_path / "mini.yaml", **more))
     assert list(found.runs) == ["flux-m-t-seed0", "fmd-m-t-seed0"]
     flux, fmd = found.runs.values()
@@ -75,7 +75,7 @@ def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
 
 
 def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
-    variants = {"slow": {"methods": ["flux"], "run": {"learning_rate": 1e-5}}}
+    variants = {"slow": {"methods": ["flux"], "run": {"training.learning_rate": 1e-5}}}
     found = workflow.load_profile(profile(tmp_path / "mini.yaml", variants=variants))
     assert list(found.runs) == ["flux-m-t-seed0", "fmd-m-t-seed0", "flux-slow-m-t-seed0"]
     slow = found.runs["flux-slow-m-t-seed0"]
@@ -83,13 +83,13 @@ def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
 
 
 def test_a_variant_may_have_parts(tmp_path):
-    parts = [{"methods": ["flux"], "run": {"rounds": 7}}, {"methods": ["fmd"], "run": {"rounds": 5}}]
+    parts = [{"methods": ["flux"], "run": {"federation.rounds": 7}}, {"methods": ["fmd"], "run": {"federation.rounds": 5}}]
     found = workflow.load_profile(profile(tmp_path / "mini.yaml", variants={"slow": parts})).runs
-    assert {run.method: run.rounds for run in found.values() if run.variant == "slow"} == {"flux": 7, "fmd": 5}
+    assert {run.method: run.federation.rounds for run in found.values() if run.variant == "slow"} == {"flux": 7, "fmd": 5}
 
 
 def test_a_study_reads_the_runs_of_the_variants_it_names(tmp_path):
-    variants = {"slow": {"run": {"learning_rate": 1e-5}}}
+    variants = {"slow": {"run": {"training.learning_rate": 1e-5}}}
     studies = {"03": {"task": "t", "curves": {"plain": "", "slow": "slow"}, "other": {"fast": "fast"}}}
     found = workflow.load_profile(profile(tmp_path / "mini.yaml", variants=variants, studies=studies))
     assert workflow.runs_read(found, "03", ("curves",), "m") == ["flux-m-t-seed0", "flux-slow-m-t-seed0"]
@@ -100,7 +100,7 @@ def test_a_study_reads_the_runs_of_the_variants_it_names(tmp_path):
 
 def test_a_study_of_the_grid_reads_every_plain_run_of_its_model(tmp_path):
     grid = PROFILE["grid"] | {"models": ["m", "folder/n"]}
-    variants = {"slow": {"methods": ["flux"], "run": {"learning_rate": 1e-5}}}
+    variants = {"slow": {"methods": ["flux"], "run": {"training.learning_rate": 1e-5}}}
     found = workflow.load_profile(profile(tmp_path / "mini.yaml", grid=grid, variants=variants))
     assert workflow.grid_runs(found, "n") == ["flux-n-t-seed0", "fmd-n-t-seed0"]
     assert workflow.grid_runs(found, "n", ["", "slow"]) == ["flux-n-t-seed0", "fmd-n-t-seed0", "flux-slow-n-t-seed0"]
@@ -117,7 +117,7 @@ def test_a_study_of_the_grid_reads_every_plain_run_of_its_model(tmp_path):
         ({"runs": {}}, "unknown section 'runs'; allowed are profile, grid, run"),
         ({"grid": {"method": []}}, "unknown grid 'method'; allowed are methods, models, tasks, seeds"),
         ({"run": {"round": 3}}, "unknown parameter 'round'; allowed are .*rounds"),
-        ({"run": {"rounds": 0}}, "rounds: .* got 0"),
+        ({"run": {"federation.rounds": 0}}, "rounds: .* got 0"),
         ({"variants": {"a": {"method": []}}}, "unknown key of variant a: 'method'; allowed are methods, .*run"),
         ({"variants": {"A b": {}}}, "variant: .* got 'A b'"),
     ],
@@ -140,7 +140,7 @@ def test_what_a_notebook_declares_is_passed_by_name_the_rest_in_settings(tmp_pat
     assert workflow.notebook_parameters(path, run) == {
         "method": "flux",
         "rounds": 3,
-        "settings": {"model": "m", "task": "t", "learning_rate": 2e-3},
+        "settings": {"model": "m", "task": "t", "training.learning_rate": 2e-3},
     }
 
 
@@ -241,7 +241,7 @@ def test_a_lost_table_is_made_again(finished):
 
 def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
     _, before, _ = finished.make()
-    finished.configure(per_method={"flux": {"learning_rate": 5e-3}})
+    finished.configure(per_method={"flux": {"training.learning_rate": 5e-3}})
     code, after, said = finished.make()
     assert code == 0, said
     changed = {name for name in after if after[name] != before[name]}
@@ -251,7 +251,7 @@ def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
 
 def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path):
     pipeline = Pipeline(tmp_path)
-    pipeline.configure(per_method={"flux": {"local_steps": 13}})
+    pipeline.configure(per_method={"flux": {"training.local_steps": 13}})
     code, files, _ = pipeline.make()
     assert code != 0
     assert list(files) == ["fmd-m-t-seed0.parquet"]

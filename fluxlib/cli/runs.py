@@ -49,9 +49,9 @@ def run(
     from fluxlib.config import check_writable
 
     named = {
-        "method": method, "model": model, "task": task, "rounds": rounds,
-        "participants": participants, "seed": seed, "engine": engine,
-    } | ({} if data is None else {"data_path": str(data.resolve())})  # fmt: skip
+        "method": method, "model": model, "task": task, "federation.rounds": rounds,
+        "federation.participants": participants, "seed": seed, "engine": engine,
+    } | ({} if data is None else {"data.path": str(data.resolve())})  # fmt: skip
     config = _configure(named, settings)
     check_writable(out)
     if save is not None:

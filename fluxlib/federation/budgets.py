@@ -22,17 +22,17 @@ def make_budgets(config: RunConfig, num_layers: int, num_experts: int) -> list[B
             message names the parameter and the smallest value that is allowed.
     """
     total = num_layers * num_experts
-    scales = _scales(config.participants, config.budget_spread)
+    scales = _scales(config.federation.participants, config.budget_spread)
     smallest = scales[0]
-    tuned = [min(total, round(config.tune_fraction * total * scale)) for scale in scales]
+    tuned = [min(total, round(config.budget.tune_frac * total * scale)) for scale in scales]
     if tuned[0] < num_layers:
         least = _round_up(num_layers / (total * smallest))
         raise ConfigError(
-            f"tune_fraction is {config.tune_fraction:g}, allowed is at least {least:g}: the smallest participant may "
+            f"tune_fraction is {config.budget.tune_frac:g}, allowed is at least {least:g}: the smallest participant may "
             f"tune {tuned[0]} experts, the model has {num_layers} MoE layers and each needs one"
         )
     merged = [
-        min(total - number, round(config.merge_fraction * total * scale))
+        min(total - number, round(config.budget.merge_frac * total * scale))
         for number, scale in zip(tuned, scales, strict=True)
     ]
     for number, slots in zip(tuned, merged, strict=True):
@@ -40,7 +40,7 @@ def make_budgets(config: RunConfig, num_layers: int, num_experts: int) -> list[B
         if slots < needed:
             least = _round_up(num_layers / (total * smallest))
             raise ConfigError(
-                f"merge_fraction is {config.merge_fraction:g}, allowed is at least {least:g}: {slots} merged slots do "
+                f"merge_fraction is {config.budget.merge_frac:g}, allowed is at least {least:g}: {slots} merged slots do "
                 f"not give each of {needed} layers with experts that are not tuned a slot"
             )
     return [Budget(number, slots) for number, slots in zip(tuned, merged, strict=True)]

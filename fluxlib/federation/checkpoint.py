@@ -72,7 +72,7 @@ class Checkpoints:
         self.folder = out / "checkpoints" / config.run_id
         numbers = config.model_dump(mode="json", exclude={"round_timeout_s", "join_timeout_s"})
         self._identity = {"format": FORMAT, "config": numbers}
-        self._old_copies = config.merged_downlink == "server"
+        self._old_copies = config.wire.merged == "server"
         self._nodes: dict[str, list[str]] = {}
         """File names and the nodes whose newest state they hold."""
 

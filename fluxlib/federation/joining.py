@@ -36,22 +36,22 @@ def join(grid: Grid, config: RunConfig, store: ExpertStore) -> dict[int, Member]
     problems: list[str] = []
     asked: set[int] = set()
     waiting: set[str] = set()
-    deadline = time.monotonic() + config.join_timeout_s
+    deadline = time.monotonic() + config.federation.join_timeout_s
     while True:
         nodes = [node for node in grid.get_node_ids() if node not in asked]
         asked.update(nodes)
         for reply in _answers(grid, _invitations(nodes, config, store), waiting):
             _take(reply, config, store, found, problems)
         settled = problems and not nodes and not waiting
-        if len(found) >= config.participants or settled or time.monotonic() > deadline:
+        if len(found) >= config.federation.participants or settled or time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
-    if len(found) < config.participants:
-        missing = [str(number) for number in range(config.participants) if number not in found]
+    if len(found) < config.federation.participants:
+        missing = [str(number) for number in range(config.federation.participants) if number not in found]
         listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         reason = f"; {problems[0]}" if problems else ""
         raise RunFailed(
-            f"{len(found)} of participants={config.participants} joined within {config.join_timeout_s:g} s; "
+            f"{len(found)} of participants={config.federation.participants} joined within {config.federation.join_timeout_s:g} s; "
             f"missing: {listed}{reason}"
         )
     return found
@@ -98,5 +98,5 @@ def _take(reply: Message, config: RunConfig, store: ExpertStore, found: dict[int
         problems.append(f"node {node}: {error}")
         log.warning("node %d cannot take part: %s", node, error)
         return
-    if report.participant < config.participants:
+    if report.participant < config.federation.participants:
         found[report.participant] = Member(node, report.holding, report.device)

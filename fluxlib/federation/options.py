@@ -78,7 +78,7 @@ def check(config: RunConfig, out: Path | None = None) -> None:
     """
     try:
         method = methods.get(config.method)
-        if config.merged_downlink == "server" and method.plan is None:
+        if config.wire.merged == "server" and method.plan is None:
             able = ", ".join(name for name, known in methods.METHODS.items() if known.plan is not None)
             raise ValueError(
                 f"method is {config.method!r}, allowed with merged_downlink 'server' is {able}: others merge nothing"
@@ -86,14 +86,14 @@ def check(config: RunConfig, out: Path | None = None) -> None:
         if config.task not in tasks.TASKS:
             raise ValueError(f"task is {config.task!r}, allowed are {', '.join(tasks.TASKS)}")
         torch_device(config.torch_device)
-        catalogue.fleet(config.fleet, config.participants)
-        catalogue.link(config.link)
-        num_train = len(tasks.load(config.task, config.seed, config.task_size, config.data_path).train)
-        if config.participants > num_train:
-            raise ValueError(f"participants is {config.participants}, allowed is at most {num_train} training samples")
+        catalogue.fleet(config.clock.fleet, config.federation.participants)
+        catalogue.link(config.clock.link)
+        num_train = len(tasks.load(config.task, config.seed, config.data.task_size, config.data.path).train)
+        if config.federation.participants > num_train:
+            raise ValueError(f"participants is {config.federation.participants}, allowed is at most {num_train} training samples")
         settings = models.config(config.model)
-        if config.clock_model not in ("self", config.model):
-            models.config(config.clock_model)
+        if config.clock.model not in ("self", config.model):
+            models.config(config.clock.model)
         shape = _moe_shape(settings)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None

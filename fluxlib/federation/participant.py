@@ -91,7 +91,7 @@ def profile(message: Message, context: Context) -> Message:
         held, _ = _catch_up(instruction, config, context, space)
     except ResyncNeeded:
         return _ask_for_resync(message, instruction, context)
-    merges = config.merged_downlink == "server"
+    merges = config.wire.merged == "server"
     known = load_state(context.state).profile if merges else None
     if known is not None:
         work, seconds, found = Work(known.frequency.numel()), 0.0, known
@@ -99,17 +99,17 @@ def profile(message: Message, context: Context) -> Message:
         data = local_data(config, space, participant, instruction.round, own_samples(context))
         start = time.perf_counter()
         with _forgetting_on_error():
-            found = profiling.profile(space.model, data.profile, bits=config.profile_bits)
+            found = profiling.profile(space.model, data.profile, bits=config.profiling.bits)
         seconds = time.perf_counter() - start
         save_state(context.state, ParticipantState(found, instruction.round))
         work = profile_work(data, found.frequency.numel(), config)
-    seen = torch.ones_like(found.frequency) if config.withhold_reports else found.frequency
+    seen = torch.ones_like(found.frequency) if config.privacy.withhold_reports else found.frequency
     report = messages.ProfileReport(
         participant,
         instruction.round,
         held.version,
         held.digest,
-        frequency=seen / seen.sum(1, keepdim=True) if config.withhold_reports else seen,
+        frequency=seen / seen.sum(1, keepdim=True) if config.privacy.withhold_reports else seen,
         work=work,
         phases_s={"profile": seconds},
         importance=premerged.importance(found, config) if merges else {},
@@ -150,13 +150,13 @@ def train(message: Message, context: Context) -> Message:
     save_state(context.state, state)
     secret = privacy.noise_generator(config, "noise", instruction.round, participant)
     update, within = privacy.protect(update, config, instruction.clip_norm, secret)
-    if feedback.is_used(config.uplink_wire):
+    if feedback.is_used(config.wire.uplink):
         update = replace(update, deltas=feedback.add_residual(update.deltas, context.state))
     work = replace(
         update.work,
         num_downloaded=Download.of(instruction.delta, instruction.wire, instruction.merged).num_experts,
         num_uploaded=len(update.deltas),
-        upload_bits=min(update.work.upload_bits, wires.bits_per_weight(config.uplink_wire)),
+        upload_bits=min(update.work.upload_bits, wires.bits_per_weight(config.wire.uplink)),
     )
     report = messages.TrainReport(
         participant,
@@ -164,12 +164,12 @@ def train(message: Message, context: Context) -> Message:
         held.version,
         held.digest,
         update=replace(update, work=work),
-        within=within if config.clip_quantile else None,
+        within=within if config.privacy.clip_quantile else None,
         spans=(*earlier, *_spans(begin, ready, update.phases_s, instruction.round)),
     )
-    content = report.to_records(config.uplink_wire)
-    if feedback.is_used(config.uplink_wire):
-        feedback.keep_residual(update.deltas, content["arrays"], config.uplink_wire, context.state)
+    content = report.to_records(config.wire.uplink)
+    if feedback.is_used(config.wire.uplink):
+        feedback.keep_residual(update.deltas, content["arrays"], config.wire.uplink, context.state)
     return Message(content, reply_to=message)
 
 
@@ -211,11 +211,11 @@ def local_data(
 
     def draw(name: str, count: int, size: int) -> list[Batch]:
         chance = seeding.generator(config.seed, name, round_index, participant)
-        return list(islice(sample_batches(examples, space.tokenizer, size, config.max_tokens, chance), count))
+        return list(islice(sample_batches(examples, space.tokenizer, size, config.training.max_tokens, chance), count))
 
     return LocalData(
-        train=draw("batches", config.local_steps, config.batch_size),
-        profile=draw("profile", config.profile_batches, config.batch_size),
+        train=draw("batches", config.training.local_steps, config.training.batch_size),
+        profile=draw("profile", config.profiling.batches, config.training.batch_size),
     )
 
 
@@ -224,12 +224,12 @@ def load_task(config: RunConfig) -> tuple[tasks.Task, list[list[int]]]:
     return _load_task(
         config.task,
         config.seed,
-        config.task_size,
-        config.data_path,
-        config.participants,
-        config.partition,
-        config.alpha,
-        config.equal_sizes,
+        config.data.task_size,
+        config.data.path,
+        config.federation.participants,
+        config.data.partition,
+        config.data.alpha,
+        config.data.equal_sizes,
     )
 
 
@@ -255,7 +255,7 @@ def profile_work(data: LocalData, num_experts: int, config: RunConfig) -> Work:
         num_experts=num_experts,
         profile_samples=sum(len(batch["input_ids"]) for batch in data.profile),
         profile_tokens=sum(int(batch["attention_mask"].sum()) for batch in data.profile),
-        profile_bits=config.profile_bits,
+        profile_bits=config.profiling.bits,
         num_quantized=num_experts,
         first_profile=True,
     )
@@ -299,7 +299,7 @@ def _profile_for_next(
     context: Context,
 ) -> tuple[Update, ParticipantState]:
     """The profile that the next round will use: made now, or noted for when the reply is out."""
-    if method.afterwards is None or not config.stale_profile:
+    if method.afterwards is None or not config.profiling.stale:
         return update, state
     wanted = str(context.node_config.get(later.BACKGROUND, "")).lower() in ("true", "1")
     if _folder(context) is not None and wanted:
@@ -382,8 +382,8 @@ def _expect(instruction: Instruction, config: RunConfig, context: Context) -> in
     participant = _partition_id(context)
     if participant != instruction.participant:
         raise ParticipantError(f"message is for participant {instruction.participant}, this is {participant}")
-    if participant >= config.participants:
-        raise ParticipantError(f"{PARTITION} is {participant}, allowed is 0 to {config.participants - 1}")
+    if participant >= config.federation.participants:
+        raise ParticipantError(f"{PARTITION} is {participant}, allowed is 0 to {config.federation.participants - 1}")
     return participant
 
 

@@ -98,7 +98,7 @@ class Premerged:
 
 def importance(known: profiling.Profile, config: RunConfig) -> dict[str, Tensor]:
     """What the run's merge weights need of a profile beside its frequency, ``[layers, experts]`` by name."""
-    return {name: getattr(known, name) for name in _NEEDED[config.merge_weights]}
+    return {name: getattr(known, name) for name in _NEEDED[config.merging.weights]}
 
 
 def profile_of(report: ProfileReport, model: nn.Module) -> profiling.Profile:

@@ -69,13 +69,13 @@ def protect(update: Update, config: RunConfig, bound: float | None, generator: t
     within = True
     if bound is not None:
         changes, within = clip(update.deltas, bound)
-        if config.noise == "participant" and config.noise_multiplier:
-            multiplier = local_multiplier(config.noise_multiplier, config.clip_quantile is not None)
+        if config.privacy.noise == "participant" and config.privacy.noise_multiplier:
+            multiplier = local_multiplier(config.privacy.noise_multiplier, config.privacy.clip_quantile is not None)
             changes = add_noise(changes, multiplier * bound, generator)
-            if config.clip_quantile is not None and flips(config.noise_multiplier, generator):
+            if config.privacy.clip_quantile is not None and flips(config.privacy.noise_multiplier, generator):
                 within = not within
         update = replace(update, deltas=changes)
-    if config.withhold_reports:
+    if config.privacy.withhold_reports:
         unknown = torch.full_like(update.utilities, math.nan)
         update = replace(update, utilities=unknown, tokens=torch.zeros_like(update.tokens))
     return update, within
@@ -110,7 +110,7 @@ class Guard:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.clip = AdaptiveClip(config.clip_norm, config.clip_quantile) if config.clip_norm else None
+        self.clip = AdaptiveClip(config.privacy.clip_norm, config.privacy.clip_quantile) if config.privacy.clip_norm else None
         self._num_within = 0
 
     @property
@@ -123,7 +123,7 @@ class Guard:
         if self.clip is None:
             return changes, tokens
         self._num_within += bool(within)
-        return clip(changes, self.clip.bound)[0], torch.ones_like(tokens) if self.config.noise_multiplier else tokens
+        return clip(changes, self.clip.bound)[0], torch.ones_like(tokens) if self.config.privacy.noise_multiplier else tokens
 
     def finish(
         self, round_number: int, changes: Changes, num_tuners: Callable[[ExpertKey], int], num_replies: int
@@ -132,16 +132,16 @@ class Guard:
         if self.clip is None:
             return changes
         config, adaptive = self.config, self.clip.quantile is not None
-        if config.noise == "server" and config.noise_multiplier:
-            deviation = self.clip.bound * change_multiplier(config.noise_multiplier, num_replies, adaptive)
+        if config.privacy.noise == "server" and config.privacy.noise_multiplier:
+            deviation = self.clip.bound * change_multiplier(config.privacy.noise_multiplier, num_replies, adaptive)
             chance = noise_generator(config, "noise", round_number)
             parts = ({key: tensors} for key, tensors in sorted(changes.items()))
             noisy = [add_noise(part, deviation / num_tuners(next(iter(part))), chance) for part in parts]
             changes = {key: tensors for part in noisy for key, tensors in part.items()}
         num_within, noise = float(self._num_within), 0.0
-        if config.noise_multiplier and adaptive and config.noise == "participant":
-            num_within = likely_count(self._num_within, num_replies, config.noise_multiplier)
-        elif config.noise_multiplier and adaptive:
+        if config.privacy.noise_multiplier and adaptive and config.privacy.noise == "participant":
+            num_within = likely_count(self._num_within, num_replies, config.privacy.noise_multiplier)
+        elif config.privacy.noise_multiplier and adaptive:
             chance = noise_generator(config, "count", round_number)
             noise = count_deviation(num_replies) * float(torch.randn((), generator=chance))
         self.clip, self._num_within = self.clip.after(num_within, num_replies, noise), 0

@@ -41,9 +41,9 @@ class Aggregate(Protocol):
 
 def make_aggregate(config: RunConfig) -> Aggregate:
     """The aggregate of one round that ``config.aggregation`` names."""
-    if config.aggregation == "mean":
+    if config.aggregation.rule == "mean":
         return ExpertMean()
-    return RobustAggregate(config.aggregation, config.trim_fraction)
+    return RobustAggregate(config.aggregation.rule, config.aggregation.trim_frac)
 
 
 class RobustAggregate:

@@ -60,8 +60,8 @@ class _Run:
             raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
         self.task, self.parts = load_task(config)
         self._check_lengths()
-        coded, withheld = (config.merged_downlink == kind for kind in ("4bit", "server"))
-        store = ExpertStore(self.model, config.downlink_wire, coded, withheld)
+        coded, withheld = (config.wire.merged == kind for kind in ("4bit", "server"))
+        store = ExpertStore(self.model, config.wire.downlink, coded, withheld)
         self.strategy = FluxStrategy(config, methods.get(config.method), store, make_budgets(config, *store.shape))
         self.row_maker = RowMaker(config, self.model, self.task.metric, len(store.keys))
         self.rows: dict[str, list[Row]] = {table: [] for table in TABLES}
@@ -74,7 +74,7 @@ class _Run:
         examples = sorted((*self.task.train, *self.task.test), key=lambda example: len(example.response))
         try:
             for example in examples[-20:]:
-                encode(example, self.tokenizer, self.config.max_tokens)
+                encode(example, self.tokenizer, self.config.training.max_tokens)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -87,13 +87,13 @@ class _Run:
         self.strategy.summary()
         stopped = self._first_row() if done == 0 else False
         try:
-            while not stopped and done < self.config.rounds:
+            while not stopped and done < self.config.federation.rounds:
                 done += 1
                 stopped = self._round(done)
         except RunFailed as error:
             self._write("failed", str(error))
             raise
-        complete = done == self.config.rounds
+        complete = done == self.config.federation.rounds
         self._write("complete" if complete else "stopped", "")
         if self.options.keep_experts:
             self._keep_experts()
@@ -141,7 +141,7 @@ class _Run:
         """One round: profiles that are missing, training, aggregation, evaluation, rows, checkpoint."""
         start, strategy = time.perf_counter(), self.strategy
         requests = strategy.configure_profile(number, strategy.sample(number))
-        strategy.aggregate_profile(number, exchange(self.grid, requests, self.config.round_timeout_s))
+        strategy.aggregate_profile(number, exchange(self.grid, requests, self.config.federation.round_timeout_s))
         try:
             strategy.aggregate_train(number, self._replies(number))
         except RunFailed:
@@ -150,14 +150,14 @@ class _Run:
             raise
         wall_s, before, aggregated = time.perf_counter() - start, self.totals, time.time()
         assert strategy.last is not None
-        due = number % self.config.eval_every == 0 or number == self.config.rounds
+        due = number % self.config.evaluation.every == 0 or number == self.config.federation.rounds
         score, seconds = self._evaluate() if due else (None, 0.0)
         row, self.totals = self.row_maker.round(strategy.last, score, seconds, wall_s, self.totals)
         self.rows["rounds"].append(row)
         self.rows["participants"] += self.row_maker.participants(strategy.last)
         server = [("aggregate", strategy.aggregating_s, aggregated), ("evaluate", aggregated, aggregated + seconds)]
         self.rows["timeline"] += self.row_maker.timeline(strategy.last, server[: 1 + due], before)
-        if self.checkpoints and number < self.config.rounds:
+        if self.checkpoints and number < self.config.federation.rounds:
             self.checkpoints.save(number, strategy, self.grid, self._frame, self.totals)
         if self.options.on_outcome:
             self.options.on_outcome(strategy.last)
@@ -165,7 +165,7 @@ class _Run:
 
     def _replies(self, number: int) -> Iterator[Message]:
         """Replies to the round's requests; who asks for every expert anew is asked once more, with every expert."""
-        strategy, timeout_s = self.strategy, self.config.round_timeout_s
+        strategy, timeout_s = self.strategy, self.config.federation.round_timeout_s
         requests = strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.grid)
         yield from strategy.notice_resync(exchange(self.grid, requests, timeout_s))
         yield from exchange(self.grid, strategy.configure_resync(number), timeout_s)
@@ -173,8 +173,8 @@ class _Run:
     def _evaluate(self) -> tuple[Score, float]:
         """Score of the full global model on the server's test split, and the seconds it took."""
         config, start = self.config, time.perf_counter()
-        examples = self.task.test[: config.eval_samples]
-        score = evaluate(self.model, self.tokenizer, self.task.metric, examples, config.max_tokens)
+        examples = self.task.test[: config.evaluation.samples]
+        score = evaluate(self.model, self.tokenizer, self.task.metric, examples, config.training.max_tokens)
         return score, time.perf_counter() - start
 
     def _tell(self) -> bool:

@@ -47,7 +47,7 @@ def run_local(config: RunConfig, chosen: Options) -> RunResult:
     results: list[RunResult] = []
     app = server_app.make_app(config, chosen, results.append)
     participant.forget_workspace()  # the base model on disk may be another by now
-    nodes = LocalGrid(client_app.app, config.participants, on_given_up=participant.forget_workspace)
+    nodes = LocalGrid(client_app.app, config.federation.participants, on_given_up=participant.forget_workspace)
     with nodes.identity() as grid:
         app(grid, Context(grid.run.run_id, 0, {}, RecordDict(), {}))
     return results[0]

@@ -45,7 +45,7 @@ def run_simulation(config: RunConfig, options: Options) -> RunResult:
         run_flower(
             server_app=server_app.make_app(config, options, results.append),
             client_app=client_app.app,
-            num_supernodes=config.participants,
+            num_supernodes=config.federation.participants,
             backend_config=_backend(config),
         )
     return results[0]

@@ -58,9 +58,9 @@ class FluxStrategy(Strategy):
         self.budgets = list(budgets)
         self.roster = Roster()
         self.profiled: set[int] = set()
-        self.role_state = roles.RoleState.start(torch.ones(config.participants, *store.shape))
+        self.role_state = roles.RoleState.start(torch.ones(config.federation.participants, *store.shape))
         self.guard = Guard(config)
-        self.merges = config.merged_downlink == "server"
+        self.merges = config.wire.merged == "server"
         self.aggregating_s = 0.0
         self.last: RoundOutcome | None = None
         self._config_text = config.model_dump_json()
@@ -72,13 +72,13 @@ class FluxStrategy(Strategy):
 
     def sample(self, server_round: int) -> list[int]:
         """Participants of this round, in increasing order."""
-        count = self.config.participants_per_round or self.config.participants
+        count = self.config.federation.participants_per_round or self.config.federation.participants
         chance = seeding.generator(self.config.seed, "sample", server_round)
-        return sorted(torch.randperm(self.config.participants, generator=chance)[:count].tolist())
+        return sorted(torch.randperm(self.config.federation.participants, generator=chance)[:count].tolist())
 
     def epsilon(self, server_round: int) -> float:
         """Share of the budget that exploits in this round (counted from 1)."""
-        return roles.epsilon_schedule(server_round - 1, self.config.rounds, self.config.epsilon)
+        return roles.epsilon_schedule(server_round - 1, self.config.federation.rounds, self.config.roles.epsilon)
 
     def configure_profile(self, server_round: int, participants: Iterable[int]) -> Iterator[Message]:
         """Ask participants of whom no utilities are known for a profile, if the method uses one.
@@ -188,7 +188,7 @@ class FluxStrategy(Strategy):
             tuple(extra),
             len(changes),
         )
-        self.last.require(self.config.min_replies_frac)
+        self.last.require(self.config.federation.min_replies_frac)
         changes = self.guard.finish(server_round, changes, mean.num_tuners, len(self.last.accepted))
         self.store.apply(scaled(changes, self.config.server_learning_rate))
         self._remember_utilities(utilities)
@@ -213,7 +213,7 @@ class FluxStrategy(Strategy):
         tuned = sorted({budget.num_tuned for budget in self.budgets})
         log.info(
             "%s: %d participants, %d MoE layers of %d experts, budgets of %s tuned experts",
-            self.config.run_id, self.config.participants, layers, experts,
+            self.config.run_id, self.config.federation.participants, layers, experts,
             f"{tuned[0]} to {tuned[-1]}" if len(tuned) > 1 else tuned[0],
         )  # fmt: skip
 
@@ -238,7 +238,7 @@ class FluxStrategy(Strategy):
 
     def _may_withhold(self, outcome: Outcome | None) -> bool:
         """Whether experts may come otherwise than exactly though the server has no plan for them."""
-        return self.config.merged_downlink == "4bit" or (self.merges and outcome is None)
+        return self.config.wire.merged == "4bit" or (self.merges and outcome is None)
 
     def _plans(self, outcome: Outcome | None) -> Sequence[LayerPlan] | None:
         """What becomes of a participant's experts; ``None``: it gets them, and merges by itself."""
@@ -304,10 +304,10 @@ class FluxStrategy(Strategy):
             server_round,
             held.version,
             held.digest,
-            self.config.uplink_wire,
+            self.config.wire.uplink,
             outcome.roles.exploit,
             self.store.shapes,
-            self.config.local_steps * self.config.batch_size * self.config.max_tokens,
+            self.config.training.local_steps * self.config.training.batch_size * self.config.training.max_tokens,
         )
 
     def _remember_utilities(self, utilities: Tensor) -> None:
@@ -319,7 +319,7 @@ class FluxStrategy(Strategy):
             explored[outcome.participant] = outcome.roles.explore
         config = self.config
         at_least = [
-            roles.num_probed(config.assignment, int(count), config.probe_limit) if self.method.explores else 0
+            roles.num_probed(config.roles.assignment, int(count), config.roles.probe_limit) if self.method.explores else 0
             for count in explored.sum(dim=(1, 2))
         ]
         asked = tuned if self.method.utilities else torch.zeros_like(tuned)

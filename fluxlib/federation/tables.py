@@ -45,11 +45,11 @@ class RowMaker:
         self.config = config
         self.metric_name = metric_name
         self.num_experts = num_experts
-        self.fleet = catalogue.fleet(config.fleet, config.participants)
-        self.link = catalogue.link(config.link)
+        self.fleet = catalogue.fleet(config.clock.fleet, config.federation.participants)
+        self.link = catalogue.link(config.clock.link)
         self.times = Timeline(config.run_id)
-        own = config.clock_model in ("self", config.model)
-        self.shapes = clock.shapes_of(config.model, model) if own else clock.shapes(config.clock_model)
+        own = config.clock.model in ("self", config.model)
+        self.shapes = clock.shapes_of(config.model, model) if own else clock.shapes(config.clock.model)
 
     def use_devices(self, devices: dict[int, str]) -> None:
         """These participants said what their devices are; the others stand for the run's fleet."""
@@ -117,8 +117,8 @@ class RowMaker:
             "round_device_s": here.device_s,
             "server_device_s": 0.0,
             "evaluate_wall_s": evaluate_wall_s,
-            "clock_model": config.clock_model,
-            "link": config.link,
+            "clock_model": config.clock.model,
+            "link": config.clock.link,
             "uplink_bytes": 0,
             "downlink_bytes": 0,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -167,12 +167,12 @@ class RowMaker:
             self.shapes,
             self.fleet[outcome.participant],
             self.link,
-            self.config.clock_tokens_per_sample,
+            self.config.clock.tokens_per_sample,
         )
 
     def _device_bytes(self, outcome: RoundOutcome) -> int | None:
         """Predicted memory of the most loaded participant, at the clock model's shapes."""
-        tokens = self.config.clock_tokens_per_sample
+        tokens = self.config.clock.tokens_per_sample
         works = [(o.work, self.fleet[o.participant]) for o in outcome.accepted if o.work is not None]
         return max((clock.device_bytes(work, self.shapes, device, tokens) for work, device in works), default=None)
 

@@ -31,14 +31,14 @@ def assign(
     budget: as many experts are exploited in each round, and as many held unmerged beside them. ``coverage``,
     ``max_tuners`` and ``uncertainty`` add to either; the paper has none of the three.
     """
-    values = roles.priorities(state, config.assignment, generator, uncertainty=config.uncertainty)
+    values = roles.priorities(state, config.roles.assignment, generator, uncertainty=config.uncertainty)
     overdue = None if config.coverage is None else roles.overdue(state, config.coverage)
     return roles.assign(
         values,
         [budget.num_tuned for budget in budgets],
         epsilon,
         generator,
-        ages=roles.ages(state) if config.assignment in roles.PROBES else None,
+        ages=roles.ages(state) if config.roles.assignment in roles.PROBES else None,
         overdue=overdue,
         max_tuners=config.max_tuners,
     )
@@ -58,7 +58,7 @@ def train(
     watch = Stopwatch()
     work = Work(num_experts=assigned.exploit.numel())
     known = state.profile
-    if known is None or not config.stale_profile:
+    if known is None or not config.profiling.stale:
         with watch.phase("first_profile"):
             known = profile(model, data, config)
         state = ParticipantState(known, round_number)
@@ -87,10 +87,10 @@ def make_plans(
         known,
         kept,
         budget.num_merged,
-        kind=config.layer_budget,
-        method=config.clustering,
-        weights=config.merge_weights,
-        align=config.align_neurons,
+        kind=config.merging.budgets,
+        method=config.merging.clustering,
+        weights=config.merging.weights,
+        align=config.merging.align_neurons,
         seed=config.seed,
     )
     return [freeze(plan, explored) for plan, explored in zip(plans, assigned.explore, strict=True)]
@@ -117,7 +117,7 @@ def freeze(plan: LayerPlan, explored: Tensor) -> LayerPlan:
 def _probe_keys(explore: Tensor, config: RunConfig, generator: torch.Generator) -> list[ExpertKey]:
     """The explored experts that are probed this round, drawn at random where there are more than may be."""
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
-    count = roles.num_probed(config.assignment, len(keys), config.probe_limit)
+    count = roles.num_probed(config.roles.assignment, len(keys), config.roles.probe_limit)
     if count == len(keys):
         return keys
     return [keys[i] for i in torch.randperm(len(keys), generator=generator)[:count].tolist()]
@@ -142,10 +142,10 @@ def _probe(
     if not probed:
         return norms
     batch = to_device(data.train[0], next(model.parameters()).device)
-    if config.explore_by == "backward":
+    if config.roles.explore_by == "backward":
         values = gradients.true_norms(model, batch, probed)
     else:
-        values = gradients.probe_norms(model, batch, probed, config.num_probes, seed)
+        values = gradients.probe_norms(model, batch, probed, config.roles.num_probes, seed)
     for (layer, expert), value in zip(probed, values.tolist(), strict=True):
         norms[0, layer, expert] = value
     return norms
@@ -188,10 +188,10 @@ def forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConf
     """
     if not probed:
         return 0.0
-    if config.explore_by == "backward":
+    if config.roles.explore_by == "backward":
         return 3.0
     above = sum((num_layers - layer) / num_layers for layer, _ in probed)
-    return 1 + 2 * config.num_probes * above
+    return 1 + 2 * config.roles.num_probes * above
 
 
 METHOD = Method(

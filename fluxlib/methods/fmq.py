@@ -48,19 +48,19 @@ def train(
     generator: torch.Generator,
 ) -> tuple[Update, ParticipantState]:
     """Quantise, then local steps on all experts, each quantised again after every step."""
-    if config.fmq_bits == 16:
+    if config.training.fmq_bits == 16:
         return fmd.train(model, state, assigned, budget, data, config, round_number, generator)
     watch = Stopwatch()
     with ExitStack() as held:
         with watch.phase("quantize"):
-            held.enter_context(quantized(model, config.fmq_bits))
+            held.enter_context(quantized(model, config.training.fmq_bits))
         with watch.phase("train"):
             experts: list[QuantizedExperts] = [layer.experts for layer in layers.find(model)]  # type: ignore[misc]
             tuned = run_steps(model, QuantizedLearner(experts, config), data.train, config)
     num_experts = assigned.exploit.numel()
-    work = Work(num_experts=num_experts, num_quantized=num_experts, profile_bits=config.fmq_bits)
-    travelling = config.fmq_bits + SCALE_BITS
-    work = replace(work, weight_bits=config.fmq_bits, offloaded=True, download_bits=travelling, upload_bits=travelling)
+    work = Work(num_experts=num_experts, num_quantized=num_experts, profile_bits=config.training.fmq_bits)
+    travelling = config.training.fmq_bits + SCALE_BITS
+    work = replace(work, weight_bits=config.training.fmq_bits, offloaded=True, download_bits=travelling, upload_bits=travelling)
     work = count_training(work, tuned, assigned.exploit, len(data.train))
     nothing = torch.full(assigned.exploit.shape, float("nan"))
     return Update(tuned.deltas, nothing, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state

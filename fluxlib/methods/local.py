@@ -109,7 +109,7 @@ def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], conf
             loss = model(**batch).loss
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"training loss is {loss.item()} at step {step + 1} (learning_rate {config.learning_rate:g})"
+                f"training loss is {loss.item()} at step {step + 1} (learning_rate {config.training.learning_rate:g})"
             )
         loss.backward()
         norms.append(learner.squared_norms())
@@ -191,14 +191,14 @@ def num_pairs(experts: nn.Module, top_k_index: Tensor, attention_mask: Tensor) -
 
 def make_optimizer(parameters: Sequence[Tensor], config: RunConfig) -> torch.optim.Optimizer:
     """The run's optimizer, without weight decay."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.learning_rate)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
+    if config.training.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.training.learning_rate)
+    return torch.optim.AdamW(parameters, lr=config.training.learning_rate, weight_decay=0.0, fused=True)
 
 
 def profile(model: nn.Module, data: LocalData, config: RunConfig) -> profiling.Profile:
     """Section 4: activation on the participant's own data, seen through quantised experts."""
-    return profiling.profile(model, data.profile, bits=config.profile_bits)
+    return profiling.profile(model, data.profile, bits=config.profiling.bits)
 
 
 def count_training(work: Work, tuned: Tuned, exploit: Tensor, num_steps: int) -> Work:
@@ -221,7 +221,7 @@ def count_profile(work: Work, data: LocalData, config: RunConfig) -> Work:
         work,
         profile_samples=sum(len(batch["input_ids"]) for batch in data.profile),
         profile_tokens=sum(int(batch["attention_mask"].sum()) for batch in data.profile),
-        profile_bits=config.profile_bits,
+        profile_bits=config.profiling.bits,
         num_quantized=work.num_experts,
     )
 

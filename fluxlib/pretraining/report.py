@@ -23,7 +23,7 @@ from fluxlib.tasks.batches import make_batch, sample_batches
 from fluxlib.tasks.evaluate import evaluate
 from fluxlib.tasks.mini.world import KNOWN_FRACTION
 
-FINE_TUNING = RunConfig(method="fmd", batch_size=32, learning_rate=4e-3)
+FINE_TUNING = RunConfig(method="fmd", training__batch_size=32, training__learning_rate=4e-3)
 FINE_TUNING_STEPS = 300
 
 

@@ -74,7 +74,7 @@ def _one_run(
     learning_rate: float,
     bits: int,
 ) -> Iterator[Row]:
-    config = RunConfig(learning_rate=learning_rate)
+    config = RunConfig(training__learning_rate=learning_rate)
     data = [
         sample_batches(part, bench.tokenizer, 16, bench.max_tokens, seeding.generator(bench.seed, "drift", i))
         for i, part in enumerate(bench.parts[:participants])
@@ -86,7 +86,7 @@ def _one_run(
         for participant in range(participants):
             plans = _plans(bench, bench.local(num_samples, participant), fraction, bits)
             with customized(bench.model, plans) as compact:
-                tuned = tune(bench.model, compact, list(islice(data[participant], config.local_steps)), config)
+                tuned = tune(bench.model, compact, list(islice(data[participant], config.training.local_steps)), config)
             mean.add(tuned.deltas, tuned.tokens)
         _apply(bench, mean)
         truth, fresh = bench.profile(num_samples, bits=16), bench.profile(num_samples, bits)

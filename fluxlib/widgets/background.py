@@ -93,7 +93,7 @@ class BackgroundRun:
             self._change(FAILED)
             raise
         self.rows = _rows(result.rounds)
-        complete = int(self.rows[-1]["round"]) == self.config.rounds
+        complete = int(self.rows[-1]["round"]) == self.config.federation.rounds
         self._change(COMPLETE if complete else STOPPED)
 
     def _on_round(self, row: Mapping[str, Any]) -> bool:

@@ -47,7 +47,7 @@ class Controls:
                   for name, kinds in catalogue.FLEETS.items()]  # fmt: skip
         fleets += [(device.title, name) for name, device in catalogue.DEVICES.items()]
         links = [(link.title, name) for name, link in catalogue.LINKS.items()]
-        shown = list(dict.fromkeys((*CLOCK_MODELS, base.clock_model)))
+        shown = list(dict.fromkeys((*CLOCK_MODELS, base.clock.model)))
         shapes = [("the mini model itself" if name == "self" else name, name) for name in shown]
         quarter = {"min": 0.0, "max": 1.0, "step": 0.05, "readout_format": ".2f", "continuous_update": False}
         self.widgets: dict[str, Any] = {
@@ -57,10 +57,10 @@ class Controls:
             "fleet": menu("fleet", fleets),
             "link": menu("link", links),
             "clock_model": menu("clock_model", shapes),
-            "tune_fraction": slide(value=base.tune_fraction, **quarter),
-            "merge_fraction": slide(value=base.merge_fraction, **quarter),
+            "tune_fraction": slide(value=base.budget.tune_frac, **quarter),
+            "merge_fraction": slide(value=base.budget.merge_frac, **quarter),
             "participants": count("participants", 16),
-            "participant": ipywidgets.IntSlider(value=0, min=0, max=base.participants - 1, continuous_update=False),
+            "participant": ipywidgets.IntSlider(value=0, min=0, max=base.federation.participants - 1, continuous_update=False),
             "rounds": count("rounds", 40),
             "local_steps": count("local_steps", 8),
             "layer_budget": menu("layer_budget", ["adaptive", "uniform", "single", "joint"]),

@@ -145,7 +145,7 @@ class Dashboard:
         self._take_over(found.config)
         self.run, found.on_change = found, self._changed
         self.tabs.selected_index = 1
-        self.progress.max = found.config.rounds
+        self.progress.max = found.config.federation.rounds
         self._changed(found)
 
     def _take_over(self, config: RunConfig) -> None:
@@ -166,7 +166,7 @@ class Dashboard:
             return
         self.tabs.selected_index = 1
         self.run = BackgroundRun(self.preview.config, self.out, self._changed)
-        self.progress.max, self.progress.value = self.preview.config.rounds, 0
+        self.progress.max, self.progress.value = self.preview.config.federation.rounds, 0
         self.status.value = "Loading the model, scoring the base ..."
         self.run.start()
         self._set_buttons()

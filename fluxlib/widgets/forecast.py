@@ -28,14 +28,14 @@ def shapes_name(config: RunConfig) -> str:
 
 def shapes_of(config: RunConfig) -> str:
     """The model that memory and time are predicted for."""
-    return config.model if config.clock_model == "self" else config.clock_model
+    return config.model if config.clock.model == "self" else config.clock.model
 
 
 def _batch_of(config: RunConfig) -> tuple[int, int, int]:
     """Batch, tokens, bits of a step, as the planner takes them."""
-    tokens = min(config.clock_tokens_per_sample or config.max_tokens, 512)
-    bits = config.fmq_bits if config.method == "fmq" else config.profile_bits
-    return config.batch_size, tokens, min(bits, 8)
+    tokens = min(config.clock.tokens_per_sample or config.training.max_tokens, 512)
+    bits = config.training.fmq_bits if config.method == "fmq" else config.profiling.bits
+    return config.training.batch_size, tokens, min(bits, 8)
 
 
 def what_fits(config: RunConfig, chosen: MemoryPlan) -> tuple[float, float] | None:
@@ -89,8 +89,8 @@ def _cached_memory(
 
 def predict_seconds(config: RunConfig, work: Work, device: catalogue.Device) -> dict[str, float]:
     """Phases of a later round (its profile is a round old), for one participant."""
-    shapes, link = clock.shapes(shapes_of(config)), catalogue.link(config.link)
-    found = clock.phase_seconds(work, shapes, device, link, config.clock_tokens_per_sample)
+    shapes, link = clock.shapes(shapes_of(config)), catalogue.link(config.clock.link)
+    found = clock.phase_seconds(work, shapes, device, link, config.clock.tokens_per_sample)
     return {phase: seconds for phase, seconds in found.items() if seconds}
 
 
@@ -124,11 +124,11 @@ def expected_work(
         row[list(plan.dropped)] = True
     reached = frequency.masked_fill(dropped, 0.0)
     routed = work.train_tokens * top_k_sum
-    samples = config.profile_batches * config.batch_size
+    samples = config.profiling.batches * config.training.batch_size
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
     passes = flux.forward_passes(keys, len(frequency), config) if method == "flux" else 0.0
-    if passes > 1 and config.explore_by == "probes":
-        passes = 1 + (passes - 1) * roles.num_probed(config.assignment, len(keys), config.probe_limit) / len(keys)
+    if passes > 1 and config.roles.explore_by == "probes":
+        passes = 1 + (passes - 1) * roles.num_probed(config.roles.assignment, len(keys), config.roles.probe_limit) / len(keys)
     return replace(
         work,
         num_tuned=num_tuned,
@@ -139,22 +139,22 @@ def expected_work(
         tuned_tokens=round(routed * float(reached[exploit].sum() / reached.sum())),
         profile_samples=samples,
         profile_tokens=round(samples * tokens_per_sample),
-        profile_bits=config.profile_bits,
+        profile_bits=config.profiling.bits,
         num_quantized=total,
-        probe_samples=round(passes * config.batch_size),
-        probe_tokens=round(passes * config.batch_size * tokens_per_sample),
-        num_downloaded=math.ceil(total * (1 - (1 - num_tuned / total) ** config.participants)),
+        probe_samples=round(passes * config.training.batch_size),
+        probe_tokens=round(passes * config.training.batch_size * tokens_per_sample),
+        num_downloaded=math.ceil(total * (1 - (1 - num_tuned / total) ** config.federation.participants)),
         num_uploaded=num_tuned,
-        download_bits=bits_per_weight(config.downlink_wire),
-        upload_bits=bits_per_weight(config.uplink_wire),
+        download_bits=bits_per_weight(config.wire.downlink),
+        upload_bits=bits_per_weight(config.wire.uplink),
     )
 
 
 def _training(config: RunConfig, tokens_per_sample: float, num_experts: int) -> Work:
-    samples = config.local_steps * config.batch_size
+    samples = config.training.local_steps * config.training.batch_size
     return Work(
         num_experts=num_experts,
-        train_steps=config.local_steps,
+        train_steps=config.training.local_steps,
         train_samples=samples,
         train_tokens=round(samples * tokens_per_sample),
     )
@@ -163,16 +163,16 @@ def _training(config: RunConfig, tokens_per_sample: float, num_experts: int) -> 
 def _tuning_everything(config: RunConfig, method: str, work: Work) -> Work:
     """The account of FMD and FMQ, and of any other budget that is everything."""
     total = work.num_experts
-    down, up = bits_per_weight(config.downlink_wire), bits_per_weight(config.uplink_wire)
+    down, up = bits_per_weight(config.wire.downlink), bits_per_weight(config.wire.uplink)
     work = replace(work, num_tuned=total, num_downloaded=total, num_uploaded=total, offloaded=method in ("fmd", "fmq"))
-    if method != "fmq" or config.fmq_bits == 16:
+    if method != "fmq" or config.training.fmq_bits == 16:
         return replace(work, download_bits=down, upload_bits=up)
-    travelling = config.fmq_bits + fmq.SCALE_BITS
+    travelling = config.training.fmq_bits + fmq.SCALE_BITS
     return replace(
         work,
         num_quantized=total,
-        profile_bits=config.fmq_bits,
-        weight_bits=config.fmq_bits,
+        profile_bits=config.training.fmq_bits,
+        weight_bits=config.training.fmq_bits,
         download_bits=min(travelling, down),
         upload_bits=min(travelling, up),
     )

@@ -35,7 +35,7 @@ class RunMonitor:
         """Take one new row of ``rounds``."""
         self.rows.append(dict(row))
         print(describe_round(row), flush=True)
-        last = row["round"] >= self.config.rounds
+        last = row["round"] >= self.config.federation.rounds
         due = time.monotonic() - self._drawn_at >= REDRAW_S and not os.environ.get(HEADLESS)
         if in_notebook() and (last or due):
             self._draw()

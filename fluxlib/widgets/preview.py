@@ -71,7 +71,7 @@ class Preview:
     def _what_fits(self) -> str:
         found = what_fits(self.config, self.memory[self.config.method])
         if found is None or not found[0]:
-            return f"With batches of {self.config.batch_size} no budget does: take another device or method."
+            return f"With batches of {self.config.training.batch_size} no budget does: take another device or method."
         merged = f" with merge_fraction {found[1]:.2f}" if found[1] else ""
         return f"About tune_fraction {found[0]:.2f}{merged} would."
 
@@ -102,7 +102,7 @@ class Preview:
         space = {name: _gib_by_kind(plan) for name, plan in self.memory.items()}
         notes = (
             f"{Path(self.config.model).name}, {self.config.task}, participant {self.participant}, plan of round 1",
-            f"memory and time: sized as {shapes_name(self.config)} on {self.device.title} over {self.config.link}, "
+            f"memory and time: sized as {shapes_name(self.config)} on {self.device.title} over {self.config.clock.link}, "
             "last round",
         )
         limit = self.device.memory_bytes / 2**30
@@ -128,14 +128,14 @@ def preview(config: RunConfig, participant: int = 0) -> Preview:
         ConfigError: an impossible name, budget or participant; the message says what is allowed.
     """
     check(config)
-    if not 0 <= participant < config.participants:
-        raise ConfigError(f"participant is {participant}, allowed is 0 to {config.participants - 1}")
+    if not 0 <= participant < config.federation.participants:
+        raise ConfigError(f"participant is {participant}, allowed is 0 to {config.federation.participants - 1}")
     known, num_tokens = _profile(config, participant)
     budget = make_budgets(config, *known.frequency.shape)[participant]
     plans, assigned = _plan(config, known, budget, 1)
     explores = methods.get(config.method).explores
-    late = _plan(config, known, budget, config.rounds) if explores and config.rounds > 1 else (plans, assigned)
-    device = catalogue.fleet(config.fleet, config.participants)[participant]
+    late = _plan(config, known, budget, config.federation.rounds) if explores and config.federation.rounds > 1 else (plans, assigned)
+    device = catalogue.fleet(config.clock.fleet, config.federation.participants)[participant]
     compared = list(dict.fromkeys((config.method, "fmd")))
     top_k_sum = sum(layer.top_k for layer in layers.find(_model(config.model)[0]))
     works = {
@@ -150,14 +150,14 @@ def preview(config: RunConfig, participant: int = 0) -> Preview:
         budget,
         device,
         {name: predict_memory(config, name, budget, known, device) for name in compared if name in memory.METHODS},
-        _epsilon(config, config.rounds) if explores else 1.0,
+        _epsilon(config, config.federation.rounds) if explores else 1.0,
         works,
         {name: predict_seconds(config, work, device) for name, work in works.items()},
     )
 
 
 def _epsilon(config: RunConfig, round_number: int) -> float:
-    return roles.epsilon_schedule(round_number - 1, config.rounds, config.epsilon)
+    return roles.epsilon_schedule(round_number - 1, config.federation.rounds, config.roles.epsilon)
 
 
 def _plan(
@@ -205,8 +205,8 @@ def _cached_profile(values: tuple[Any, ...], participant: int) -> tuple[profilin
     task, parts = load_task(config)
     examples = [task.train[index] for index in parts[participant][:MAX_SAMPLES]]
     try:
-        batch = make_batch(examples, tokenizer, config.max_tokens)
+        batch = make_batch(examples, tokenizer, config.training.max_tokens)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    found = profiling.profile(model, [batch], bits=config.profile_bits)
+    found = profiling.profile(model, [batch], bits=config.profiling.bits)
     return found, found.num_tokens / len(examples)

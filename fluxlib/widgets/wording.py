@@ -86,7 +86,7 @@ def status(run: BackgroundRun) -> str:
 
 def _round_line(run: BackgroundRun) -> str:
     row = run.rows[-1]
-    said = [f"<b>round {row['round']}</b> of {run.config.rounds}"]
+    said = [f"<b>round {row['round']}</b> of {run.config.federation.rounds}"]
     if row["metric"] == row["metric"]:
         said.append(f"{style.METRICS.get(row['metric_name'], 'score')} {row['metric']:.3f}, loss {row['loss']:.3f}")
     said.append(f"{row['wall_s']:.1f} s here, {seconds(row['device_s'])} s on the device clock")
@@ -100,4 +100,4 @@ def _remaining(run: BackgroundRun) -> str:
     if not done or run.state != "running":
         return "" if run.state == "running" else "after this round."
     each = sum(row["round_wall_s"] + row["evaluate_wall_s"] for row in done) / len(done)
-    return f"about {each * (run.config.rounds - done[-1]['round']):.0f} s left."
+    return f"about {each * (run.config.federation.rounds - done[-1]['round']):.0f} s left."

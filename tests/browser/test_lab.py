@@ -19,7 +19,7 @@ TIMEOUT_S = 600
 ROUNDS = 40
 """More than are done before a page is closed and opened again: no test waits for the last one."""
 
-SMALL = {"task_size": 400, "local_steps": 1, "eval_samples": 16, "batch_size": 8}
+SMALL = {"data.task_size": 400, "training.local_steps": 1, "evaluation.samples": 16, "training.batch_size": 8}
 
 
 NUMBERED = """() => {

@@ -91,7 +91,7 @@ def train(
         utilities=torch.where(measured, utilities, torch.nan),
         tokens=tokens,
         loss=float(utilities.mean()),
-        num_samples=len(data.train) * config.batch_size,
+        num_samples=len(data.train) * config.training.batch_size,
         work=Work(assigned.exploit.numel(), num_tuned=len(deltas), train_steps=1, train_samples=2, train_tokens=20),
         phases_s={"train": 0.001},
     )
@@ -114,9 +114,9 @@ def fake_methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def make_config(model_folder: Path) -> Callable[..., RunConfig]:
     def make(**changes: Any) -> RunConfig:
         small = {
-            "method": "fake", "model": str(model_folder), "task": "mini-piqa", "task_size": 60, "rounds": 3,
-            "participants": 3, "local_steps": 1, "batch_size": 2, "max_tokens": 200, "eval_samples": 4,
-            "tune_fraction": 0.5, "merge_fraction": 0.25, "profile_batches": 1,
+            "method": "fake", "model": str(model_folder), "task": "mini-piqa", "data.task_size": 60, "federation.rounds": 3,
+            "federation.participants": 3, "training.local_steps": 1, "training.batch_size": 2, "training.max_tokens": 200, "evaluation.samples": 4,
+            "budget.tune_frac": 0.5, "budget.merge_frac": 0.25, "profiling.batches": 1,
         }  # fmt: skip
         return RunConfig(**(small | changes))
 

@@ -38,10 +38,10 @@ def test_everything_tuned_needs_no_slots() -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("tune_fraction", {"tune_fraction": 0.03}),
-        ("tune_fraction", {"tune_fraction": 0.08, "budget_spread": 0.5}),
-        ("merge_fraction", {"merge_fraction": 0.01}),
-        ("merge_fraction", {"merge_fraction": 0.1, "budget_spread": 0.6}),
+        ("tune_fraction", {"budget.tune_frac": 0.03}),
+        ("tune_fraction", {"budget.tune_frac": 0.08, "budget_spread": 0.5}),
+        ("merge_fraction", {"budget.merge_frac": 0.01}),
+        ("merge_fraction", {"budget.merge_frac": 0.1, "budget_spread": 0.6}),
     ],
 )
 def test_too_little_is_refused_with_the_least_that_is_allowed(name: str, changes: dict[str, Any]) -> None:

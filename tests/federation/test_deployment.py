@@ -35,9 +35,9 @@ PACE: dict[str, float] = {"round_s": 10.0}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> RunConfig:
     return RunConfig(
-        method="flux", model=str(model_folder), task="mini-piqa", task_size=60, rounds=2, participants=3, local_steps=1,
-        batch_size=2, max_tokens=200, eval_samples=4, tune_fraction=0.5, merge_fraction=0.25, profile_batches=1,
-        engine="deployment", join_timeout_s=120.0, min_replies_frac=0.3, fleet="mixed",
+        method="flux", model=str(model_folder), task="mini-piqa", data__task_size=60, federation__rounds=2, federation__participants=3, training__local_steps=1,
+        training__batch_size=2, training__max_tokens=200, evaluation__samples=4, budget__tune_frac=0.5, budget__merge_frac=0.25, profiling__batches=1,
+        engine="deployment", federation__join_timeout_s=120.0, federation__min_replies_frac=0.3, clock__fleet="mixed",
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, base: RunConfig) -> Iterator
 
 
 def local(config: RunConfig) -> federation.RunResult:
-    return federation.run(config.model_copy(update={"engine": "local"}))
+    return federation.run(config.updated({"engine": "local"}))
 
 
 def numbers(frame: pd.DataFrame) -> pd.DataFrame:
@@ -101,7 +101,7 @@ def test_a_killed_server_app_goes_on_after_its_last_complete_round(
     base: RunConfig, nodes: LocalFederation, tmp_path: Path
 ) -> None:
     """Nothing is lost: participants kept their state on disk, the server its checkpoint. The result is the same."""
-    config = base.model_copy(update={"rounds": 3})  # the seed decides who holds what, which lies in folders
+    config = base.updated({"federation.rounds": 3})  # the seed decides who holds what, which lies in folders
     engine.submit(config, tmp_path, nodes.home, CONNECTION)
     path = tmp_path / "checkpoints" / config.run_id / "manifest.json"
     wait_for(lambda: path.is_file() and json.loads(path.read_text())["round"] >= 1)
@@ -135,7 +135,7 @@ def test_a_killed_node_and_one_that_hangs_cost_their_replies(
     base: RunConfig, nodes: LocalFederation, tmp_path: Path
 ) -> None:
     """``kill -9`` and ``kill -STOP`` in the middle of the run; the third participant's reply is all that is left."""
-    config = base.model_copy(update={"round_timeout_s": 15 + 3 * PACE["round_s"], "seed": 1})
+    config = base.updated({"federation.round_timeout_s": 15 + 3 * PACE["round_s"], "seed": 1})
 
     def strike(row: dict[str, Any]) -> None:
         if row["round"] == 1:

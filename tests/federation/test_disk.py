@@ -106,7 +106,7 @@ def run(config: RunConfig, app: ClientApp | None = None, **node: Any) -> RunResu
     results: list[RunResult] = []
     server = server_app.make_app(config, Options(), results.append)
     participant.forget_workspace()
-    with LocalGrid(app or client_app.app, config.participants, node_config=lambda _: node).identity() as grid:
+    with LocalGrid(app or client_app.app, config.federation.participants, node_config=lambda _: node).identity() as grid:
         server(grid, Context(1, 0, {}, RecordDict(), {}))
     return results[0]
 
@@ -131,15 +131,15 @@ def restarting(after_round: int, damage: Callable[[Path], Any] | None = None, fo
 
 def same(one: RunResult, other: RunResult, *columns: str) -> None:
     for name in ("metric", "loss", "train_loss", "uplink_bytes", *columns):
-        assert one.rounds[name].tolist()[1:] == other.rounds[name].tolist()[1:], name
+        assert one.federation.rounds[name].tolist()[1:] == other.rounds[name].tolist()[1:], name
     for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 KINDS: dict[str, dict[str, Any]] = {
     "exact": {},
-    "coded": {"uplink_wire": "int8", "merged_downlink": "4bit"},
-    "merged": {"merged_downlink": "server"},
+    "coded": {"wire.uplink": "int8", "wire.merged": "4bit"},
+    "merged": {"wire.merged": "server"},
 }
 
 
@@ -157,13 +157,13 @@ def test_a_damaged_disk_costs_a_full_download(make_config: Make, tmp_path: Path)
     found = run(config, restarting(2, DAMAGE["bit"], tmp_path), **{disk.STATE_DIR: str(tmp_path)})
     plain = run(config)
     assert (found.participants["rejected"] == "").all()
-    assert found.rounds["downlink_bytes"].iloc[3] > plain.rounds["downlink_bytes"].iloc[3]
+    assert found.rounds["downlink_bytes"].iloc[3] > plain.federation.rounds["downlink_bytes"].iloc[3]
 
 
 def test_another_run_on_the_same_disk_starts_from_the_base(make_config: Make, tmp_path: Path) -> None:
     folder = {disk.STATE_DIR: str(tmp_path)}
     run(make_config(method="flux", seed=1), **folder)
-    config = make_config(method="flux", uplink_wire="int8")
+    config = make_config(method="flux", wire__uplink="int8")
     run(config, **folder)
     same(run(config, **folder), run(config))
 
@@ -189,7 +189,7 @@ def test_a_profile_after_the_reply_gives_the_same_numbers(
 
 
 def test_a_real_process_profiles_while_the_others_work(make_config: Make, tmp_path: Path) -> None:
-    config = make_config(method="flux", participants=2, rounds=2)
+    config = make_config(method="flux", federation__participants=2, federation__rounds=2)
     node = {disk.STATE_DIR: str(tmp_path), later.BACKGROUND: True}
     same(run(config, **node), run(config), "downlink_bytes", "device_s")
     logs = [path.read_text() for path in tmp_path.glob("participant-*/later.log")]

@@ -44,7 +44,7 @@ Make = Callable[..., RunConfig]
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_simulation_gives_the_same_tables(make_config: Make) -> None:
-    small = {"method": "flux", "rounds": 2, "local_steps": 1}
+    small = {"method": "flux", "federation.rounds": 2, "training.local_steps": 1}
     one = federation.run(make_config(engine="local", **small))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Ray's own files and processes
@@ -78,12 +78,12 @@ def test_flowers_bundle_names_the_apps_and_runs_what_is_installed() -> None:
         "serverapp": "fluxlib.federation.server_app:app", "clientapp": "fluxlib.federation.client_app:app",
     }  # fmt: skip
     config, out = from_run_config(app["config"])
-    assert (config.engine, config.participants, out) == ("simulation", 2, REPO_ROOT / "build/runs")
+    assert (config.engine, config.federation.participants, out) == ("simulation", 2, REPO_ROOT / "build/runs")
 
 
 def test_settings_of_flowers_run_configuration_win() -> None:
     config, _ = from_run_config({"rounds": 3, "settings": "{rounds: 5, alpha: 0.1}"})
-    assert (config.rounds, config.alpha) == (5, 0.1)
+    assert (config.federation.rounds, config.data.alpha) == (5, 0.1)
     with pytest.raises(ConfigError, match="settings is 'alpha', allowed is a mapping"):
         from_run_config({"settings": "alpha"})
 
@@ -142,7 +142,7 @@ def test_what_hangs_or_fails_leaves_the_state_of_its_node(
     context = Context(1, 2, {"partition-id": 0}, RecordDict(), {})
     with federation.LocalGrid(client_app.app, 1).identity():
         with pytest.raises(TimeoutError, match="longer than the 0.05 s"):
-            client_app.app(request(make_config(round_timeout_s=0.05), store), context)
+            client_app.app(request(make_config(federation__round_timeout_s=0.05), store), context)
         assert "half" not in context.state
         client_app.app(request(make_config(), store), context)
     assert "half" in context.state
@@ -153,7 +153,7 @@ def test_a_round_that_is_asked_for_again_gives_the_same_reply(
     make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
 ) -> None:
     """As after the server was killed: its participants have done the round, and kept what came of it on their disks."""
-    config = make_config(method=method, rounds=3, uplink_wire="int8")
+    config = make_config(method=method, federation__rounds=3, wire__uplink="int8")
     once = federation.run(config)
 
     class Twice(federation.LocalGrid):
@@ -166,7 +166,7 @@ def test_a_round_that_is_asked_for_again_gives_the_same_reply(
             return super()._work(message, stored)
 
     monkeypatch.setattr(importlib.import_module("fluxlib.federation.run"), "LocalGrid", Twice)
-    federation.run(config.model_copy(update={"seed": 1}))  # what is left on the disks is of another run first
+    federation.run(config.updated({"seed": 1}))  # what is left on the disks is of another run first
     for _ in range(2):  # then of this one
         twice = federation.run(config)
     for a, b in zip(once.model.parameters(), twice.model.parameters(), strict=True):
@@ -230,10 +230,10 @@ def test_a_device_that_a_participant_names_is_the_one_in_the_tables(
             )
 
     monkeypatch.setattr(engines, "LocalGrid", Grid)
-    result = federation.run(make_config(participants=2, rounds=1))
+    result = federation.run(make_config(federation__participants=2, federation__rounds=1))
     assert result.participants["device"].tolist() == ["l20", "rtx-3060"]
     with pytest.raises(federation.RunFailed, match="device is 'toaster', allowed are l20"):
-        federation.run(make_config(participants=3, rounds=1))
+        federation.run(make_config(federation__participants=3, federation__rounds=1))
 
 
 # Every message, whatever carries it.
@@ -252,7 +252,7 @@ def test_nothing_of_a_participants_samples_is_in_any_message(
 
     work = federation.LocalGrid._work
     monkeypatch.setattr(federation.LocalGrid, "_work", watched)
-    config = make_config(method="flux", rounds=2)
+    config = make_config(method="flux", federation__rounds=2)
     federation.run(config)
     task, parts = participant.load_task(config)
     samples = [task.train[index] for part in parts for index in part]
@@ -335,7 +335,7 @@ def test_a_second_deployment_run_leaves_the_first_ones_files_alone(
 
 
 def test_a_server_that_is_refused_does_not_end_the_run_that_is_there(make_config: Make, tmp_path: Path) -> None:
-    config = make_config(rounds=1)
+    config = make_config(federation__rounds=1)
     with lock.hold(tmp_path, config.run_id), pytest.raises(ConfigError, match=f"running {config.run_id}"):
         server_app.serve_alone(LocalGrid(client_app.app, 3), config, tmp_path)
     assert progress.over(tmp_path, config.run_id) is None

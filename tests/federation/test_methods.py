@@ -12,7 +12,7 @@ from fluxlib.config import RunConfig
 from fluxlib.federation import local_grid, state
 from fluxlib.federation.local_grid import LocalGrid
 
-SMALL = {"local_steps": 2, "batch_size": 2, "rounds": 2, "tune_fraction": 0.5, "merge_fraction": 0.25}
+SMALL = {"training.local_steps": 2, "training.batch_size": 2, "federation.rounds": 2, "budget.tune_frac": 0.5, "budget.merge_frac": 0.25}
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,11 @@ def test_every_method_runs_and_nothing_is_refused(
 ) -> None:
     config = make_config(method=method, **SMALL)
     first, again = federation.run(config), federation.run(config)
-    assert (first.participants["rejected"] == "").all()
-    assert first.participants["num_tuned"].tolist() == tuned  # epsilon 0.3, then 0.8, of a budget of 4
-    assert first.participants["num_explored"].tolist() == explored
-    assert (first.rounds["round_device_s"].iloc[1:] > 0).all()
-    assert first.rounds["epsilon"].iloc[1:].isna().all() == (method != "flux")
+    assert (first.federation.participants["rejected"] == "").all()
+    assert first.federation.participants["num_tuned"].tolist() == tuned  # epsilon 0.3, then 0.8, of a budget of 4
+    assert first.federation.participants["num_explored"].tolist() == explored
+    assert (first.federation.rounds["round_device_s"].iloc[1:] > 0).all()
+    assert first.federation.rounds["epsilon"].iloc[1:].isna().all() == (method != "flux")
     for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -53,7 +53,7 @@ def train(model: Any, known: profiling.Profile, roles: Roles, data: LocalData, c
 def test_the_same_update_as_from_merging_oneself(
     tiny: Any, changed: ExpertStore, data: LocalData, make_config: Make, align: bool
 ) -> None:
-    config = make_config(method="flux", merged_downlink="server", align_neurons=align)
+    config = make_config(method="flux", wire__merged="server", merging__align_neurons=align)
     full, compact = tiny.build_model(), Workspace(tiny.build_model(), None)
     full.load_state_dict(changed.model.state_dict())
     known = profiling.profile(tiny.build_model(), data.profile)
@@ -116,14 +116,14 @@ def test_an_old_copy_stays_until_the_expert_is_needed(tiny: Any, changed: Expert
 
 
 def test_two_rounds_give_the_same_model_and_later_ones_fewer_bytes(make_config: Make) -> None:
-    few = {"method": "flux", "tune_fraction": 0.25, "epsilon": 1.0, "participants": 4}
-    one, other = (federation.run(make_config(rounds=2, merged_downlink=kind, **few)) for kind in ("exact", "server"))
+    few = {"method": "flux", "budget.tune_frac": 0.25, "roles.epsilon": 1.0, "federation.participants": 4}
+    one, other = (federation.run(make_config(federation__rounds=2, wire__merged=kind, **few)) for kind in ("exact", "server"))
     assert same_weights(one.model, other.model)  # the second round's profile is of the base model in both
-    assert other.rounds["downlink_bytes"].sum() < one.rounds["downlink_bytes"].sum()
+    assert other.rounds["downlink_bytes"].sum() < one.federation.rounds["downlink_bytes"].sum()
     assert (other.participants["rejected"] == "").all()
-    assert other.rounds["uplink_bytes"].iloc[1] == one.rounds["uplink_bytes"].iloc[1] + 4 * 2 * 4 * 4
-    assert other.participants["merge_device_s"].sum() < one.participants["merge_device_s"].sum()
-    assert other.rounds["server_device_s"].iloc[2] > one.rounds["server_device_s"].iloc[2]
+    assert other.rounds["uplink_bytes"].iloc[1] == one.federation.rounds["uplink_bytes"].iloc[1] + 4 * 2 * 4 * 4
+    assert other.participants["merge_device_s"].sum() < one.federation.participants["merge_device_s"].sum()
+    assert other.rounds["server_device_s"].iloc[2] > one.federation.rounds["server_device_s"].iloc[2]
 
 
 def test_who_sends_no_good_profile_gets_all_experts(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_who_sends_no_good_profile_gets_all_experts(make_config: Make, monkeypat
         return {"attention": -known.attention}
 
     monkeypatch.setattr(premerged, "importance", broken)
-    result = federation.run(make_config(method="flux", merged_downlink="server"))
+    result = federation.run(make_config(method="flux", wire__merged="server"))
     assert (result.participants["rejected"] == "").all() and (result.participants["merge_device_s"] > 0).all()
     assert result.rounds["downlink_bytes"].sum() > 0
 
@@ -150,7 +150,7 @@ def test_only_the_tables_that_a_plan_needs_leave_and_by_default_none(
     monkeypatch.setattr(LocalGrid, "_deliver", watch)
     for kind, asked in (("exact", 3), ("server", 9)):
         sent.clear()
-        federation.run(make_config(method="flux", merged_downlink=kind))
+        federation.run(make_config(method="flux", wire__merged=kind))
         profiles = [reply.content for _, reply in sent if "frequency" in reply.content["config"]]
         assert len(profiles) == asked
         for content in profiles:
@@ -163,11 +163,11 @@ def test_only_the_tables_that_a_plan_needs_leave_and_by_default_none(
 @pytest.mark.parametrize("method", ["fmd", "fmq", "fmes"])
 def test_methods_that_merge_nothing_are_refused(make_config: Make, method: str) -> None:
     with pytest.raises(ConfigError, match=f"method is '{method}', allowed with merged_downlink 'server' is flux"):
-        federation.run(make_config(method=method, merged_downlink="server"))
+        federation.run(make_config(method=method, wire__merged="server"))
 
 
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ConfigError, match="stale_profile is False"):
-        checked_config({"merged_downlink": "server", "stale_profile": False})
+        checked_config({"wire.merged": "server", "profiling.stale": False})
     with pytest.raises(ConfigError, match="withhold_reports is True"):
-        checked_config({"merged_downlink": "server", "withhold_reports": True, "assignment": "random"})
+        checked_config({"wire.merged": "server", "privacy.withhold_reports": True, "roles.assignment": "random"})

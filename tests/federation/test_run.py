@@ -106,7 +106,7 @@ def test_a_profiling_method_learns_first_utilities(make_config: Make) -> None:
 
 
 def test_some_participants_take_part_each_round(make_config: Make) -> None:
-    config = make_config(participants=6, participants_per_round=2, rounds=5, method="fake-profiling")
+    config = make_config(federation__participants=6, federation__participants_per_round=2, federation__rounds=5, method="fake-profiling")
     result = federation.run(config)
     seen = result.participants.groupby("round")["participant"].apply(list)
     for number, found in seen.items():
@@ -118,7 +118,7 @@ def test_some_participants_take_part_each_round(make_config: Make) -> None:
 
 
 def test_evaluation_is_skipped_between_and_never_at_the_end(make_config: Make) -> None:
-    rounds = federation.run(make_config(rounds=5, eval_every=3)).rounds
+    rounds = federation.run(make_config(federation__rounds=5, evaluation__every=3)).rounds
     assert rounds["metric"].notna().tolist() == [True, False, False, True, False, True]
 
 
@@ -132,7 +132,7 @@ def test_returning_true_stops_and_the_run_goes_on_later(make_config: Make, tmp_p
 
 def test_half_precision_on_the_wire_halves_the_bytes(make_config: Make) -> None:
     full = federation.run(make_config())
-    half = federation.run(make_config(uplink_wire="bfloat16", downlink_wire="bfloat16"))
+    half = federation.run(make_config(wire__uplink="bfloat16", wire__downlink="bfloat16"))
     assert (half.rounds["uplink_bytes"] * 2 == full.rounds["uplink_bytes"]).all()
     assert (half.rounds["downlink_bytes"] * 2 == full.rounds["downlink_bytes"]).all()
     assert (half.participants["rejected"] == "").all()
@@ -149,9 +149,9 @@ def test_half_precision_on_the_wire_halves_the_bytes(make_config: Make) -> None:
         ({"model": "gpt-9"}, "gpt-9"),
         ({"fleet": "toasters"}, "toasters"),
         ({"link": "pigeon"}, "pigeon"),
-        ({"clock_model": "gpt-9"}, "gpt-9"),
-        ({"tune_fraction": 0.1}, "tune_fraction is 0.1, allowed is at least 0.25"),
-        ({"merge_fraction": 0.0}, "merge_fraction is 0, allowed is at least 0.25"),
+        ({"clock.model": "gpt-9"}, "gpt-9"),
+        ({"budget.tune_frac": 0.1}, "tune_fraction is 0.1, allowed is at least 0.25"),
+        ({"budget.merge_frac": 0.0}, "merge_fraction is 0, allowed is at least 0.25"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(make_config: Make, changes: dict[str, Any], message: str) -> None:
@@ -175,7 +175,7 @@ def test_a_damaged_base_model_is_refused_by_name(make_config: Make, tmp_path: Pa
 
 def test_flowers_run_configuration_uses_hyphens_and_empty_texts() -> None:
     config, out = from_run_config({"method": "fmd", "eval-every": 2, "task-size": "", "out": "results"})
-    assert (config.method, config.eval_every, config.task_size, out) == ("fmd", 2, None, REPO_ROOT / "results")
+    assert (config.method, config.evaluation.every, config.data.task_size, out) == ("fmd", 2, None, REPO_ROOT / "results")
     with pytest.raises(ConfigError, match="unknown parameter 'colour'"):
         from_run_config({"colour": "blue"})
 
@@ -233,7 +233,7 @@ def test_a_bad_reply_is_named_counted_and_left_out(
         return fault(request, reply, context) if bad else reply
 
     monkeypatch.setattr(client_app, "app", wrapped(sometimes))
-    result = federation.run(make_config(participants=4, min_replies_frac=0.75))
+    result = federation.run(make_config(federation__participants=4, federation__min_replies_frac=0.75))
     refused = result.participants.query("rejected != ''")
     assert refused[["round", "participant", "rejected"]].values.tolist() == [[2, 1, reason]]
     assert result.rounds["num_rejected"].tolist() == [0, 0, 1, 0]
@@ -280,7 +280,7 @@ def test_a_late_participant_is_missing(make_config: Make, monkeypatch: pytest.Mo
         return reply
 
     monkeypatch.setattr(client_app, "app", wrapped(slow))
-    result = federation.run(make_config(rounds=1, round_timeout_s=2.0))
+    result = federation.run(make_config(federation__rounds=1, federation__round_timeout_s=2.0))
     assert result.participants["rejected"].tolist() == ["", "missing", ""]
 
 
@@ -344,7 +344,7 @@ def test_one_participant_tunes_alone_and_its_change_comes_back_exactly(
         return reply
 
     monkeypatch.setattr(client_app, "app", wrapped(keep))
-    result = federation.run(make_config(participants=1, rounds=1))
+    result = federation.run(make_config(federation__participants=1, federation__rounds=1))
     base, tuned = ExpertStore(tiny.build_model()), ExpertStore(result.model)
     for key in base.keys:
         for name, tensor in base.tensors(key).items():

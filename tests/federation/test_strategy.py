@@ -25,12 +25,12 @@ Make = Callable[..., RunConfig]
 
 @pytest.fixture
 def config(make_config: Make) -> RunConfig:
-    return make_config(rounds=2)
+    return make_config(federation__rounds=2)
 
 
 @pytest.fixture
 def grid(config: RunConfig) -> Iterator[LocalGrid]:
-    with LocalGrid(client_app.app, config.participants).identity() as found:
+    with LocalGrid(client_app.app, config.federation.participants).identity() as found:
         yield found
 
 
@@ -113,15 +113,15 @@ def test_the_server_holds_one_reply_at_a_time(strategy: FluxStrategy, grid: Loca
 def test_the_server_takes_a_step_of_its_own_size(
     config: RunConfig, store: ExpertStore, grid: LocalGrid, aggregation: str, rate: float
 ) -> None:
-    changes = {"server_learning_rate": rate, "aggregation": aggregation, "tune_fraction": 0.25}
-    config = config.model_copy(update=changes)
+    changes = {"server_learning_rate": rate, "aggregation.rule": aggregation, "budget.tune_frac": 0.25}
+    config = config.updated(changes)
     strategy = FluxStrategy(config, methods.get("fake"), store, make_budgets(config, *store.shape))
     strategy.roster.enrol(join(grid, config, store))
     before = {key: {name: t.clone() for name, t in store.tensors(key).items()} for key in store.keys}
     messages = list(strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid))
     sent = next(grid.send_and_receive(messages[:1]))
-    told = TrainReport.from_records(sent.content, config.uplink_wire).update.deltas
-    strategy.config = config.model_copy(update={"min_replies_frac": 0.1})
+    told = TrainReport.from_records(sent.content, config.wire.uplink).update.deltas
+    strategy.config = config.updated({"federation.min_replies_frac": 0.1})
     strategy.aggregate_train(1, [sent])
     assert 0 < len(told) < len(store.keys)
     for key in store.keys:
@@ -132,11 +132,11 @@ def test_the_server_takes_a_step_of_its_own_size(
 
 @pytest.mark.parametrize(
     "options",
-    [{"clip_norm": 0.1, "noise_multiplier": 0.5}, {"downlink_wire": "int8"}, {"merged_downlink": "4bit"}],
+    [{"privacy.clip_norm": 0.1, "privacy.noise_multiplier": 0.5}, {"wire.downlink": "int8"}, {"wire.merged": "4bit"}],
 )
 def test_a_step_of_another_size_reaches_every_participant(make_config: Make, options: dict[str, Any]) -> None:
-    runs = [federation.run(make_config(rounds=3, server_learning_rate=rate, **options)) for rate in (1.0, 0.5)]
-    assert all((run.participants["rejected"] == "").all() for run in runs)
+    runs = [federation.run(make_config(federation__rounds=3, server_learning_rate=rate, **options)) for rate in (1.0, 0.5)]
+    assert all((run.federation.participants["rejected"] == "").all() for run in runs)
     assert runs[0].rounds["loss"].tolist() != runs[1].rounds["loss"].tolist()
 
 

@@ -13,7 +13,7 @@ from fluxlib.figures import quality
 def run(method: str, scores: list[float], round_s: float, seed: int = 0, task: str = "t") -> pd.DataFrame:
     """One score per round from round 0, every round ``round_s`` long."""
     fixed = {"run_id": f"{method}{seed}", "model": "m", "task": task, "method": method, "seed": seed}
-    fixed |= {"clock_model": "m", "link": "1gbps"}
+    fixed |= {"clock.model": "m", "clock.link": "1gbps"}
     rows = [{"round": n, "metric": score, "device_s": n * round_s} for n, score in enumerate(scores)]
     return pd.DataFrame([fixed | row for row in rows])
 

@@ -16,7 +16,7 @@ QUESTIONS = {"participants": ["", "many"], "alpha": [""], "budget": ["", "big"]}
 
 def run(method: str, variant: str, scores: list[float], round_s: float, **settings: float) -> pd.DataFrame:
     """A run with one score per round from round 0, every round ``round_s`` long, 3 MB sent in each."""
-    fixed = {"participants": 10, "participants_per_round": 10, "alpha": 0.5, "tune_fraction": 0.25} | settings
+    fixed = {"federation.participants": 10, "federation.participants_per_round": 10, "data.alpha": 0.5, "budget.tune_frac": 0.25} | settings
     fixed |= {
         "run_id": f"{method}-{variant}",
         "model": "m",
@@ -58,7 +58,7 @@ def test_each_setting_has_the_target_of_its_own_federation():
 
 def test_a_target_that_was_missed_took_at_least_the_whole_run():
     worse = pd.concat([ROUNDS[ROUNDS["method"] == "fmd"], run("flux", "", [0.0, 0.1, 0.2], 2.0)])
-    found = scale.outcomes(worse, {"alpha": [""]}).set_index("method").loc["flux"]
+    found = scale.outcomes(worse, {"data.alpha": [""]}).set_index("method").loc["flux"]
     assert math.isnan(found["device_s"]) and found["at_least_s"] == found["end_s"] == 4.0
 
 
@@ -75,7 +75,7 @@ def test_pictures_have_a_row_per_question_and_say_when_there_is_nothing():
 
 def test_settings_come_from_what_is_stored_beside_the_run(tmp_path):
     (tmp_path / "rounds").mkdir()
-    told = dict.fromkeys(study.SETTINGS, 0.5) | {"participants": 7, "participants_per_round": None}
+    told = dict.fromkeys(study.SETTINGS, 0.5) | {"federation.participants": 7, "federation.participants_per_round": None}
     (tmp_path / "rounds" / "a.json").write_text(json.dumps({"parameters": told}))
     found = study.with_settings(pd.DataFrame({"run_id": ["a", "a"], "round": [0, 1]}), tmp_path)
     assert found["participants_per_round"].tolist() == found["participants"].tolist() == [7, 7]
@@ -84,7 +84,7 @@ def test_settings_come_from_what_is_stored_beside_the_run(tmp_path):
 
 
 def test_the_runs_of_a_notebook_are_each_method_and_two_with_one_more():
-    runs = study.small_runs({"participants": 3, "rounds": 1}, ["flux", "fmd", "fmes"])
+    runs = study.small_runs({"federation.participants": 3, "federation.rounds": 1}, ["flux", "fmd", "fmes"])
     assert [(r.method, r.variant, r.participants) for r in runs] == [
         ("flux", "", 3), ("fmd", "", 3), ("fmes", "", 3), ("flux", "participants-4", 4), ("fmd", "participants-4", 4),
     ]  # fmt: skip

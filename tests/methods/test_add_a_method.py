@@ -43,8 +43,8 @@ def test_it_runs_in_a_federation_and_is_drawn(model: nn.Module, tmp_path: Path) 
     model.save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     config = RunConfig(
-        method="average", model=str(tmp_path), task="mini-mmlu", task_size=40, rounds=2, participants=2,
-        local_steps=1, batch_size=2, profile_batches=1, eval_samples=2,
+        method="average", model=str(tmp_path), task="mini-mmlu", data__task_size=40, federation__rounds=2, federation__participants=2,
+        training__local_steps=1, training__batch_size=2, profiling__batches=1, evaluation__samples=2,
     )  # fmt: skip
     result = federation.run(config)
     rounds, participants = result.rounds, result.participants

@@ -21,7 +21,7 @@ EVERYTHING = torch.ones(LAYERS, EXPERTS, dtype=torch.bool)
 
 def train(name: str, model: nn.Module, data: LocalData, **changes: object) -> Update:
     given = Roles(EVERYTHING, ~EVERYTHING)
-    config = CONFIG.model_copy(update=changes)
+    config = CONFIG.updated(changes)
     run = methods.get(name).train
     return run(model, ParticipantState(), given, Budget(16, 16), data, config, 1, seeding.generator(0))[0]
 

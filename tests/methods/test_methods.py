@@ -26,7 +26,7 @@ def assigned(name: str) -> Roles:
 
 
 def train(name: str, model: nn.Module, data: LocalData, **changes: object) -> tuple[Update, ParticipantState, Roles]:
-    config = CONFIG.model_copy(update=changes)
+    config = CONFIG.updated(changes)
     given = assigned(name)
     run = methods.get(name).train
     update, state = run(model, ParticipantState(), given, BUDGET, data, config, 1, seeding.generator(0, "train"))
@@ -100,7 +100,7 @@ class TestFlux:
     @pytest.mark.parametrize("kind", roles.policy.KINDS)
     def test_every_assignment_fills_the_same_budget(self, kind: AssignmentKind) -> None:
         frequency = torch.rand(3, LAYERS, EXPERTS, generator=seeding.generator(0, "frequency"))
-        state, config = roles.RoleState.start(frequency), CONFIG.model_copy(update={"assignment": kind})
+        state, config = roles.RoleState.start(frequency), CONFIG.updated({"roles.assignment": kind})
         found = flux.assign(state, [BUDGET] * 3, 0.5, seeding.generator(0, "assign"), config)
         assert found.exploit.sum(dim=(1, 2)).tolist() == [8] * 3
         assert found.explore.sum(dim=(1, 2)).tolist() == [8] * 3
@@ -109,7 +109,7 @@ class TestFlux:
         state = roles.RoleState.start(torch.linspace(1, 0, LAYERS * EXPERTS).view(1, LAYERS, EXPERTS).repeat(4, 1, 1))
 
         def tuners(**changes: object) -> torch.Tensor:
-            config = CONFIG.model_copy(update=changes)
+            config = CONFIG.updated(changes)
             return flux.assign(state, [BUDGET] * 4, 1.0, seeding.generator(0, "assign"), config).exploit.sum(dim=0)
 
         assert tuners().max() == 4

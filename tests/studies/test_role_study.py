@@ -83,7 +83,7 @@ def test_a_run_is_made_once_and_again_when_its_configuration_changes(
     made: list[tuple[str, int]] = []
 
     def run(config: RunConfig, out: Path) -> None:
-        made.append((config.variant, config.rounds))
+        made.append((config.variant, config.federation.rounds))
         about = out / "rounds" / f"{config.run_id}.json"
         about.parent.mkdir(exist_ok=True)
         about.write_text(json.dumps({"parameters": config.model_dump(mode="json"), "status": "complete"}))
@@ -91,5 +91,5 @@ def test_a_run_is_made_once_and_again_when_its_configuration_changes(
     monkeypatch.setattr(federation, "run", run)
     for rounds in (2, 2, 3):
         changes = {"": {}, "random": {"assignment": "random"}}
-        roles.make_runs(tmp_path, RunConfig(rounds=rounds), [0], changes)
+        roles.make_runs(tmp_path, RunConfig(federation__rounds=rounds), [0], changes)
     assert made == [("", 2), ("random", 2), ("", 3), ("random", 3)]

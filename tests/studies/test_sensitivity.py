@@ -12,15 +12,15 @@ from fluxlib.federation.tables import read_work
 from fluxlib.studies import sensitivity
 from fluxlib.studies.sensitivity import Place
 
-TINY = {"rounds": 3, "participants": 3, "task_size": 200, "local_steps": 1, "batch_size": 4, "eval_samples": 4}
+TINY = {"federation.rounds": 3, "federation.participants": 3, "data.task_size": 200, "training.local_steps": 1, "training.batch_size": 4, "evaluation.samples": 4}
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """Two tiny runs: FLUX on a mixed fleet at real shapes, FMD with its own shapes and counted tokens."""
     folder = tmp_path_factory.mktemp("runs")
-    flux = {"method": "flux", "fleet": "mixed", "clock_model": "llama-moe-3.5b", "clock_tokens_per_sample": 256}
-    for more in (flux, {"method": "fmd", "clock_model": "self", "link": "lte"}):
+    flux = {"method": "flux", "clock.fleet": "mixed", "clock.model": "llama-moe-3.5b", "clock.tokens_per_sample": 256}
+    for more in (flux, {"method": "fmd", "clock.model": "self", "clock.link": "lte"}):
         federation.run(make_config(TINY | more), out=folder)
     return folder, records.read_all("rounds", folder), records.read_all("participants", folder)
 
@@ -45,7 +45,7 @@ def test_with_nothing_changed_every_digit_is_the_stored_one(stored, method):
 
 def test_what_was_named_is_what_a_run_there_would_have_said(stored, tmp_path):
     federation.run(
-        make_config(TINY | {"method": "flux", "fleet": "weak", "link": "lte", "clock_model": "deepseek-moe-16b"}),
+        make_config(TINY | {"method": "flux", "clock.fleet": "weak", "clock.link": "lte", "clock.model": "deepseek-moe-16b"}),
         out=tmp_path,
     )
     there = records.read_all("rounds", tmp_path)

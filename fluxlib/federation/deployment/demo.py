@@ -28,8 +28,8 @@ def run_demo(folder: Path, participants: int, num_rounds: int, method: str) -> N
     """
     config = make_config(
         {
-            "method": method, "task": "mini-mmlu", "rounds": num_rounds, "participants": participants,
-            "eval_samples": 64, "fleet": "mixed", "engine": "deployment", "join_timeout_s": 300.0,
+            "method": method, "task": "mini-mmlu", "federation.rounds": num_rounds, "federation.participants": participants,
+            "evaluation.samples": 64, "clock.fleet": "mixed", "engine": "deployment", "federation.join_timeout_s": 300.0,
         }
     )  # fmt: skip
     check(config)
@@ -58,7 +58,7 @@ def _print(row: Row) -> None:
 
 
 def _summary(config: RunConfig, people: pd.DataFrame, folder: Path) -> str:
-    last = people[people["round"] == config.rounds].to_dict(orient="records")
+    last = people[people["round"] == config.federation.rounds].to_dict(orient="records")
     lines = [
         f"  participant {row['participant']} ({row['device']}): {row['num_samples']} samples, "
         f"sent {row['uplink_bytes']:,} bytes, got {row['downlink_bytes']:,} {row['rejected']}"

@@ -98,7 +98,7 @@ def make_folders(root: Path, config: RunConfig) -> list[Path]:
     run.
     """
     task, parts = load_task(config)
-    fleet = catalogue.fleet(config.fleet, config.participants)
+    fleet = catalogue.fleet(config.clock.fleet, config.federation.participants)
     folders = []
     for number, (part, device) in enumerate(zip(parts, fleet, strict=True)):
         folder = check_writable(root / f"node-{number}")

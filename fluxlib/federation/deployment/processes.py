@@ -146,7 +146,7 @@ class LocalFederation:
     def __init__(self, folder: Path, config: RunConfig, shared: bool = True) -> None:
         self.folder, self.config, self.shared = folder.resolve(), config, shared
         self.home = self.folder / "flwr"
-        self.port, *self.node_ports = free_ports(1 + config.participants)
+        self.port, *self.node_ports = free_ports(1 + config.federation.participants)
         self.node_folders: list[Path] = []
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
