@@ -60,7 +60,7 @@ try:
         steps.check_parameters(NOTEBOOKS / f"{study}.ipynb", parameters)
 except (ConfigError, OSError) as error:
     sys.exit(f"error: config/{NAME}.yaml, studies: {error}")
-EXECUTE = f"{sys.executable} -m fluxlib.cli notebook"
+EXECUTE = f"{sys.executable} -m fluxlib.app.cli notebook"
 WORK = Path.cwd()
 
 

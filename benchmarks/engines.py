@@ -68,7 +68,12 @@ def main() -> None:
             print("simulation: Ray is not installed, left out")
             continue
         config = RunConfig(
-            engine=name, data__task_size=400, federation__participants=participants, federation__rounds=num_rounds, training__local_steps=2, evaluation__samples=32
+            engine=name,
+            data__task_size=400,
+            federation__participants=participants,
+            federation__rounds=num_rounds,
+            training__local_steps=2,
+            evaluation__samples=32,
         )
         row, compared = measure(config)
         reference = compared if reference is None else reference

@@ -30,7 +30,8 @@ from torch import nn
 
 from fluxlib import federation, methods, roles
 from fluxlib.config import RunConfig
-from fluxlib.federation import participant, rounds
+from fluxlib.federation.client import participant
+from fluxlib.federation.server import rounds
 from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
 from fluxlib.tasks.evaluate import Score
 

@@ -41,7 +41,7 @@ RUN_ALL = """async () => {
     window.jupyterapp.commands.execute('notebook:run-all-cells')
 }"""
 SHOWN = "img.widget-image"
-FIRST_FIGURE = ["-m", "fluxlib.cli", "notebook", "notebooks/00_start_here.ipynb", "build/start.ipynb"]
+FIRST_FIGURE = ["-m", "fluxlib.app.cli", "notebook", "notebooks/00_start_here.ipynb", "build/start.ipynb"]
 
 
 class Steps:

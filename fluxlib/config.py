@@ -242,9 +242,7 @@ class RunConfig(_Group):
     def _federation_problem(self) -> str:
         asked, present = self.federation.participants_per_round, self.federation.participants
         if asked is not None and asked > present:
-            return (
-                f"federation.participants_per_round is {asked}, allowed is at most federation.participants={present}"
-            )
+            return f"federation.participants_per_round is {asked}, allowed is at most federation.participants={present}"
         epsilon = self.roles.epsilon
         if isinstance(epsilon, float) and not 0 < epsilon <= 1:
             return f"roles.epsilon is {epsilon}, allowed are 'dynamic', 'paper' and more than 0 up to 1"
@@ -271,9 +269,7 @@ class RunConfig(_Group):
     def _budget_problem(self) -> str:
         total = self.budget.tune_frac + self.budget.merge_frac
         if total > 1 and self.budget.tune_frac < 1:
-            return (
-                f"budget.tune_frac + budget.merge_frac is {total:g}, allowed is at most 1 (more slots than experts)"
-            )
+            return f"budget.tune_frac + budget.merge_frac is {total:g}, allowed is at most 1 (more slots than experts)"
         return ""
 
     @property

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from fluxlib import book
+from fluxlib.app import book
 from fluxlib.config import REPO_ROOT
 
 

@@ -10,14 +10,16 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from fluxlib import claims, cli, figures, pages, records, studies
-from fluxlib.claims import base, lead, measured, stored
-from fluxlib.claims.base import Claim, Tables
-from fluxlib.claims.numbers import shown, shown_interval
-from fluxlib.claims.races import describe
-from fluxlib.claims.table import _row
+from fluxlib import figures, records
+from fluxlib.analysis import claims, studies
+from fluxlib.analysis.claims import base, lead, measured, stored
+from fluxlib.analysis.claims.base import Claim, Tables
+from fluxlib.analysis.claims.numbers import shown, shown_interval
+from fluxlib.analysis.claims.races import describe
+from fluxlib.analysis.claims.table import _row
+from fluxlib.app import cli, pages
 from fluxlib.config import REPO_ROOT
-from fluxlib.metrics import geometric
+from fluxlib.tasks.metrics import geometric
 
 README = REPO_ROOT / "README.md"
 SCORES = {"fmd": (0.2, 0.6, 1.0, 1.0, 1.0), "flux": (0.2, 0.6, 1.0, 1.0, 1.0), "fmq": (0.2, 0.4, 0.3, 0.4, 0.3)}
@@ -280,7 +282,12 @@ def sweep(counts: tuple[int, ...], **more: object) -> tuple[list[pd.DataFrame], 
     for count in counts:
         for method, seed in [(method, seed) for method in ("fmd", "flux") for seed in range(3)]:
             one = run(method, seed, variant=f"p{count}", num_participants=count)
-            parameters[one["run_id"].iloc[0]] = {"federation.participants": count, "federation.rounds": 4, "method": method, **more}
+            parameters[one["run_id"].iloc[0]] = {
+                "federation.participants": count,
+                "federation.rounds": 4,
+                "method": method,
+                **more,
+            }
             runs.append(one)
     return runs, parameters
 
@@ -506,7 +513,10 @@ def write(folder: Path, one: pd.DataFrame, **about: object) -> Path:
 
 def test_a_run_that_went_on_with_other_settings_stands_for_none(tmp_path: Path) -> None:
     alike = {"method": "flux", "task": "mini-dolly", "training.learning_rate": 0.001}
-    stored_with = {"": {"federation.rounds": 4}, "long": {"federation.rounds": 16, "torch_device": "cpu", "variant": "long"}}
+    stored_with = {
+        "": {"federation.rounds": 4},
+        "long": {"federation.rounds": 16, "torch_device": "cpu", "variant": "long"},
+    }
     for seed, rate in ((0, 0.001), (1, 0.003)):
         for variant, more in stored_with.items():
             about = alike | {"seed": seed} | more | ({"training.learning_rate": rate} if variant else {})
@@ -519,7 +529,10 @@ def test_a_run_that_went_on_with_other_settings_stands_for_none(tmp_path: Path) 
 
 
 def test_the_settings_of_a_stored_run_are_those_that_numbers_depend_on() -> None:
-    whole, old = stored.settings({"federation.rounds": 4, "torch_device": "cuda"}), stored.settings({"federation.rounds": 4})
+    whole, old = (
+        stored.settings({"federation.rounds": 4, "torch_device": "cuda"}),
+        stored.settings({"federation.rounds": 4}),
+    )
     assert whole == old and old["server_learning_rate"] == 1.0 and not {"engine", "torch_device"} & set(old)
     assert stored.settings({"rounds": 0, "engine": "local", "odd": 1}) == {"rounds": 0, "odd": 1}  # as it was stored
 

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from fluxlib import cli, doctor, records, store
+from fluxlib import records
+from fluxlib.analysis import store
+from fluxlib.app import cli, doctor
 from fluxlib.config import ConfigError
 
 DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
@@ -57,7 +59,9 @@ def engine(monkeypatch, rounds):
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():
-    code = "import sys, fluxlib.cli; print([m for m in ('torch', 'pandas', 'matplotlib', 'flwr') if m in sys.modules])"
+    code = (
+        "import sys, fluxlib.app.cli; print([m for m in ('torch', 'pandas', 'matplotlib', 'flwr') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -67,7 +71,12 @@ def test_run_prints_a_line_per_round(call, engine, tmp_path):
         "run", "--rounds", 3, "--seed", 7, "--out", tmp_path, "--set", "alpha=0.1", "--set", "epsilon=dynamic"
     )
     assert (code, err) == (0, "")
-    assert (engine.config.federation.rounds, engine.config.seed, engine.config.data.alpha, engine.config.roles.epsilon) == (
+    assert (
+        engine.config.federation.rounds,
+        engine.config.seed,
+        engine.config.data.alpha,
+        engine.config.roles.epsilon,
+    ) == (
         3,
         7,
         0.1,
@@ -365,7 +374,7 @@ def test_help_says_what_an_argument_is(call):
 
 
 def test_a_demonstration_takes_nothing_away_but_an_earlier_one(call, tmp_path, monkeypatch):
-    from fluxlib.federation.deployment import demo
+    from fluxlib.federation.engines.deployment import demo
 
     monkeypatch.setattr(demo, "LocalFederation", None)
     (tmp_path / "results").mkdir()
@@ -389,7 +398,9 @@ def test_what_is_no_search_says_what_is(call, tmp_path):
             stored(tmp_path, run_id := f"{name}-v{number}-m-t-seed0", [0.0, 1.0], 1.0)
             table = tmp_path / "rounds" / f"{run_id}.parquet"
             changed = pd.read_parquet(table).assign(method=name, variant=f"v{number}")
-            records.write("rounds", changed, table, {"parameters": {"training.learning_rate": 1e-3, "training.local_steps": 4}})
+            records.write(
+                "rounds", changed, table, {"parameters": {"training.learning_rate": 1e-3, "training.local_steps": 4}}
+            )
     code, _, err = call("trials", "--out", tmp_path)
     assert code == 2 and err.startswith(f"error: no search in {tmp_path}: methods must have equally many trials")
     assert "there are: flux 2, fmd 1\nallowed is a folder of trials, such as `make reproduce PROFILE=tune`" in err

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib import workflow
+from fluxlib.app import workflow
 from fluxlib.config import REPO_ROOT
 
 FOLDER = REPO_ROOT / "notebooks"

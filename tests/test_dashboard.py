@@ -11,14 +11,23 @@ import pandas as pd
 import pytest
 import torch
 
-from fluxlib import federation, records, store, widgets
+from fluxlib import federation, records
+from fluxlib.analysis import store
+from fluxlib.app import widgets
+from fluxlib.app.widgets.background import count_tuned
+from fluxlib.app.widgets.controls import Controls, with_labels
 from fluxlib.config import ConfigError, make_config
-from fluxlib.federation.tables import read_work
-from fluxlib.widgets.background import count_tuned
-from fluxlib.widgets.controls import Controls, with_labels
+from fluxlib.federation.store.tables import read_work
 
 DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
-SMALL = {"task": "mini-mmlu", "data.task_size": 200, "federation.participants": 2, "federation.rounds": 2, "training.local_steps": 1, "training.batch_size": 4}
+SMALL = {
+    "task": "mini-mmlu",
+    "data.task_size": 200,
+    "federation.participants": 2,
+    "federation.rounds": 2,
+    "training.local_steps": 1,
+    "training.batch_size": 4,
+}
 
 
 def row(number: int) -> dict:
@@ -171,7 +180,11 @@ def test_a_run_that_is_killed_keeps_its_rounds_in_the_store(tmp_path):
     folder = tmp_path / "checkpoints" / config.run_id
     rounds = pd.DataFrame([row(0), row(1)])
     records.write("rounds", rounds, folder / "rounds-1.parquet", {})
-    manifest = {"round": 1, "files": {"federation.rounds": "rounds-1.parquet"}, "config": config.model_dump(mode="json")}
+    manifest = {
+        "round": 1,
+        "files": {"federation.rounds": "rounds-1.parquet"},
+        "config": config.model_dump(mode="json"),
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert len(store.load([config.run_id], [tmp_path])[config.run_id]) == 2
     history = widgets.history.History([tmp_path], lambda: None, lambda config: taken.append(config))
@@ -228,7 +241,12 @@ def test_a_name_that_no_menu_has_is_refused(name):
 
 
 def test_a_slider_goes_as_far_as_it_has_to():
-    assert Controls(make_config(SMALL | {"federation.rounds": 90, "federation.participants": 30})).config().federation.rounds == 90
+    assert (
+        Controls(make_config(SMALL | {"federation.rounds": 90, "federation.participants": 30}))
+        .config()
+        .federation.rounds
+        == 90
+    )
 
 
 def test_every_stored_copy_is_an_entry_and_trials_are_shown_when_asked_for(tmp_path):

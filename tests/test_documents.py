@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib import cli, workflow
+from fluxlib.app import cli, workflow
 from fluxlib.config import REPO_ROOT
 
 PAGES = [REPO_ROOT / "README.md", REPO_ROOT / "CONTRIBUTING.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]

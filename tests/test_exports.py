@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from fluxlib import exhibits, exports, models, records, store
+from fluxlib import models, records
+from fluxlib.analysis import exhibits, store
+from fluxlib.app import exports
 from fluxlib.config import ConfigError, make_config
 from fluxlib.federation import RunResult
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig
@@ -67,7 +69,9 @@ def rounds(run_id: str = "flux-m-t-seed0", metrics: tuple[float, ...] = (0.25, 0
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """A base model as if it had been tuned: what a run leaves, without the run."""
-    config = make_config({"task": "mini-mmlu", "federation.participants": 2, "data.task_size": 200, "budget.tune_frac": 0.125})
+    config = make_config(
+        {"task": "mini-mmlu", "federation.participants": 2, "data.task_size": 200, "budget.tune_frac": 0.125}
+    )
     folder = tmp_path_factory.mktemp("exports") / "tuned"
     model, _ = models.load(config.model)
     table = rounds()

@@ -11,7 +11,8 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-from fluxlib import figures, records, style
+from fluxlib import figures, records
+from fluxlib.figures import style
 from fluxlib.figures.canvas import interval, interval_name
 
 DEFAULTS = {"string": "x", "int64": 0, "float64": 0.0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fluxlib import gallery, pages
+from fluxlib.app import gallery, pages
 from fluxlib.config import REPO_ROOT
 
 
@@ -35,6 +35,6 @@ def test_a_family_appears_once_with_its_scale(tmp_path):
 
 def test_the_readme_shows_every_tracked_figure_as_it_is():
     shown = pages.section(REPO_ROOT / "README.md", "gallery")
-    assert shown == gallery.gallery().strip(), "`python -m fluxlib.gallery` writes it anew"
+    assert shown == gallery.gallery().strip(), "`python -m fluxlib.app.gallery` writes it anew"
     for family in gallery.families(REPO_ROOT / gallery.FOLDER):
-        assert family in gallery.TITLES, f"fluxlib.gallery.TITLES does not say what {family} shows"
+        assert family in gallery.TITLES, f"fluxlib.app.gallery.TITLES does not say what {family} shows"

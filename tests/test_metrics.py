@@ -1,6 +1,6 @@
 import pytest
 
-from fluxlib.metrics import exact_match, final_number, rouge_l
+from fluxlib.tasks.metrics import exact_match, final_number, rouge_l
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from fluxlib import studies
+from fluxlib.analysis import studies
+from fluxlib.analysis.studies import host, merging
 from fluxlib.figures import overhead
 from fluxlib.records import PHASES
-from fluxlib.studies import host, merging
 
 
 def tables(**seconds: float) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fluxlib import pages
+from fluxlib.app import pages
 from fluxlib.config import ConfigError
 
 

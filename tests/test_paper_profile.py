@@ -14,7 +14,8 @@ import yaml
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from fluxlib import federation, methods, models, workflow
+from fluxlib import federation, methods, models
+from fluxlib.app import workflow
 from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig
 from fluxlib.models.exporting import export
@@ -103,7 +104,12 @@ def test_the_paper_profile_is_the_papers_experiment() -> None:
     assert set(profile.models.values()) == set(MODELS)
     assert {run.task for run in profile.runs.values()} == {"dolly", "gsm8k", "mmlu", "piqa"}
     one = next(iter(profile.runs.values()))
-    assert (one.training.learning_rate, one.training.batch_size, one.profiling.bits, one.federation.participants) == (1e-5, 16, 4, 10)
+    assert (one.training.learning_rate, one.training.batch_size, one.profiling.bits, one.federation.participants) == (
+        1e-5,
+        16,
+        4,
+        10,
+    )
     assert {models.config(name).model_type for name in profile.models.values()} == {"llama_moe", "deepseek"}
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxlib import figures, studies
+from fluxlib import figures
+from fluxlib.analysis import studies
+from fluxlib.analysis.studies import real
 from fluxlib.devices import clock
 from fluxlib.devices.catalogue import DEVICES
 from fluxlib.moe.offloaded import DeviceSet
-from fluxlib.studies import real
 
 MODEL = "llama-moe-3.5b"
 

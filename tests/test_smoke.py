@@ -11,7 +11,8 @@ import sys
 import pandas as pd
 import pytest
 
-from fluxlib import records, workflow
+from fluxlib import records
+from fluxlib.app import workflow
 from fluxlib.config import REPO_ROOT
 
 pytestmark = pytest.mark.smoke
@@ -48,7 +49,9 @@ def test_every_run_of_the_profile_left_valid_tables(smoke):
         assert rows["round"].tolist() == list(range(run.federation.rounds + 1))
         assert rows["device_s"].is_monotonic_increasing and rows["wall_s"].is_monotonic_increasing
         assert (rows["num_rejected"] == 0).all()
-        assert len(participants[participants["run_id"] == run_id]) == run.federation.rounds * run.federation.participants
+        assert (
+            len(participants[participants["run_id"] == run_id]) == run.federation.rounds * run.federation.participants
+        )
 
 
 def test_flux_sends_and_tunes_less_than_the_full_model(smoke):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib import workflow
+from fluxlib.app import workflow
 from fluxlib.config import REPO_ROOT, make_config
 
 PACKAGE = REPO_ROOT / "fluxlib"
@@ -20,7 +20,7 @@ PROFILES = sorted((REPO_ROOT / "config").glob("*.yaml"))
 
 # A module may import from its own layer's earlier names and from every layer above it.
 LAYERS = (
-    ("config", "seeding", "records", "metrics", "pages"),
+    ("config", "seeding", "records"),
     ("moe",),
     ("models",),
     ("tasks",),
@@ -28,9 +28,9 @@ LAYERS = (
     ("methods", "pretraining"),
     ("devices",),
     ("federation",),
-    ("studies",),
-    ("store", "exports", "exhibits", "style", "figures", "claims", "widgets", "workflow"),
-    ("doctor", "book", "gallery", "cli"),
+    ("analysis",),
+    ("figures",),
+    ("app",),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 CORE = [name for layer in LAYERS[:7] for name in layer]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fluxlib import records, workflow
-from fluxlib.claims.stored import parameters, settings
+from fluxlib import records
+from fluxlib.analysis.claims.stored import parameters, settings
+from fluxlib.app import workflow
 from fluxlib.config import REPO_ROOT
 
 TRACKED = ("full", "tune")

@@ -7,7 +7,8 @@ import json
 import pandas as pd
 import pytest
 
-from fluxlib import figures, records, workflow
+from fluxlib import figures, records
+from fluxlib.app import workflow
 from fluxlib.config import REPO_ROOT
 
 
@@ -74,7 +75,9 @@ def test_a_profile_has_what_the_trials_say(profile: str) -> None:
     chosen = found[found["is_chosen"]].set_index("method")[["learning_rate", "local_steps"]]
     for run in workflow.load_profile(REPO_ROOT / "config" / f"{profile}.yaml").runs.values():
         if not run.variant:
-            assert (run.training.learning_rate, run.training.local_steps) == tuple(chosen.loc[run.method].drop_duplicates().iloc[0])
+            assert (run.training.learning_rate, run.training.local_steps) == tuple(
+                chosen.loc[run.method].drop_duplicates().iloc[0]
+            )
 
 
 @pytest.mark.parametrize("profile", ["mini", "full"])

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from fluxlib import records, widgets
+from fluxlib import records
+from fluxlib.app import widgets
 from fluxlib.config import RunConfig
 
 DEFAULTS = {"string": "x", "int64": 0, "float64": 0.5}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxlib import workflow
+from fluxlib.app import workflow
 from fluxlib.config import REPO_ROOT, ConfigError, check_writable
 
 PROFILE = {
@@ -65,7 +65,10 @@ def profile(path: Path, **changes) -> Path:
 
 
 def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
-    more = {"per_task": {"t": {"federation.rounds": 5}}, "per_model": {"m": {"federation.rounds": 4, "federation.participants": 7}}}
+    more = {
+        "per_task": {"t": {"federation.rounds": 5}},
+        "per_model": {"m": {"federation.rounds": 4, "federation.participants": 7}},
+    }
     found = workflow.load_profile(profile(tmp_path / "mini.yaml", **more))
     assert list(found.runs) == ["flux-m-t-seed0", "fmd-m-t-seed0"]
     flux, fmd = found.runs.values()
@@ -83,9 +86,15 @@ def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
 
 
 def test_a_variant_may_have_parts(tmp_path):
-    parts = [{"methods": ["flux"], "run": {"federation.rounds": 7}}, {"methods": ["fmd"], "run": {"federation.rounds": 5}}]
+    parts = [
+        {"methods": ["flux"], "run": {"federation.rounds": 7}},
+        {"methods": ["fmd"], "run": {"federation.rounds": 5}},
+    ]
     found = workflow.load_profile(profile(tmp_path / "mini.yaml", variants={"slow": parts})).runs
-    assert {run.method: run.federation.rounds for run in found.values() if run.variant == "slow"} == {"flux": 7, "fmd": 5}
+    assert {run.method: run.federation.rounds for run in found.values() if run.variant == "slow"} == {
+        "flux": 7,
+        "fmd": 5,
+    }
 
 
 def test_a_study_reads_the_runs_of_the_variants_it_names(tmp_path):

@@ -1,4 +1,4 @@
-"""How the book is built; ``python -m fluxlib.book`` lays its pages out and calls Sphinx."""
+"""How the book is built; ``python -m fluxlib.app.book`` lays its pages out and calls Sphinx."""
 
 import fluxlib
 

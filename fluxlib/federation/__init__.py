@@ -13,11 +13,11 @@ From the outside in:
 This is the only part of the library that needs flwr.
 """
 
-from fluxlib.federation.checkpoint import CheckpointError
-from fluxlib.federation.local_grid import LocalGrid
+from fluxlib.federation.client.participant import load_task
+from fluxlib.federation.engines.local_grid import LocalGrid
 from fluxlib.federation.options import Options, RunResult
-from fluxlib.federation.outcome import RunFailed
-from fluxlib.federation.participant import load_task
 from fluxlib.federation.run import run
+from fluxlib.federation.server.outcome import RunFailed
+from fluxlib.federation.store.checkpoint import CheckpointError
 
 __all__ = ["CheckpointError", "LocalGrid", "Options", "RunFailed", "RunResult", "load_task", "run"]

@@ -13,9 +13,9 @@ import torch
 from fluxlib import methods, models, tasks
 from fluxlib.config import ConfigError, RunConfig, check_writable
 from fluxlib.devices import catalogue
-from fluxlib.federation.budgets import make_budgets
-from fluxlib.federation.outcome import RoundOutcome
-from fluxlib.federation.tables import Row
+from fluxlib.federation.server.budgets import make_budgets
+from fluxlib.federation.server.outcome import RoundOutcome
+from fluxlib.federation.store.tables import Row
 from fluxlib.models.hardware import torch_device
 from fluxlib.moe import layers
 
@@ -90,7 +90,9 @@ def check(config: RunConfig, out: Path | None = None) -> None:
         catalogue.link(config.clock.link)
         num_train = len(tasks.load(config.task, config.seed, config.data.task_size, config.data.path).train)
         if config.federation.participants > num_train:
-            raise ValueError(f"participants is {config.federation.participants}, allowed is at most {num_train} training samples")
+            raise ValueError(
+                f"participants is {config.federation.participants}, allowed is at most {num_train} training samples"
+            )
         settings = models.config(config.model)
         if config.clock.model not in ("self", config.model):
             models.config(config.clock.model)

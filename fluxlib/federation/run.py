@@ -7,9 +7,10 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 
 from fluxlib.config import ConfigError, RunConfig
-from fluxlib.federation import client_app, participant, server_app
-from fluxlib.federation.local_grid import LocalGrid
+from fluxlib.federation.client import client_app, participant
+from fluxlib.federation.engines.local_grid import LocalGrid
 from fluxlib.federation.options import OnOutcome, OnRound, Options, RunResult
+from fluxlib.federation.server import server_app
 
 
 def run(
@@ -54,15 +55,15 @@ def run_local(config: RunConfig, chosen: Options) -> RunResult:
 
 
 def run_simulation(config: RunConfig, chosen: Options) -> RunResult:
-    """Flower's simulation engine, see :mod:`fluxlib.federation.simulation`."""
-    from fluxlib.federation import simulation
+    """Flower's simulation engine, see :mod:`fluxlib.federation.engines.simulation`."""
+    from fluxlib.federation.engines import simulation
 
     return simulation.run_simulation(config, chosen)
 
 
 def run_deployment(config: RunConfig, chosen: Options) -> RunResult:
-    """A SuperLink and SuperNodes, see :mod:`fluxlib.federation.deployment`."""
-    from fluxlib.federation.deployment import engine
+    """A SuperLink and SuperNodes, see :mod:`fluxlib.federation.engines.deployment`."""
+    from fluxlib.federation.engines.deployment import engine
 
     return engine.run_deployment(config, chosen)
 

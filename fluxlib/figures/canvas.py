@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fluxlib import style
-from fluxlib.metrics import interval as interval  # passed on: every figure draws it, with its name below
+from fluxlib.figures import style
+from fluxlib.tasks.metrics import interval as interval
 
 P = ParamSpec("P")
 

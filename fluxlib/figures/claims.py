@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fluxlib import style
+from fluxlib.figures import style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, interval_names
 from fluxlib.figures.measured import COLORS, MARKERS
 
@@ -21,7 +21,7 @@ def agreement(readings: pd.DataFrame) -> pd.DataFrame:
     """Ours over the paper's, turned so that 1 and more means the paper's size is reached; with the interval's ends.
 
     Args:
-        readings: of :func:`fluxlib.claims.readings`. Rows without a number to compare (directions alone) are left out;
+        readings: of :func:`fluxlib.analysis.claims.readings`. Rows without a number to compare (directions alone) are left out;
             a value on the other side of no effect has a ratio of about 0.
     """
     rows = readings[readings["value"].notna() & readings["size"].gt(0) & readings["size"].ne(1)].copy()
@@ -38,8 +38,8 @@ def draw_claims(table: pd.DataFrame, readings: pd.DataFrame) -> Picture:
     """One line per claim: ours over the paper's for each model, and the verdict.
 
     Args:
-        table: of :func:`fluxlib.claims.claims`.
-        readings: of :func:`fluxlib.claims.readings`.
+        table: of :func:`fluxlib.analysis.claims.claims`.
+        readings: of :func:`fluxlib.analysis.claims.readings`.
     """
     figure = Picture(figsize=(8.6, 0.31 * len(table) + 1.1))
     ax = axes_grid(figure, 1, 1)[0, 0]
@@ -107,7 +107,7 @@ def draw_speed_ups(table: pd.DataFrame) -> Picture:
     An arrow to the right is a lower bound: the other method never arrives in some seed. "never" is FLUX's own miss.
 
     Args:
-        table: of :func:`fluxlib.claims.speed_ups`.
+        table: of :func:`fluxlib.analysis.claims.speed_ups`.
     """
     panels = list(table.groupby("model", sort=False)) if len(table) else [("no races", table)]
     lines = max(len(part) for _, part in panels)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fluxlib import style
+from fluxlib.figures import style
 from fluxlib.figures.canvas import (
     Picture,
     axes_grid,

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fluxlib import style
 from fluxlib.devices import catalogue
+from fluxlib.figures import style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, interval, unique
 from fluxlib.figures.measured import HATCHES, study
 from fluxlib.figures.times import FINAL_ROUNDS, times_to_target

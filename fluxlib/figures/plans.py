@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxlib import style
+from fluxlib.figures import style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn
 
 TUNED, EXPLORED, MERGED = style.METHODS["flux"].color, "#F0E442", "#DDE6EE"

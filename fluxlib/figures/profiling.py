@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from fluxlib import style
+from fluxlib.figures import style
 from fluxlib.figures.canvas import Picture, axes_grid, drawn
 from fluxlib.figures.measured import bars, curve, footer, legend_below, lines, paper_line, study
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from fluxlib import style
 from fluxlib.devices import catalogue
+from fluxlib.figures import style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn, unique
 from fluxlib.figures.measured import HATCHES, study
 

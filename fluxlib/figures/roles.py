@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fluxlib import style
+from fluxlib.figures import style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, interval_name, unique
 from fluxlib.figures.role_tables import coverage, load
 

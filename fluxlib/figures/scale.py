@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fluxlib import style
-from fluxlib.figures import canvas
+from fluxlib.figures import canvas, style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, notice, unique
 from fluxlib.figures.measured import LINES, MARKERS, shades
 from fluxlib.figures.times import final_score, time_to_target
@@ -33,7 +32,7 @@ def outcomes(
     """Every run of every question in one row.
 
     Args:
-        rounds: of :func:`fluxlib.studies.scale.with_settings`.
+        rounds: of :func:`fluxlib.analysis.studies.scale.with_settings`.
         questions: ``participants``, ``alpha`` and ``budget``: names of the variants that answer them.
 
     Returns:

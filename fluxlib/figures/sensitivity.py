@@ -11,11 +11,11 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.colors import LogNorm
 
-from fluxlib import style
 from fluxlib.devices import catalogue
+from fluxlib.figures import style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn, notice, unique
 from fluxlib.figures.times import FINAL_ROUNDS, times_to_target
-from fluxlib.metrics import geometric
+from fluxlib.tasks.metrics import geometric
 
 PLACE = ["model", "task", "fleet", "link"]
 REACHED, AT_LEAST, AT_MOST, NEITHER = "", "at least", "at most", "neither"
@@ -36,7 +36,7 @@ def speedups(
     """How much sooner ``method`` is at the target than each other method, in device seconds.
 
     Args:
-        recounted: of :func:`fluxlib.studies.sensitivity.recounts`.
+        recounted: of :func:`fluxlib.analysis.studies.sensitivity.recounts`.
         target_fraction: share of the reference's final score, see :func:`fluxlib.figures.times.times_to_target`.
 
     Returns:

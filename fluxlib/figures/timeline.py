@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from fluxlib import style
+from fluxlib.figures import style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn, unique
 
 SERVER_COLORS = {"aggregate": "#000000", "evaluate": "#BBBBBB"}

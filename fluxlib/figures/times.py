@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fluxlib import style
+from fluxlib.figures import style
 from fluxlib.figures.canvas import clock_shapes, interval_name
-from fluxlib.metrics import geometric
+from fluxlib.tasks.metrics import geometric
 
 SEED = ["model", "task", "seed"]
 """What two runs that are compared have in common."""

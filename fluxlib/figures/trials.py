@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from fluxlib import style
+from fluxlib.figures import style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn
 
 SETTINGS = ("learning_rate", "local_steps")

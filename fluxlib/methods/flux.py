@@ -28,19 +28,15 @@ def assign(
     """Eq. 4 on the utilities known so far; the least recently measured experts are explored first.
 
     ``config.assignment`` puts other values in the place of utilities (:func:`fluxlib.roles.priorities`), in the same
-    budget: as many experts are exploited in each round, and as many held unmerged beside them. ``coverage``,
-    ``max_tuners`` and ``uncertainty`` add to either; the paper has none of the three.
+    budget: as many experts are exploited in each round, and as many held unmerged beside them.
     """
-    values = roles.priorities(state, config.roles.assignment, generator, uncertainty=config.uncertainty)
-    overdue = None if config.coverage is None else roles.overdue(state, config.coverage)
+    values = roles.priorities(state, config.roles.assignment, generator)
     return roles.assign(
         values,
         [budget.num_tuned for budget in budgets],
         epsilon,
         generator,
         ages=roles.ages(state) if config.roles.assignment in roles.PROBES else None,
-        overdue=overdue,
-        max_tuners=config.max_tuners,
     )
 
 

@@ -60,7 +60,9 @@ def train(
     num_experts = assigned.exploit.numel()
     work = Work(num_experts=num_experts, num_quantized=num_experts, profile_bits=config.training.fmq_bits)
     travelling = config.training.fmq_bits + SCALE_BITS
-    work = replace(work, weight_bits=config.training.fmq_bits, offloaded=True, download_bits=travelling, upload_bits=travelling)
+    work = replace(
+        work, weight_bits=config.training.fmq_bits, offloaded=True, download_bits=travelling, upload_bits=travelling
+    )
     work = count_training(work, tuned, assigned.exploit, len(data.train))
     nothing = torch.full(assigned.exploit.shape, float("nan"))
     return Update(tuned.deltas, nothing, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state

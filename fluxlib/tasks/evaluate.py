@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxlib.metrics import exact_match, rouge_l
 from fluxlib.tasks.base import Example, Metric
 from fluxlib.tasks.batches import IGNORED, collate, encode, to_device
+from fluxlib.tasks.metrics import exact_match, rouge_l
 
 _TEXT_SCORES = {"rouge_l": rouge_l, "exact_match": exact_match}
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from fluxlib import methods, roles
 from fluxlib.config import RunConfig
-from fluxlib.federation import participant
-from fluxlib.federation.sync import ExpertStore
+from fluxlib.federation.client import participant
+from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
 from fluxlib.moe import layers
 

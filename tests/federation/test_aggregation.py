@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxlib.federation.aggregation import ExpertMean
+from fluxlib.federation.server.aggregation import ExpertMean
 
 
 def tokens(**counts: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fluxlib.config import ConfigError, RunConfig
-from fluxlib.federation.budgets import make_budgets
+from fluxlib.federation.server.budgets import make_budgets
 from fluxlib.methods.base import Budget
 
 

@@ -13,7 +13,10 @@ import torch
 
 from fluxlib import federation, records
 from fluxlib.config import RunConfig
-from fluxlib.federation import CheckpointError, LocalGrid, Options, checkpoint, client_app, rounds
+from fluxlib.federation import CheckpointError, LocalGrid, Options
+from fluxlib.federation.client import client_app
+from fluxlib.federation.server import rounds
+from fluxlib.federation.store import checkpoint
 
 Make = Callable[..., RunConfig]
 
@@ -34,7 +37,9 @@ def folder_of(config: RunConfig, out: Path) -> Path:
     return out / "checkpoints" / config.run_id
 
 
-@pytest.fixture(params=[{}, {"federation.participants": 5, "federation.participants_per_round": 2}], ids=["all", "sampled"])
+@pytest.fixture(
+    params=[{}, {"federation.participants": 5, "federation.participants_per_round": 2}], ids=["all", "sampled"]
+)
 def config(request: pytest.FixtureRequest, make_config: Make) -> RunConfig:
     return make_config(method="fake-profiling", federation__rounds=5, **request.param)
 

@@ -23,8 +23,8 @@ import torch
 
 from fluxlib import federation
 from fluxlib.config import RunConfig
-from fluxlib.federation.deployment import credentials, engine, processes
-from fluxlib.federation.deployment.processes import CONNECTION, LocalFederation
+from fluxlib.federation.engines.deployment import credentials, engine, processes
+from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation
 
 pytestmark = pytest.mark.deployment
 

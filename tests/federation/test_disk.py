@@ -14,7 +14,10 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fluxlib.config import RunConfig
-from fluxlib.federation import LocalGrid, Options, RunResult, client_app, disk, later, participant, server_app, wire
+from fluxlib.federation import LocalGrid, Options, RunResult
+from fluxlib.federation.client import client_app, disk, later, participant
+from fluxlib.federation.protocol import wire
+from fluxlib.federation.server import server_app
 
 Make = Callable[..., RunConfig]
 
@@ -106,7 +109,9 @@ def run(config: RunConfig, app: ClientApp | None = None, **node: Any) -> RunResu
     results: list[RunResult] = []
     server = server_app.make_app(config, Options(), results.append)
     participant.forget_workspace()
-    with LocalGrid(app or client_app.app, config.federation.participants, node_config=lambda _: node).identity() as grid:
+    with LocalGrid(
+        app or client_app.app, config.federation.participants, node_config=lambda _: node
+    ).identity() as grid:
         server(grid, Context(1, 0, {}, RecordDict(), {}))
     return results[0]
 

@@ -23,20 +23,14 @@ from flwr.app import Array, ConfigRecord, Context, Message, RecordDict
 import fluxlib
 from fluxlib import federation
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
-from fluxlib.federation import (
-    LocalGrid,
-    client_app,
-    exchange,
-    lock,
-    messages,
-    own_data,
-    participant,
-    progress,
-    server_app,
-    wire,
-)
-from fluxlib.federation.deployment import credentials, folders
-from fluxlib.federation.server_app import from_run_config
+from fluxlib.federation import LocalGrid, progress
+from fluxlib.federation.client import client_app, own_data, participant
+from fluxlib.federation.engines import exchange
+from fluxlib.federation.engines.deployment import credentials, folders
+from fluxlib.federation.protocol import messages, wire
+from fluxlib.federation.server import server_app
+from fluxlib.federation.server.server_app import from_run_config
+from fluxlib.federation.store import lock
 from fluxlib.tasks.base import Example
 
 Make = Callable[..., RunConfig]
@@ -75,7 +69,7 @@ def test_flowers_bundle_names_the_apps_and_runs_what_is_installed() -> None:
     app = project["tool"]["flwr"]["app"]
     assert app["fab-include"] == ["pyproject.toml"]
     assert app["components"] == {
-        "serverapp": "fluxlib.federation.server_app:app", "clientapp": "fluxlib.federation.client_app:app",
+        "serverapp": "fluxlib.federation.server.server_app:app", "clientapp": "fluxlib.federation.client.client_app:app",
     }  # fmt: skip
     config, out = from_run_config(app["config"])
     assert (config.engine, config.federation.participants, out) == ("simulation", 2, REPO_ROOT / "build/runs")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from flwr.app import RecordDict
 
-from fluxlib.federation import feedback, wire
-from fluxlib.federation.messages import TrainReport
+from fluxlib.federation.client import feedback
+from fluxlib.federation.protocol import wire
+from fluxlib.federation.protocol.messages import TrainReport
 from fluxlib.methods.base import Update, Work
 
 KEY = (0, 1)

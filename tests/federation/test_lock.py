@@ -12,7 +12,7 @@ import pytest
 
 from fluxlib import federation
 from fluxlib.config import ConfigError, RunConfig
-from fluxlib.federation import lock
+from fluxlib.federation.store import lock
 
 HOLD = """
 import sys, time

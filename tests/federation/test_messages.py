@@ -9,10 +9,12 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from fluxlib.config import RunConfig
-from fluxlib.federation import LocalGrid, client_app, messages, participant
-from fluxlib.federation.messages import Instruction, ProfileReport, TrainReport
-from fluxlib.federation.state import load_state, save_state
-from fluxlib.federation.sync import ExpertStore
+from fluxlib.federation import LocalGrid
+from fluxlib.federation.client import client_app, participant
+from fluxlib.federation.client.state import load_state, save_state
+from fluxlib.federation.protocol import messages
+from fluxlib.federation.protocol.messages import Instruction, ProfileReport, TrainReport
+from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.methods.base import Budget, ParticipantState, Roles, Update, Work
 from fluxlib.profiling import Profile
 

@@ -9,10 +9,17 @@ import torch
 
 from fluxlib import federation
 from fluxlib.config import RunConfig
-from fluxlib.federation import local_grid, state
-from fluxlib.federation.local_grid import LocalGrid
+from fluxlib.federation.client import state
+from fluxlib.federation.engines import local_grid
+from fluxlib.federation.engines.local_grid import LocalGrid
 
-SMALL = {"training.local_steps": 2, "training.batch_size": 2, "federation.rounds": 2, "budget.tune_frac": 0.5, "budget.merge_frac": 0.25}
+SMALL = {
+    "training.local_steps": 2,
+    "training.batch_size": 2,
+    "federation.rounds": 2,
+    "budget.tune_frac": 0.5,
+    "budget.merge_frac": 0.25,
+}
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from flwr.app import Message
 from fluxlib import federation, methods, profiling, seeding
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.config import make_config as checked_config
-from fluxlib.federation import LocalGrid, premerged
-from fluxlib.federation.held import Held, ResyncNeeded, Workspace
-from fluxlib.federation.messages import Instruction, ProfileReport
-from fluxlib.federation.sync import ExpertStore
-from fluxlib.federation.wire import WireError, make_record
+from fluxlib.federation import LocalGrid
+from fluxlib.federation.client.held import Held, ResyncNeeded, Workspace
+from fluxlib.federation.protocol import premerged
+from fluxlib.federation.protocol.messages import Instruction, ProfileReport
+from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.protocol.wire import WireError, make_record
 from fluxlib.methods.base import Budget, LocalData, ParticipantState, Roles, Work
 
 Make = Callable[..., RunConfig]
@@ -117,7 +118,9 @@ def test_an_old_copy_stays_until_the_expert_is_needed(tiny: Any, changed: Expert
 
 def test_two_rounds_give_the_same_model_and_later_ones_fewer_bytes(make_config: Make) -> None:
     few = {"method": "flux", "budget.tune_frac": 0.25, "roles.epsilon": 1.0, "federation.participants": 4}
-    one, other = (federation.run(make_config(federation__rounds=2, wire__merged=kind, **few)) for kind in ("exact", "server"))
+    one, other = (
+        federation.run(make_config(federation__rounds=2, wire__merged=kind, **few)) for kind in ("exact", "server")
+    )
     assert same_weights(one.model, other.model)  # the second round's profile is of the base model in both
     assert other.rounds["downlink_bytes"].sum() < one.federation.rounds["downlink_bytes"].sum()
     assert (other.participants["rejected"] == "").all()

@@ -13,8 +13,10 @@ from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_m
 
 from fluxlib import federation, seeding
 from fluxlib.config import ConfigError, RunConfig, make_config
-from fluxlib.federation import LocalGrid, client_app, privacy
-from fluxlib.federation.privacy import AdaptiveClip, Guard
+from fluxlib.federation import LocalGrid
+from fluxlib.federation.client import client_app
+from fluxlib.federation.protocol import privacy
+from fluxlib.federation.protocol.privacy import AdaptiveClip, Guard
 from fluxlib.methods.base import Update, Work
 
 Make = Callable[..., RunConfig]
@@ -75,7 +77,9 @@ def test_a_bit_that_hides_itself_is_paid_for_and_counted_right() -> None:
 
 
 def test_participants_say_the_opposite_as_often_as_they_should() -> None:
-    config = RunConfig(privacy__clip_norm=9.0, privacy__clip_quantile=0.5, privacy__noise_multiplier=0.3, privacy__noise="participant")
+    config = RunConfig(
+        privacy__clip_norm=9.0, privacy__clip_quantile=0.5, privacy__noise_multiplier=0.3, privacy__noise="participant"
+    )
     chance, nothing = torch.Generator().manual_seed(0), torch.zeros(2, 4)
     update = Update(CHANGES, nothing, nothing, 0.0, 1, Work(8), {})
     said = [privacy.protect(update, config, 9.0, chance)[1] for _ in range(2000)]
@@ -94,7 +98,9 @@ def test_central_noise_is_on_the_sum_so_more_tuners_dilute_it() -> None:
 def test_the_server_clips_what_a_participant_did_not() -> None:
     changes, weights = Guard(RunConfig(privacy__clip_norm=2.5)).admit(CHANGES, torch.full((2, 4), 7.0), None)
     assert privacy.norm(changes) == pytest.approx(2.5) and (weights == 7).all()
-    _, weights = Guard(RunConfig(privacy__clip_norm=2.5, privacy__noise_multiplier=1)).admit(CHANGES, torch.full((2, 4), 7.0), None)
+    _, weights = Guard(RunConfig(privacy__clip_norm=2.5, privacy__noise_multiplier=1)).admit(
+        CHANGES, torch.full((2, 4), 7.0), None
+    )
     assert (weights == 1).all()
 
 
@@ -103,7 +109,10 @@ def test_the_server_clips_what_a_participant_did_not() -> None:
     [
         ({"privacy.noise_multiplier": 1.0}, "noise_multiplier is set and clip_norm is not"),
         ({"privacy.clip_quantile": 0.5}, "clip_quantile is set and clip_norm is not"),
-        ({"privacy.noise_multiplier": 1.0, "privacy.clip_norm": 1.0, "aggregation.rule": "median"}, "allowed with noise on the server"),
+        (
+            {"privacy.noise_multiplier": 1.0, "privacy.clip_norm": 1.0, "aggregation.rule": "median"},
+            "allowed with noise on the server",
+        ),
         (
             {"privacy.noise_multiplier": 0.5, "privacy.clip_norm": 1.0, "privacy.clip_quantile": 0.5},
             r"noise_multiplier is 0.5, allowed with clip_quantile is less than 0.5, a tenth of the 5 replies",
@@ -124,10 +133,25 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], me
         {"privacy.clip_norm": 0.05, "privacy.clip_quantile": 0.5},
         {"privacy.clip_norm": 0.05, "privacy.noise_multiplier": 0.1},
         {"privacy.clip_norm": 0.05, "privacy.noise_multiplier": 0.1, "privacy.clip_quantile": 0.5},
-        {"privacy.clip_norm": 0.05, "privacy.noise_multiplier": 0.1, "privacy.noise": "participant", "wire.uplink": "int8"},
-        {"privacy.clip_norm": 0.05, "privacy.noise_multiplier": 0.1, "privacy.noise": "participant", "privacy.clip_quantile": 0.5},
+        {
+            "privacy.clip_norm": 0.05,
+            "privacy.noise_multiplier": 0.1,
+            "privacy.noise": "participant",
+            "wire.uplink": "int8",
+        },
+        {
+            "privacy.clip_norm": 0.05,
+            "privacy.noise_multiplier": 0.1,
+            "privacy.noise": "participant",
+            "privacy.clip_quantile": 0.5,
+        },
         {"aggregation.rule": "median"},
-        {"aggregation.rule": "krum", "privacy.clip_norm": 0.05, "privacy.noise_multiplier": 0.1, "privacy.noise": "participant"},
+        {
+            "aggregation.rule": "krum",
+            "privacy.clip_norm": 0.05,
+            "privacy.noise_multiplier": 0.1,
+            "privacy.noise": "participant",
+        },
     ],
     ids=str,
 )
@@ -148,7 +172,9 @@ def test_withheld_reports_never_leave(make_config: Make, monkeypatch: pytest.Mon
         return replies[-1]
 
     monkeypatch.setattr(LocalGrid, "_deliver", watch)
-    config = make_config(method="flux", roles__assignment="random", privacy__withhold_reports=True, federation__rounds=2)
+    config = make_config(
+        method="flux", roles__assignment="random", privacy__withhold_reports=True, federation__rounds=2
+    )
     assert (federation.run(config).participants["rejected"] == "").all()
     found = [dict(reply.content["config"]) for reply in replies]
     profiles = [torch.frombuffer(bytearray(c["frequency"]), dtype=torch.float32) for c in found if "frequency" in c]

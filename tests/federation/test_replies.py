@@ -11,10 +11,12 @@ import pytest
 import torch
 from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
 
-from fluxlib.federation import LocalGrid, client_app, messages
-from fluxlib.federation.messages import TrainReport
-from fluxlib.federation.replies import REASONS, Expected, Rejected, believable, read_reply
-from fluxlib.federation.sync import ExpertStore
+from fluxlib.federation import LocalGrid
+from fluxlib.federation.client import client_app
+from fluxlib.federation.protocol import messages
+from fluxlib.federation.protocol.messages import TrainReport
+from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.server.replies import REASONS, Expected, Rejected, believable, read_reply
 from fluxlib.methods.base import Update, Work
 
 Change = Callable[[RecordDict], Any]

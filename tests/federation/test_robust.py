@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxlib.federation.robust import KINDS, RobustAggregate, krum, trimmed_mean
+from fluxlib.federation.server.robust import KINDS, RobustAggregate, krum, trimmed_mean
 
 TOKENS = torch.ones(2, 4)
 

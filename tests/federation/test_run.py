@@ -16,9 +16,10 @@ from flwr.clientapp import ClientApp
 
 from fluxlib import federation, records, seeding
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
-from fluxlib.federation import RunFailed, client_app, participant
-from fluxlib.federation.server_app import from_run_config
-from fluxlib.federation.sync import ExpertStore
+from fluxlib.federation import RunFailed
+from fluxlib.federation.client import client_app, participant
+from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.server.server_app import from_run_config
 
 Make = Callable[..., RunConfig]
 NODE = 3
@@ -106,7 +107,9 @@ def test_a_profiling_method_learns_first_utilities(make_config: Make) -> None:
 
 
 def test_some_participants_take_part_each_round(make_config: Make) -> None:
-    config = make_config(federation__participants=6, federation__participants_per_round=2, federation__rounds=5, method="fake-profiling")
+    config = make_config(
+        federation__participants=6, federation__participants_per_round=2, federation__rounds=5, method="fake-profiling"
+    )
     result = federation.run(config)
     seen = result.participants.groupby("round")["participant"].apply(list)
     for number, found in seen.items():
@@ -175,7 +178,12 @@ def test_a_damaged_base_model_is_refused_by_name(make_config: Make, tmp_path: Pa
 
 def test_flowers_run_configuration_uses_hyphens_and_empty_texts() -> None:
     config, out = from_run_config({"method": "fmd", "eval-every": 2, "task-size": "", "out": "results"})
-    assert (config.method, config.evaluation.every, config.data.task_size, out) == ("fmd", 2, None, REPO_ROOT / "results")
+    assert (config.method, config.evaluation.every, config.data.task_size, out) == (
+        "fmd",
+        2,
+        None,
+        REPO_ROOT / "results",
+    )
     with pytest.raises(ConfigError, match="unknown parameter 'colour'"):
         from_run_config({"colour": "blue"})
 

@@ -26,7 +26,11 @@ def through_bytes(content: RecordDict) -> RecordDict:
 def test_messages_and_states_may_be_serialised_at_every_step(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, method: str, merged: str
 ) -> None:
-    many = {"budget.tune_frac": 0.25, "roles.epsilon": 1.0, "federation.rounds": 3} if merged == "server" else {"federation.rounds": 2}
+    many = (
+        {"budget.tune_frac": 0.25, "roles.epsilon": 1.0, "federation.rounds": 3}
+        if merged == "server"
+        else {"federation.rounds": 2}
+    )
     config = make_config(method=method, wire__merged=merged, **many)
     expected = federation.run(config)
     deliver = LocalGrid._deliver

@@ -13,12 +13,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fluxlib import federation, methods
 from fluxlib.config import RunConfig
-from fluxlib.federation import LocalGrid, client_app, wire
-from fluxlib.federation.budgets import make_budgets
-from fluxlib.federation.joining import join
-from fluxlib.federation.messages import TrainReport
-from fluxlib.federation.strategy import FluxStrategy
-from fluxlib.federation.sync import ExpertStore
+from fluxlib.federation import LocalGrid
+from fluxlib.federation.client import client_app
+from fluxlib.federation.protocol import wire
+from fluxlib.federation.protocol.messages import TrainReport
+from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.server.budgets import make_budgets
+from fluxlib.federation.server.joining import join
+from fluxlib.federation.server.strategy import FluxStrategy
 
 Make = Callable[..., RunConfig]
 
@@ -135,7 +137,9 @@ def test_the_server_takes_a_step_of_its_own_size(
     [{"privacy.clip_norm": 0.1, "privacy.noise_multiplier": 0.5}, {"wire.downlink": "int8"}, {"wire.merged": "4bit"}],
 )
 def test_a_step_of_another_size_reaches_every_participant(make_config: Make, options: dict[str, Any]) -> None:
-    runs = [federation.run(make_config(federation__rounds=3, server_learning_rate=rate, **options)) for rate in (1.0, 0.5)]
+    runs = [
+        federation.run(make_config(federation__rounds=3, server_learning_rate=rate, **options)) for rate in (1.0, 0.5)
+    ]
     assert all((run.federation.participants["rejected"] == "").all() for run in runs)
     assert runs[0].rounds["loss"].tolist() != runs[1].rounds["loss"].tolist()
 

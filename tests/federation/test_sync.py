@@ -10,9 +10,9 @@ import torch
 from flwr.app import RecordDict
 from torch import nn
 
-from fluxlib.federation import wire
-from fluxlib.federation.held import Held, ResyncNeeded, Workspace
-from fluxlib.federation.sync import NOTHING, Delta, ExpertStore, frozen_digest
+from fluxlib.federation.client.held import Held, ResyncNeeded, Workspace
+from fluxlib.federation.protocol import wire
+from fluxlib.federation.protocol.sync import NOTHING, Delta, ExpertStore, frozen_digest
 from fluxlib.moe import layers
 
 EXPERT_BYTES = 4 * (8 * 8 + 8 * 4)  # gate_up_proj [2 * 4, 8] and down_proj [8, 4] in float32

@@ -12,7 +12,7 @@ import torch
 
 from fluxlib import federation
 from fluxlib.config import RunConfig
-from fluxlib.federation import participant, time_limit
+from fluxlib.federation.client import participant, time_limit
 
 
 def test_what_is_in_time_comes_back_or_raises() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fluxlib import federation
 from fluxlib.config import RunConfig
-from fluxlib.federation.timeline import SERVER, aligned, device_spans
+from fluxlib.federation.store.timeline import SERVER, aligned, device_spans
 from fluxlib.records import PHASES
 
 MAIN = dict(zip(PHASES, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0, 8.0), strict=True))

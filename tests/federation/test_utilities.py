@@ -13,7 +13,7 @@ from flwr.app import Context, Message
 
 from fluxlib import federation, methods, records
 from fluxlib.config import RunConfig
-from fluxlib.federation import client_app
+from fluxlib.federation.client import client_app
 
 from .conftest import FAKE
 from .test_run import NODE, wrapped

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fluxlib.federation import wire
+from fluxlib.federation.protocol import wire
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 6), (2, 3, 5)])

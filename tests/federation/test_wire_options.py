@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from fluxlib import federation
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.config import make_config as checked_config
-from fluxlib.federation import client_app
+from fluxlib.federation.client import client_app
 
 Make = Callable[..., RunConfig]
 
@@ -42,7 +42,9 @@ def option(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def same(one: federation.RunResult, other: federation.RunResult) -> None:
-    keep = [name for name in one.federation.rounds.columns if not name.endswith("wall_s") and name != "peak_memory_bytes"]
+    keep = [
+        name for name in one.federation.rounds.columns if not name.endswith("wall_s") and name != "peak_memory_bytes"
+    ]
     pd.testing.assert_frame_equal(one.federation.rounds[keep], other.rounds[keep], check_exact=True)
     for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -67,7 +69,9 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(make_config: Make, option: di
         if row["round"] == 2:
             raise Killed
 
-    config = make_config(**(option | {"federation.rounds": 4, "federation.participants": 4, "federation.participants_per_round": 3}))
+    config = make_config(
+        **(option | {"federation.rounds": 4, "federation.participants": 4, "federation.participants_per_round": 3})
+    )
     with pytest.raises(Killed):
         federation.run(config, on_round=kill, out=tmp_path)
     same(federation.run(config, out=tmp_path), federation.run(config))

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fluxlib import figures, records, studies
+from fluxlib import figures, records
+from fluxlib.analysis import studies
+from fluxlib.analysis.studies.training import SAMPLES
 from fluxlib.figures import measured, merging, profiling
-from fluxlib.studies.training import SAMPLES
 
 PROFILING = ("activation_by_layer", "profile_error", "sample_size", "drift", "round_saving")
 MERGING = (

@@ -8,15 +8,20 @@ import math
 import pandas as pd
 import pytest
 
+from fluxlib.analysis.studies import scale as study
 from fluxlib.figures import scale
-from fluxlib.studies import scale as study
 
 QUESTIONS = {"participants": ["", "many"], "alpha": [""], "budget": ["", "big"]}
 
 
 def run(method: str, variant: str, scores: list[float], round_s: float, **settings: float) -> pd.DataFrame:
     """A run with one score per round from round 0, every round ``round_s`` long, 3 MB sent in each."""
-    fixed = {"federation.participants": 10, "federation.participants_per_round": 10, "data.alpha": 0.5, "budget.tune_frac": 0.25} | settings
+    fixed = {
+        "federation.participants": 10,
+        "federation.participants_per_round": 10,
+        "data.alpha": 0.5,
+        "budget.tune_frac": 0.25,
+    } | settings
     fixed |= {
         "run_id": f"{method}-{variant}",
         "model": "m",
@@ -75,7 +80,10 @@ def test_pictures_have_a_row_per_question_and_say_when_there_is_nothing():
 
 def test_settings_come_from_what_is_stored_beside_the_run(tmp_path):
     (tmp_path / "rounds").mkdir()
-    told = dict.fromkeys(study.SETTINGS, 0.5) | {"federation.participants": 7, "federation.participants_per_round": None}
+    told = dict.fromkeys(study.SETTINGS, 0.5) | {
+        "federation.participants": 7,
+        "federation.participants_per_round": None,
+    }
     (tmp_path / "rounds" / "a.json").write_text(json.dumps({"parameters": told}))
     found = study.with_settings(pd.DataFrame({"run_id": ["a", "a"], "round": [0, 1]}), tmp_path)
     assert found["participants_per_round"].tolist() == found["participants"].tolist() == [7, 7]

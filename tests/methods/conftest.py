@@ -10,7 +10,13 @@ from fluxlib.methods.base import LocalData
 from fluxlib.pretraining import build_model, build_tokenizer
 from fluxlib.tasks.batches import sample_batches
 
-CONFIG = RunConfig(training__local_steps=2, training__batch_size=4, profiling__batches=1, training__learning_rate=1e-3, roles__probes_per_round=3)
+CONFIG = RunConfig(
+    training__local_steps=2,
+    training__batch_size=4,
+    profiling__batches=1,
+    training__learning_rate=1e-3,
+    roles__probes_per_round=3,
+)
 
 
 @pytest.fixture(scope="session")

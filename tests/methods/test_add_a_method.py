@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fluxlib import federation, methods, models, style
+from fluxlib import federation, methods, models
 from fluxlib.config import REPO_ROOT, RunConfig
+from fluxlib.figures import style
 from fluxlib.methods.base import LocalData, Method
 from fluxlib.pretraining import build_tokenizer
 

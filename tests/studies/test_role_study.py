@@ -9,9 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fluxlib import records, studies
+from fluxlib import records
+from fluxlib.analysis import studies
+from fluxlib.analysis.studies import roles, verdicts
 from fluxlib.config import RunConfig
-from fluxlib.studies import roles, verdicts
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,20 @@ import pandas as pd
 import pytest
 
 from fluxlib import federation, records
+from fluxlib.analysis.studies import sensitivity
+from fluxlib.analysis.studies.sensitivity import Place
 from fluxlib.config import make_config
 from fluxlib.devices import catalogue, clock
-from fluxlib.federation.tables import read_work
-from fluxlib.studies import sensitivity
-from fluxlib.studies.sensitivity import Place
+from fluxlib.federation.store.tables import read_work
 
-TINY = {"federation.rounds": 3, "federation.participants": 3, "data.task_size": 200, "training.local_steps": 1, "training.batch_size": 4, "evaluation.samples": 4}
+TINY = {
+    "federation.rounds": 3,
+    "federation.participants": 3,
+    "data.task_size": 200,
+    "training.local_steps": 1,
+    "training.batch_size": 4,
+    "evaluation.samples": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,9 @@ def test_with_nothing_changed_every_digit_is_the_stored_one(stored, method):
 
 def test_what_was_named_is_what_a_run_there_would_have_said(stored, tmp_path):
     federation.run(
-        make_config(TINY | {"method": "flux", "clock.fleet": "weak", "clock.link": "lte", "clock.model": "deepseek-moe-16b"}),
+        make_config(
+            TINY | {"method": "flux", "clock.fleet": "weak", "clock.link": "lte", "clock.model": "deepseek-moe-16b"}
+        ),
         out=tmp_path,
     )
     there = records.read_all("rounds", tmp_path)

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from fluxlib import records, studies
+from fluxlib import records
+from fluxlib.analysis import studies
+from fluxlib.analysis.studies import merging, overhead, profiling, training, verdicts
 from fluxlib.config import ConfigError
 from fluxlib.devices import clock
-from fluxlib.studies import merging, overhead, profiling, training, verdicts
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@ import re
 import pytest
 
 from fluxlib import tasks
-from fluxlib.metrics import final_number
 from fluxlib.pretraining import build_tokenizer
 from fluxlib.tasks import mini
+from fluxlib.tasks.metrics import final_number
 from fluxlib.tasks.mini.world import names
 
 

@@ -1,0 +1,190 @@
+"""Section 6: how good and how dear forward-only utilities are, and the runs that assignments are compared by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fluxlib import gradients, records, roles, seeding
+from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row
+from fluxlib.config import ConfigError, RunConfig
+from fluxlib.gradients.exact import ExpertKey
+from fluxlib.methods.local import routed_tokens
+from fluxlib.moe import layers
+from fluxlib.moe.capture import capture
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PROBES: dict[str, dict[str, Any]] = {
+    "one-sided (paper)": {"guided": False, "sides": 1},
+    "two-sided": {"guided": False, "sides": 2},
+    "two-sided, guided": {"guided": True, "sides": 2},
+}
+"""Ways to probe, as arguments of :func:`fluxlib.gradients.probe_norms`."""
+
+FREQUENCY = "frequency alone"
+"""What is known of utilities before anything is measured: tokens, which cost nothing."""
+
+MEASURES = ("cosine_distance", "rank_correlation", "bias", "spread")
+"""Fields of :class:`fluxlib.gradients.Quality`; each is a study of its own, ``probe_<measure>``."""
+
+
+OUTCOMES = (
+    "final_metric",
+    "final_loss",
+    "mean_metric",
+    "round_at_least",
+    "device_s_at_least",
+    "covered_frac",
+    "load_cv",
+)
+"""What runs are compared by, of :func:`fluxlib.figures.role_tables.outcomes`."""
+
+
+def truth(bench: Bench, num_experts: int) -> tuple[dict[str, Tensor], list[ExpertKey], Tensor, Tensor]:
+    """A batch of the first participant, experts that its tokens reach, their true squared norms and tokens, ``[N]``."""
+    batch = bench.local(16)[0]
+    moe = layers.find(bench.model)
+    with capture(bench.model) as seen, torch.no_grad():
+        bench.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    chosen = [layer.top_k_index[0] for layer in seen.layers]
+    tokens = routed_tokens(chosen, batch["attention_mask"], moe[0].num_experts)
+    reached = [(int(layer), int(expert)) for layer, expert in (tokens > 0).nonzero()]
+    order = torch.randperm(len(reached), generator=seeding.generator(bench.seed, "probe study"))
+    keys = sorted(reached[i] for i in order[:num_experts].tolist())
+    counts = torch.tensor([int(tokens[key]) for key in keys])
+    return batch, keys, gradients.true_norms(bench.model, batch, keys), counts
+
+
+def probe_quality(
+    benches: Iterable[Bench], num_experts: int, counts: Sequence[int] = (1, 2, 4, 8), draws: int = 16
+) -> Iterator[Row]:
+    """Estimates against truth by number of probes, for every way to probe; and one estimate of each expert's utility.
+
+    ``draws`` probes of each expert are made once; K of them are averaged for an estimate, ``draws // K`` times.
+    """
+    for bench in benches:
+        batch, keys, true, tokens = truth(bench, num_experts)
+        yield from _utilities(bench, "true", keys, true, tokens)
+        blind = gradients.quality(torch.ones(1, len(keys)), true, tokens)  # tokens alone: equal norms
+        for measure in MEASURES[:2]:
+            yield bench.row(f"probe_{measure}", FREQUENCY, getattr(blind, measure), x=0)
+        for name, how in PROBES.items():
+            single = torch.stack([gradients.probe_norms(bench.model, batch, keys, seed=s, **how) for s in range(draws)])
+            yield from _utilities(bench, name, keys, single[0], tokens)
+            for count in counts:
+                mean = single[: draws // count * count].view(-1, count, len(keys)).mean(dim=1)
+                found = gradients.quality(mean, true, tokens)
+                for measure in (*MEASURES, "bias_error") if draws >= 2 * count else MEASURES:
+                    yield bench.row(f"probe_{measure}", name, getattr(found, measure), x=count)
+                passes = gradients.probe_cost(bench.model, keys, count, how["sides"]) / len(keys)
+                yield bench.row("probe_passes", name, passes, x=count, unit="forward passes per expert")
+
+
+def _utilities(bench: Bench, setting: str, keys: list[ExpertKey], norms: Tensor, tokens: Tensor) -> Iterator[Row]:
+    """Eq. 3 with one batch."""
+    for (layer, expert), value in zip(keys, roles.utility(norms[None], tokens).tolist(), strict=True):
+        yield bench.row("utility", setting, value, layer=layer, expert=expert)
+
+
+def probe_seconds(benches: Iterable[Bench], num_experts: int, repeats: int) -> Iterator[Row]:
+    """Measured seconds per expert: one probe each, packed into few passes and one at a time, beside one backward pass
+    for all of them and, as the paper has it, two forward passes of the whole model each."""
+    for bench in benches:
+        batch, keys, _, _ = truth(bench, num_experts)
+        probe = partial(gradients.probe_norms, bench.model, batch, keys)
+        works: dict[str, Callable[[], Any]] = {
+            "several probes per pass": probe,
+            "one probe per pass": partial(probe, max_tokens=1),
+            "backward pass for all": partial(gradients.true_norms, bench.model, batch, keys),
+            "two whole passes each": partial(_two_passes, bench, batch),
+        }
+        shares = {"two whole passes each": 1}
+        for name, times in interleaved(works, repeats).items():
+            for x, seconds in enumerate(times):
+                yield bench.row("probe_seconds", name, seconds / shares.get(name, len(keys)), x=x, unit="s per expert")
+
+
+@torch.no_grad()
+def _two_passes(bench: Bench, batch: Mapping[str, Tensor]) -> None:
+    for _ in range(2):
+        bench.model(**batch, use_cache=False)
+
+
+def outcome_rows(outcome: pd.DataFrame, group: str, model: str, task: str) -> Iterator[Row]:
+    """What runs came to (:func:`fluxlib.figures.role_tables.outcomes`) as rows: study ``<group>_<column>``."""
+    units = {"device_s_at_least": "s"}
+    for run in outcome.to_dict("records"):
+        for column in OUTCOMES:
+            more = {"model": model, "task": task, "seed": run["seed"], "unit": units.get(column, "")}
+            yield row(f"{group}_{column}", run["setting"], run[column], **more)
+
+
+def share_rows(participants: pd.DataFrame, model: str, task: str) -> Iterator[Row]:
+    """Share of a participant's round that probing takes, by clock and seed, from the second round on."""
+    kept = participants[(participants["rejected"] == "") & (participants["round"] > 1)]
+    for seed, rows in kept.groupby("seed"):
+        for clock, name in (("device", "device clock"), ("wall", "measured here, no link")):
+            total = rows[[f"{phase}_{clock}_s" for phase in records.PHASES]].fillna(0.0).to_numpy().sum()
+            share = rows[f"probe_{clock}_s"].sum() / total
+            yield row("probe_share", name, share, model=model, task=task, seed=int(str(seed)))
+
+
+def read_runs(
+    folder: Path, model: str, task: str, seeds: Iterable[int], variants: Mapping[str, str], method: str = "flux"
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables ``rounds`` and ``participants`` of some runs, one below the other.
+
+    Args:
+        variants: what a variant is called in the figures, and its name in the run's id ("" for the plain run).
+
+    Returns:
+        both tables with two columns more: ``setting``, the name given, and in ``participants`` also ``seed``.
+
+    Raises:
+        TableError: a run is not there.
+    """
+    import pandas as pd
+
+    found: dict[str, list[pd.DataFrame]] = {"federation.rounds": [], "federation.participants": []}
+    for setting, variant in variants.items():
+        for seed in seeds:
+            name = RunConfig(method=method, variant=variant, model=model, task=task, seed=seed).run_id
+            for table, frames in found.items():
+                frame = records.read(table, folder / table / f"{name}.parquet")
+                frames.append(frame.assign(setting=setting, seed=seed))
+    return pd.concat(found["rounds"], ignore_index=True), pd.concat(found["participants"], ignore_index=True)
+
+
+def make_runs(folder: Path, base: RunConfig, seeds: Iterable[int], changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make the runs that are not in ``folder`` yet, or are of another configuration: by variant, what is changed.
+
+    Raises:
+        ConfigError: a change that is not allowed, before any run.
+    """
+    from fluxlib import federation
+    from fluxlib.config import make_config
+
+    wanted = [
+        make_config(base.model_dump() | {"variant": variant, "seed": seed} | dict(change))
+        for seed in seeds
+        for variant, change in changes.items()
+    ]
+    if not wanted:
+        raise ConfigError("changes: at least one variant is needed, got none")
+    for config in wanted:
+        if _made_with(folder / "rounds" / f"{config.run_id}.json") != config.model_dump(mode="json"):
+            federation.run(config, out=folder)
+
+
+def _made_with(about: Path) -> Any:
+    """The configuration that a table was made with; None if there is none, or its run was not complete."""
+    found = json.loads(about.read_text()) if about.is_file() else {}
+    return found.get("parameters") if found.get("status") == "complete" else None

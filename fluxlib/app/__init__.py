@@ -1,0 +1,1 @@
+"""What people touch: the command line, the dashboard, the pipeline, the book."""

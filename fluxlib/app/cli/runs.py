@@ -1,0 +1,198 @@
+"""Federated runs: make one, list and compare those that are stored, export what one tuned."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fluxlib.app.cli.base import (
+    JsonOption,
+    PictureOption,
+    SetOption,
+    check_picture,
+    existing_folder,
+    new_folder,
+    parse_settings,
+)
+
+
+def run(
+    method: Annotated[str, typer.Option(help="flux, fmd, ... (a wrong name lists them)")] = "flux",
+    model: Annotated[str, typer.Option(help="an embedded mini model, a folder, or a hub name")] = "mini-llama-moe",
+    task: Annotated[str, typer.Option(help="mini-gsm8k, ... (a wrong name lists them)")] = "mini-gsm8k",
+    rounds: Annotated[int, typer.Option(help="number of rounds")] = 10,
+    participants: Annotated[int, typer.Option(help="number of participants")] = 10,
+    seed: Annotated[int, typer.Option(help="every source of chance derives from it")] = 0,
+    engine: Annotated[str, typer.Option(help="what runs the Flower apps: local, simulation or deployment")] = "local",
+    superlink: Annotated[
+        str | None, typer.Option(help="deployment: its name in Flower's configuration; default: one started here")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="files of dolly, gsm8k, mmlu or piqa; default: the hub's")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the tables")] = Path("build/runs"),
+    save: Annotated[Path | None, typer.Option(help="new folder for the tuned model and its card")] = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one federated run, print a line per round, write its tables to --out.
+
+    A run that was interrupted goes on when the same command is given again.
+
+    \b
+    Examples:
+        fluxlib run --rounds 2 --participants 3 --set data.task_size=400 --set training.local_steps=2
+        fluxlib run --method fmd --task mini-mmlu --rounds 10 --save build/models/fmd
+    """
+    from fluxlib.config import check_writable
+
+    named = {
+        "method": method, "model": model, "task": task, "federation.rounds": rounds,
+        "federation.participants": participants, "seed": seed, "engine": engine,
+    } | ({} if data is None else {"data.path": str(data.resolve())})  # fmt: skip
+    config = _configure(named, settings)
+    check_writable(out)
+    if save is not None:
+        _check_save(save, out)
+
+    from fluxlib import federation
+
+    try:
+        result = federation.run(config, on_round=None if as_json else _print_round, out=out, superlink=superlink)
+    except (federation.RunFailed, federation.CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    if save is not None:
+        from fluxlib.app import exports
+
+        exports.save_tuned(result, config, save)
+    if as_json:
+        saved = {} if save is None else {"saved": str(save)}
+        print(json.dumps({"run_id": result.run_id, "path": str(result.path), "last": _last(result.rounds)} | saved))
+    else:
+        print(f"{result.run_id}: tables in {result.path}" + (f", tuned model in {save}" if save else ""))
+
+
+def _configure(named: dict[str, Any], settings: list[str] | None) -> Any:
+    """The configuration of options that have a name of their own, and of ``--set``."""
+    from fluxlib.config import ConfigError, make_config
+
+    more = parse_settings(settings)
+    for name in sorted(set(named) & set(more)):
+        raise ConfigError(f"{name} is an option of its own: --{name} VALUE")
+    return make_config(named | more)
+
+
+def _check_save(save: Path, out: Path) -> None:
+    """Refuse a folder for the model that is not empty, or will not be when the run ends."""
+    from fluxlib.config import ConfigError
+
+    if out.resolve().is_relative_to(save.resolve()):
+        raise ConfigError(f"--save {save} holds --out {out}: a model is written to a folder of its own")
+    new_folder(save)
+
+
+def _print_round(row: Any) -> None:
+    from fluxlib.records import describe_round
+
+    print(describe_round(row), flush=True)
+
+
+def _last(rounds: Any) -> dict[str, Any]:
+    return dict(json.loads(rounds.tail(1).to_json(orient="records"))[0])
+
+
+def list_runs(
+    out: Annotated[Path | None, typer.Option(help="folder of tables; default: every profile's, build/runs")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs in the store: last round, score, both clocks; exit code 1 if one cannot be read.
+
+    \b
+    Example:
+        fluxlib list --json
+    """
+    from fluxlib import records
+    from fluxlib.analysis import store
+
+    folders = [existing_folder(out)] if out else store.folders()
+    last, broken = [], []
+    for file in store.runs(folders).values():
+        try:
+            last.append(_last(store.read(file)) | {"path": str(file), "unfinished": store.is_checkpoint(file)})
+        except records.TableError as error:
+            broken.append(f"cannot be read: {error}")
+    if as_json:
+        print(json.dumps(last))
+    elif not last and not broken:
+        print(f"no runs in {', '.join(map(str, folders))}: `make reproduce` or `fluxlib run` makes some")
+    else:
+        for row in last:
+            print(f"{records.describe_round(row)}  {row['path']}" + "  unfinished" * row["unfinished"])
+    if broken:
+        print("\n".join(broken), file=sys.stderr)
+        raise SystemExit(1)
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="run ids, unique parts of one, or paths of tables")],
+    target: Annotated[float, typer.Option(help="share of the reference's last score that is to be reached")] = 0.95,
+    reference: Annotated[str, typer.Option(help="run that sets the target; default: the best of them")] = "",
+    picture: PictureOption = Path("build/compare/curves"),
+    out: Annotated[Path | None, typer.Option(help="folder of tables; default: every profile's, build/runs")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Curves and time to target of any stored runs, side by side.
+
+    \b
+    Examples:
+        fluxlib compare flux-mini-llama-moe-mini-mmlu-seed0 fmd-mini-llama-moe-mini-mmlu-seed0
+        fluxlib compare flux-mini-llama-moe-mini-mmlu fmd-mini-llama-moe-mini-mmlu --target 0.9 --json
+    """
+    from fluxlib.analysis import store
+    from fluxlib.config import ConfigError
+
+    if not 0 < target <= 1:
+        raise ConfigError(f"--target is {target}, allowed is above 0 and at most 1")
+    places = [existing_folder(out)] if out else None
+    found = store.load(runs, places)
+    best, score = store.best_final(store.load([reference], places) if reference else found)
+    check_picture(picture)
+
+    from fluxlib import figures
+
+    times = figures.compare_runs(found, target * score)
+    drawn = figures.curves(found, target=target * score)
+    files = figures.save(drawn, picture.name, picture.parent, store.as_one(found))
+    if as_json:
+        rows = json.loads(times.to_json(orient="records"))
+        answer = {"target": target * score, "reference": best, "runs": rows, "picture": str(files["png"])}
+        print(json.dumps(answer))
+        return
+    print(f"target {target * score:.3f}: {target:.0%} of the last score of {best}")
+    print(times.drop(columns=["target"]).round(3).to_string(index=False, na_rep="not reached"))
+    print(f"curves: {files['png']}")
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="a folder of `fluxlib run --save`")],
+    folder: Annotated[Path, typer.Argument(help="new folder for the compact model")],
+    participant: Annotated[int, typer.Option(help="for whose data and budget")] = 0,
+    tune: Annotated[float | None, typer.Option(help="share of experts kept unmerged; default: the run's")] = None,
+    merge: Annotated[float | None, typer.Option(help="merged slots, as a share; default: the run's")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a participant's compact model of a tuned one, and measure it beside the full one.
+
+    \b
+    Example:
+        fluxlib run --rounds 4 --save build/models/tuned
+        fluxlib export build/models/tuned build/models/participant-0 --participant 0
+    """
+    new_folder(folder)
+    from fluxlib.app import exports
+
+    report = exports.save_participant(source, folder, participant, tune, merge)
+    print(json.dumps(report.to_dict()) if as_json else report.table())

@@ -1,0 +1,282 @@
+"""What leaves a run for others to use: the tuned global model with its card, and a participant's compact model.
+
+- :func:`save_tuned` -- the full model in the keys of its public checkpoint, a model card, ``run.json``
+- :func:`save_participant` -- merged within a participant's budget by its own data, for inference on its device, with
+  its size and speed beside the full model's
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fluxlib import federation, merging, models, profiling, records
+from fluxlib.analysis.studies.bench import interleaved
+from fluxlib.config import ConfigError, RunConfig, make_config
+from fluxlib.federation.server.budgets import make_budgets
+from fluxlib.models.compacted import WEIGHTS, load_compact, save_compact
+from fluxlib.moe.compact import customize, restore
+from fluxlib.tasks.batches import make_batch
+from fluxlib.tasks.evaluate import evaluate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RUN = "run.json"
+PROFILE_SAMPLES, SCORED_SAMPLES = 64, 64
+TIMED_SAMPLES, TIMED_TOKENS, TIMED_TURNS = 16, 16, 3
+
+
+def save_tuned(result: federation.RunResult, config: RunConfig, path: Path | str) -> Path:
+    """Write the tuned global model of ``result``, in the keys of its public checkpoint, with tokenizer and card.
+
+    Raises:
+        ConfigError: the folder holds a model already, or cannot be written.
+    """
+    path = Path(path)
+    _, tokenizer = models.load(config.model)
+    try:
+        models.export(result.model, path, tokenizer)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    versions = {name: records.metadata.version(name) for name in ("fluxlib", "torch", "transformers")}
+    (path / RUN).write_text(json.dumps({"config": config.model_dump(mode="json"), "versions": versions}) + "\n")
+    (path / "README.md").write_text(model_card(config, result.rounds, versions))
+    return path
+
+
+def model_card(config: RunConfig, rounds: pd.DataFrame, versions: Mapping[str, str]) -> str:
+    """A model card in Markdown; every number in it is from ``rounds``."""
+    first, last = rounds.iloc[0], rounds.iloc[-1]
+    name = str(last["metric_name"])
+    changed = config.model_dump(mode="json", exclude_defaults=True)
+    settings = "\n".join(f"| `{key}` | `{value}` |" for key, value in changed.items())
+    up, down = (rounds[f"{way}_bytes"].sum() / 1e6 for way in ("uplink", "downlink"))
+    clock = Path(config.model).name if config.clock.model == "self" else config.clock.model
+    return f"""---
+base_model: {config.model}
+library_name: transformers
+tags: [mixture-of-experts, federated-learning, {config.method}]
+---
+
+# {config.run_id}
+
+`{config.model}`, its experts tuned by {config.federation.participants} simulated participants with the method `{config.method}`
+on `{config.task}`; {int(last["round"])} of {config.federation.rounds} rounds. Router, attention and embeddings are the base's.
+
+| | base | tuned |
+|---|---|---|
+| {name}, test split | {first["metric"]:.3f} | {last["metric"]:.3f} |
+| loss, nats per token | {first["loss"]:.3f} | {last["loss"]:.3f} |
+
+It took {last["wall_s"]:.0f} s as measured, {last["device_s"]:.0f} s on the device clock (shapes of {clock},
+fleet `{config.clock.fleet}`, link `{config.clock.link}`). Participants sent {up:.0f} MB and received {down:.0f} MB.
+
+## Settings that are not the library's defaults
+
+| parameter | value |
+|---|---|
+{settings}
+
+Made with {", ".join(f"{key} {value}" for key, value in versions.items())}. `run.json` holds all settings.
+
+## Use
+
+    from fluxlib import models
+    model, tokenizer = models.load("this folder")
+
+## Limits
+
+One run with one seed. A mini model knows one small invented world and is of no use outside it; a model tuned on
+private data may repeat what it was tuned on.
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model on disk and at work, on test samples with the participant's labels.
+
+    Attributes:
+        num_bytes: Of the stored weights.
+        num_parameters: Stored weights, each once.
+        memory_bytes: That the loaded model's parameters and buffers hold, in 32 bit.
+        read_s: Processor seconds of a forward pass over :data:`TIMED_SAMPLES` samples.
+        write_s: Processor seconds per token of a greedy answer of :data:`TIMED_TOKENS` to one sample, with a cache.
+        loss: Nats per token.
+        metric: The task's score.
+    """
+
+    num_bytes: int
+    num_parameters: int
+    memory_bytes: int
+    read_s: float
+    write_s: float
+    loss: float
+    metric: float
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """A participant's compact model beside the full one; both stored in 16 bit, timed in 32 bit here, in turns."""
+
+    path: str
+    participant: int
+    num_slots: int
+    num_experts: int
+    metric_name: str
+    full: Size
+    compact: Size
+
+    def rows(self) -> list[tuple[str, float, float, float]]:
+        """What is compared, in the unit that its title names: full, compact, and compact over full."""
+        found = []
+        for title, name, scale in (
+            ("stored, 16 bit (MB)", "num_bytes", 1e6),
+            ("parameters (M)", "num_parameters", 1e6),
+            ("held in memory, 32 bit (MB)", "memory_bytes", 1e6),
+            (f"{TIMED_SAMPLES} samples read (ms)", "read_s", 1e-3),
+            ("a token written (ms)", "write_s", 1e-3),
+            ("loss (nats per token)", "loss", 1.0),
+            (self.metric_name, "metric", 1.0),
+        ):
+            full, compact = getattr(self.full, name) / scale, getattr(self.compact, name) / scale
+            found.append((title, full, compact, compact / full if full else float("nan")))
+        return found
+
+    def table(self) -> str:
+        """The two side by side, as text."""
+        lines = [f"{'':<28}{'full':>12}{'compact':>12}{'ratio':>9}"]
+        lines += [
+            f"{title:<28}{full:>12.3f}{compact:>12.3f}{ratio:>9.2f}" for title, full, compact, ratio in self.rows()
+        ]
+        return "\n".join([*lines, f"{self.num_experts} experts in {self.num_slots} slots; in {self.path}"])
+
+    def card(self, run_id: str) -> str:
+        """A model card in Markdown."""
+        rows = "\n".join(f"| {title} | {full:.3f} | {small:.3f} | {r:.2f} |" for title, full, small, r in self.rows())
+        return f"""# {run_id}, compact for participant {self.participant}
+
+{self.num_experts} experts in {self.num_slots} slots: those that the participant's data uses most are as they were
+tuned, the others share slots. For inference with fluxlib; it cannot be tuned further.
+
+| | full | compact | ratio |
+|---|---|---|---|
+{rows}
+
+Scored on test samples with the participant's labels. Processor times on one machine, in turns, in 32 bit.
+
+    from fluxlib import models
+    model, tokenizer = models.load_compact("this folder")
+"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self)
+
+
+def save_participant(
+    source: Path | str,
+    path: Path | str,
+    participant: int = 0,
+    tune_fraction: float | None = None,
+    merge_fraction: float | None = None,
+) -> CompactReport:
+    """Compact a tuned model for one participant, write it, and measure it beside the full one.
+
+    The experts that the participant's data uses most keep slots of their own (``B_tune`` of them), the others are
+    merged into ``B_non`` slots: sections 4 and 5 of the paper, with nothing left to tune.
+
+    Args:
+        source: a folder of :func:`save_tuned`.
+        path: an empty or new folder for the compact model.
+        participant: of the run, counted from 0.
+        tune_fraction: share of the experts with a slot of their own; None: the run's.
+        merge_fraction: merged slots, as a share of the experts; None: the run's.
+
+    Raises:
+        ConfigError: not such a folder, no such participant, an impossible budget, or a folder in use.
+    """
+    source, path = Path(source), Path(path)
+    config = _config(source, tune_fraction, merge_fraction)
+    if not 0 <= participant < config.federation.participants:
+        raise ConfigError(f"participant is {participant}, allowed is 0 to {config.federation.participants - 1}")
+    if (path / WEIGHTS).exists():
+        raise ConfigError(f"{path} holds a compact model already; give a new folder")
+    try:
+        model, tokenizer = models.load(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{source} holds no model that can be loaded: {error}") from None
+    task, parts = federation.load_task(config)
+    own = [task.train[index] for index in parts[participant]][:PROFILE_SAMPLES]
+    batch = make_batch(own, tokenizer, config.training.max_tokens)
+    known = profiling.profile(model, [batch], bits=16)
+    budget = make_budgets(config, *known.frequency.shape)[participant]
+    kept = torch.zeros(known.frequency.numel(), dtype=torch.bool)
+    kept[known.frequency.flatten().topk(budget.num_tuned).indices] = True
+    plans = merging.plan(model, known, kept.view_as(known.frequency), budget.num_merged, weights=config.merging.weights)
+    held = {example.label for example in own}
+    scored = [example for example in task.test if example.label in held][:SCORED_SAMPLES] or task.test[:SCORED_SAMPLES]
+
+    customize(model, plans)
+    save_compact(model, path, tokenizer, torch.bfloat16)
+    restore(model, write=False)
+    small, _ = load_compact(path)
+    timed = make_batch(own[:TIMED_SAMPLES], tokenizer, config.training.max_tokens)
+    seconds = _seconds({"full": model, "compact": small}, timed)
+
+    def measure(name: str, candidate: Any, num_bytes: int) -> Size:
+        score = evaluate(candidate, tokenizer, task.metric, scored, config.training.max_tokens)
+        return Size(num_bytes, _parameters(candidate), _held_bytes(candidate), *seconds[name], score.loss, score.metric)
+
+    full = measure("full", model, 2 * _parameters(model))
+    compact = measure("compact", small, (path / WEIGHTS).stat().st_size)
+    num_slots = sum(len(plan.tuned) + len(plan.groups) for plan in plans)
+    report = CompactReport(str(path), participant, num_slots, known.frequency.numel(), task.metric, full, compact)
+    (path / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    (path / "README.md").write_text(report.card(config.run_id))
+    return report
+
+
+def _config(source: Path, tune_fraction: float | None, merge_fraction: float | None) -> RunConfig:
+    if not (source / RUN).is_file():
+        raise ConfigError(f"{source} has no {RUN}: give a folder that `fluxlib run --save` wrote")
+    try:
+        found = dict(json.loads((source / RUN).read_text())["config"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{source / RUN} does not hold the settings of a run: was it changed, or cut off?") from None
+    given = {"budget.tune_frac": tune_fraction, "budget.merge_frac": merge_fraction}
+    return make_config(found | {name: value for name, value in given.items() if value is not None})
+
+
+def _parameters(model: Any) -> int:
+    """Weights that have to be stored: each once, frozen slots included."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() > 1}
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _held_bytes(model: Any) -> int:
+    """What the parameters and buffers of a loaded model occupy, whatever shares a storage once."""
+    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@torch.no_grad()
+def _seconds(candidates: Mapping[str, Any], batch: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Median seconds of a forward pass and of one written token of each model, in turns."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    length = int(batch["attention_mask"][0].sum())
+    first = {name: tensor[:1, :length] for name, tensor in inputs.items()}
+    exact = {"do_sample": False, "min_new_tokens": TIMED_TOKENS, "max_new_tokens": TIMED_TOKENS}
+    works: dict[str, Any] = {}
+    for name, model in candidates.items():
+        works[f"{name} read"] = partial(model, **inputs, use_cache=False)
+        works[f"{name} write"] = partial(model.generate, **first, **exact)
+    taken = {work: statistics.median(times) for work, times in interleaved(works, TIMED_TURNS).items()}
+    return {name: (taken[f"{name} read"], taken[f"{name} write"] / TIMED_TOKENS) for name in candidates}

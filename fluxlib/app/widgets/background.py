@@ -1,0 +1,163 @@
+"""A federated run in a thread: whoever started it can watch it, stop it, and go on with it later."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fluxlib import federation, records
+from fluxlib.analysis import store
+from fluxlib.config import ConfigError, RunConfig
+from fluxlib.federation.server.outcome import RoundOutcome
+
+log = logging.getLogger(__name__)
+
+IDLE, RUNNING, STOPPING, STOPPED, COMPLETE, FAILED = "idle", "running", "stopping", "stopped", "complete", "failed"
+
+
+class BackgroundRun:
+    """One run of ``config`` into the folder ``out``.
+
+    Every complete round is on disk before the next one begins. The same configuration and folder go on from there,
+    whether the run was stopped, its kernel was closed, or the machine was switched off.
+
+    Attributes:
+        state: idle, running, stopping (after the round in progress), stopped, complete or failed.
+        rows: rows of ``rounds`` so far, those of an earlier part of the run included.
+        tuned: per round, ``[L, E]`` how many participants tuned each expert, those of an earlier part included.
+        error: why it failed; empty otherwise.
+    """
+
+    def __init__(self, config: RunConfig, out: Path, on_change: Callable[[BackgroundRun], None] | None = None) -> None:
+        self.config, self.out, self.on_change = config, Path(out), on_change
+        self.state, self.error = IDLE, ""
+        self.rows: list[dict[str, Any]] = []
+        self.tuned: list[np.ndarray] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a round is being computed."""
+        return self.state in (RUNNING, STOPPING)
+
+    @property
+    def first_round(self) -> int:
+        """Number of the round that ``tuned`` begins with."""
+        return int(self.rows[-1]["round"]) - len(self.tuned) + 1 if self.rows else 1
+
+    def table(self) -> pd.DataFrame:
+        """The rows so far."""
+        return pd.DataFrame(self.rows)
+
+    def start(self) -> None:
+        """Begin, or go on; nothing happens while it runs."""
+        if self.busy:
+            return
+        self._stop.clear()
+        self.state, self.error, self.rows, self.tuned = RUNNING, "", [], []
+        self._thread = _Worker(self)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the round in progress; what is complete stays."""
+        if self.state == RUNNING:
+            self._stop.set()
+            self._change(STOPPING)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until the thread is done.
+
+        Raises:
+            TimeoutError: it is not, after ``timeout_s``.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise TimeoutError(f"{self.config.run_id} still runs after {timeout_s} s")
+
+    def _work(self) -> None:
+        try:
+            result = federation.run(self.config, on_round=self._on_round, out=self.out, on_outcome=self._on_outcome)
+        except (ConfigError, federation.RunFailed, federation.CheckpointError, OSError) as error:
+            self.error = str(error)
+            self._change(FAILED)
+            return
+        except BaseException as error:
+            self.error = f"{type(error).__name__}: {error}"
+            self._change(FAILED)
+            raise
+        self.rows = _rows(result.rounds)
+        complete = int(self.rows[-1]["round"]) == self.config.federation.rounds
+        self._change(COMPLETE if complete else STOPPED)
+
+    def _on_round(self, row: Mapping[str, Any]) -> bool:
+        if not self.rows and row["round"] > 0:
+            self.rows = _rows(self._earlier("rounds", int(row["round"])))
+        self.rows.append(dict(row))
+        self._change(self.state)
+        return self._stop.is_set()
+
+    def _on_outcome(self, outcome: RoundOutcome) -> None:
+        if not outcome.accepted:
+            return
+        counts = np.sum([part.roles.exploit.numpy().astype(int) for part in outcome.accepted], axis=0)
+        if not self.tuned and outcome.round > 1:
+            self.tuned = count_tuned(self._earlier("participants", outcome.round), counts.shape)
+        self.tuned.append(counts)
+
+    def _earlier(self, table: str, before: int) -> pd.DataFrame:
+        """Rows of a run that goes on, of rounds before ``before``, from its checkpoint."""
+        file = self.out / store.CHECKPOINTS / self.config.run_id / "rounds.parquet"
+        try:
+            found = store.read(file, table)
+        except records.TableError:
+            return pd.DataFrame({"round": []})
+        return found[found["round"] < before]
+
+    def _change(self, state: str) -> None:
+        self.state = state
+        if self.on_change is None:
+            return
+        try:
+            self.on_change(self)
+        except Exception:  # whoever watches may be gone or wrong: no reason to lose rounds
+            log.exception("the watcher of %s failed", self.config.run_id)
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict(orient="records")]
+
+
+class _Worker(threading.Thread):
+    """The thread of a run; it knows its run, so that one whose page was closed can be found again."""
+
+    def __init__(self, run: BackgroundRun) -> None:
+        super().__init__(target=run._work, name=run.config.run_id, daemon=True)
+        self.run_of = run
+
+
+def going_on(out: Path) -> BackgroundRun | None:
+    """A run into ``out`` that this process still computes: its page was closed, or its cell run again."""
+    workers = [thread for thread in threading.enumerate() if isinstance(thread, _Worker)]
+    return next((worker.run_of for worker in workers if worker.run_of.busy and worker.run_of.out == Path(out)), None)
+
+
+def count_tuned(participants: pd.DataFrame, shape: tuple[int, int]) -> list[np.ndarray]:
+    """Per round, how many participants tuned each expert.
+
+    Args:
+        participants: rows of the ``participants`` table of one run; refused replies do not count.
+        shape: MoE layers and experts in each.
+    """
+    counts = np.zeros((int(participants["round"].max()) if len(participants) else 0, *shape), dtype=int)
+    for row in participants.to_dict(orient="records"):
+        for layer, expert in records.read_experts(row["exploited"]) if not row["rejected"] else []:
+            counts[row["round"] - 1, layer, expert] += 1
+    return list(counts)

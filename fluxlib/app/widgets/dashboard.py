@@ -1,0 +1,227 @@
+"""The dashboard of ``notebooks/explore.ipynb``: turn a budget and see the plan, run it, compare it.
+
+:class:`Dashboard` shows itself: as widgets in JupyterLab, as a picture wherever nobody can press a button (a headless
+run, a saved notebook, GitHub).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fluxlib import figures
+from fluxlib.analysis.store import SEARCH, folders, place_of, run_id
+from fluxlib.app.widgets.background import BackgroundRun, count_tuned, going_on
+from fluxlib.app.widgets.controls import Controls, with_labels
+from fluxlib.app.widgets.history import History, table
+from fluxlib.app.widgets.monitor import HEADLESS
+from fluxlib.app.widgets.preview import Preview, preview
+from fluxlib.app.widgets.wording import BROWN, RED, beginning, compared, note, paragraphs, status
+from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, results_dir
+from fluxlib.figures import style
+
+TARGET_FRAC = 0.95
+"""Target of a comparison: this share of the best score in it."""
+
+
+class Dashboard:
+    """Controls on the left; on the right what they mean, a run that can be watched and stopped, and earlier runs.
+
+    A run into ``out`` that this process still computes (its page was closed, its cell was run again) is watched again.
+
+    Args:
+        config: where the controls start, and everything that has no control.
+        out: folder of the tables and checkpoints of runs that are started here.
+        store: more folders of runs to compare with; None: those of :func:`fluxlib.analysis.store.folders`, the trials of the
+            search when they are asked for.
+
+    Raises:
+        ConfigError: a name in ``config`` that no menu has.
+    """
+
+    def __init__(self, config: RunConfig, out: Path | str = "", store: list[Path] | None = None) -> None:
+        import ipywidgets
+
+        self.out = Path(out) if out else REPO_ROOT / "build" / "explore"
+        places = [self.out, *(folders(trials=False) if store is None else store)]
+        trials = [results_dir(SEARCH)] if store is None else []
+        self.controls = Controls(config)
+        self.history = History(places, self._draw, self._take_over, trials)
+        self.preview: Preview | None = None
+        self.run: BackgroundRun | None = None
+        self._lock, self._paused = threading.RLock(), False
+        layout = ipywidgets.Layout
+        self.message, self.summary = ipywidgets.HTML(), ipywidgets.HTML()
+        self.plan = ipywidgets.Image(format="png", layout=layout(width="100%", max_width="1000px"))
+        self.curve = ipywidgets.Image(format="png", layout=layout(width="100%", max_width="900px", display="none"))
+        self.progress = ipywidgets.IntProgress(min=0, max=1, layout=layout(width="100px"))
+        self.status = ipywidgets.HTML(beginning(self.history.unfinished(self.out)))
+        self.start = ipywidgets.Button(description="Run", button_style="primary", icon="play")
+        self.halt = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
+        self.start.layout.width = self.halt.layout.width = "92px"
+        self.table = ipywidgets.HTML()
+        self.view = self._arrange(ipywidgets)
+        self._connect()
+        self._find_run()
+        self.refresh()
+
+    def press_run(self, timeout_s: float | None = None) -> BackgroundRun:
+        """Do what the button does, and wait for the end of the run.
+
+        Raises:
+            ConfigError: what the dashboard would say in red; another run that goes on.
+            TimeoutError: the run goes on after ``timeout_s``.
+        """
+        self.refresh()
+        if self.preview is None:
+            raise ConfigError(self._problem)
+        if self.run is not None and self.run.busy:
+            raise ConfigError(f"{self.run.config.run_id} still runs: wait for it, or stop it")
+        self._press_run()
+        assert self.run is not None
+        self.run.wait(timeout_s)
+        return self.run
+
+    def refresh(self, *_: Any) -> None:
+        """Read the controls and show what they mean; what cannot be is said in place, and cannot be run."""
+        if self._paused:
+            return
+        with self._lock:
+            try:
+                self.preview = preview(self.controls.config(), self.controls.participant)
+                self._problem, warning = "", self.preview.warning
+            except ConfigError as error:
+                self.preview, self._problem, warning = None, str(error), ""
+            if self.preview is not None:
+                self.plan.value = self.preview.picture()._repr_png_()
+            # The picture of another choice would be taken for this one's.
+            self.plan.layout.visibility = "visible" if self.preview is not None else "hidden"
+            self.summary.value = paragraphs(self.preview.summary()) if self.preview is not None else ""
+            problem = f"{with_labels(self._problem)}\nNothing can be run until this is changed." * bool(self._problem)
+            self.message.value = note(problem, RED) or note(with_labels(warning), BROWN)
+            self.controls.mark(self._problem)
+            self._set_buttons()
+            self._list_earlier()
+
+    def picture(self) -> bytes:
+        """What stands there now as one PNG: the run where there is one, the plan otherwise."""
+        return bytes(self.curve.value if self.run is not None and self.curve.value else self.plan.value)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        shown: dict[str, Any] = {"text/plain": f"Dashboard of {self.controls.base.model}", "image/png": self.picture()}
+        if os.environ.get(HEADLESS):
+            return shown
+        found = self.view._repr_mimebundle_()
+        data = found[0] if isinstance(found, tuple) else found
+        return {**shown, **{name: value for name, value in data.items() if name != "text/plain"}}
+
+    def _arrange(self, ipywidgets: Any) -> Any:
+        layout, column = ipywidgets.Layout, ipywidgets.VBox
+        buttons = ipywidgets.HBox([self.start, self.halt, self.progress])
+        left = column([*self.controls.view(), buttons], layout=layout(width="330px", min_width="330px"))
+        title = ipywidgets.HTML("<b>Compare with earlier runs</b> of this model and task (ctrl or shift for several)")
+        below = ipywidgets.HBox([self.history.take_over, self.history.with_trials, self.history.note])
+        running = column([self.status, self.curve, self.table, title, self.history.choice, below])
+        planned = column([self.summary, self.plan])
+        self.tabs = ipywidgets.Tab([planned, running], titles=["Plan", "Run and compare"])
+        right = column([self.message, self.tabs], layout=layout(flex="1 1 auto", min_width="500px"))
+        return ipywidgets.HBox([left, right], layout=layout(width="100%"))
+
+    def _connect(self) -> None:
+        self.controls.widgets["participants"].observe(lambda _: self.controls.follow_participants(), "value")
+        for widget in self.controls.widgets.values():
+            widget.observe(self.refresh, "value")
+        self.start.on_click(self._press_run)
+        self.halt.on_click(lambda _: self.run.stop() if self.run is not None else None)
+
+    def _find_run(self) -> None:
+        """Watch a run that goes on although nobody sees it."""
+        found = going_on(self.out)
+        if found is None:
+            return
+        self._take_over(found.config)
+        self.run, found.on_change = found, self._changed
+        self.tabs.selected_index = 1
+        self.progress.max = found.config.federation.rounds
+        self._changed(found)
+
+    def _take_over(self, config: RunConfig) -> None:
+        """Turn the controls to what a run had.
+
+        Raises:
+            ConfigError: a value that has no place on the dashboard.
+        """
+        self._paused = True
+        try:
+            self.controls.load(config)
+        finally:
+            self._paused = False
+        self.refresh()
+
+    def _press_run(self, *_: Any) -> None:
+        if self.preview is None or (self.run is not None and self.run.busy):
+            return
+        self.tabs.selected_index = 1
+        self.run = BackgroundRun(self.preview.config, self.out, self._changed)
+        self.progress.max, self.progress.value = self.preview.config.federation.rounds, 0
+        self.status.value = "Loading the model, scoring the base ..."
+        self.run.start()
+        self._set_buttons()
+
+    def _changed(self, run: BackgroundRun) -> None:
+        """Called from the run's thread after each round and at its end."""
+        with self._lock:
+            if run.rows:
+                self.progress.value = int(run.rows[-1]["round"])
+            self.status.value = status(run)
+            self._set_buttons()
+            if run.rows:
+                self._draw()
+            if not run.busy:
+                self._list_earlier()
+
+    def _set_buttons(self) -> None:
+        busy = self.run is not None and self.run.busy
+        self.start.disabled = busy or self.preview is None
+        self.halt.disabled = not (self.run is not None and self.run.state == "running")
+
+    def _list_earlier(self) -> None:
+        """Runs of the same model and task in the store."""
+        self.history.show(*(str(self.controls.widgets[name].value) for name in ("model", "task")))
+
+    def _draw(self) -> None:
+        with self._lock:
+            shown, tuned, first = self._shown()
+            scores = [run["metric"].max() for run in shown.values() if run["metric"].notna().any()]
+            self.curve.layout.display = "" if scores else "none"
+            if not scores:
+                self.table.value = ""
+                return
+            target = TARGET_FRAC * float(max(scores))
+            self.curve.value = figures.curves(shown, target=target, roles=tuned, first_round=first)._repr_png_()
+            self.table.value = compared(figures.compare_runs(shown, target), TARGET_FRAC)
+
+    def _shown(self) -> tuple[dict[str, pd.DataFrame], Any, int]:
+        """The run of this dashboard first, then those that were chosen; and the roles of the first of them."""
+        shown: dict[str, pd.DataFrame] = {}
+        tuned, first, own = None, 1, None
+        if self.run is not None and self.run.rows:
+            own = self.run.config
+            title = style.method(own.method).title
+            shown[f"this run: {title} {own.variant}"] = self.run.table()
+            tuned, first = self.run.tuned, self.run.first_round
+        for label, file in self.history.chosen().items():
+            found = table(file)
+            mine = own is not None and place_of(file) == self.out and run_id(file) == own.run_id
+            if found is None or found.empty or mine:
+                continue
+            if not shown and self.preview is not None:
+                people = table(file, "participants")
+                num_layers, num_experts = self.preview.profile.frequency.shape
+                tuned = None if people is None else count_tuned(people, (num_layers, num_experts))
+            shown[label] = found
+        return shown, tuned, first

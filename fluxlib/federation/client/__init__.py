@@ -1,0 +1,1 @@
+"""What a participant does: the Flower client app and what stays on its device."""

@@ -1,0 +1,1 @@
+"""What carries the messages: in process, Flower's simulation, SuperLink and SuperNodes."""

@@ -1,0 +1,70 @@
+"""``make deploy-demo``: the whole of docs/deployment.md on one machine, from certificates to a tuned model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from fluxlib.config import ConfigError, RunConfig, make_config
+from fluxlib.federation import run
+from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation
+from fluxlib.federation.options import check
+from fluxlib.federation.store.tables import Row
+from fluxlib.records import describe_round
+
+MARK = ".flux-demonstration"
+"""File that says of a folder that a demonstration made it, and that the next one may take it away."""
+
+
+def run_demo(folder: Path, participants: int, num_rounds: int, method: str) -> None:
+    """Start a federation in ``folder``, train on it over TLS, say where everything is.
+
+    Raises:
+        ConfigError, RunFailed: as :func:`fluxlib.federation.run`; a folder with anything else in it.
+    """
+    config = make_config(
+        {
+            "method": method, "task": "mini-mmlu", "federation.rounds": num_rounds, "federation.participants": participants,
+            "evaluation.samples": 64, "clock.fleet": "mixed", "engine": "deployment", "federation.join_timeout_s": 300.0,
+        }
+    )  # fmt: skip
+    check(config)
+    _clear(folder)
+    start = time.monotonic()
+    print(f"starting a SuperLink and {participants} SuperNodes; logs are in {folder / 'logs'}", flush=True)
+    with LocalFederation(folder, config, shared=False) as federation:
+        os.environ["FLWR_HOME"] = str(federation.home)
+        print(f"SuperLink at https://{federation.address}, ready after {time.monotonic() - start:.0f} s", flush=True)
+        result = run(config, on_round=_print, out=folder / "results", superlink=CONNECTION)
+    print(f"done after {time.monotonic() - start:.0f} s")
+    print(_summary(config, result.participants, folder))
+
+
+def _clear(folder: Path) -> None:
+    """Take an earlier demonstration away, and nothing else."""
+    if folder.exists() and not (folder / MARK).is_file() and (others := sorted(folder.glob("*"))):
+        raise ConfigError(f"--folder {folder} holds {others[0].name} and is of no demonstration: give a new folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
+
+
+def _print(row: Row) -> None:
+    print(describe_round(row), flush=True)
+
+
+def _summary(config: RunConfig, people: pd.DataFrame, folder: Path) -> str:
+    last = people[people["round"] == config.federation.rounds].to_dict(orient="records")
+    lines = [
+        f"  participant {row['participant']} ({row['device']}): {row['num_samples']} samples, "
+        f"sent {row['uplink_bytes']:,} bytes, got {row['downlink_bytes']:,} {row['rejected']}"
+        for row in last
+    ]
+    return "\n".join([
+        "in the last round:", *lines,
+        f"participants' folders: {folder}/node-*   tables and tuned experts: {folder / 'results'}",
+    ])  # fmt: skip

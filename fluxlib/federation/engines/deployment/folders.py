@@ -1,0 +1,108 @@
+"""A participant's folder: its own samples, what its device is, its key, and what it keeps between rounds.
+
+    node-0/
+      participant.yaml    its number, its device in the catalogue, where torch computes
+      train.jsonl         its samples, one JSON object a line: prompt, response, label
+      node.key node.pub   its key pair (fluxlib.federation.engines.deployment.credentials)
+      ca.crt              whom it trusts to sign the SuperLink's certificate
+      state/              what it holds between rounds
+
+Nothing in this folder is ever sent. The SuperNode gets paths and names as its node configuration, which stays with it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fluxlib.config import ConfigError, RunConfig, check_writable, make_config
+from fluxlib.devices import catalogue
+from fluxlib.federation.client import disk, later
+from fluxlib.federation.client.own_data import write_examples
+from fluxlib.federation.client.participant import load_task
+
+SETTINGS, SAMPLES, STATE = "participant.yaml", "train.jsonl", "state"
+
+
+@dataclass(frozen=True)
+class Participant:
+    """What ``participant.yaml`` says.
+
+    ``device`` is a name of :mod:`fluxlib.devices.catalogue`; it is all that the server is told. ``torch_device`` is
+    where the work is done, such as ``cuda:0``. ``background_profile`` answers first and profiles afterwards, in a
+    process of its own.
+    """
+
+    participant: int
+    device: str
+    torch_device: str = "cpu"
+    background_profile: bool = False
+
+
+def read_participant(folder: Path) -> Participant:
+    """What the folder's settings say.
+
+    Raises:
+        ConfigError: no such file, or a wrong entry in it; the message names what is allowed.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no {SETTINGS}, which says: participant (a number), device, torch_device")
+    values: Any = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict) or not {"participant", "device"} <= set(values):
+        raise ConfigError(f"{path} must say participant and device, it says {values!r}")
+    try:
+        found = Participant(**values)
+    except TypeError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    is_number = isinstance(found.participant, int) and not isinstance(found.participant, bool)
+    if found.device not in catalogue.DEVICES or not is_number:
+        raise ConfigError(f"{path}: participant is a number, device one of {', '.join(catalogue.DEVICES)}")
+    try:
+        make_config({"torch_device": found.torch_device})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return found
+
+
+def node_config(folder: Path) -> dict[str, str | int | bool]:
+    """A SuperNode's configuration: what the client app finds in ``context.node_config``."""
+    about = read_participant(folder)
+    values: dict[str, str | int | bool] = {
+        "partition-id": about.participant,
+        "device": about.device,
+        "torch-device": about.torch_device,
+        disk.STATE_DIR: str((folder / STATE).resolve()),
+    }
+    if about.background_profile:
+        values[later.BACKGROUND] = True
+    samples = folder / SAMPLES
+    if samples.is_file():
+        values["data"] = str(samples.resolve())
+    return values
+
+
+def as_argument(values: dict[str, str | int | bool]) -> str:
+    """``values`` in the form of ``flower-supernode --node-config``."""
+    return " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+
+
+def make_folders(root: Path, config: RunConfig) -> list[Path]:
+    """A folder per participant of ``config``, with the samples that its partition deals to it: for trying it out.
+
+    On one machine of one's own there is no need to come by private data; the same samples as in process make the same
+    run.
+    """
+    task, parts = load_task(config)
+    fleet = catalogue.fleet(config.clock.fleet, config.federation.participants)
+    folders = []
+    for number, (part, device) in enumerate(zip(parts, fleet, strict=True)):
+        folder = check_writable(root / f"node-{number}")
+        write_examples(folder / SAMPLES, [task.train[index] for index in part])
+        (folder / SETTINGS).write_text(yaml.safe_dump(asdict(Participant(number, device.name)), sort_keys=False))
+        folders.append(folder)
+    return folders

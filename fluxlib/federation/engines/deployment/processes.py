@@ -1,0 +1,245 @@
+"""SuperLink and SuperNodes as processes of this machine, each with its log; and a whole federation of them.
+
+The commands are Flower's own, with what ``docs/deployment.md`` says about each flag. Every process is the head of a
+group of its own, so that what it started ends with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fluxlib.config import RunConfig
+from fluxlib.federation.engines.deployment import credentials, folders
+from fluxlib.federation.server.outcome import RunFailed
+
+CONNECTION = "federation"
+"""Name of the SuperLink in the Flower configuration that a :class:`LocalFederation` writes."""
+
+HOST = "127.0.0.1"
+START_S, COMMAND_S = 120.0, 300.0
+"""Patience with a SuperLink that starts, and with a command; seconds each on an idle machine."""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, with what makes Flower's commands quiet, quick to find, and of one thread each."""
+    ours = {"OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**ours, **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **more}
+
+
+def start(command: Sequence[str], log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start ``command`` as the head of a process group; what it prints goes to ``log``. It ends with this process."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env,
+            start_new_session=True, preexec_fn=end_with_parent,
+        )  # fmt: skip
+
+
+def end_with_parent() -> None:
+    """Called in a new process: it is asked to end when the one that started it is gone, however that went (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def stop(process: subprocess.Popen[bytes], patience_s: float = 5.0) -> None:
+    """End a process and what it started: asked first, killed after ``patience_s``."""
+    for name, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(process.pid, name)
+            process.wait(wait_s)
+        except ProcessLookupError:
+            process.wait()
+            return
+        except subprocess.TimeoutExpired:
+            continue
+    try:  # the head ended in time, what it started may not have
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def superlink_command(folder: Path, host: str, port: int) -> list[str]:
+    """A SuperLink that speaks TLS only and lets in registered nodes only."""
+    return [
+        "flower-superlink",
+        "--host", host, "--port", str(port),
+        "--ssl-ca-certfile", str(folder / credentials.CA_CERTIFICATE),
+        "--ssl-certfile", str(folder / credentials.SERVER_CERTIFICATE),
+        "--ssl-keyfile", str(folder / credentials.SERVER_KEY),
+        "--enable-supernode-auth",
+        "--database", str(folder / "superlink.db"),
+        "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+
+
+def supernode_command(folder: Path, superlink: str, port: int, resident: bool = True) -> list[str]:
+    """A SuperNode for the participant of ``folder``; ``resident``: its work is done by an executor of ours."""
+    return [
+        "flower-supernode",
+        "--superlink", superlink,
+        "--root-certificates", str(folder / credentials.CA_CERTIFICATE),
+        "--auth-supernode-private-key", str(folder / credentials.NODE_KEY),
+        "--host", HOST, "--port", str(port),
+        "--isolation", "process" if resident else "subprocess",
+        "--node-config", folders.as_argument(folders.node_config(folder)),
+    ]  # fmt: skip
+
+
+def executor_command(addresses: Sequence[str]) -> list[str]:
+    """A resident executor for SuperNodes at ``addresses``."""
+    return [sys.executable, "-m", "fluxlib.federation.engines.deployment.commands", "executor", *addresses]
+
+
+def flwr(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Flower's command line with its configuration in ``home``; one that never answers counts as failed."""
+    env = environment(FLWR_HOME=str(home))
+    command = ["flwr", *arguments]
+    try:
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"flwr {arguments[0]} did not answer within {COMMAND_S:g} s")
+
+
+def write_connection(home: Path, address: str, root_certificates: Path) -> None:
+    """Say in Flower's configuration where the SuperLink is and who signed its certificate."""
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{address}"\n'
+        f'root-certificates = "{root_certificates.resolve()}"\n'
+    )
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on at this moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    for found in sockets:
+        found.bind((HOST, 0))
+    ports = [int(found.getsockname()[1]) for found in sockets]
+    for found in sockets:
+        found.close()
+    return ports
+
+
+class LocalFederation:
+    """A SuperLink and a SuperNode per participant on this machine, with TLS and a key for each node.
+
+    Args:
+        folder: certificates, keys, participants' folders, logs; made if it is not there.
+        config: how many participants, and which samples and devices they have.
+        shared: one executor for all nodes (less memory, quicker); otherwise each node has its own, as on machines of
+            its own.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, shared: bool = True) -> None:
+        self.folder, self.config, self.shared = folder.resolve(), config, shared
+        self.home = self.folder / "flwr"
+        self.port, *self.node_ports = free_ports(1 + config.federation.participants)
+        self.node_folders: list[Path] = []
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def address(self) -> str:
+        """Where the SuperLink is."""
+        return f"{HOST}:{self.port}"
+
+    def __enter__(self) -> LocalFederation:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        server = self.folder / "server"
+        if not (server / credentials.CA_KEY).exists():
+            credentials.make_certificates(server, [HOST, "localhost"])
+        self.node_folders = folders.make_folders(self.folder, self.config)
+        for folder in self.node_folders:
+            credentials.make_node_key(folder)
+            (folder / credentials.CA_CERTIFICATE).write_bytes((server / credentials.CA_CERTIFICATE).read_bytes())
+        self.spawn("superlink", superlink_command(server, HOST, self.port))
+        write_connection(self.home, self.address, server / credentials.CA_CERTIFICATE)
+        if self.shared:
+            self.spawn("executor", executor_command([f"{HOST}:{port}" for port in self.node_ports]))
+        self._await_superlink(server / credentials.CA_CERTIFICATE)
+        for number in range(len(self.node_folders)):
+            self.register(self.node_folders[number])
+            self.start_node(number)
+
+    def start_node(self, number: int) -> None:
+        """Start the SuperNode of participant ``number`` (again)."""
+        folder, port = self.node_folders[number], self.node_ports[number]
+        if self.shared:
+            command = supernode_command(folder, self.address, port)
+        else:
+            command = node_command(folder, self.address, port)
+        self.spawn(f"node-{number}", command)
+
+    def register(self, folder: Path) -> None:
+        """Let the node with the key in ``folder`` take part.
+
+        Raises:
+            RunFailed: the SuperLink refused it.
+        """
+        done = flwr(self.home, "supernode", "register", str(folder / credentials.NODE_PUBLIC_KEY), CONNECTION)
+        if done.returncode and "already" not in done.stdout + done.stderr:
+            raise RunFailed(f"the SuperLink did not register {folder.name}: {done.stdout}{done.stderr}")
+
+    def spawn(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start one of the federation's processes; its log is ``logs/<name>.log``."""
+        env = environment(FLWR_HOME=str(self.folder / "home" / name))
+        self.processes[name] = start(command, self.log(name), env)
+        return self.processes[name]
+
+    def log(self, name: str) -> Path:
+        """The log of one of the processes."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def kill(self, name: str) -> None:
+        """``kill -9`` for a process and what it started."""
+        process = self.processes.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def stop(self) -> None:
+        """End every process; nodes first."""
+        for name in sorted(self.processes, key=lambda name: name == "superlink"):
+            stop(self.processes[name])
+        self.processes.clear()
+
+    def _await_superlink(self, authority: Path) -> None:
+        context = ssl.create_default_context(cafile=str(authority))
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            process = self.processes["superlink"]
+            if process.poll() is not None:
+                break
+            try:
+                with urllib.request.urlopen(f"https://{self.address}/health", context=context, timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise RunFailed(f"the SuperLink did not start; {self.log('superlink')} says why")
+
+
+def node_command(folder: Path, superlink: str, port: int) -> list[str]:
+    """A SuperNode and its executor in one command."""
+    arguments = ["node", str(folder), "--superlink", superlink, "--port", str(port)]
+    return [sys.executable, "-m", "fluxlib.federation.engines.deployment.commands", *arguments]

@@ -1,0 +1,1 @@
+"""What travels between server and participants, in which form, and what protects it."""

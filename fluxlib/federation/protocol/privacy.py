@@ -1,0 +1,219 @@
+"""Clipping and noise on what participants send (options of the run; what they cover is in ``docs/security.md``).
+
+The unit of protection is one participant's whole change in one round: all tensors of all experts it tuned, as one
+vector. :func:`clip` bounds its norm; noise of ``noise_multiplier`` times that bound on every coordinate hides it, added
+by the server to the sum (central) or by the participant to its own change (local). Which experts a participant was to
+tune is the server's own choice and is not hidden by either. With noise every tuner of an expert counts alike, since a
+weight by tokens has no bounded influence.
+
+Flower's mods (``fixedclipping_mod``, ``adaptiveclipping_mod``, ``LocalDpMod``) do the same for whole models: they need
+a reply with the arrays of the request, and weights instead of their change. Each of them refuses a reply with the
+changes of some experts, so the mechanism stands here, on changes.
+
+* :func:`clip`             one change, bounded
+* :func:`add_noise`        Gaussian noise on changes
+* :class:`AdaptiveClip`    a bound that follows a quantile of the norms (Andrew et al. 2021)
+* :class:`Guard`          the server's side of all three
+* :func:`flip_probability` what hides whether one participant was within the bound, where nobody is to be trusted
+* :func:`spent_epsilon`    what a number of rounds has cost
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fluxlib import seeding
+from fluxlib.config import RunConfig
+from fluxlib.federation.protocol.sync import Experts
+from fluxlib.methods.base import ExpertKey, Update
+
+Changes = dict[ExpertKey, dict[str, Tensor]]
+
+ADAPT_RATE = 0.2
+"""How fast an adaptive bound follows: the learning rate of Andrew et al."""
+
+
+def norm(changes: Experts) -> float:
+    """Euclidean norm of a whole change."""
+    tensors = [tensor.float() for change in changes.values() for tensor in change.values()]
+    return float(torch.stack(torch._foreach_norm(tensors)).norm()) if tensors else 0.0
+
+
+@torch.no_grad()
+def clip(changes: Experts, bound: float) -> tuple[Changes, bool]:
+    """``changes`` scaled to a norm of at most ``bound``, and whether they were within it already."""
+    found = norm(changes)
+    scale = 1.0 if found <= bound else bound / found
+    scaled = {key: {n: t if scale == 1.0 else t * scale for n, t in change.items()} for key, change in changes.items()}
+    return scaled, found <= bound
+
+
+@torch.no_grad()
+def add_noise(changes: Experts, deviation: float, generator: torch.Generator) -> Changes:
+    """``changes`` with independent Gaussian noise of that standard deviation on every coordinate."""
+    return {
+        key: {
+            name: t + deviation * torch.randn(t.shape, generator=generator).to(t.device) for name, t in change.items()
+        }
+        for key, change in sorted(changes.items())
+    }
+
+
+def protect(update: Update, config: RunConfig, bound: float | None, generator: torch.Generator) -> tuple[Update, bool]:
+    """What a participant sends of ``update`` under the run's options, and whether its norm was within ``bound``."""
+    within = True
+    if bound is not None:
+        changes, within = clip(update.deltas, bound)
+        if config.privacy.noise == "participant" and config.privacy.noise_multiplier:
+            multiplier = local_multiplier(config.privacy.noise_multiplier, config.privacy.clip_quantile is not None)
+            changes = add_noise(changes, multiplier * bound, generator)
+            if config.privacy.clip_quantile is not None and flips(config.privacy.noise_multiplier, generator):
+                within = not within
+        update = replace(update, deltas=changes)
+    if config.privacy.withhold_reports:
+        unknown = torch.full_like(update.utilities, math.nan)
+        update = replace(update, utilities=unknown, tokens=torch.zeros_like(update.tokens))
+    return update, within
+
+
+def noise_generator(config: RunConfig, *names: str | int) -> torch.Generator:
+    """Where noise comes from: the run's seed, so that runs repeat, or in a deployment what nobody else knows."""
+    if config.engine == "deployment":
+        secret = torch.Generator()
+        secret.seed()
+        return secret
+    return seeding.generator(config.seed, *names)
+
+
+@dataclass(frozen=True)
+class AdaptiveClip:
+    """A bound and the quantile of the norms that it follows; ``None``: it stays."""
+
+    bound: float
+    quantile: float | None = None
+
+    def after(self, num_within: float, num_replies: int, noise: float = 0.0) -> AdaptiveClip:
+        """The bound for the next round; ``noise`` was drawn for the count of those within."""
+        if self.quantile is None or not num_replies:
+            return self
+        share = (num_within + noise) / num_replies
+        return replace(self, bound=self.bound * math.exp(-ADAPT_RATE * (share - self.quantile)))
+
+
+class Guard:
+    """The server's side: no change above the bound gets in, noise gets out, and an adaptive bound moves."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.clip = (
+            AdaptiveClip(config.privacy.clip_norm, config.privacy.clip_quantile) if config.privacy.clip_norm else None
+        )
+        self._num_within = 0
+
+    @property
+    def bound(self) -> float | None:
+        """The bound of this round; None: there is none."""
+        return self.clip.bound if self.clip else None
+
+    def admit(self, changes: Experts, tokens: Tensor, within: bool | None) -> tuple[Experts, Tensor]:
+        """A reply's changes and weights as they may be aggregated: a participant may have clipped nothing."""
+        if self.clip is None:
+            return changes, tokens
+        self._num_within += bool(within)
+        return clip(changes, self.clip.bound)[0], torch.ones_like(
+            tokens
+        ) if self.config.privacy.noise_multiplier else tokens
+
+    def finish(
+        self, round_number: int, changes: Changes, num_tuners: Callable[[ExpertKey], int], num_replies: int
+    ) -> Changes:
+        """The round's combined changes, with central noise on them; the bound moves on."""
+        if self.clip is None:
+            return changes
+        config, adaptive = self.config, self.clip.quantile is not None
+        if config.privacy.noise == "server" and config.privacy.noise_multiplier:
+            deviation = self.clip.bound * change_multiplier(config.privacy.noise_multiplier, num_replies, adaptive)
+            chance = noise_generator(config, "noise", round_number)
+            parts = ({key: tensors} for key, tensors in sorted(changes.items()))
+            noisy = [add_noise(part, deviation / num_tuners(next(iter(part))), chance) for part in parts]
+            changes = {key: tensors for part in noisy for key, tensors in part.items()}
+        num_within, noise = float(self._num_within), 0.0
+        if config.privacy.noise_multiplier and adaptive and config.privacy.noise == "participant":
+            num_within = likely_count(self._num_within, num_replies, config.privacy.noise_multiplier)
+        elif config.privacy.noise_multiplier and adaptive:
+            chance = noise_generator(config, "count", round_number)
+            noise = count_deviation(num_replies) * float(torch.randn((), generator=chance))
+        self.clip, self._num_within = self.clip.after(num_within, num_replies, noise), 0
+        return changes
+
+
+def count_deviation(num_replies: int) -> float:
+    """Standard deviation of the noise on the count of those within an adaptive bound: a twentieth of the replies."""
+    return num_replies / 20
+
+
+def change_multiplier(noise_multiplier: float, num_replies: int, adaptive: bool) -> float:
+    """Noise on the changes such that they and the noisy count together cost what ``noise_multiplier`` alone would.
+
+    Andrew et al. 2021, theorem 1.
+
+    Raises:
+        ValueError: too much noise for so few replies.
+    """
+    if not adaptive or not noise_multiplier:
+        return noise_multiplier
+    rest = noise_multiplier**-2 - (2 * count_deviation(num_replies)) ** -2
+    if rest <= 0:
+        raise ValueError(
+            f"noise_multiplier is {noise_multiplier:g}, allowed with clip_quantile is less than "
+            f"{2 * count_deviation(num_replies):g} for {num_replies} replies"
+        )
+    return float(rest**-0.5)
+
+
+BIT_SHARE = 0.1
+"""With noise by the participants and an adaptive bound: what the bit "within" takes of a round's privacy cost."""
+
+
+def flip_probability(noise_multiplier: float) -> float:
+    """How often a participant says the opposite of whether it was within the bound (randomised response).
+
+    That costs a pure epsilon of ln((1 - p) / p), so at most epsilon^2 / 2 where a Gaussian of multiplier z costs
+    1 / (2 z^2); p is such that this is :data:`BIT_SHARE` of it.
+
+    Paper: none. Deviation from Andrew et al. 2021, who have a trusted server add noise to the count.
+    """
+    return 1 / (1 + math.exp(min(math.sqrt(BIT_SHARE) / noise_multiplier, 700.0)))
+
+
+def local_multiplier(noise_multiplier: float, adaptive: bool) -> float:
+    """Noise of a participant on its change such that it and the bit together cost what ``noise_multiplier`` would."""
+    return noise_multiplier / math.sqrt(1 - BIT_SHARE) if adaptive else noise_multiplier
+
+
+def flips(noise_multiplier: float, generator: torch.Generator) -> bool:
+    """Whether this participant says the opposite this time."""
+    return float(torch.rand((), generator=generator, dtype=torch.float64)) < flip_probability(noise_multiplier)
+
+
+def likely_count(num_said: float, num_replies: int, noise_multiplier: float) -> float:
+    """How many were within the bound, as far as those who said so tell; from 0 to ``num_replies``."""
+    flipped = flip_probability(noise_multiplier)
+    return min(max((num_said - num_replies * flipped) / (1 - 2 * flipped), 0.0), float(num_replies))
+
+
+def spent_epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> float:
+    """Epsilon of (epsilon, delta)-differential privacy after ``rounds`` Gaussian mechanisms; infinite without noise.
+
+    Rényi differential privacy, composed over rounds (Mironov 2017, proposition 3 and corollary 3). Nothing is taken off
+    for the sampling of participants.
+    """
+    if not noise_multiplier:
+        return math.inf
+    cost = rounds / (2 * noise_multiplier**2)
+    return cost + 2 * math.sqrt(cost * math.log(1 / delta))

@@ -1,0 +1,83 @@
+"""The Flower app of the server; what it does is in :mod:`fluxlib.federation.server.rounds`.
+
+``app`` takes everything from Flower's run configuration: the names of :class:`~fluxlib.config.RunConfig`, ``settings``
+(any of them as one JSON or YAML mapping), and ``out``, the folder of the tables. A caller in the same process makes an
+app of its own with :func:`make_app` and gets the result back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, make_config
+from fluxlib.federation import progress
+from fluxlib.federation.options import Options, RunResult
+from fluxlib.federation.server.rounds import serve
+from fluxlib.federation.store import lock
+from fluxlib.federation.store.tables import Row
+from fluxlib.records import describe_round
+
+
+def make_app(
+    config: RunConfig | None = None,
+    options: Options | None = None,
+    on_result: Callable[[RunResult], None] | None = None,
+) -> ServerApp:
+    """A server app; ``config`` and ``options`` left out come from Flower's run configuration."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        if config:
+            result = serve(grid, config, options or Options())
+        else:
+            given, folder = from_run_config(context.run_config)
+            result = serve_alone(grid, given, folder)
+        if on_result:
+            on_result(result)
+
+    return app
+
+
+def serve_alone(grid: Grid, config: RunConfig, out: Path | None) -> RunResult:
+    """Run with nobody in this process to take the result: all of it goes into ``out``, rows as they come."""
+    if out is None:
+        return serve(grid, config, Options())
+    write = progress.writer(out, config.run_id)
+
+    def on_round(row: Row) -> bool:
+        print(describe_round(row), flush=True)
+        return write(row)
+
+    try:
+        result = serve(grid, config, Options(out, on_round, keep_experts=True))
+    except lock.Held:
+        raise  # whoever follows the run that is there must not take this for its end
+    except Exception as error:
+        progress.say_over(out, config.run_id, str(error) or type(error).__name__)
+        raise
+    progress.say_over(out, config.run_id)
+    return result
+
+
+def from_run_config(values: dict[str, Any]) -> tuple[RunConfig, Path | None]:
+    """A run's configuration and output folder from Flower's flat one; hyphens stand for underscores.
+
+    An empty text means that the value is not set, since Flower's configuration has no null. ``settings`` win over
+    single names, which may be there only as defaults. A relative ``out`` is relative to the checkout.
+    """
+    named = {name.replace("-", "_"): value for name, value in values.items() if value != ""}
+    out = named.pop("out", None)
+    more = yaml.safe_load(str(named.pop("settings", "")) or "{}")
+    if not isinstance(more, dict):
+        raise ConfigError(f"settings is {more!r}, allowed is a mapping such as '{{alpha: 0.1, rounds: 3}}'")
+    return make_config(named | more), REPO_ROOT / out if out else None
+
+
+app = make_app()

@@ -1,0 +1,1 @@
+"""What outlives a process: tables, checkpoints, and the lock on a run."""
