@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fluxlib import models, seeding
-from fluxlib.config import RunConfig
+from fluxlib.config import RunConfig, TrainingConfig
 from fluxlib.methods.local import customized, tune
 from fluxlib.moe import layers
 from fluxlib.moe.compact import LayerPlan
@@ -23,7 +23,7 @@ from fluxlib.tasks.batches import make_batch, sample_batches
 from fluxlib.tasks.evaluate import evaluate
 from fluxlib.tasks.mini.world import KNOWN_FRACTION
 
-FINE_TUNING = RunConfig(method="fmd", training__batch_size=32, training__learning_rate=4e-3)
+FINE_TUNING = RunConfig(method="fmd", training=TrainingConfig(batch_size=32, learning_rate=4e-3))
 FINE_TUNING_STEPS = 300
 
 
@@ -38,7 +38,7 @@ def room_to_learn(name: str, folder: Path, seed: int = 0) -> dict[str, dict[str,
         model, tokenizer = models.load(str(folder))
         base = evaluate(model, tokenizer, task.metric, task.test, MAX_TOKENS)
         draws = sample_batches(
-            task.train, tokenizer, FINE_TUNING.batch_size, MAX_TOKENS, seeding.generator(seed, "room", name, task_name)
+            task.train, tokenizer, FINE_TUNING.training.batch_size, MAX_TOKENS, seeding.generator(seed, "room", name, task_name)
         )
         everything = [LayerPlan(tuned=tuple(range(layer.num_experts))) for layer in layers.find(model)]
         with customized(model, everything) as compact:
@@ -93,8 +93,8 @@ the real world and is of no other use. Licence: Apache-2.0.
 
 ## Room to learn
 
-Test score of the base, and after tuning all experts centrally ({FINE_TUNING_STEPS} steps of {FINE_TUNING.batch_size},
-learning rate {FINE_TUNING.learning_rate:g}):
+Test score of the base, and after tuning all experts centrally ({FINE_TUNING_STEPS} steps of {FINE_TUNING.training.batch_size},
+learning rate {FINE_TUNING.training.learning_rate:g}):
 
 | task | metric | base | all experts tuned |
 |---|---|---|---|

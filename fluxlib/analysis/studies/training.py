@@ -11,7 +11,7 @@ from torch import Tensor
 from fluxlib import merging, profiling, seeding
 from fluxlib.analysis.studies.bench import Bench, Row, row
 from fluxlib.analysis.studies.profiling import compare
-from fluxlib.config import RunConfig
+from fluxlib.config import RunConfig, TrainingConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.server.aggregation import ExpertMean
 from fluxlib.methods.base import Work
@@ -74,7 +74,7 @@ def _one_run(
     learning_rate: float,
     bits: int,
 ) -> Iterator[Row]:
-    config = RunConfig(training__learning_rate=learning_rate)
+    config = RunConfig(training=TrainingConfig(learning_rate=learning_rate))
     data = [
         sample_batches(part, bench.tokenizer, 16, bench.max_tokens, seeding.generator(bench.seed, "drift", i))
         for i, part in enumerate(bench.parts[:participants])

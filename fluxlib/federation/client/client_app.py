@@ -90,7 +90,7 @@ def _in_time(work: Callable[[Message, Context], Message]) -> Callable[[Message, 
     """
 
     def limited(message: Message, context: Context) -> Message:
-        limit_s = messages.parse_config(str(message.content["config"]["run"])).round_timeout_s
+        limit_s = messages.parse_config(str(message.content["config"]["run"])).federation.round_timeout_s
         state = RecordDict({name: record.copy() for name, record in context.state.items()})
         own = Context(context.run_id, context.node_id, context.node_config, state, context.run_config)
         try:

@@ -28,7 +28,6 @@ from fluxlib.federation.protocol import messages, premerged
 from fluxlib.federation.protocol.messages import Instruction, ProfileReport
 from fluxlib.federation.protocol.privacy import Guard
 from fluxlib.federation.protocol.sync import ExpertStore, Holding
-from fluxlib.federation.server.aggregation import scaled
 from fluxlib.federation.server.outcome import Download, FirstProfile, Outcome, RoundOutcome
 from fluxlib.federation.server.replies import DAMAGED, Expected, Rejected, read_reply
 from fluxlib.federation.server.robust import Aggregate, make_aggregate
