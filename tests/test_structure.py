@@ -73,6 +73,41 @@ def test_imports_go_downwards_only(path):
     assert not wrong, f"{path.relative_to(REPO_ROOT)} imports {wrong}, which come later in LAYERS"
 
 
+def modules() -> dict[str, Path]:
+    """Every module of the library by its dotted name; a package is its ``__init__``."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(REPO_ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported_modules(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of the library that ``path`` imports, at its top or inside a function, type checking aside."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    aside = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    ignored = {id(inner) for node in aside for inner in ast.walk(node)}
+    found: set[str] = set()
+    for node in (node for node in ast.walk(tree) if id(node) not in ignored):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+    return {module for module in found if module in known and module != name}
+
+
+def test_no_import_goes_in_a_circle():
+    known = modules()
+    waiting = {name: imported_modules(name, path, known) for name, path in known.items()}
+    while ready := [name for name, needs in waiting.items() if not needs & waiting.keys()]:
+        for name in ready:
+            del waiting[name]
+    assert not waiting, f"these import each other: {sorted(waiting)}"
+
+
 def test_the_numerical_core_needs_torch_transformers_and_numpy_alone():
     """Import it with everything else made unimportable, in an interpreter of its own."""
     modules = [name for name in CORE if (PACKAGE / name).exists() or (PACKAGE / f"{name}.py").exists()]
