@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fluxlib.devices import memory
 from fluxlib.devices.live_bytes import LiveBytes
-from fluxlib.moe import compact, gemm, layers
+from fluxlib.moe import compact, find, gemm
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.kernels import sort_pairs
@@ -91,7 +91,7 @@ def plan(shape: Shape, seed: int) -> LayerPlan:
 def train_experts_only(model: Any) -> Any:
     """What FMD trains: every expert, nothing else."""
     model.requires_grad_(False)
-    for layer in layers.find(model):
+    for layer in find.layers(model):
         layer.experts.requires_grad_(True)
     return model
 
@@ -178,7 +178,7 @@ def all_operations(step: Step) -> int:
     """Operations of a customised model's forward and backward pass, by PyTorch's own counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    modules = [layer.experts for layer in layers.find(step.model)]
+    modules = [layer.experts for layer in find.layers(step.model)]
     smallest, gemm.SMALLEST = gemm.SMALLEST, 1 << 62  # it counts neither oneDNN's nor grouped products
     linear, gemm.SMALLEST_LINEAR = gemm.SMALLEST_LINEAR, 1 << 62
     for experts in modules:
@@ -199,7 +199,7 @@ def floor(shape: Shape, step: Step) -> list[Row]:
     below which nothing learns (there a tuned slot needs a third of it); once more for tuned weights. What is padded
     counts as overhead, as do the softmax and products of attention.
     """
-    found = layers.find(step.model)
+    found = find.layers(step.model)
     with capture(step.model) as seen, torch.no_grad():
         step.model(**step.batch)
     pairs, unit = [], 6 * shape.hidden * shape.width
@@ -356,14 +356,14 @@ def peak_memory(shape: Shape, full: Step) -> list[Row]:
         )  # fmt: skip
         if method == "fmq":
             _drop_originals(quantize(model))
-            for layer in layers.find(model):
+            for layer in find.layers(model):
                 layer.experts.collects_gradients = True
         else:
             plans = [plan(shape, layer) for layer in range(shape.num_layers)]
             if method == "fmes":
                 plans = [LayerPlan(p.tuned, dropped=tuple(e for group in p.groups for e in group)) for p in plans]
             compact.customize(model, plans)
-            for layer in layers.find(model):
+            for layer in find.layers(model):
                 layer.experts.method = "slots"
         states = total * planned_state(shape) if method == "fmq" else 0
         rows.append(_compared(method, _measured_peak(model, full.batch) + states, planned.peak_bytes))
@@ -381,7 +381,7 @@ def planned_state(shape: Shape) -> int:
 
 def _drop_originals(model: Any) -> Any:
     """Let go of the experts that quantized ones stand for."""
-    for layer in layers.find(model):
+    for layer in find.layers(model):
         layer.experts.original.to("meta")
     return model
 

@@ -29,9 +29,9 @@ from _measure import Row, machine, peak_rss_bytes, seconds, table, write
 from torch import Tensor, nn
 
 from fluxlib.models import DeepseekMoeConfig, LlamaMoeConfig
-from fluxlib.moe import layers, routing
+from fluxlib.moe import find, mask
 from fluxlib.moe.compact import CompactExperts, LayerPlan
-from fluxlib.moe.layers import MoELayer
+from fluxlib.moe.find import MoELayer
 from fluxlib.moe.offloaded import DeviceSet, OffloadedExperts
 from fluxlib.moe.quantized import QuantizedExperts
 
@@ -56,7 +56,7 @@ def skeleton(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with everything but its experts, which stay without memory."""
     with torch.device("meta"):
         model: Any = tf.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    inside = {id(p) for layer in layers.find(model) for p in layer.experts.parameters()}
+    inside = {id(p) for layer in find.layers(model) for p in layer.experts.parameters()}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in inside:
@@ -83,7 +83,7 @@ class Trial:
 
     def __init__(self, method: str, model: Any, options: argparse.Namespace, device: torch.device) -> None:
         self.method, self.model, self.options, self.device = method, model, options, device
-        found = layers.find(model)
+        found = find.layers(model)
         total = sum(layer.num_experts for layer in found)
         self.device_set = DeviceSet(max(2, round(total * options.resident)))
         self.experts: list[Any] = []
@@ -110,7 +110,7 @@ class Trial:
         else:
             plan = self._plan(layer)
             if plan.dropped:
-                routing.mask(layer, plan.dropped)
+                mask.drop(layer, plan.dropped)
             held = CompactExperts(layer.experts, plan)
             held.method = self.options.kernel
         setattr(layer.block, layer.name.rpartition(".")[2], held)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fluxlib import gradients, merging, models, profiling, roles, tasks
 from fluxlib.merging.features import from_gram
-from fluxlib.moe import compact, layers
+from fluxlib.moe import compact, find
 from fluxlib.moe.capture import capture
 from fluxlib.tasks.batches import make_batch
 
@@ -77,7 +77,7 @@ class Work:
         parts = [examples[start + i * num_samples : start + (i + 1) * num_samples] for i in range(3)]
         self.first, self.second, self.held_out = (make_batch(part, self.tokenizer, 96) for part in parts)
         self.probed = make_batch(parts[0][:8], self.tokenizer, 96)
-        self.layers = layers.find(self.model)
+        self.layers = find.layers(self.model)
         self.experts = [(layer.index, e) for layer in self.layers for e in range(layer.num_experts)]
         self.generator = torch.Generator().manual_seed(seed)
 

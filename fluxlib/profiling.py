@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import layers, quantized
+from fluxlib.moe import find, quantized
 from fluxlib.moe.capture import LayerCapture, capture
 
 BITS = (2, 3, 4, 8, 16)
@@ -60,7 +60,7 @@ class Profile:
 
 def fingerprint(model: nn.Module) -> tuple[tuple[int, ...], ...]:
     """Shapes of a model's MoE layers: (experts, top-k, hidden size, expert size) of each."""
-    return tuple((m.num_experts, m.top_k, m.hidden_size, m.expert_size) for m in layers.find(model))
+    return tuple((m.num_experts, m.top_k, m.hidden_size, m.expert_size) for m in find.layers(model))
 
 
 def check_fits(known: Profile, model: nn.Module) -> None:
@@ -110,7 +110,7 @@ def profile(
         counts = _count(model, batches, max_samples, attention)
     finally:
         if bits < 16:
-            layers.restore(model, write=False)
+            find.restore(model, write=False)
         model.train(training)
     received, gate, counts_of, num_tokens = counts
     tokens = counts_of.sum(dim=0)
@@ -178,12 +178,12 @@ def top_overlap(estimate: Profile, truth: Profile, num_experts: int) -> float:
 
 def _check_finite(model: nn.Module) -> None:
     """NaN would be routed like any other value."""
-    for layer in layers.find(model):
+    for layer in find.layers(model):
         experts = layer.experts
         if isinstance(experts, quantized.QuantizedExperts):
             sums = [packed.unit for packed in experts.packed.values()]
         else:
-            sums = [getattr(experts, name).flatten(1).sum(dim=1) for name in layers.read_layout(experts).names]
+            sums = [getattr(experts, name).flatten(1).sum(dim=1) for name in find.read_layout(experts).names]
         bad = (~torch.stack([torch.isfinite(s) for s in sums]).all(dim=0)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"model: layer {layer.index} ({layer.name}): experts {bad} hold NaN or infinity")
@@ -193,7 +193,7 @@ def _count(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], max_samples: int | None, attention: bool
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Attention and squared gate weights ``[L, E]`` over the tokens, tokens ``[S, L, E]``, number of tokens."""
-    sizes = [layer.num_experts for layer in layers.find(model)]
+    sizes = [layer.num_experts for layer in find.layers(model)]
     received = torch.zeros(len(sizes), max(sizes), dtype=torch.float64)
     gate, counts, num_tokens, num_samples = received.clone(), [], 0, 0
     # The head's logits are not needed.

@@ -16,7 +16,7 @@ from fluxlib.config import ConfigError, make_config
 from fluxlib.federation import RunResult
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig
 from fluxlib.models.llama_moe import LlamaMoeConfig
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan, customize
 
 DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
@@ -40,7 +40,7 @@ def tiny(kind: str):
 def test_a_compact_model_comes_back_as_it_was(kind, tmp_path):
     model = tiny(kind)
     _, tokenizer = models.load("mini-llama-moe")
-    customize(model, [PLAN] * len(layers.find(model)))
+    customize(model, [PLAN] * len(find.layers(model)))
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
@@ -111,7 +111,7 @@ def test_a_participants_model_is_smaller_and_measured_beside_the_full_one(tuned,
             compact / full
         )
     loaded, _ = models.load_compact(tmp_path / "compact")
-    assert [(len(layer.experts.plan.tuned), layer.experts.num_merged) for layer in layers.find(loaded)]
+    assert [(len(layer.experts.plan.tuned), layer.experts.num_merged) for layer in find.layers(loaded)]
 
 
 def test_an_impossible_export_is_refused(tuned, tmp_path):

@@ -9,7 +9,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForC
 
 from fluxlib import gradients, models, tasks
 from fluxlib.models import DeepseekMoeConfig, DeepseekMoeForCausalLM, LlamaMoeConfig, LlamaMoeForCausalLM
-from fluxlib.moe import compact, layers
+from fluxlib.moe import compact, find
 from fluxlib.tasks.batches import make_batch
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -47,15 +47,15 @@ def batch(lengths: tuple[int, ...] = (9, 5, 7, 2)) -> dict[str, Tensor]:
 
 
 def all_experts(model: nn.Module) -> list[tuple[int, int]]:
-    return [(layer.index, e) for layer in layers.find(model) for e in range(layer.num_experts)]
+    return [(layer.index, e) for layer in find.layers(model) for e in range(layer.num_experts)]
 
 
 def by_autograd(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
     model.zero_grad()
     model(**data).loss.backward()
     found = []
-    for layer in layers.find(model):
-        stacks = [getattr(layer.experts, n).grad for n in layers.read_layout(layer.experts).names]
+    for layer in find.layers(model):
+        stacks = [getattr(layer.experts, n).grad for n in find.read_layout(layer.experts).names]
         found.append(sum(stack.flatten(1).square().sum(dim=1) for stack in stacks))
     model.zero_grad()
     return torch.cat(found).float()
@@ -114,14 +114,14 @@ def test_frozen_experts_of_a_customised_model_have_norms() -> None:
     model(**data).loss.backward()
     expected = [
         sum(float(g.square().sum()) for g in layer.experts.grads(expert).values())
-        for layer in layers.find(model)
+        for layer in find.layers(model)
         for expert in (0, 1, 2)
     ]
     compact.restore(model, write=False)
     customized(model)
     found = gradients.true_norms(model, data, [(layer, e) for layer in range(3) for e in (0, 1, 2)])
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-12)
-    assert all(p.requires_grad for p in layers.find(model)[0].experts.parameters())
+    assert all(p.requires_grad for p in find.layers(model)[0].experts.parameters())
 
 
 def assert_unbiased(estimates: Tensor, truth: Tensor) -> None:
@@ -169,11 +169,11 @@ def test_a_probe_is_the_derivative_along_its_direction(kind: str) -> None:
     from fluxlib.gradients import probes
 
     model, data = build(kind, scale=0.2), batch()
-    for layer in layers.find(model):
+    for layer in find.layers(model):
         model.zero_grad()
         model(**data).loss.backward()
-        tensors = {n: getattr(layer.experts, n).grad[1] for n in layers.read_layout(layer.experts).names}
-        gradient = local.to_matrices(tensors, layers.read_layout(layer.experts), torch.float64)
+        tensors = {n: getattr(layer.experts, n).grad[1] for n in find.read_layout(layer.experts).names}
+        gradient = local.to_matrices(tensors, find.read_layout(layer.experts), torch.float64)
         direction = probes.draw(gradient, seeding.generator(0, layer.index, 1, 0))
         expected = float(local.dot(gradient, direction)) ** 2
         found = gradients.probe_norms(model, data, [(layer.index, 1)], guided=False)
@@ -252,7 +252,7 @@ def test_a_replay_of_the_same_output_is_the_same_loss(kind: str) -> None:
     from fluxlib.gradients.replay import Replay, scored_tokens
 
     model, data = build(kind, dtype=torch.float32, scale=0.2), batch()
-    found = layers.find(model)
+    found = find.layers(model)
     replay = Replay(model, data, found)
     with torch.no_grad():
         loss = float(model(**data).loss)
@@ -265,7 +265,7 @@ def test_a_replay_computes_only_the_layers_above() -> None:
     from fluxlib.gradients.replay import Replay
 
     model, data = build(), batch()
-    found = layers.find(model)
+    found = find.layers(model)
     replay = Replay(model, data, found)
     ran: list[str] = []
     for name, module in model.named_modules():

@@ -12,7 +12,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from fluxlib import merging, profiling
 from fluxlib.models import LlamaMoeConfig, LlamaMoeForCausalLM
-from fluxlib.moe import compact, layers
+from fluxlib.moe import compact, find
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 3}
@@ -120,8 +120,8 @@ def test_features_keep_the_angles_between_centred_experts() -> None:
 
 
 def test_features_of_a_module_are_those_of_its_flattened_experts() -> None:
-    experts = layers.find(build())[0].experts
-    rows = [torch.cat([t.flatten() for t in layers.expert_tensors(experts, e).values()]) for e in range(8)]
+    experts = find.layers(build())[0].experts
+    rows = [torch.cat([t.flatten() for t in find.expert_tensors(experts, e).values()]) for e in range(8)]
     found, expected = merging.features(experts, 5), merging.features(rows, 5)
     assert torch.allclose(found @ found.T, expected @ expected.T, atol=1e-4)
 
@@ -265,12 +265,12 @@ def test_joint_clusters_of_uneven_layers_spend_the_budget() -> None:
 @pytest.mark.parametrize("kind", ["olmoe", "llama_moe"])
 @pytest.mark.parametrize("exact", [True, False])
 def test_matching_undoes_a_shuffle_of_neurons(kind: str, exact: bool) -> None:
-    experts = layers.find(build(kind))[0].experts
-    layout, anchor = layers.read_layout(experts), layers.expert_tensors(experts, 1)
+    experts = find.layers(build(kind))[0].experts
+    layout, anchor = find.read_layout(experts), find.expert_tensors(experts, 1)
     shuffle = torch.randperm(12, generator=torch.Generator().manual_seed(4))
-    shuffled = layers.permute_neurons(anchor, shuffle, layout)
+    shuffled = find.permute_neurons(anchor, shuffle, layout)
     order = merging.match_neurons(anchor, shuffled, layout, exact=exact)
-    restored = layers.permute_neurons(shuffled, order, layout)
+    restored = find.permute_neurons(shuffled, order, layout)
     assert all(torch.equal(restored[name], anchor[name]) for name in anchor)
 
 
@@ -328,8 +328,8 @@ def test_a_slot_for_every_expert_changes_nothing(model: nn.Module, profile: prof
 @pytest.mark.parametrize("align", [False, True])
 def test_equal_experts_merge_to_themselves(align: bool) -> None:
     model = build()
-    for layer in layers.find(model):
-        for name in layers.read_layout(layer.experts).names:
+    for layer in find.layers(model):
+        for name in find.read_layout(layer.experts).names:
             stack = getattr(layer.experts, name).data
             stack[4:] = stack[:4]
     known = profiling.profile(model, [batch()], bits=16)
@@ -342,11 +342,11 @@ def test_alignment_undoes_shuffled_neurons() -> None:
     """Pairs of equal experts whose neurons lie in another order: only alignment merges them without loss."""
     model = build()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
-    for layer in layers.find(model):
+    for layer in find.layers(model):
         for expert in range(4):
-            own = layers.expert_tensors(layer.experts, expert)
-            layers.write_expert(
-                layer.experts, expert + 4, layers.permute_neurons(own, order, layers.read_layout(layer.experts))
+            own = find.expert_tensors(layer.experts, expert)
+            find.write_expert(
+                layer.experts, expert + 4, find.permute_neurons(own, order, find.read_layout(layer.experts))
             )
     known = profiling.profile(model, [batch()], bits=16)
     groups = tuple((e, e + 4) for e in range(4))
@@ -354,7 +354,7 @@ def test_alignment_undoes_shuffled_neurons() -> None:
     assert merging.output_error(model, plain, [batch()]).min() > 0.1
     aligned = [
         merging.align_neurons(layer, compact.LayerPlan(groups=groups, weights=((1.0, 1.0),) * 4))
-        for layer in layers.find(model)
+        for layer in find.layers(model)
     ]
     assert merging.output_error(model, aligned, [batch()], accumulated=True).max() < 1e-5
     assert known.num_samples == 3
@@ -368,8 +368,8 @@ def test_a_joint_plan_spends_the_budget_where_it_counts(model: nn.Module, profil
     known, none = replace(profile, gate=gate), torch.zeros(3, 8, dtype=torch.bool)
     plans = merging.plan(model, known, none, 6, kind="joint", weights="gate")
     assert [len(plan.groups) for plan in plans] == [1, 1, 4]
-    merged = compact.merge(layers.find(model)[0].experts, plans[0], 0)["down_proj"]
-    assert torch.allclose(merged, layers.find(model)[0].experts.down_proj[3], atol=1e-4)
+    merged = compact.merge(find.layers(model)[0].experts, plans[0], 0)["down_proj"]
+    assert torch.allclose(merged, find.layers(model)[0].experts.down_proj[3], atol=1e-4)
     for plan in plans:
         plan.check(8)
     with pytest.raises(ValueError, match="num_merged must be at least 3"):
@@ -430,8 +430,8 @@ def test_experts_never_used_are_merged_uniformly(model: nn.Module, profile: prof
     tuned[:, 0] = True
     plans = merging.plan(model, known, tuned, 3)
     assert [plan.weights for plan in plans] == [((0.0,) * 7,)] * 3
-    merged = compact.merge(layers.find(model)[0].experts, plans[0], 0)["down_proj"]
-    assert torch.allclose(merged, layers.find(model)[0].experts.down_proj[1:].mean(dim=0), atol=1e-6)
+    merged = compact.merge(find.layers(model)[0].experts, plans[0], 0)["down_proj"]
+    assert torch.allclose(merged, find.layers(model)[0].experts.down_proj[1:].mean(dim=0), atol=1e-6)
 
 
 def test_merging_errs_less_than_discarding(model: nn.Module, profile: profiling.Profile) -> None:

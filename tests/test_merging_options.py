@@ -15,7 +15,7 @@ from fluxlib import merging, profiling
 from fluxlib.config import make_config
 from fluxlib.methods import flux
 from fluxlib.methods.base import Budget, Roles
-from fluxlib.moe import compact, layers
+from fluxlib.moe import compact, find
 from fluxlib.moe.compact import LayerPlan
 
 SIZES = {
@@ -86,11 +86,11 @@ def test_experts_that_answer_alike_share_a_slot(profile: profiling.Profile) -> N
     """The same neurons in another order: other weights, the same outputs."""
     model = build()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
-    for layer in layers.find(model):
-        layout = layers.read_layout(layer.experts)
+    for layer in find.layers(model):
+        layout = find.read_layout(layer.experts)
         for expert in range(4):
-            own = layers.permute_neurons(layers.expert_tensors(layer.experts, expert), order, layout)
-            layers.write_expert(layer.experts, expert + 4, own)
+            own = find.permute_neurons(find.expert_tensors(layer.experts, expert), order, layout)
+            find.write_expert(layer.experts, expert + 4, own)
     grams = merging.output_grams(model, [batch()], max_tokens=10)
     plans = merging.plan(model, profile, NONE, 12, kind="uniform", grams=grams, align=True)
     assert [plan.groups for plan in plans] == [((0, 4), (1, 5), (2, 6), (3, 7))] * 3

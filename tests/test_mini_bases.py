@@ -6,7 +6,7 @@ import pytest
 
 from fluxlib import models, tasks
 from fluxlib.config import data_dir
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.pretraining import RECIPES
 from fluxlib.pretraining.training import MAX_TOKENS
 from fluxlib.tasks.evaluate import evaluate
@@ -19,7 +19,7 @@ class TestShippedBase:
     def test_is_small_and_of_the_shape_of_its_kind(self, name: str) -> None:
         assert (data_dir() / "models" / name / "model.safetensors").stat().st_size < 10_000_000
         model, _ = models.load(name)
-        found = layers.find(model)
+        found = find.layers(model)
         assert (len(found), found[0].num_experts, found[0].top_k) == SHAPES[name]
 
     def test_was_made_by_the_recipe_in_the_code(self, name: str) -> None:

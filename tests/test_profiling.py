@@ -11,7 +11,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from fluxlib import profiling
 from fluxlib.models import LlamaMoeConfig, LlamaMoeForCausalLM
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.capture import capture
 from fluxlib.profiling import Profile
 
@@ -115,7 +115,7 @@ def test_the_model_is_bit_identical_afterwards(bits: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
     assert trainable == [p.requires_grad for p in model.parameters()]
     assert model.training
-    assert type(layers.find(model)[0].experts).__name__ == "OlmoeExperts"
+    assert type(find.layers(model)[0].experts).__name__ == "OlmoeExperts"
 
 
 def test_more_bits_are_closer_to_the_truth() -> None:
@@ -218,4 +218,4 @@ def test_a_broken_expert_is_named_and_the_model_restored(bits: int) -> None:
     model.model.layers[1].mlp.experts.down_proj.data[3, 0, 0] = math.nan
     with pytest.raises(ValueError, match=r"layer 1 .*experts \[3\] hold NaN"):
         profiling.profile(model, [batch()], bits=bits)
-    assert type(layers.find(model)[0].experts).__name__ == "OlmoeExperts"
+    assert type(find.layers(model)[0].experts).__name__ == "OlmoeExperts"

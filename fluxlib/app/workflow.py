@@ -68,7 +68,9 @@ def load_profile(path: Path) -> Profile:
             _only(f"key of variant {name}:", part, (*GRID, "run"), path)
             points = {axis: part.get(axis, grid[axis]) for axis in GRID}
             runs |= _runs(content, points, {"variant": str(name), **(part.get("run") or {})}, path)
-    studies = {name: _with_data(parameters or {}, "data_path") for name, parameters in (content.get("studies") or {}).items()}
+    studies = {
+        name: _with_data(parameters or {}, "data_path") for name, parameters in (content.get("studies") or {}).items()
+    }
     return Profile(content["profile"], runs, studies)
 
 

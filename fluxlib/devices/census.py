@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fluxlib.devices import dry_run
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 KINDS = ("embedding", "attention", "norms", "router", "shared experts", "dense mlp", "routed experts", "other")
 
@@ -52,14 +52,14 @@ def census(config: Any) -> Census:
     """Count a model's parameters by kind on the meta device.
 
     Raises:
-        ValueError: a dense model, or experts of a form that is not handled (see :func:`fluxlib.moe.layers.find`).
+        ValueError: a dense model, or experts of a form that is not handled (see :func:`fluxlib.moe.find.layers`).
     """
     return census_of(dry_run.meta_model(config, torch.bfloat16))
 
 
 def census_of(model: Any) -> Census:
     """Count the parameters of a model in memory (or on the meta device) by kind."""
-    found = layers.find(model)
+    found = find.layers(model)
     experts = {f"{layer.name}.{name}" for layer in found for name, _ in layer.experts.named_parameters()}
     blocks = {layer.name.rpartition(".")[0]: layer for layer in found}
     tied = getattr(model.config, "tie_word_embeddings", False)

@@ -37,7 +37,7 @@ from fluxlib import models
 from fluxlib.devices.catalogue import SERVER, Device, Link
 from fluxlib.devices.memory import RESERVE_FRAC, STATE_BYTES, TUNED_DTYPE
 from fluxlib.methods.base import Work
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.records import PHASES
 
 WEIGHT_BYTES = 2
@@ -95,7 +95,7 @@ def shapes(name: str) -> Shapes:
 
 def shapes_of(name: str, model: PreTrainedModel) -> Shapes:
     """Shapes of a model in memory; its weights may be on the meta device."""
-    moe = layers.find(model)
+    moe = find.layers(model)
     experts = sum(layer.num_experts for layer in moe)
     in_experts = sum(p.numel() for layer in moe for p in layer.experts.parameters())
     total = sum(p.numel() for p in model.parameters())

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from fluxlib.devices.live_bytes import LiveBytes
 from fluxlib.devices.stand_ins import DryCompact, DryUnpacked, Slots
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 DRY_ATTENTION = "fluxlib_dry_run"
 
@@ -144,7 +144,7 @@ def _dry(
     method: str,
 ) -> Iterator[Callable[[int, int], Tensor]]:
     """The model with :class:`DryExperts` in it and everything that lies still marked; yields a maker of token ids."""
-    found = layers.find(model)
+    found = find.layers(model)
     if len(slots) != len(found):
         raise ValueError(f"slots: expected one per MoE layer, {len(found)}, got {len(slots)}")
     held: list[Tensor] = []
@@ -193,5 +193,5 @@ def _checkpointing(model: Any, what: str, *arguments: Any) -> None:
     getattr(model, f"{prefix}_checkpointing_{what}")(*arguments)
 
 
-def _put(layer: layers.MoELayer, experts: nn.Module) -> None:
+def _put(layer: find.MoELayer, experts: nn.Module) -> None:
     setattr(layer.block, layer.name.rpartition(".")[2], experts)

@@ -12,7 +12,7 @@ from fluxlib.devices import dry_run
 from fluxlib.devices.census import KINDS, census_of
 from fluxlib.devices.memory_plan import MemoryPlan, Row
 from fluxlib.devices.stand_ins import Slots
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 MIN_RESIDENT = 2
 """Offloaded experts on the device: the one that computes and the one that is copied ahead."""
@@ -40,13 +40,13 @@ class Planner:
         self.checkpointing, self.kernel = checkpointing, kernel
         self.model = dry_run.meta_model(config, dtype)
         self.census = census_of(self.model)
-        sizes = [size for layer in layers.find(self.model) for size in (layer.hidden_size, layer.expert_size)]
+        sizes = [size for layer in find.layers(self.model) for size in (layer.hidden_size, layer.expert_size)]
         fused = dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
         if kernel == "grouped" and not fused:
             raise ValueError(f"kernel: 'grouped' needs bfloat16 and widths of a multiple of 8, got {dtype}, {sizes}")
         if kernel == "auto":
             self.kernel = "grouped" if fused else "slots"
-        self.num_per_layer = [layer.num_experts for layer in layers.find(self.model)]
+        self.num_per_layer = [layer.num_experts for layer in find.layers(self.model)]
         self.top_k = max(layer.top_k for layer in self.census.layers)
         self.peak = lru_cache(maxsize=None)(self._peak)
 

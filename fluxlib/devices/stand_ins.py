@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.kernels import Activation, Matrices, to_matrices
 from fluxlib.moe.passes import slot_pass
@@ -75,7 +75,7 @@ class DryCompact(CompactExperts):
         return self._slots(hidden, *_pairs(self, hidden, weights))
 
 
-class DryUnpacked(layers.ReplacedExperts):
+class DryUnpacked(find.ReplacedExperts):
     """Experts that lie elsewhere, or quantised, and are unpacked one at a time, on the meta device."""
 
     def __init__(self, original: nn.Module, slots: Slots, top_k: int) -> None:

@@ -17,7 +17,7 @@ from fluxlib.federation.server.budgets import make_budgets
 from fluxlib.federation.server.outcome import RoundOutcome
 from fluxlib.federation.store.tables import Row
 from fluxlib.models.hardware import torch_device
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 OnRound = Callable[[Row], "bool | None"]
 """Called with each new row of ``rounds``; returning True ends the run after that round."""
@@ -104,5 +104,5 @@ def _moe_shape(settings: Any) -> tuple[int, int]:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        found = layers.find(AutoModelForCausalLM.from_config(settings))
+        found = find.layers(AutoModelForCausalLM.from_config(settings))
     return len(found), max(layer.num_experts for layer in found)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def siblings(model: nn.Module, layer: layers.MoELayer) -> Iterator[nn.Module]:
+def siblings(model: nn.Module, layer: find.MoELayer) -> Iterator[nn.Module]:
     """Modules with a matrix that lie beside the path from the model to a layer's experts; norms are cheaper to run."""
     names = layer.name.split(".")
     for length in range(len(names)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fluxlib.gradients import expert as local
 from fluxlib.gradients.answering import quiet
 from fluxlib.gradients.replay import sample_losses, scored_tokens
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 ExpertKey = tuple[int, int]
 """``(layer, expert)``, counted over MoE layers."""
@@ -67,9 +67,9 @@ def watch(
         yield norms
 
 
-def by_layer(model: nn.Module, experts: Sequence[ExpertKey]) -> list[tuple[layers.MoELayer, dict[int, list[int]]]]:
+def by_layer(model: nn.Module, experts: Sequence[ExpertKey]) -> list[tuple[find.MoELayer, dict[int, list[int]]]]:
     """The layers that ``experts`` names, first to last, each with the places of its experts in the list."""
-    found = layers.find(model)
+    found = find.layers(model)
     places: dict[int, dict[int, list[int]]] = {}
     for place, (layer, expert) in enumerate(experts):
         if not 0 <= layer < len(found):
@@ -79,7 +79,7 @@ def by_layer(model: nn.Module, experts: Sequence[ExpertKey]) -> list[tuple[layer
 
 
 def _on_call(
-    layer: layers.MoELayer, places: dict[int, list[int]], batch: dict[str, Tensor], unit: str, norms: Tensor
+    layer: find.MoELayer, places: dict[int, list[int]], batch: dict[str, Tensor], unit: str, norms: Tensor
 ) -> Any:
     """Hook that waits for the gradient of a layer's output and turns it into norms."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts
 from fluxlib.moe.kernels import Activation, Matrices, dense_choices, to_matrices
 
@@ -45,7 +45,7 @@ class ExpertCall:
     samples: Tensor
     matrices: Matrices
     activation: Activation
-    layout: layers.Layout
+    layout: find.Layout
 
     def output(self, change: Change | None = None, size: float = 0.0) -> Tensor:
         """``[n, H]`` weighted output with weights ``W + size * change``."""
@@ -154,7 +154,7 @@ def per_sample(values: Tensor, samples: Tensor, num_samples: int) -> Tensor:
 
 
 def of(
-    layer: layers.MoELayer, arguments: Sequence[Tensor], experts: Sequence[int], mask: Tensor
+    layer: find.MoELayer, arguments: Sequence[Tensor], experts: Sequence[int], mask: Tensor
 ) -> dict[int, ExpertCall]:
     """Calls of some experts of a layer.
 
@@ -167,7 +167,7 @@ def of(
             of its own.
     """
     module = layer.experts
-    layout, activation = layers.read_layout(module), _activation(module)
+    layout, activation = find.read_layout(module), _activation(module)
     hidden = arguments[0]
     if layout.is_dense:
         index, weights = dense_choices(hidden, layer.num_experts)
@@ -184,7 +184,7 @@ def of(
             weight=weights[rows, position, None].to(wide),
             rows=rows,
             samples=rows % len(tokens) // mask.shape[1],
-            matrices=to_matrices(layers.expert_tensors(module, expert), layout, wide),
+            matrices=to_matrices(find.expert_tensors(module, expert), layout, wide),
             activation=activation,
             layout=layout,
         )
@@ -210,7 +210,7 @@ def _choices(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return (second, first) if first.is_floating_point() else (first, second)
 
 
-def _check(layer: layers.MoELayer, expert: int) -> None:
+def _check(layer: find.MoELayer, expert: int) -> None:
     if not 0 <= expert < layer.num_experts:
         raise ValueError(f"experts: layer {layer.index} has 0..{layer.num_experts - 1}, got {expert}")
     if isinstance(layer.experts, CompactExperts):

@@ -19,7 +19,7 @@ from fluxlib.gradients import expert as local
 from fluxlib.gradients.answering import quiet
 from fluxlib.gradients.exact import ExpertKey, by_layer, reached
 from fluxlib.gradients.replay import Replay, depth, scored_tokens
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.kernels import Matrices
 
 SIGMA = 1e-3
@@ -103,7 +103,7 @@ class _Pack:
     """
 
     def __init__(
-        self, replay: Replay, layer: layers.MoELayer, sides: int, sigma: float, unit: str, max_tokens: int
+        self, replay: Replay, layer: find.MoELayer, sides: int, sigma: float, unit: str, max_tokens: int
     ) -> None:
         self.replay, self.layer, self.unit, self.sigma = replay, layer, unit, sigma
         self.steps = (sigma, -sigma)[:sides]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib.gradients.answering import answering, choosing, siblings
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 IGNORED = -100
 
@@ -43,7 +43,7 @@ class Replay:
         ValueError: no scored token in the batch.
     """
 
-    def __init__(self, model: nn.Module, batch: dict[str, Tensor], wanted: Sequence[layers.MoELayer]) -> None:
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor], wanted: Sequence[find.MoELayer]) -> None:
         self.model, self.labels = model, batch["labels"]
         names = [name for name in ("input_ids", "attention_mask") if name in batch]
         self.inputs: dict[str, Tensor] = {name: batch[name] for name in names}
@@ -53,10 +53,10 @@ class Replay:
         self.arguments: dict[int, tuple[Tensor, ...]] = {}
         self.outputs: dict[int, Tensor] = {}
         self._kept: dict[int, dict[nn.Module, list[Any]]] = {}
-        self._choices: dict[nn.Module, list[Tensor]] = {layer.block: [] for layer in layers.find(model)}
+        self._choices: dict[nn.Module, list[Tensor]] = {layer.block: [] for layer in find.layers(model)}
         self._record(wanted)
 
-    def losses(self, layer: layers.MoELayer, samples: Tensor, output: Tensor) -> Tensor:
+    def losses(self, layer: find.MoELayer, samples: Tensor, output: Tensor) -> Tensor:
         """Losses of some samples, if the experts of a layer had put out something else.
 
         Args:
@@ -75,7 +75,7 @@ class Replay:
         with torch.no_grad(), answering(answers), choosing(choices, again=True):
             return sample_losses(self._logits(inputs), self.labels[samples])
 
-    def output_of(self, layer: layers.MoELayer, samples: Tensor) -> Tensor:
+    def output_of(self, layer: find.MoELayer, samples: Tensor) -> Tensor:
         """What the experts put out for these samples in the first pass: ``[R, T, H]`` (Llama-4: ``[E, R, T, H]``)."""
         output = self.outputs[layer.index]
         shape = (*self.labels.shape, output.shape[-1])
@@ -110,7 +110,7 @@ class Replay:
     def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model(**inputs, use_cache=False).logits
 
-    def _record(self, wanted: Sequence[layers.MoELayer]) -> None:
+    def _record(self, wanted: Sequence[find.MoELayer]) -> None:
         self._decoder = decoder_layers(self.model, wanted[0])
         self._last: Any = None
         with ExitStack() as stack, torch.no_grad():
@@ -128,27 +128,27 @@ class Replay:
     def _set_last(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self._last = output
 
-    def _keep(self, layer: layers.MoELayer, kept: dict[nn.Module, list[Any]]) -> Callable[..., None]:
+    def _keep(self, layer: find.MoELayer, kept: dict[nn.Module, list[Any]]) -> Callable[..., None]:
         def hook(module: nn.Module, _args: Any, output: Any) -> None:
             if layer.index not in self.arguments:
                 kept.setdefault(module, []).append(output)
 
         return hook
 
-    def _reached(self, layer: layers.MoELayer) -> Callable[..., None]:
+    def _reached(self, layer: find.MoELayer) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.arguments[layer.index] = (*args, *kwargs.values())
 
         return hook
 
-    def _output(self, layer: layers.MoELayer) -> Callable[..., None]:
+    def _output(self, layer: find.MoELayer) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
             self.outputs[layer.index] = output
 
         return hook
 
 
-def decoder_layers(model: nn.Module, layer: layers.MoELayer) -> list[nn.Module]:
+def decoder_layers(model: nn.Module, layer: find.MoELayer) -> list[nn.Module]:
     """The list of decoder layers that a MoE layer is in an element of.
 
     Raises:
@@ -162,7 +162,7 @@ def decoder_layers(model: nn.Module, layer: layers.MoELayer) -> list[nn.Module]:
     raise ValueError(f"model: {layer.name} is in no list of layers")
 
 
-def depth(model: nn.Module, layer: layers.MoELayer) -> float:
+def depth(model: nn.Module, layer: find.MoELayer) -> float:
     """Share of the decoder layers that is not above a MoE layer: 1 / n for the first of n, 1 for the last."""
     stack = decoder_layers(model, layer)
     position = next(i for i, module in enumerate(stack) if layer.block in module.modules())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import compact, layers
+from fluxlib.moe import compact, find
 from fluxlib.moe.compact import LayerPlan
 
 
@@ -37,7 +37,7 @@ def output_error(
     Raises:
         ValueError: no token in any batch, or plans that do not fit the model.
     """
-    found = layers.find(model)
+    found = find.layers(model)
     watched = [_decoder_layer(model, layer) if accumulated else layer.block for layer in found]
     blocks = [layer.block for layer in found]
     batches = list(batches)
@@ -69,7 +69,7 @@ def output_error(
     return (wrong / total).sqrt().float()
 
 
-def _decoder_layer(model: nn.Module, layer: layers.MoELayer) -> nn.Module:
+def _decoder_layer(model: nn.Module, layer: find.MoELayer) -> nn.Module:
     """The element of the model's list of layers that a MoE layer is in."""
     path = layer.name
     while "." in path:

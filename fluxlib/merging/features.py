@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 MAX_EXACT_NEURONS = 1024
 """Widest expert whose neurons are matched exactly (cubic time); wider ones are matched greedily."""
@@ -43,10 +43,10 @@ def gram_of(experts: nn.Module) -> Tensor:
 
     The order in which parameters are flattened does not matter for them, so the stacks are used as they lie.
     """
-    if isinstance(experts, layers.ReplacedExperts):
+    if isinstance(experts, find.ReplacedExperts):
         kind = type(experts).__name__
         raise ValueError(f"experts must be a model's own, got a {kind}; call fluxlib.moe.compact.restore first")
-    stacks = [getattr(experts, name) for name in layers.read_layout(experts).names]
+    stacks = [getattr(experts, name) for name in find.read_layout(experts).names]
     return torch.stack([_rows_gram(stack) for stack in stacks]).sum(dim=0)
 
 
@@ -74,7 +74,7 @@ def check_finite(gram: Tensor) -> Tensor:
 
 
 def match_neurons(
-    anchor: Mapping[str, Tensor], other: Mapping[str, Tensor], layout: layers.Layout, exact: bool | None = None
+    anchor: Mapping[str, Tensor], other: Mapping[str, Tensor], layout: find.Layout, exact: bool | None = None
 ) -> Tensor:
     """Order ``[I]`` of the other expert's neurons in which they resemble the anchor's most.
 
@@ -82,10 +82,10 @@ def match_neurons(
     experts.
 
     Args:
-        anchor: tensors of the heaviest expert, as from :func:`fluxlib.moe.layers.expert_tensors`.
+        anchor: tensors of the heaviest expert, as from :func:`fluxlib.moe.find.expert_tensors`.
         exact: Hungarian assignment, or else best pairs first; None: exact up to 1,024 neurons.
     """
-    first, second = (layers.neurons(tensors, layout).float() for tensors in (anchor, other))
+    first, second = (find.neurons(tensors, layout).float() for tensors in (anchor, other))
     similarity = (first @ second.T).cpu().numpy()
     if exact is None:
         exact = len(similarity) <= MAX_EXACT_NEURONS

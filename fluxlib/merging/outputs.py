@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.capture import capture
 
 
@@ -29,7 +29,7 @@ def output_grams(model: nn.Module, batches: Iterable[dict[str, Tensor]], max_tok
     Raises:
         ValueError: no token in any batch; experts that choose their tokens themselves (Llama-4).
     """
-    found = layers.find(model)
+    found = find.layers(model)
     body = getattr(model, "base_model", model)
     kept: list[list[Tensor]] = [[] for _ in found]
     training = model.training
@@ -50,8 +50,8 @@ def output_grams(model: nn.Module, batches: Iterable[dict[str, Tensor]], max_tok
         model.train(training)
 
 
-def _gram(layer: layers.MoELayer, tokens: Tensor) -> Tensor:
-    if layers.read_layout(layer.experts).is_dense:
+def _gram(layer: find.MoELayer, tokens: Tensor) -> Tensor:
+    if find.read_layout(layer.experts).is_dense:
         raise ValueError(f"model: experts of {layer.name} cannot be given chosen tokens one by one")
     one = tokens.new_ones(len(tokens), 1)
     index = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)

@@ -12,7 +12,7 @@ from fluxlib.merging.budgets import checked_budgets, layer_budgets, one_each
 from fluxlib.merging.clustering import cluster
 from fluxlib.merging.features import check_finite, from_gram, gram_of, match_neurons
 from fluxlib.merging.joint import joint_clusters
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.profiling import Profile, check_fits
 
@@ -86,7 +86,7 @@ def plan(
             to merge, ``budgets`` that leave such a layer without a slot or exceed ``num_merged``, or an expert with
             NaN or infinity; names the layer.
     """
-    found = layers.find(model)
+    found = find.layers(model)
     check_fits(profile, model)
     if tuned.shape != profile.frequency.shape:
         raise ValueError(f"tuned must be {tuple(profile.frequency.shape)}, got {tuple(tuned.shape)}")
@@ -114,7 +114,7 @@ def plan(
     return [align_neurons(*pair) for pair in zip(found, plans, strict=True)] if align else plans
 
 
-def align_neurons(layer: layers.MoELayer, plan: LayerPlan) -> LayerPlan:
+def align_neurons(layer: find.MoELayer, plan: LayerPlan) -> LayerPlan:
     """The plan with the neurons of every group's members matched to those of its heaviest member.
 
     The order of an expert's neurons is arbitrary, so averaging two experts neuron by neuron mixes unrelated
@@ -133,7 +133,7 @@ def discard(profile: Profile, tuned: Tensor) -> list[LayerPlan]:
     return [LayerPlan(tuned=_numbers(row.nonzero()), dropped=_numbers((~row).nonzero())) for row in masks]
 
 
-def _checked_gram(layer: layers.MoELayer, given: Sequence[Tensor] | None) -> Tensor:
+def _checked_gram(layer: find.MoELayer, given: Sequence[Tensor] | None) -> Tensor:
     try:
         gram = gram_of(layer.experts) if given is None else given[layer.index]
         if gram.shape != (layer.num_experts, layer.num_experts):
@@ -149,7 +149,7 @@ def _shares(gram: Tensor, alpha: Tensor, members: Tensor) -> Tensor:
     return gram[members][:, members] / (total if total > 0 else 1.0)
 
 
-def _layer_plan(layer: layers.MoELayer, members: Tensor, labels: Tensor, alpha: Tensor) -> LayerPlan:
+def _layer_plan(layer: find.MoELayer, members: Tensor, labels: Tensor, alpha: Tensor) -> LayerPlan:
     num_slots = int(labels.max()) + 1 if len(labels) else 0
     groups = [_numbers(members[labels == slot]) for slot in range(num_slots)]
     merged = set(_numbers(members))
@@ -163,9 +163,9 @@ def _layer_plan(layer: layers.MoELayer, members: Tensor, labels: Tensor, alpha: 
 def _orders(experts: nn.Module, group: Sequence[int], weights: Sequence[float]) -> tuple[Tensor | None, ...]:
     """Order of the neurons of each member, None for the heaviest, which the others follow."""
     anchor = group[max(range(len(group)), key=weights.__getitem__)]
-    layout, target = layers.read_layout(experts), layers.expert_tensors(experts, anchor)
+    layout, target = find.read_layout(experts), find.expert_tensors(experts, anchor)
     return tuple(
-        None if expert == anchor else match_neurons(target, layers.expert_tensors(experts, expert), layout)
+        None if expert == anchor else match_neurons(target, find.expert_tensors(experts, expert), layout)
         for expert in group
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 
 KnownSlots = list[dict[int, dict[str, Tensor]]]
@@ -51,7 +51,7 @@ def reusable_slots(
 
 def compact_layers(model: nn.Module) -> list[CompactExperts]:
     """The customised layers of a model; they outlive :func:`fluxlib.moe.compact.restore`."""
-    return [layer.experts for layer in layers.find(model) if isinstance(layer.experts, CompactExperts)]
+    return [layer.experts for layer in find.layers(model) if isinstance(layer.experts, CompactExperts)]
 
 
 def _reusable(old: CompactExperts, new: LayerPlan, changed: set[int], tolerance: float) -> dict[int, dict[str, Tensor]]:

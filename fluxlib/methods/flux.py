@@ -17,7 +17,7 @@ from fluxlib import gradients, merging, profiling, roles
 from fluxlib.config import RunConfig
 from fluxlib.methods.base import Budget, ExpertKey, LocalData, Method, ParticipantState, Roles, Update, Work
 from fluxlib.methods.local import Stopwatch, Tuned, count_profile, count_training, customized, profile, tune
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.tasks.batches import to_device
 
@@ -133,7 +133,7 @@ def _probe(
     those of a training step, so it fits where training fits.
     """
     seed = int(torch.randint(2**62, (1,), generator=generator))
-    moe = layers.find(model)
+    moe = find.layers(model)
     norms = torch.full((1, len(moe), moe[0].num_experts), float("nan"))
     if not probed:
         return norms

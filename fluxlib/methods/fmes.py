@@ -22,7 +22,7 @@ from fluxlib import roles
 from fluxlib.config import RunConfig
 from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
 from fluxlib.methods.local import Stopwatch, count_profile, count_training, customized, profile, tune
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 
 
@@ -73,7 +73,7 @@ def make_plans(model: nn.Module, frequency: Tensor, exploit: Tensor) -> list[Lay
         exploit: bool ``[L, E]``.
     """
     plans = []
-    for layer, used, tuned in zip(layers.find(model), frequency, exploit, strict=True):
+    for layer, used, tuned in zip(find.layers(model), frequency, exploit, strict=True):
         others = used.masked_fill(tuned, -1.0).argsort(descending=True, stable=True)
         others = others[: layer.num_experts - int(tuned.sum())].tolist()
         num_kept = max(0, layer.top_k - int(tuned.sum()))

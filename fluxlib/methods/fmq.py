@@ -30,7 +30,7 @@ from fluxlib.config import RunConfig
 from fluxlib.methods import fmd
 from fluxlib.methods.base import Budget, ExpertKey, LocalData, Method, ParticipantState, Roles, Update, Work
 from fluxlib.methods.local import Stopwatch, count_training, make_optimizer, run_steps
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.quantized import QuantizedExperts, dequantize, quantized
 
 SCALE_BITS = 16 / 64
@@ -55,7 +55,7 @@ def train(
         with watch.phase("quantize"):
             held.enter_context(quantized(model, config.training.fmq_bits))
         with watch.phase("train"):
-            experts: list[QuantizedExperts] = [layer.experts for layer in layers.find(model)]  # type: ignore[misc]
+            experts: list[QuantizedExperts] = [layer.experts for layer in find.layers(model)]  # type: ignore[misc]
             tuned = run_steps(model, QuantizedLearner(experts, config), data.train, config)
     num_experts = assigned.exploit.numel()
     work = Work(num_experts=num_experts, num_quantized=num_experts, profile_bits=config.training.fmq_bits)

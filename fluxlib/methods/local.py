@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fluxlib import profiling
 from fluxlib.config import RunConfig
 from fluxlib.methods.base import Batch, ExpertKey, LocalData, Work
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan, customize, restore
 from fluxlib.tasks.batches import to_device
@@ -65,7 +65,7 @@ def customized(
     """
     customize(model, plans, known=known)
     try:
-        yield [layer.experts for layer in layers.find(model)]  # type: ignore[misc]
+        yield [layer.experts for layer in find.layers(model)]  # type: ignore[misc]
     finally:
         restore(model, write=False)
 
@@ -98,7 +98,7 @@ def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], conf
     Raises:
         FloatingPointError: the loss became NaN or infinite; the round's step and loss are named.
     """
-    found = layers.find(model)
+    found = find.layers(model)
     experts, num_experts = [layer.experts for layer in found], found[0].num_experts
     device = next(model.parameters()).device
     norms, counts = [], torch.zeros((len(experts), num_experts), dtype=torch.long)

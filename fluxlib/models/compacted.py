@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 
 WEIGHTS, PLAN = "compact.safetensors", "plan.json"
@@ -40,7 +40,7 @@ def save_compact(model: Any, path: str | Path, tokenizer: Any = None, dtype: tor
     path = Path(path)
     if (path / WEIGHTS).exists():
         raise ValueError(f"path: {path} holds {WEIGHTS} already; give a new folder")
-    found = layers.find(model)
+    found = find.layers(model)
     plans: list[dict[str, Any]] = []
     tensors: dict[str, torch.Tensor] = {}
     for layer in found:
@@ -81,18 +81,18 @@ def load_compact(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(path / WEIGHTS).items()}
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-    for layer, plan in zip(layers.find(model), about["layers"], strict=True):
+    for layer, plan in zip(find.layers(model), about["layers"], strict=True):
         _put(model, layer, LayerPlan(**{name: _tuples(value) for name, value in plan.items()}), tensors)
     missing, extra = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    inside = tuple(f"{layer.name}." for layer in layers.find(model))
+    inside = tuple(f"{layer.name}." for layer in find.layers(model))
     lacking = [name for name in missing if not name.startswith(inside) and name != "lm_head.weight"]
     if lacking or extra:
         raise ValueError(f"{path / WEIGHTS}: missing {lacking[:6]}, not of this model {extra[:6]}")
     return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def _put(model: nn.Module, layer: layers.MoELayer, plan: LayerPlan, tensors: dict[str, torch.Tensor]) -> None:
+def _put(model: nn.Module, layer: find.MoELayer, plan: LayerPlan, tensors: dict[str, torch.Tensor]) -> None:
     """Build the compact layer without the experts, whose memory has never been touched, and give it its slots."""
     compact = CompactExperts(layer.experts.to("meta"), plan)
     compact.place = torch.empty(0)
@@ -106,7 +106,7 @@ def _put(model: nn.Module, layer: layers.MoELayer, plan: LayerPlan, tensors: dic
                 raise ValueError(f"{layer.name}.{kind}_{name}: expected {tuple(expected.shape)}, got {shape}")
             value = nn.Parameter(found, requires_grad=False) if kind == "tuned" else found
             setattr(compact, f"{kind}_{name}", value)
-    layers.replace(model, layer, compact)
+    find.replace(model, layer, compact)
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

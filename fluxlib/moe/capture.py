@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import layers, routing
-from .layers import MoELayer
+from . import find, mask
+from .find import MoELayer
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
 
@@ -77,7 +77,7 @@ def capture(
     Raises:
         ValueError: The model has no MoE layer, or a layer's attention module cannot be found.
     """
-    found = layers.find(model)
+    found = find.layers(model)
     result = Capture([LayerCapture() for _ in found])
     with ExitStack() as stack:
         handle = model.register_forward_pre_hook(_record_mask(result), with_kwargs=True)
@@ -165,8 +165,8 @@ def _watch_experts(layer: MoELayer, record: LayerCapture, inputs: bool, outputs:
     yield layer.experts.register_forward_pre_hook(before, with_kwargs=True)
     if outputs:
         yield layer.experts.register_forward_hook(after)
-    if layers.read_layout(layer.experts).is_dense:
-        yield routing.find_router(layer).register_forward_hook(scores)
+    if find.read_layout(layer.experts).is_dense:
+        yield mask.find_router(layer).register_forward_hook(scores)
 
 
 def _watch_attention(module: nn.Module, record: LayerCapture, result: Capture) -> Iterator[Any]:

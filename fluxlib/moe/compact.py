@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import layers, routing
+from . import find, mask
+from .find import ReplacedExperts, expert_tensors, permute_neurons, write_expert
 from .kernels import Activation, choices, sort_pairs
-from .layers import ReplacedExperts, expert_tensors, permute_neurons, write_expert
 from .passes import stack_pass
 
 Permutations = tuple[tuple[Tensor | None, ...], ...]
@@ -174,7 +174,7 @@ class CompactExperts(ReplacedExperts):
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """Views of the tensors that stand for an expert: its own if tuned, those of its group if merged."""
-        layers.check_expert(expert, self.num_experts)
+        find.check_expert(expert, self.num_experts)
         slot = int(self.slot_of[expert])
         if slot < 0:
             raise ValueError(f"expert: {expert} is dropped and has no slot")
@@ -240,7 +240,7 @@ def merge(experts: nn.Module, plan: LayerPlan, group: int) -> dict[str, Tensor]:
     for expert, share, order in zip(members, shares, orders, strict=True):
         tensors = expert_tensors(experts, expert)
         if order is not None:
-            tensors = permute_neurons(tensors, order, layers.read_layout(experts))
+            tensors = permute_neurons(tensors, order, find.read_layout(experts))
         for name, tensor in tensors.items():
             wide = tensor if tensor.dtype == torch.float64 else tensor.float()
             out[name] = out[name].add_(wide, alpha=share) if name in out else wide * share
@@ -267,7 +267,7 @@ def customize(
     Raises:
         ValueError: The plans are not for this model, or its experts were replaced before. The model is then as it was.
     """
-    found = layers.check_original(model)
+    found = find.check_original(model)
     if not isinstance(plans, Sequence) or not all(isinstance(plan, LayerPlan) for plan in plans):
         kinds = [type(plan).__name__ for plan in plans] if isinstance(plans, Sequence) else type(plans).__name__
         raise ValueError(f"plans: expected a list of LayerPlan, one per MoE layer, got {kinds}")
@@ -276,20 +276,20 @@ def customize(
     for layer, plan in zip(found, plans, strict=True):
         try:
             plan.check(layer.num_experts, layer.expert_size)
-            routing.check(layer, plan.dropped)
+            mask.check(layer, plan.dropped)
         except ValueError as error:
             raise ValueError(f"plans[{layer.index}]: {error}") from error
-    with layers.replacing(model, found):
+    with find.replacing(model, found):
         for layer, plan in zip(found, plans, strict=True):
             compact = CompactExperts(layer.experts, plan, dtype, known[layer.index] if known else None)
-            layers.replace(model, layer, compact)
+            find.replace(model, layer, compact)
             if plan.dropped:
-                compact.on_restore.append(routing.mask(layer, plan.dropped))
+                compact.on_restore.append(mask.drop(layer, plan.dropped))
     return model
 
 
 def restore(model: nn.Module, write: bool = True) -> nn.Module:
-    """Put the original experts, routing and ``requires_grad`` flags back; see :func:`fluxlib.moe.layers.restore`.
+    """Put the original experts, routing and ``requires_grad`` flags back; see :func:`fluxlib.moe.find.restore`.
 
     Args:
         model: A customised (or quantized, or offloaded) model; one that is not stays as it is.
@@ -298,5 +298,5 @@ def restore(model: nn.Module, write: bool = True) -> nn.Module:
     Returns:
         The model.
     """
-    layers.restore(model, write)
+    find.restore(model, write)
     return model

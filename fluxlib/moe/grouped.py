@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import gemm
+from .find import Layout
 from .kernels import Activation, wide_dtype, without_autocast
-from .layers import Layout
 
 
 def grouped_pass(

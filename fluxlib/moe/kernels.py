@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations import moe as _integration
 
-from .layers import ReplacedExperts
+from .find import ReplacedExperts
 from .layout import Layout, read_layout
 
 _DEFAULT_GATE = getattr(_integration, "_default_apply_gate", None)

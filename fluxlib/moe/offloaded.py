@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import layers
+from . import find
+from .find import ReplacedExperts
 from .kernels import Activation, Matrices, choices, sort_pairs, to_matrices
-from .layers import ReplacedExperts
 from .passes import slot_pass
 
 Key = tuple[int, int]
@@ -167,7 +167,7 @@ class OffloadedExperts(ReplacedExperts):
 
     def parameters_of(self, expert: int) -> dict[str, nn.Parameter]:
         """Host parameters of one expert, by stack name."""
-        layers.check_expert(expert, self.num_experts)
+        find.check_expert(expert, self.num_experts)
         return {name: self.host.get_parameter(f"{name}_{expert}") for name in self.layout.names}
 
     def tuned_tensors(self, expert: int) -> dict[str, Tensor]:
@@ -255,10 +255,10 @@ def offload(model: nn.Module, capacity: int) -> DeviceSet:
     Raises:
         ValueError: No capacity, or experts that were replaced before.
     """
-    found, device_set = layers.check_original(model), DeviceSet(capacity)
-    with layers.replacing(model, found):
+    found, device_set = find.check_original(model), DeviceSet(capacity)
+    with find.replacing(model, found):
         for layer in found:
-            layers.replace(model, layer, OffloadedExperts(layer.experts, device_set, layer.index))
+            find.replace(model, layer, OffloadedExperts(layer.experts, device_set, layer.index))
     return device_set
 
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .find import Layout
 from .gemm import matmul, pad_pairs
 from .grouped import grouped_pass, suits
 from .kernels import Activation, Matrices, Source, StackSource, own_types, wide_dtype, without_autocast
-from .layers import Layout
 
 
 def slot_pass(

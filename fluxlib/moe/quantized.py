@@ -15,9 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import layers
+from . import find
+from .find import ReplacedExperts
 from .kernels import Activation, Matrices, choices, sort_pairs, to_matrices
-from .layers import ReplacedExperts
 from .packing import BITS, Packed, check_code, dequantize, levels, quantize_tensor
 from .passes import slot_pass
 
@@ -42,7 +42,7 @@ class QuantizedExperts(ReplacedExperts):
     @classmethod
     def from_experts(cls, experts: nn.Module, bits: int = 4, block: int = 64) -> QuantizedExperts:
         """Quantize an experts module of any handled layout; biases take 8 bits."""
-        names = layers.read_layout(experts).names
+        names = find.read_layout(experts).names
         return cls(experts, {n: quantize_tensor(getattr(experts, n), _bits(n, bits), block) for n in names})
 
     @property
@@ -52,7 +52,7 @@ class QuantizedExperts(ReplacedExperts):
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """One expert dequantized; a copy."""
-        layers.check_expert(expert, self.num_experts)
+        find.check_expert(expert, self.num_experts)
         return {name: dequantize(packed, expert) for name, packed in self.packed.items()}
 
     @torch.no_grad()
@@ -103,10 +103,10 @@ def quantize(model: nn.Module, bits: int = 4, block: int = 64) -> nn.Module:
         ValueError: The experts were replaced before, or the number of bits is none of 2, 3, 4, 8.
     """
     check_code(bits, block)
-    found = layers.check_original(model)
-    with layers.replacing(model, found):
+    found = find.check_original(model)
+    with find.replacing(model, found):
         for layer in found:
-            layers.replace(model, layer, QuantizedExperts.from_experts(layer.experts, bits, block))
+            find.replace(model, layer, QuantizedExperts.from_experts(layer.experts, bits, block))
     return model
 
 
@@ -117,7 +117,7 @@ def quantized(model: nn.Module, bits: int = 4, block: int = 64) -> Iterator[nn.M
     try:
         yield model
     finally:
-        layers.restore(model, write=False)
+        find.restore(model, write=False)
 
 
 def _bits(name: str, bits: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from fluxlib import models, seeding
 from fluxlib.config import RunConfig, TrainingConfig
 from fluxlib.methods.local import customized, tune
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.pretraining.training import MAX_TOKENS
 from fluxlib.profiling import profile
@@ -38,9 +38,13 @@ def room_to_learn(name: str, folder: Path, seed: int = 0) -> dict[str, dict[str,
         model, tokenizer = models.load(str(folder))
         base = evaluate(model, tokenizer, task.metric, task.test, MAX_TOKENS)
         draws = sample_batches(
-            task.train, tokenizer, FINE_TUNING.training.batch_size, MAX_TOKENS, seeding.generator(seed, "room", name, task_name)
+            task.train,
+            tokenizer,
+            FINE_TUNING.training.batch_size,
+            MAX_TOKENS,
+            seeding.generator(seed, "room", name, task_name),
         )
-        everything = [LayerPlan(tuned=tuple(range(layer.num_experts))) for layer in layers.find(model)]
+        everything = [LayerPlan(tuned=tuple(range(layer.num_experts))) for layer in find.layers(model)]
         with customized(model, everything) as compact:
             tune(model, compact, list(islice(draws, FINE_TUNING_STEPS)), FINE_TUNING)
             tuned = evaluate(model, tokenizer, task.metric, task.test, MAX_TOKENS)

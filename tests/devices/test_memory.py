@@ -17,7 +17,7 @@ from fluxlib import models
 from fluxlib.devices import census, dry_run, memory, stand_ins
 from fluxlib.devices.live_bytes import LiveBytes
 from fluxlib.devices.stand_ins import Slots
-from fluxlib.moe import layers, offloaded
+from fluxlib.moe import find, offloaded
 from fluxlib.moe.compact import LayerPlan, customize
 from fluxlib.moe.quantized import quantize
 
@@ -41,7 +41,7 @@ REAL = [("llama-moe-3.5b", 6.74, 8.454144, 512), ("deepseek-moe-16b", 16.38, 8.6
 
 def plans(model, num_tuned, num_merged):
     """The planner's even spread, as layer plans."""
-    found = layers.find(model)
+    found = find.layers(model)
     out = []
     for i, layer in enumerate(found):
         tuned, merged = ((n + len(found) - 1 - i) // len(found) for n in (num_tuned, num_merged))
@@ -62,7 +62,7 @@ def measured_step(config, plan, dtype=torch.float32, checkpointing=False, kernel
     """Peak of the second of two real training steps, bytes."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = customize(model, plans(model, plan.num_tuned, plan.num_merged), torch.float32).train()
-    for layer in layers.find(model):
+    for layer in find.layers(model):
         layer.experts.method = kernel
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -142,7 +142,7 @@ def test_the_peak_of_quantised_training_is_within_ten_percent(name, bits):
     assert plan.num_tuned == plan.num_experts
     model = quantize(AutoModelForCausalLM.from_config(config, dtype=torch.float32), bits).train()
     live = LiveBytes()
-    for layer in layers.find(model):
+    for layer in find.layers(model):
         layer.experts.collects_gradients = True
     for tensor in [*model.parameters(), *model.buffers()]:
         live.mark(tensor, "weights")

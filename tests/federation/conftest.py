@@ -18,7 +18,7 @@ from fluxlib.config import RunConfig
 from fluxlib.federation.client import participant
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 LAYERS, EXPERTS = 2, 4
 
@@ -75,10 +75,10 @@ def train(
     generator: torch.Generator,
 ) -> tuple[Update, ParticipantState]:
     """Changes that depend on the model that is held, on chance and on the state that was kept."""
-    found = layers.find(model)
+    found = find.layers(model)
     deltas, tokens = {}, torch.zeros(assigned.exploit.shape)
     for layer, expert in assigned.exploit.nonzero().tolist():
-        tensors = layers.expert_tensors(found[layer].experts, expert)
+        tensors = find.expert_tensors(found[layer].experts, expert)
         deltas[layer, expert] = {
             name: 0.1 * t + 0.01 * torch.randn(t.shape, generator=generator) + 0.001 * state.profile_round
             for name, t in tensors.items()

@@ -13,7 +13,7 @@ from torch import nn
 from fluxlib.federation.client.held import Held, ResyncNeeded, Workspace
 from fluxlib.federation.protocol import wire
 from fluxlib.federation.protocol.sync import NOTHING, Delta, ExpertStore, frozen_digest
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 EXPERT_BYTES = 4 * (8 * 8 + 8 * 4)  # gate_up_proj [2 * 4, 8] and down_proj [8, 4] in float32
 
@@ -165,7 +165,7 @@ def test_a_saved_state_is_put_back_and_a_damaged_one_refused(store: ExpertStore,
 def test_other_weights_than_experts_have_a_digest_too(tiny: Any) -> None:
     model = tiny.build_model()
     before = frozen_digest(model)
-    layers.find(model)[0].experts.down_proj.data[0, 0, 0] += 1
+    find.layers(model)[0].experts.down_proj.data[0, 0, 0] += 1
     assert frozen_digest(model) == before
     model.lm_head.weight.data[0, 0] += 1
     assert frozen_digest(model) != before

@@ -10,7 +10,7 @@ from fluxlib import methods, seeding
 from fluxlib.methods.base import Budget, LocalData, ParticipantState, Roles, Update
 from fluxlib.methods.fmq import QuantizedLearner
 from fluxlib.methods.local import run_steps
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.quantized import dequantize, quantize_tensor, quantized
 
 from .conftest import CONFIG
@@ -37,11 +37,11 @@ def test_a_step_quantises_the_moved_weights_and_passes_through_the_quantised_one
     one, rate = dataclasses.replace(data, train=data.train[:1]), 2.0
     update = train("fmq", model, one, optimizer="sgd", learning_rate=rate)
     plain = copy.deepcopy(model)
-    for layer in layers.find(plain):
+    for layer in find.layers(plain):
         layer.experts.down_proj.data = rounded(layer.experts.down_proj.data, 4)
         layer.experts.gate_up_proj.data = rounded(layer.experts.gate_up_proj.data, 4)
     plain(**one.train[0]).loss.backward()
-    stack = layers.find(plain)[1].experts.down_proj
+    stack = find.layers(plain)[1].experts.down_proj
     expected = rounded(stack.data - rate * stack.grad, 4) - stack.data
     got = torch.stack([update.deltas[1, expert]["down_proj"] for expert in range(EXPERTS)])
     assert (got - expected).norm() < 0.02 * expected.norm()  # a value beside an edge may fall to the other side
@@ -50,7 +50,7 @@ def test_a_step_quantises_the_moved_weights_and_passes_through_the_quantised_one
 
 def test_experts_are_in_few_bits_after_every_step(model: nn.Module, data: LocalData) -> None:
     with quantized(model, 4):
-        experts = [layer.experts for layer in layers.find(model)]
+        experts = [layer.experts for layer in find.layers(model)]
         learner = QuantizedLearner(experts, CONFIG)
         for batch in data.train:
             run_steps(model, learner, [batch], CONFIG)
@@ -92,7 +92,7 @@ def test_what_it_costs_is_told_to_the_clock(model: nn.Module, data: LocalData) -
 
 def test_gradient_norms_are_those_of_the_quantised_model(model: nn.Module, data: LocalData) -> None:
     with quantized(model, 4):
-        learner = QuantizedLearner([layer.experts for layer in layers.find(model)], CONFIG)
+        learner = QuantizedLearner([layer.experts for layer in find.layers(model)], CONFIG)
         norms = run_steps(model, learner, data.train[:1], CONFIG).squared_norms
     assert norms.shape == (1, LAYERS, EXPERTS)
     assert (norms > 0).sum() > 0 and norms.isfinite().all()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from fluxlib import models
 from fluxlib.models import registry
-from fluxlib.moe import compact, layers
+from fluxlib.moe import compact, find
 from fluxlib.moe.compact import LayerPlan
 
 
@@ -57,7 +57,7 @@ def test_export_changes_only_the_tuned_expert(tmp_path, public_config, tensors_o
     tensors = tensors_of(public_config)
     folder = write(tmp_path / "public", public_config, tensors, kind)
     model, tokenizer = models.load(folder)
-    plans = [LayerPlan((), (tuple(range(6)),)) for _ in layers.find(model)]
+    plans = [LayerPlan((), (tuple(range(6)),)) for _ in find.layers(model)]
     plans[-1] = LayerPlan((4,), ((0, 1), (2, 3, 5)))
     compact.customize(model, plans)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad and p.numel()], lr=1.0)

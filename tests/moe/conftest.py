@@ -10,10 +10,10 @@ import transformers as tf
 from torch import Tensor, nn
 
 from fluxlib.models import DeepseekMoeConfig, DeepseekMoeForCausalLM, LlamaMoeConfig, LlamaMoeForCausalLM
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan, merge
+from fluxlib.moe.find import expert_tensors
 from fluxlib.moe.kernels import Activation
-from fluxlib.moe.layers import expert_tensors
 
 SHARED = {
     "vocab_size": 61,
@@ -131,7 +131,7 @@ class PlainExperts(nn.Module):
 
     def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
         super().__init__()
-        self.layout, self.activation = layers.read_layout(original), Activation(original)
+        self.layout, self.activation = find.read_layout(original), Activation(original)
         slots = [expert_tensors(original, e) for e in plan.tuned]
         slots += [merge(original, plan, group) for group in range(len(plan.groups))]
         self.slots = nn.ModuleList(

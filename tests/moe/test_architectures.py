@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fluxlib.moe import compact, layers
+from fluxlib.moe import compact, find
 from fluxlib.moe.compact import LayerPlan
 
 # With their default configurations. Why: what the message must say.
@@ -77,9 +77,9 @@ def test_default_configurations_are_found_or_refused_by_name(model_type: str) ->
         model = tf.AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type]())
     if model_type in REFUSED or model_type not in FUSED:
         with pytest.raises(ValueError, match=REFUSED.get(model_type, "not handled")):
-            layers.find(model)
+            find.layers(model)
         return
-    for layer in layers.find(model):
+    for layer in find.layers(model):
         assert 1 <= layer.top_k <= layer.num_experts == len(layer.experts.down_proj)
 
 
@@ -116,21 +116,21 @@ def _step(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("model_type", [name for name in FUSED if name not in UNFIT])
 def test_output_and_gradients_equal_the_reference(tiny: SimpleNamespace, model_type: str) -> None:
     model, batch = _build(model_type).requires_grad_(False), tiny.batch()
-    found = layers.find(model)
+    found = find.layers(model)
     plans = []
     for layer in found:
         rest = range(2, layer.num_experts)
         plans.append(LayerPlan((0, 1), (tuple(rest[:2]), tuple(rest[2:])), ((3.0, 1.0), (1.0,) * len(rest[2:]))))
     references = [tiny.PlainExperts(layer.experts, plan) for layer, plan in zip(found, plans, strict=True)]
     for layer, reference in zip(found, references, strict=True):
-        layers.replace(model, layer, reference)
+        find.replace(model, layer, reference)
     expected = _step(model, batch)
     for layer in found:
-        layers.replace(model, layer, layer.experts)
+        find.replace(model, layer, layer.experts)
     compact.customize(model, plans)
     for ours, theirs in zip(_step(model, batch), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
-    for layer, reference in zip(layers.find(model), references, strict=True):
+    for layer, reference in zip(find.layers(model), references, strict=True):
         for expert in (0, 1):
             for name, gradient in layer.experts.grads(expert).items():
                 wanted = reference.slots[expert][name].grad
@@ -141,4 +141,4 @@ def test_a_mixture_without_fused_experts_is_not_called_dense() -> None:
     sizes = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = tf.DogeConfig(**sizes, is_moe=True, num_experts=4)
     with torch.device("meta"), pytest.raises(ValueError, match="not handled .*: DogeCDMoE, at model.layers.0.mlp"):
-        layers.find(tf.AutoModelForCausalLM.from_config(config))
+        find.layers(tf.AutoModelForCausalLM.from_config(config))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fluxlib.moe import compact, layers
+from fluxlib.moe import compact, find
 from fluxlib.moe.capture import capture, find_attention, received
 from fluxlib.moe.compact import LayerPlan
 
@@ -26,7 +26,7 @@ def test_attention_received_is_a_mean_over_heads_and_visible_queries() -> None:
 
 def test_routing_and_attention_of_every_layer(tiny: SimpleNamespace, architecture: str) -> None:
     model, batch = tiny.build(architecture), tiny.batch()
-    found, before = layers.find(model), model.config._attn_implementation
+    found, before = find.layers(model), model.config._attn_implementation
     expected = model(**batch).logits
     with capture(model, attention=True, inputs=True, outputs=True) as seen:
         output = model(**batch)
@@ -95,7 +95,7 @@ def test_hooks_go_when_the_model_fails(tiny: SimpleNamespace) -> None:
 
 def test_a_layer_without_attention_is_named(tiny: SimpleNamespace) -> None:
     model = tiny.build("mixtral")
-    layer = layers.find(model)[0]
+    layer = find.layers(model)[0]
     for decoder in model.model.layers:
         decoder.mixer, decoder.self_attn = decoder.self_attn, nn.Identity()
         del decoder.self_attn

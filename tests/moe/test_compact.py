@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import compact, gemm, layers
+from fluxlib.moe import compact, find, gemm
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 
 
@@ -19,7 +19,7 @@ def _alone(num_experts: int) -> LayerPlan:
 def _plans(model: nn.Module) -> list[LayerPlan]:
     """A different number of tuned and merged slots in every layer."""
     plans = []
-    for layer in layers.find(model):
+    for layer in find.layers(model):
         experts = list(range(layer.num_experts))
         cut = 1 + layer.index
         weights = ((3.0, 1.0), tuple(float(e) for e in range(len(experts) - cut - 2)))
@@ -31,25 +31,25 @@ def _plans(model: nn.Module) -> list[LayerPlan]:
 
 def _compare(model: nn.Module, plans: list[LayerPlan], batch: dict[str, Tensor], plain: type[nn.Module]) -> None:
     """Loss, logits and gradients of a customised float64 model equal the reference's."""
-    found = layers.find(model)
+    found = find.layers(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     embedding = model.get_input_embeddings().weight.requires_grad_()
     references = [plain(layer.experts, plan) for layer, plan in zip(found, plans, strict=True)]
     for layer, reference in zip(found, references, strict=True):
-        layers.replace(model, layer, reference)
+        find.replace(model, layer, reference)
     expected = model(**batch)
     expected.loss.backward()
     expected_embedding, embedding.grad = embedding.grad, None
     for layer in found:
-        layers.replace(model, layer, layer.experts)
+        find.replace(model, layer, layer.experts)
     compact.customize(model, plans)
     embedding.requires_grad_()
     output = model(**batch)
     output.loss.backward()
     torch.testing.assert_close(output.logits, expected.logits, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(embedding.grad, expected_embedding, rtol=1e-8, atol=1e-11)
-    for layer, plan, reference in zip(layers.find(model), plans, references, strict=True):
+    for layer, plan, reference in zip(find.layers(model), plans, references, strict=True):
         for slot, expert in enumerate(plan.tuned):
             for name, gradient in layer.experts.grads(expert).items():
                 torch.testing.assert_close(gradient, reference.slots[slot][name].grad, rtol=1e-8, atol=1e-12)
@@ -58,8 +58,8 @@ def _compare(model: nn.Module, plans: list[LayerPlan], batch: dict[str, Tensor],
 def test_a_slot_for_every_expert_is_the_same_model(tiny: SimpleNamespace, architecture: str) -> None:
     model, batch = tiny.build(architecture, torch.float64), tiny.batch()
     expected = model(**batch).logits
-    compact.customize(model, [_alone(layer.num_experts) for layer in layers.find(model)])
-    assert all(isinstance(layer.experts, CompactExperts) for layer in layers.find(model))
+    compact.customize(model, [_alone(layer.num_experts) for layer in find.layers(model)])
+    assert all(isinstance(layer.experts, CompactExperts) for layer in find.layers(model))
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-11, atol=1e-11)
     compact.restore(model)
     assert torch.equal(model(**batch).logits, expected)
@@ -82,7 +82,7 @@ def test_a_short_batch_of_one(tiny: SimpleNamespace, tokens: int) -> None:
 
 
 def test_every_token_on_one_expert_and_others_empty(tiny: SimpleNamespace) -> None:
-    original = layers.find(tiny.build("olmoe", torch.float64))[0].experts
+    original = find.layers(tiny.build("olmoe", torch.float64))[0].experts
     plan = LayerPlan((0, 1), ((2, 3), (4, 5, 6, 7)))
     hidden = torch.randn(9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for index in ([0], [2], [0, 4, 5], [2, 3, 4]):
@@ -99,7 +99,7 @@ def test_every_token_on_one_expert_and_others_empty(tiny: SimpleNamespace) -> No
 
 
 def test_a_slot_shared_by_two_choices_is_computed_once(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = layers.find(tiny.build("olmoe"))[0].experts
+    original = find.layers(tiny.build("olmoe"))[0].experts
     module = CompactExperts(original, LayerPlan((0,), ((1, 2, 3), (4, 5, 6, 7))))
     module.method = "slots"
     rows: list[int] = []
@@ -126,8 +126,8 @@ def test_training_changes_tuned_slots_only(tiny: SimpleNamespace, architecture: 
     optimizer.step()
     compact.restore(model)
     assert len(optimizer.state) == len(trainable)
-    for layer, plan in zip(layers.find(model), plans, strict=True):
-        for name in layers.read_layout(layer.experts).names:
+    for layer, plan in zip(find.layers(model), plans, strict=True):
+        for name in find.read_layout(layer.experts).names:
             old, new = before.pop(f"{layer.name}.{name}"), getattr(layer.experts, name)
             changed = [e for e in range(layer.num_experts) if not torch.equal(old[e], new[e])]
             assert changed == list(plan.tuned), name
@@ -144,7 +144,7 @@ def test_merged_slots_do_no_weight_gradient_work(tiny: SimpleNamespace, monkeypa
     original = passes._weight_gradients
     monkeypatch.setattr(passes, "_weight_gradients", lambda *a: calls.append(1) or original(*a))
     compact.customize(model, [LayerPlan((0,), ((1, 2, 3, 4, 5),))] * 2)
-    for layer in layers.find(model):
+    for layer in find.layers(model):
         layer.experts.method = "slots"
     model(**batch).loss.backward()
     assert len(calls) == 2
@@ -158,7 +158,7 @@ def test_sixteen_bit_model_with_float32_tuned_slots(tiny: SimpleNamespace) -> No
         output = model(**batch)
         output.loss.backward()
         logits.append(output.logits.float())
-        experts = layers.find(model)[0].experts
+        experts = find.layers(model)[0].experts
         assert experts.tuned_down_proj.dtype == experts.tuned_down_proj.grad.dtype == torch.float32
         assert experts.merged_down_proj.dtype == dtype
         compact.restore(model)
@@ -198,11 +198,11 @@ def test_no_grad_keeps_nothing(tiny: SimpleNamespace) -> None:
 
 
 def test_merging_is_a_weighted_sum_with_aligned_neurons(tiny: SimpleNamespace) -> None:
-    experts = layers.find(tiny.build("mixtral"))[0].experts
+    experts = find.layers(tiny.build("mixtral"))[0].experts
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
     aligned = LayerPlan((), ((0, 1), (2, 3, 4, 5)), ((1.0, 3.0), (0.0,) * 4), ((None, order), (None,) * 4))
     first, second = (compact.expert_tensors(experts, e) for e in (0, 1))
-    moved = layers.permute_neurons(second, order, layers.read_layout(experts))
+    moved = find.permute_neurons(second, order, find.read_layout(experts))
     merged = compact.merge(experts, aligned, 0)
     for name in first:
         torch.testing.assert_close(merged[name], 0.25 * first[name] + 0.75 * moved[name])
@@ -214,7 +214,7 @@ def test_restore_can_leave_the_originals_as_they_were(tiny: SimpleNamespace) -> 
     model = tiny.build("mixtral")
     before = model.state_dict()["model.layers.0.mlp.experts.down_proj"].clone()
     compact.customize(model, _plans(model))
-    experts = layers.find(model)[0].experts
+    experts = find.layers(model)[0].experts
     experts.tuned_down_proj.data.zero_()
     assert compact.expert_tensors(experts, 0)["down_proj"].abs().sum() == 0
     compact.restore(model, write=False)
@@ -248,13 +248,13 @@ def test_plans_name_what_is_wrong(tiny: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="restore"):
         compact.customize(model, [_alone(6)] * 2)
     with pytest.raises(ValueError, match=r"a tuned one, \[0, 2, 4\], got 1"):
-        layers.find(model)[0].experts.tuned_tensors(1)
+        find.layers(model)[0].experts.tuned_tensors(1)
 
 
 def test_frozen_layers_are_hastened_routers_are_not_and_all_come_back(tiny: SimpleNamespace, architecture: str) -> None:
     model = tiny.build(architecture)
     before = {name: type(module) for name, module in model.named_modules()}
-    found = layers.find(model)
+    found = find.layers(model)
     compact.customize(model, _plans(model))
     assert any(isinstance(module, gemm.FrozenLinear) for module in model.modules())
     for layer in found:

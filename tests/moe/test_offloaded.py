@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fluxlib.moe import compact, layers, offloaded
+from fluxlib.moe import compact, find, offloaded
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.moe.offloaded import DeviceSet, OffloadedExperts
 
@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 
 
 def _all_tuned(model: nn.Module) -> list[LayerPlan]:
-    return [LayerPlan(tuple(range(layer.num_experts))) for layer in layers.find(model)]
+    return [LayerPlan(tuple(range(layer.num_experts))) for layer in find.layers(model)]
 
 
 def test_training_equals_the_resident_model_bit_by_bit(tiny: SimpleNamespace, architecture: str) -> None:
     resident, model = tiny.build(architecture), tiny.build(architecture)
     compact.customize(resident, _all_tuned(resident))
-    for layer in layers.find(resident):
+    for layer in find.layers(resident):
         layer.experts.method = "slots"
     device_set = offloaded.offload(model, capacity=3)
     for step in range(2):
@@ -35,7 +35,7 @@ def test_training_equals_the_resident_model_bit_by_bit(tiny: SimpleNamespace, ar
             losses[-1].backward()
             optimizer.step()
         assert torch.equal(*losses)
-        for ours, theirs in zip(layers.find(model), layers.find(resident), strict=True):
+        for ours, theirs in zip(find.layers(model), find.layers(resident), strict=True):
             for expert in range(ours.num_experts):
                 for name, gradient in theirs.experts.grads(expert).items():
                     assert torch.equal(ours.experts.grads(expert)[name], gradient)
@@ -49,7 +49,7 @@ def test_training_equals_the_resident_model_bit_by_bit(tiny: SimpleNamespace, ar
 def test_every_expert_has_its_own_gradient_and_state(tiny: SimpleNamespace) -> None:
     model = tiny.build("olmoe")
     offloaded.offload(model, capacity=4)
-    experts = layers.find(model)[0].experts
+    experts = find.layers(model)[0].experts
     optimizer = torch.optim.AdamW(experts.parameters(), lr=0.1)
     before = {name: tensor.clone() for name, tensor in experts.tuned_tensors(0).items()}
     experts(torch.randn(4, 16), torch.tensor([[1, 6]] * 4), torch.ones(4, 2)).sum().backward()
@@ -63,7 +63,7 @@ def test_every_expert_has_its_own_gradient_and_state(tiny: SimpleNamespace) -> N
 def test_hits_misses_and_bytes(tiny: SimpleNamespace) -> None:
     model = tiny.build("olmoe")
     device_set = offloaded.offload(model, capacity=3)
-    first, second = (layer.experts for layer in layers.find(model))
+    first, second = (layer.experts for layer in find.layers(model))
     hidden, weights = torch.randn(2, 16), torch.ones(2, 2)
     with torch.no_grad():
         first(hidden, torch.tensor([[0, 1]] * 2), weights)
@@ -84,7 +84,7 @@ def test_hits_misses_and_bytes(tiny: SimpleNamespace) -> None:
 def test_the_backward_pass_finds_what_the_forward_pass_used_last(tiny: SimpleNamespace) -> None:
     model = tiny.build("olmoe")
     device_set = offloaded.offload(model, capacity=3)
-    experts = layers.find(model)[0].experts
+    experts = find.layers(model)[0].experts
     output = experts(torch.randn(2, 16), torch.tensor([[0, 1, 2, 3, 4]] * 2), torch.ones(2, 5))
     assert (device_set.traffic.hits, device_set.traffic.misses) == (0, 5)
     output.sum().backward()
@@ -112,7 +112,7 @@ def test_moving_the_model_leaves_experts_on_the_host_as_they_are(tiny: SimpleNam
     model = tiny.build("mixtral")
     offloaded.offload(model, capacity=2)
     model.to(torch.bfloat16)
-    experts = layers.find(model)[0].experts
+    experts = find.layers(model)[0].experts
     assert isinstance(experts, OffloadedExperts)
     assert experts.tuned_tensors(0)["down_proj"].dtype == torch.float32
     assert experts(torch.randn(2, 16).bfloat16(), torch.tensor([[0]] * 2), torch.ones(2, 1)).dtype == torch.bfloat16
@@ -123,10 +123,10 @@ def test_what_cannot_be_is_named(tiny: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="room for at least 1 expert, got 0"):
         offloaded.offload(model, capacity=0)
     offloaded.offload(model, capacity=2)
-    layers.restore(model, write=False)
+    find.restore(model, write=False)
     offloaded.offload(model, capacity=2)
-    layers.find(model)[0].experts.tuned_tensors(3)["down_proj"].zero_()
+    find.layers(model)[0].experts.tuned_tensors(3)["down_proj"].zero_()
     with pytest.raises(ValueError, match=r"trained in place, expected True; changed were \[3\]"):
-        layers.restore(model, write=False)
-    layers.restore(model)
-    assert not layers.find(model)[0].experts.down_proj[3].any()
+        find.restore(model, write=False)
+    find.restore(model)
+    assert not find.layers(model)[0].experts.down_proj[3].any()

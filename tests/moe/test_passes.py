@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fluxlib.moe.compact import CompactExperts, LayerPlan, merge
+from fluxlib.moe.find import expert_tensors, read_layout
 from fluxlib.moe.kernels import sort_pairs, to_matrices
-from fluxlib.moe.layers import expert_tensors, read_layout
 from fluxlib.moe.passes import plain_pass
 
 

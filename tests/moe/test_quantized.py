@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fluxlib.moe import compact, layers, quantized
+from fluxlib.moe import compact, find, quantized
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.moe.packing import Packed, _decode, _pack, dequantize, levels, quantize_tensor
 from fluxlib.moe.quantized import QuantizedExperts
@@ -83,14 +83,14 @@ def test_experts_do_not_share_blocks() -> None:
 
 def test_a_quantized_model_equals_one_with_dequantized_weights(tiny: SimpleNamespace, architecture: str) -> None:
     model, twin, batch = tiny.build(architecture), tiny.build(architecture), tiny.batch()
-    for layer in layers.find(twin):
+    for layer in find.layers(twin):
         module = QuantizedExperts.from_experts(layer.experts, 4, block=16)
         for expert in range(layer.num_experts):
-            layers.write_expert(layer.experts, expert, module.expert_tensors(expert))
+            find.write_expert(layer.experts, expert, module.expert_tensors(expert))
     expected = model(**batch).logits
     with quantized.quantized(model, 4, block=16):
         output = model(**batch)
-        assert all(isinstance(layer.experts, QuantizedExperts) for layer in layers.find(model))
+        assert all(isinstance(layer.experts, QuantizedExperts) for layer in find.layers(model))
         assert not any(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(output.logits, twin(**batch).logits, rtol=1e-3, atol=1e-4)
     assert torch.equal(model(**batch).logits, expected)
@@ -103,7 +103,7 @@ def test_one_expert_is_dequantized_at_a_time(tiny: SimpleNamespace, monkeypatch:
     monkeypatch.setattr(
         Packed, "read", lambda self, expert, dtype=None: read.append(expert) or plain(self, expert, dtype)
     )
-    experts = layers.find(model)[0].experts
+    experts = find.layers(model)[0].experts
     experts(torch.randn(4, 16), torch.tensor([[1, 6]] * 4), torch.ones(4, 2))
     assert read == [1, 1, 6, 6]
 
@@ -112,18 +112,18 @@ def test_straight_through_gradients_are_those_of_the_dequantized_weights(tiny: S
     model, batch = tiny.build("qwen2_moe"), tiny.batch()
     twin = tiny.build("qwen2_moe")
     quantized.quantize(model, 4)
-    for ours, theirs in zip(layers.find(model), layers.find(twin), strict=True):
+    for ours, theirs in zip(find.layers(model), find.layers(twin), strict=True):
         ours.experts.collects_gradients = True
         for expert in range(8):
-            layers.write_expert(theirs.experts, expert, ours.experts.expert_tensors(expert))
+            find.write_expert(theirs.experts, expert, ours.experts.expert_tensors(expert))
     compact.customize(twin, [LayerPlan(tuple(range(8)))] * 2)
     model(**batch).loss.backward()
     twin(**batch).loss.backward()
-    for ours, theirs in zip(layers.find(model), layers.find(twin), strict=True):
+    for ours, theirs in zip(find.layers(model), find.layers(twin), strict=True):
         for expert in range(8):
             for name, gradient in ours.experts.grads(expert).items():
                 torch.testing.assert_close(gradient, theirs.experts.grads(expert)[name], rtol=1e-4, atol=1e-6)
-    experts = layers.find(model)[0].experts
+    experts = find.layers(model)[0].experts
     stepped = {n: t - 0.5 * experts.grads(3)[n] for n, t in experts.expert_tensors(3).items()}
     other, expected = experts.expert_tensors(2), QuantizedExperts.from_experts(experts.original, 4)
     experts.requantize(3, stepped)
@@ -137,9 +137,9 @@ def test_straight_through_gradients_are_those_of_the_dequantized_weights(tiny: S
 
 def test_changing_the_models_type_leaves_the_codes_alone(tiny: SimpleNamespace) -> None:
     model = quantized.quantize(tiny.build("mixtral"))
-    before = layers.find(model)[0].experts.expert_tensors(0)["down_proj"]
+    before = find.layers(model)[0].experts.expert_tensors(0)["down_proj"]
     model.to(torch.bfloat16)
-    assert torch.equal(layers.find(model)[0].experts.expert_tensors(0)["down_proj"], before)
+    assert torch.equal(find.layers(model)[0].experts.expert_tensors(0)["down_proj"], before)
 
 
 def test_quantizing_twice_or_in_five_bits_is_refused(tiny: SimpleNamespace) -> None:

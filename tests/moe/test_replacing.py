@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fluxlib.moe import compact, layers, offloaded, quantized
+from fluxlib.moe import compact, find, offloaded, quantized
 from fluxlib.moe.compact import LayerPlan
 
 PLANS = [LayerPlan((0,), ((1, 2), (3, 4, 5)))] * 2
@@ -64,7 +64,7 @@ def test_a_failure_midway_leaves_the_model_as_it_was(
 
 def test_a_router_that_cannot_be_masked_leaves_the_model_as_it_was(tiny: SimpleNamespace) -> None:
     model = tiny.build("mixtral")
-    block = layers.find(model)[1].block
+    block = find.layers(model)[1].block
     block.other_name = block.gate
     del block.gate
     before = _state(model)
@@ -87,7 +87,7 @@ def test_an_order_of_the_wrong_neurons_is_refused_before_anything_happens(tiny: 
 def test_a_copy_of_a_masked_model_has_a_mask_of_its_own(tiny: SimpleNamespace, architecture: str) -> None:
     model, batch = tiny.build(architecture), tiny.batch()
     whole = model(**batch).logits
-    plans = [LayerPlan(tuple(range(1, e)), dropped=(0,)) for e in (layer.num_experts for layer in layers.find(model))]
+    plans = [LayerPlan(tuple(range(1, e)), dropped=(0,)) for e in (layer.num_experts for layer in find.layers(model))]
     masked = compact.customize(model, plans)(**batch).logits
     twin = copy.deepcopy(model)
     assert torch.equal(twin(**batch).logits, masked)
@@ -100,7 +100,7 @@ def test_a_copy_of_a_masked_model_has_a_mask_of_its_own(tiny: SimpleNamespace, a
 
 def test_a_routers_own_override_comes_back(tiny: SimpleNamespace) -> None:
     model = tiny.build("mixtral")
-    router, calls = layers.find(model)[0].block.gate, []
+    router, calls = find.layers(model)[0].block.gate, []
     plain = router.forward
 
     def watched(*args: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fluxlib import models, profiling, seeding, tasks
 from fluxlib.config import ConfigError
 from fluxlib.models.hardware import torch_device
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.tasks.batches import make_batch, to_device
 from fluxlib.tasks.partition import partition
 
@@ -62,7 +62,7 @@ class Bench:
     @property
     def num_experts(self) -> int:
         """Routed experts over all layers."""
-        return sum(layer.num_experts for layer in layers.find(self.model))
+        return sum(layer.num_experts for layer in find.layers(self.model))
 
 
 def benches(

@@ -17,7 +17,7 @@ from fluxlib.analysis.studies.bench import Row
 from fluxlib.analysis.studies.merging import Case
 from fluxlib.devices import catalogue, clock
 from fluxlib.methods.base import Work
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 PHASES = {"train": ("train",), "profile": ("quantize", "profile"), "merge": ("merge",), "probe": ("probe",)}
 """Measured block: phases of the clock that it consists of."""
@@ -65,7 +65,7 @@ def _work(case: Case) -> Work:
     num_experts, num_tuned = case.bench.num_experts, int(case.tuned.sum())
     batch, probed = case.data[0], case.data[0]["attention_mask"][:PROBED_SAMPLES]
     profiled = case.data[:2]
-    passes = 1 + 2 * PROBES * (len(layers.find(case.bench.model)) + 1) / (2 * len(layers.find(case.bench.model)))
+    passes = 1 + 2 * PROBES * (len(find.layers(case.bench.model)) + 1) / (2 * len(find.layers(case.bench.model)))
     return Work(
         num_experts=num_experts, num_tuned=num_tuned, num_frozen=case.num_merged,
         num_merge_sources=num_experts - num_tuned, train_steps=STEPS, train_samples=STEPS * len(batch["input_ids"]),

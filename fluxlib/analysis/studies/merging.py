@@ -13,7 +13,7 @@ from torch import Tensor
 from fluxlib import merging, seeding
 from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row
 from fluxlib.analysis.studies.training import at_random, most_used
-from fluxlib.moe import compact, layers
+from fluxlib.moe import compact, find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.profiling import Profile
 
@@ -43,7 +43,7 @@ class Case:
     def discard(self) -> list[LayerPlan]:
         """The comparison; where a layer has fewer than top-k tuned experts its most used others stay too."""
         order = (self.known.frequency + 2 * self.tuned).argsort(dim=1, descending=True)
-        top_k = layers.find(self.bench.model)[0].top_k
+        top_k = find.layers(self.bench.model)[0].top_k
         return merging.discard(self.known, self.tuned | torch.zeros_like(self.tuned).scatter(1, order[:, :top_k], True))
 
     def errors(self, plans: list[LayerPlan]) -> tuple[float, float]:

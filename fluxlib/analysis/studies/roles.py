@@ -16,7 +16,7 @@ from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.gradients.exact import ExpertKey
 from fluxlib.methods.local import routed_tokens
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.capture import capture
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ OUTCOMES = (
 def truth(bench: Bench, num_experts: int) -> tuple[dict[str, Tensor], list[ExpertKey], Tensor, Tensor]:
     """A batch of the first participant, experts that its tokens reach, their true squared norms and tokens, ``[N]``."""
     batch = bench.local(16)[0]
-    moe = layers.find(bench.model)
+    moe = find.layers(bench.model)
     with capture(bench.model) as seen, torch.no_grad():
         bench.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     chosen = [layer.top_k_index[0] for layer in seen.layers]

@@ -16,7 +16,7 @@ from fluxlib.devices import catalogue, clock
 from fluxlib.federation.server.aggregation import ExpertMean
 from fluxlib.methods.base import Work
 from fluxlib.methods.local import customized, tune
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.profiling import Profile
 from fluxlib.tasks.batches import sample_batches
@@ -103,17 +103,17 @@ def _one_run(
 def _plans(bench: Bench, local: list[dict[str, Tensor]], fraction: float, bits: int) -> list[LayerPlan]:
     """The most used experts tuned and the others merged, by a profile of the participant's own; or all tuned."""
     if fraction == 1:
-        return [LayerPlan(tuned=tuple(range(layer.num_experts))) for layer in layers.find(bench.model)]
+        return [LayerPlan(tuned=tuple(range(layer.num_experts))) for layer in find.layers(bench.model)]
     known = profiling.profile(bench.model, local, bits)
     tuned = most_used(known, fraction)
     return merging.plan(bench.model, known, tuned, int(tuned.sum()))
 
 
 def _apply(bench: Bench, mean: ExpertMean) -> None:
-    moe = layers.find(bench.model)
+    moe = find.layers(bench.model)
     for (layer, expert), delta in mean.result().items():
-        own = layers.expert_tensors(moe[layer].experts, expert)
-        layers.write_expert(moe[layer].experts, expert, {name: own[name] + delta[name] for name in delta})
+        own = find.expert_tensors(moe[layer].experts, expert)
+        find.write_expert(moe[layer].experts, expert, {name: own[name] + delta[name] for name in delta})
 
 
 def _merge_error(bench: Bench, known: Profile, tuned: Tensor) -> float:

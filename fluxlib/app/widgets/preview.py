@@ -26,7 +26,7 @@ from fluxlib.federation.server.budgets import make_budgets
 from fluxlib.figures import Picture, overview
 from fluxlib.methods import flux, fmes
 from fluxlib.methods.base import Budget, Roles, Work
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.tasks.batches import make_batch
 
@@ -141,7 +141,7 @@ def preview(config: RunConfig, participant: int = 0) -> Preview:
     )
     device = catalogue.fleet(config.clock.fleet, config.federation.participants)[participant]
     compared = list(dict.fromkeys((config.method, "fmd")))
-    top_k_sum = sum(layer.top_k for layer in layers.find(_model(config.model)[0]))
+    top_k_sum = sum(layer.top_k for layer in find.layers(_model(config.model)[0]))
     works = {
         name: expected_work(config, name, late[1], late[0], known.frequency, top_k_sum, num_tokens) for name in compared
     }

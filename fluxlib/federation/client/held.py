@@ -17,7 +17,7 @@ from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.sync import APPROXIMATE, NOTHING, STALE, Delta, Digests, frozen_digest
 from fluxlib.federation.protocol.wire import Form, WireError
 from fluxlib.methods.base import ExpertKey
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 
 class ResyncNeeded(WireError):
@@ -102,7 +102,7 @@ class Workspace:
         self.model = model
         self.tokenizer = tokenizer
         self.wire = wire
-        self._layers = layers.find(model)
+        self._layers = find.layers(model)
         keys = [(layer.index, expert) for layer in self._layers for expert in range(layer.num_experts)]
         self.base = Digests({key: wires.tensors_digest(self._tensors(key)) for key in keys})
         self.base_digest = self.base.total()
@@ -134,7 +134,7 @@ class Workspace:
             self._base_tensors[key] = {name: tensor.clone() for name, tensor in self._tensors(key).items()}
         base = self._base_tensors[key]
         tensors = base if arrays is None else dict(self._decode(base, name, array) for name, array in arrays.items())
-        layers.write_expert(experts, key[1], tensors)
+        find.write_expert(experts, key[1], tensors)
 
     def _decode(self, base: Mapping[str, Tensor], name: str, array: Array) -> tuple[str, Tensor]:
         plain = name.removesuffix(APPROXIMATE)
@@ -145,4 +145,4 @@ class Workspace:
         return plain, tensor if form == "float32" else base[plain].float() + tensor.float().to(base[plain].device)
 
     def _tensors(self, key: ExpertKey) -> dict[str, Tensor]:
-        return layers.expert_tensors(self._layers[key[0]].experts, key[1])
+        return find.expert_tensors(self._layers[key[0]].experts, key[1])

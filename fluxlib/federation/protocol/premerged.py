@@ -35,7 +35,7 @@ from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.protocol.wire import Form, WireError
 from fluxlib.methods.base import ExpertKey, Merged
-from fluxlib.moe import layers
+from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan, merge
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ class Premerged:
             WireError: a slot is missing that cannot be made from what is held (all but ``stale``).
         """
         slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.plans]
-        found = layers.find(model)
+        found = find.layers(model)
         for name, array in self.arrays.items():
             (layer, slot), tensor = wires.parse_name(name)
-            like = layers.expert_tensors(found[layer].experts, 0)[tensor]
+            like = find.expert_tensors(found[layer].experts, 0)[tensor]
             slots[layer].setdefault(slot, {})[tensor] = wires.decode(array, wire, like.shape).to(like)
         for layer, plan in enumerate(self.plans):
             for slot in _stale_groups(layer, plan, stale):
@@ -141,7 +141,7 @@ def merge_stale(store: ExpertStore, plans: Sequence[LayerPlan], stale: frozenset
     """The plans, and the slots that a participant cannot make from what it holds: all but ``stale``."""
     arrays = {
         wires.key_name((layer.index, slot), name): wires.encode(tensor, store.wire)
-        for layer, plan in zip(layers.find(store.model), plans, strict=True)
+        for layer, plan in zip(find.layers(store.model), plans, strict=True)
         for slot in _stale_groups(layer.index, plan, stale)
         for name, tensor in merge(layer.experts, plan, slot).items()
     }

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.wire import Form, WireError
 from fluxlib.methods.base import ExpertKey
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 Experts = Mapping[ExpertKey, Mapping[str, Tensor]]
 
@@ -103,7 +103,7 @@ class Digests:
 
 def frozen_digest(model: nn.Module) -> str:
     """Digest of everything that is not a routed expert: what no message can bring up to date."""
-    experts = tuple(layer.name + "." for layer in layers.find(model))
+    experts = tuple(layer.name + "." for layer in find.layers(model))
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith(experts):
@@ -131,7 +131,7 @@ class ExpertStore:
         self._base: dict[ExpertKey, dict[str, Tensor]] = {}
         self._withholds = withholds
         self._keeps_base = approximates or wire != "float32"
-        self._layers = layers.find(model)
+        self._layers = find.layers(model)
         self.keys = [(layer.index, expert) for layer in self._layers for expert in range(layer.num_experts)]
         self.shapes = {
             key: {name: tuple(tensor.shape) for name, tensor in self.tensors(key).items()} for key in self.keys
@@ -156,7 +156,7 @@ class ExpertStore:
 
     def tensors(self, key: ExpertKey) -> dict[str, Tensor]:
         """One expert's tensors: views into the model."""
-        return layers.expert_tensors(self._layers[key[0]].experts, key[1])
+        return find.expert_tensors(self._layers[key[0]].experts, key[1])
 
     @torch.no_grad()
     def apply(self, changes: Experts) -> None:
@@ -179,7 +179,7 @@ class ExpertStore:
             raise WireError("it belongs to another base model (digests of version 0 differ)")
         self._remember_base(experts)
         for key, tensors in experts.items():
-            layers.write_expert(self._layers[key[0]].experts, key[1], tensors)
+            find.write_expert(self._layers[key[0]].experts, key[1], tensors)
         self._record(list(experts))
         if self.digest != digests[-1]:
             raise WireError(f"it is damaged (digest is {self.digest[:12]}, it should be {digests[-1][:12]})")

@@ -26,7 +26,7 @@ from fluxlib.federation.options import Options, RunResult, check, experts_path, 
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.server.outcome import RunFailed
 from fluxlib.federation.store import lock
-from fluxlib.moe import layers
+from fluxlib.moe import find
 
 POLL_S = 0.5
 STATUS_EVERY_S = 15.0
@@ -138,11 +138,11 @@ def _read(config: RunConfig, out: Path, keep: bool) -> RunResult:
         raise RunFailed(f"the run is complete; its tables are in {out} on the SuperLink's machine, not on this one")
     frames = {table: records.read(table, path) for table, path in paths.items()}
     model, _ = models.load(config.model)
-    found = layers.find(model)
+    found = find.layers(model)
     experts: dict[tuple[int, int], dict[str, Any]] = {}
     for name, tensor in load_file(experts_path(out, config.run_id)).items():
         key, part = wires.parse_name(name)
         experts.setdefault(key, {})[part] = tensor
     for (layer, expert), tensors in experts.items():
-        layers.write_expert(found[layer].experts, expert, tensors)
+        find.write_expert(found[layer].experts, expert, tensors)
     return RunResult(config.run_id, **frames, path=out if keep else None, model=model)

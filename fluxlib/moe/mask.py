@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .layers import MoELayer
+from .find import MoELayer
 
 ROUTER_NAMES = ("gate", "router")
 # Far below any score, yet finite: groups of experts (DeepSeek-V3) are ranked by sums of these.
@@ -42,11 +42,11 @@ def check(layer: MoELayer, dropped: Iterable[int]) -> None:
         raise ValueError(f"dropped: at least {layer.top_k} experts (top-k) must stay in {layer.name}, {stay} would")
 
 
-def mask(layer: MoELayer, dropped: Iterable[int]) -> Callable[[], None]:
+def drop(layer: MoELayer, dropped: Iterable[int]) -> Callable[[], None]:
     """Take experts out of a layer's routing, in place.
 
     Args:
-        layer: The layer, from :func:`fluxlib.moe.layers.find`.
+        layer: The layer, from :func:`fluxlib.moe.find.layers`.
         dropped: Experts to take out; at least k must stay.
 
     Returns:

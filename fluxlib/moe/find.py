@@ -3,7 +3,7 @@
 Every MoE model of transformers v5 calls its experts as ``experts(hidden [N, H], top_k_index [N, k],
 top_k_weights [N, k]) -> [N, H]`` and keeps them as stacks ``[E, ...]``, stored as :mod:`fluxlib.moe.layout` says.
 
-- :class:`MoELayer` and :func:`find` -- where the experts of a model are,
+- :class:`MoELayer` and :func:`layers` -- where the experts of a model are,
 - :func:`expert_tensors` and :func:`write_expert` -- one expert, in the form in which it travels,
 - :class:`ReplacedExperts`, :func:`replace` and :func:`restore` -- another module at the experts' place,
 - :func:`replacing` -- at all of them, or at none.
@@ -28,7 +28,7 @@ __all__ = [
     "MoELayer",
     "ReplacedExperts",
     "expert_tensors",
-    "find",
+    "layers",
     "freeze",
     "neurons",
     "permute_neurons",
@@ -114,13 +114,13 @@ class ReplacedExperts(nn.Module):
         """Forget what was learned; nothing by default."""
 
 
-def find(model: nn.Module) -> list[MoELayer]:
+def layers(model: nn.Module) -> list[MoELayer]:
     """MoE layers of a model, first to last.
 
     Raises:
         ValueError: The model is dense, or holds experts in a form this library cannot handle; the message names them.
     """
-    layers: list[MoELayer] = []
+    found: list[MoELayer] = []
     unknown: dict[str, list[str]] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -133,19 +133,19 @@ def find(model: nn.Module) -> list[MoELayer]:
             continue
         sizes = _sizes(module, layout)
         block = modules[name.rpartition(".")[0]]
-        layers.append(MoELayer(len(layers), name, module, block, sizes[0], _top_k(model, block, name), *sizes[1:]))
+        found.append(MoELayer(len(found), name, module, block, sizes[0], _top_k(model, block, name), *sizes[1:]))
     kind = type(model).__name__
     if unknown:
         what = "; ".join(
             f"{error}, at {', '.join(names[:2])} ({len(names)} in all)" for error, names in unknown.items()
         )
-        raise ValueError(f"model: {kind} has experts in a form that is not handled ({len(layers)} are): {what}")
-    if not layers and (others := [name for name, module in modules.items() if name and _is_mixture(module)]):
+        raise ValueError(f"model: {kind} has experts in a form that is not handled ({len(found)} are): {what}")
+    if not found and (others := [name for name, module in modules.items() if name and _is_mixture(module)]):
         what = f"{type(modules[others[0]]).__name__}, at {', '.join(others[:2])} ({len(others)} in all)"
         raise ValueError(f"model: {kind} has experts in a form that is not handled (no fused 'experts' module): {what}")
-    if not layers:
+    if not found:
         raise ValueError(f"model: {kind} has no MoE layer (no fused 'experts' module); a dense model cannot be used")
-    return layers
+    return found
 
 
 def expert_tensors(experts: nn.Module, expert: int) -> dict[str, Tensor]:
@@ -211,7 +211,7 @@ def replacing(model: nn.Module, found: Sequence[MoELayer]) -> Iterator[None]:
 
 def replaced(model: nn.Module) -> Iterator[tuple[MoELayer, ReplacedExperts]]:
     """Layers whose experts were replaced, with the module that stands there."""
-    for layer in find(model):
+    for layer in layers(model):
         if isinstance(layer.experts, ReplacedExperts):
             yield layer, layer.experts
 
@@ -222,7 +222,7 @@ def check_original(model: nn.Module) -> list[MoELayer]:
     Raises:
         ValueError: Some experts were replaced before.
     """
-    found = find(model)
+    found = layers(model)
     for layer in found:
         if isinstance(layer.experts, ReplacedExperts):
             raise ValueError(f"model: experts of {layer.name} were replaced before; call restore(model) first")
@@ -262,7 +262,7 @@ def freeze(model: nn.Module) -> None:
     model.__dict__.setdefault("_frozen_parameters", []).extend(trainable)
     for parameter in trainable:
         parameter.requires_grad_(False)
-    freeze_linears(model, wider_than=max(layer.num_experts for layer in find(model)))
+    freeze_linears(model, wider_than=max(layer.num_experts for layer in layers(model)))
 
 
 def check_expert(expert: int, num_experts: int) -> None:

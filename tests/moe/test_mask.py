@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fluxlib.moe import compact, layers, routing
+from fluxlib.moe import compact, find, mask
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import LayerPlan
 
@@ -16,7 +16,7 @@ from fluxlib.moe.compact import LayerPlan
 def _drop(model: nn.Module, dropped: tuple[int, ...]) -> list[LayerPlan]:
     return [
         LayerPlan(tuple(e for e in range(layer.num_experts) if e not in dropped), dropped=dropped)
-        for layer in layers.find(model)
+        for layer in find.layers(model)
     ]
 
 
@@ -43,8 +43,8 @@ def test_dropped_experts_get_no_weight_and_come_back(tiny: SimpleNamespace, arch
 def test_weights_are_what_the_router_gives_without_those_experts(tiny: SimpleNamespace) -> None:
     """OLMoE takes a softmax over all experts: without two of them it is a softmax over the others."""
     model, hidden = tiny.build("olmoe"), torch.randn(7, 16, generator=torch.Generator().manual_seed(2))
-    layer = layers.find(model)[0]
-    undo = routing.mask(layer, (1, 4))
+    layer = find.layers(model)[0]
+    undo = mask.drop(layer, (1, 4))
     logits, weights, index = layer.block.gate(hidden)
     stay = [0, 2, 3, 5, 6, 7]
     plain = nn.functional.linear(hidden, layer.block.gate.weight)[:, stay]
@@ -59,9 +59,9 @@ def test_weights_are_what_the_router_gives_without_those_experts(tiny: SimpleNam
 def test_sigmoid_routers_with_a_correction_drop_too(tiny: SimpleNamespace) -> None:
     """DeepSeek-V3 chooses by score plus correction: a large correction must not bring a dropped expert back."""
     model = tiny.build("deepseek_v3")
-    layer = layers.find(model)[0]
+    layer = find.layers(model)[0]
     layer.block.gate.e_score_correction_bias[2] = 50.0
-    routing.mask(layer, (2,))
+    mask.drop(layer, (2,))
     _, weights, index = layer.block.gate(torch.randn(50, 16, generator=torch.Generator().manual_seed(3)))
     assert not (index == 2).any()
     torch.testing.assert_close(weights.sum(-1), torch.full((50,), layer.block.gate.routed_scaling_factor))
@@ -69,20 +69,20 @@ def test_sigmoid_routers_with_a_correction_drop_too(tiny: SimpleNamespace) -> No
 
 def test_what_cannot_be_dropped_is_named(tiny: SimpleNamespace) -> None:
     model = tiny.build("olmoe")
-    layer = layers.find(model)[0]
+    layer = find.layers(model)[0]
     with pytest.raises(ValueError, match=r"at least 3 experts \(top-k\) must stay .* 2 would"):
-        routing.mask(layer, range(6))
+        mask.drop(layer, range(6))
     with pytest.raises(ValueError, match=r"plans\[0\]: dropped: at least 3"):
         compact.customize(model, [LayerPlan((6, 7), dropped=tuple(range(6)))] * 2)
     layer.block.gate = _Opaque()
     with pytest.raises(ValueError, match="cannot find the logits in its router, a _Opaque"):
-        routing.mask(layer, (0,))
+        mask.drop(layer, (0,))
     layer.block.gate = _Stubborn()
     with pytest.raises(ValueError, match="a _Stubborn, still chooses dropped experts"):
-        routing.mask(layer, (0,))
+        mask.drop(layer, (0,))
     del layer.block.gate
     with pytest.raises(ValueError, match=r"no router among .* its block has \['experts'\]"):
-        routing.mask(layer, (0,))
+        mask.drop(layer, (0,))
 
 
 class _Opaque(nn.Module):
