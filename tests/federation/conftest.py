@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from torch import nn
 
 from fluxlib import methods, roles
 from fluxlib.config import RunConfig
+from fluxlib.config import make_config as validated
 from fluxlib.federation.client import participant
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
@@ -112,13 +113,16 @@ def fake_methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def make_config(model_folder: Path) -> Callable[..., RunConfig]:
-    def make(**changes: Any) -> RunConfig:
+    """A tiny run with some settings changed: ``make_config({"federation.rounds": 2})``."""
+
+    def make(changes: Mapping[str, Any] | None = None) -> RunConfig:
         small = {
-            "method": "fake", "model": str(model_folder), "task": "mini-piqa", "data.task_size": 60, "federation.rounds": 3,
-            "federation.participants": 3, "training.local_steps": 1, "training.batch_size": 2, "training.max_tokens": 200, "evaluation.samples": 4,
+            "method": "fake", "model": str(model_folder), "task": "mini-piqa", "data.task_size": 60,
+            "federation.rounds": 3, "federation.participants": 3, "evaluation.samples": 4,
+            "training.local_steps": 1, "training.batch_size": 2, "training.max_tokens": 200,
             "budget.tune_frac": 0.5, "budget.merge_frac": 0.25, "profiling.batches": 1,
         }  # fmt: skip
-        return RunConfig(**(small | changes))
+        return validated(small | dict(changes or {}))
 
     return make
 

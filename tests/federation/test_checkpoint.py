@@ -41,7 +41,7 @@ def folder_of(config: RunConfig, out: Path) -> Path:
     params=[{}, {"federation.participants": 5, "federation.participants_per_round": 2}], ids=["all", "sampled"]
 )
 def config(request: pytest.FixtureRequest, make_config: Make) -> RunConfig:
-    return make_config(method="fake-profiling", federation__rounds=5, **request.param)
+    return make_config({"method": "fake-profiling", "federation.rounds": 5} | request.param)
 
 
 UNINTERRUPTED: dict[str, federation.RunResult] = {}
@@ -72,7 +72,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(config: RunConfig, tmp_path: 
 
 
 def test_flux_goes_on_with_the_profiles_it_had(make_config: Make, tmp_path: Path) -> None:
-    config = make_config(method="flux", federation__rounds=3, training__local_steps=2, budget__merge_frac=0.25)
+    config = make_config({"method": "flux", "training.local_steps": 2})
     with pytest.raises(Killed):
         federation.run(config, on_round=kill_after(1), out=tmp_path)
     as_uninterrupted(federation.run(config, out=tmp_path), config)
@@ -92,7 +92,7 @@ class Elsewhere:
 def test_states_that_are_gone_are_said_to_be(
     make_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, engine: str, same_nodes: bool
 ) -> None:
-    config = make_config(engine=engine, federation__rounds=3)
+    config = make_config({"engine": engine, "federation.rounds": 3})
     first, second = (LocalGrid(client_app.app, config.federation.participants) for _ in range(2))
     for grid, last in ((first, 2), (first if same_nodes else second, 3)):
         options = Options(tmp_path, on_round=lambda row, last=last: row["round"] == last)
@@ -173,7 +173,7 @@ def test_a_disk_that_is_full_when_the_tables_are_written_loses_nothing(
 
 def test_time_limits_may_change_before_a_run_goes_on(make_config: Make, tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        federation.run(make_config(federation__round_timeout_s=100.0), on_round=kill_after(2), out=tmp_path)
+        federation.run(make_config({"federation.round_timeout_s": 100.0}), on_round=kill_after(2), out=tmp_path)
     rows: list[dict[str, Any]] = []
     federation.run(make_config(), on_round=rows.append, out=tmp_path)
     assert rows[0]["round"] == 3
@@ -183,7 +183,7 @@ def test_another_configuration_starts_anew(make_config: Make, tmp_path: Path) ->
     with pytest.raises(Killed):
         federation.run(make_config(), on_round=kill_after(2), out=tmp_path)
     rows: list[dict[str, Any]] = []
-    federation.run(make_config(data__alpha=2.0), on_round=rows.append, out=tmp_path)
+    federation.run(make_config({"data.alpha": 2.0}), on_round=rows.append, out=tmp_path)
     assert rows[0]["round"] == 0
 
 
@@ -211,7 +211,7 @@ def test_a_changed_expert_in_a_checkpoint_is_noticed(make_config: Make, tmp_path
 
 def test_only_one_checkpoint_is_kept(make_config: Make, tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        federation.run(make_config(federation__rounds=6), on_round=kill_after(4), out=tmp_path)
+        federation.run(make_config({"federation.rounds": 6}), on_round=kill_after(4), out=tmp_path)
     names = sorted(path.name for path in folder_of(make_config(), tmp_path).iterdir())
     assert names == [
         "experts-4.safetensors", "manifest.json", "nodes-4.safetensors", "participants-4.json",

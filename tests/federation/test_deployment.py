@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from fluxlib import federation
-from fluxlib.config import RunConfig
+from fluxlib.config import RunConfig, make_config
 from fluxlib.federation.engines.deployment import credentials, engine, processes
 from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation
 
@@ -34,11 +34,13 @@ PACE: dict[str, float] = {"round_s": 10.0}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> RunConfig:
-    return RunConfig(
-        method="flux", model=str(model_folder), task="mini-piqa", data__task_size=60, federation__rounds=2, federation__participants=3, training__local_steps=1,
-        training__batch_size=2, training__max_tokens=200, evaluation__samples=4, budget__tune_frac=0.5, budget__merge_frac=0.25, profiling__batches=1,
-        engine="deployment", federation__join_timeout_s=120.0, federation__min_replies_frac=0.3, clock__fleet="mixed",
-    )  # fmt: skip
+    return make_config({
+        "method": "flux", "model": str(model_folder), "task": "mini-piqa", "data.task_size": 60, "engine": "deployment",
+        "federation.rounds": 2, "federation.participants": 3, "federation.join_timeout_s": 120.0,
+        "federation.min_replies_frac": 0.3, "training.local_steps": 1, "training.batch_size": 2,
+        "training.max_tokens": 200, "evaluation.samples": 4, "budget.tune_frac": 0.5, "budget.merge_frac": 0.25,
+        "profiling.batches": 1, "clock.fleet": "mixed",
+    })  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -39,10 +39,10 @@ Make = Callable[..., RunConfig]
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_simulation_gives_the_same_tables(make_config: Make) -> None:
     small = {"method": "flux", "federation.rounds": 2, "training.local_steps": 1}
-    one = federation.run(make_config(engine="local", **small))
+    one = federation.run(make_config({"engine": "local"} | small))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Ray's own files and processes
-        other = federation.run(make_config(engine="simulation", **small))
+        other = federation.run(make_config({"engine": "simulation"} | small))
         gc.collect()
     for table in ("rounds", "participants"):
         frames = [getattr(result, table) for result in (one, other)]
@@ -55,7 +55,7 @@ def test_simulation_gives_the_same_tables(make_config: Make) -> None:
 def test_simulation_without_ray_says_what_to_do(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs Ray: pip install .*'fluxlib\\[simulation\\]'"):
-        federation.run(make_config(engine="simulation"))
+        federation.run(make_config({"engine": "simulation"}))
 
 
 def test_a_superlink_is_for_deployment_alone(make_config: Make) -> None:
@@ -69,14 +69,15 @@ def test_flowers_bundle_names_the_apps_and_runs_what_is_installed() -> None:
     app = project["tool"]["flwr"]["app"]
     assert app["fab-include"] == ["pyproject.toml"]
     assert app["components"] == {
-        "serverapp": "fluxlib.federation.server.server_app:app", "clientapp": "fluxlib.federation.client.client_app:app",
+        "serverapp": "fluxlib.federation.server.server_app:app",
+        "clientapp": "fluxlib.federation.client.client_app:app",
     }  # fmt: skip
     config, out = from_run_config(app["config"])
     assert (config.engine, config.federation.participants, out) == ("simulation", 2, REPO_ROOT / "build/runs")
 
 
 def test_settings_of_flowers_run_configuration_win() -> None:
-    config, _ = from_run_config({"rounds": 3, "settings": "{rounds: 5, alpha: 0.1}"})
+    config, _ = from_run_config({"federation.rounds": 3, "settings": "{federation.rounds: 5, data.alpha: 0.1}"})
     assert (config.federation.rounds, config.data.alpha) == (5, 0.1)
     with pytest.raises(ConfigError, match="settings is 'alpha', allowed is a mapping"):
         from_run_config({"settings": "alpha"})
@@ -136,7 +137,7 @@ def test_what_hangs_or_fails_leaves_the_state_of_its_node(
     context = Context(1, 2, {"partition-id": 0}, RecordDict(), {})
     with federation.LocalGrid(client_app.app, 1).identity():
         with pytest.raises(TimeoutError, match="longer than the 0.05 s"):
-            client_app.app(request(make_config(federation__round_timeout_s=0.05), store), context)
+            client_app.app(request(make_config({"federation.round_timeout_s": 0.05}), store), context)
         assert "half" not in context.state
         client_app.app(request(make_config(), store), context)
     assert "half" in context.state
@@ -147,7 +148,7 @@ def test_a_round_that_is_asked_for_again_gives_the_same_reply(
     make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
 ) -> None:
     """As after the server was killed: its participants have done the round, and kept what came of it on their disks."""
-    config = make_config(method=method, federation__rounds=3, wire__uplink="int8")
+    config = make_config({"method": method, "federation.rounds": 3, "wire.uplink": "int8"})
     once = federation.run(config)
 
     class Twice(federation.LocalGrid):
@@ -224,10 +225,10 @@ def test_a_device_that_a_participant_names_is_the_one_in_the_tables(
             )
 
     monkeypatch.setattr(engines, "LocalGrid", Grid)
-    result = federation.run(make_config(federation__participants=2, federation__rounds=1))
+    result = federation.run(make_config({"federation.participants": 2, "federation.rounds": 1}))
     assert result.participants["device"].tolist() == ["l20", "rtx-3060"]
     with pytest.raises(federation.RunFailed, match="device is 'toaster', allowed are l20"):
-        federation.run(make_config(federation__participants=3, federation__rounds=1))
+        federation.run(make_config({"federation.participants": 3, "federation.rounds": 1}))
 
 
 # Every message, whatever carries it.
@@ -246,7 +247,7 @@ def test_nothing_of_a_participants_samples_is_in_any_message(
 
     work = federation.LocalGrid._work
     monkeypatch.setattr(federation.LocalGrid, "_work", watched)
-    config = make_config(method="flux", federation__rounds=2)
+    config = make_config({"method": "flux", "federation.rounds": 2})
     federation.run(config)
     task, parts = participant.load_task(config)
     samples = [task.train[index] for part in parts for index in part]
@@ -319,7 +320,7 @@ def test_rows_are_followed_as_they_come_and_a_run_can_be_stopped(tmp_path: Path)
 def test_a_second_deployment_run_leaves_the_first_ones_files_alone(
     make_config: Make, tmp_path: Path, role: str
 ) -> None:
-    config = make_config(engine="deployment")
+    config = make_config({"engine": "deployment"})
     progress.writer(tmp_path, config.run_id)({"round": 0})
     progress.ask_to_stop(tmp_path, config.run_id)
     with lock.hold(tmp_path, config.run_id, role), pytest.raises(ConfigError, match=f"running {config.run_id}"):
@@ -329,7 +330,7 @@ def test_a_second_deployment_run_leaves_the_first_ones_files_alone(
 
 
 def test_a_server_that_is_refused_does_not_end_the_run_that_is_there(make_config: Make, tmp_path: Path) -> None:
-    config = make_config(federation__rounds=1)
+    config = make_config({"federation.rounds": 1})
     with lock.hold(tmp_path, config.run_id), pytest.raises(ConfigError, match=f"running {config.run_id}"):
         server_app.serve_alone(LocalGrid(client_app.app, 3), config, tmp_path)
     assert progress.over(tmp_path, config.run_id) is None

@@ -17,7 +17,7 @@ from fluxlib.federation.store import lock
 HOLD = """
 import sys, time
 from pathlib import Path
-from fluxlib.federation import lock
+from fluxlib.federation.store import lock
 with lock.hold(Path(sys.argv[1]), "one"):
     print("held", flush=True)
     time.sleep(60)
@@ -59,7 +59,7 @@ def test_a_lock_is_held_against_this_process_too_and_given_back(tmp_path: Path) 
 
 
 def test_a_run_holds_its_folder(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = make_config(federation__rounds=1)
+    config = make_config({"federation.rounds": 1})
     with lock.hold(tmp_path, config.run_id), pytest.raises(ConfigError, match=f"running {config.run_id}"):
         federation.run(config, out=tmp_path)
     federation.run(config, out=tmp_path)

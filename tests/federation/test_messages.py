@@ -93,7 +93,7 @@ def test_no_text_and_no_sample_leaves_a_participant(
     monkeypatch.setattr(LocalGrid, "_deliver", watch)
     from fluxlib import federation
 
-    config = make_config(method="fake-profiling", federation__rounds=1)
+    config = make_config({"method": "fake-profiling", "federation.rounds": 1})
     federation.run(config)
     assert {reply.metadata.message_type for reply in sent} == {"query.join", "query.profile", "train"}
     texts = [e.prompt for e in participant.load_task(config)[0].train] + [

@@ -34,13 +34,13 @@ SMALL = {
 def test_every_method_runs_and_nothing_is_refused(
     make_config: Callable[..., RunConfig], method: str, tuned: list[int], explored: list[int]
 ) -> None:
-    config = make_config(method=method, **SMALL)
+    config = make_config({"method": method} | SMALL)
     first, again = federation.run(config), federation.run(config)
-    assert (first.federation.participants["rejected"] == "").all()
-    assert first.federation.participants["num_tuned"].tolist() == tuned  # epsilon 0.3, then 0.8, of a budget of 4
-    assert first.federation.participants["num_explored"].tolist() == explored
-    assert (first.federation.rounds["round_device_s"].iloc[1:] > 0).all()
-    assert first.federation.rounds["epsilon"].iloc[1:].isna().all() == (method != "flux")
+    assert (first.participants["rejected"] == "").all()
+    assert first.participants["num_tuned"].tolist() == tuned  # epsilon 0.3, then 0.8, of a budget of 4
+    assert first.participants["num_explored"].tolist() == explored
+    assert (first.rounds["round_device_s"].iloc[1:] > 0).all()
+    assert first.rounds["epsilon"].iloc[1:].isna().all() == (method != "flux")
     for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -56,7 +56,7 @@ def test_flux_keeps_a_profile_that_is_one_round_old(
         grids.append(self)
 
     monkeypatch.setattr(local_grid.LocalGrid, "__init__", remember)
-    federation.run(make_config(method="flux", **SMALL))
+    federation.run(make_config({"method": "flux"} | SMALL))
     for node in grids[0].get_node_ids():
         kept = state.load_state(grids[0].context(node).state)
         assert kept.profile is not None and kept.profile_round == 2

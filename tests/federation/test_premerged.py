@@ -54,7 +54,7 @@ def train(model: Any, known: profiling.Profile, roles: Roles, data: LocalData, c
 def test_the_same_update_as_from_merging_oneself(
     tiny: Any, changed: ExpertStore, data: LocalData, make_config: Make, align: bool
 ) -> None:
-    config = make_config(method="flux", wire__merged="server", merging__align_neurons=align)
+    config = make_config({"method": "flux", "wire.merged": "server", "merging.align_neurons": align})
     full, compact = tiny.build_model(), Workspace(tiny.build_model(), None)
     full.load_state_dict(changed.model.state_dict())
     known = profiling.profile(tiny.build_model(), data.profile)
@@ -89,7 +89,7 @@ def test_the_same_update_as_from_merging_oneself(
 
 def test_a_slot_that_is_missing_is_noticed(changed: ExpertStore, data: LocalData, make_config: Make) -> None:
     known = profiling.profile(changed.model, data.profile)
-    plans = FLUX.plan(changed.model, known, Roles(EXPLOIT, EXPLORE), Budget(2, 2), make_config(method="flux"))
+    plans = FLUX.plan(changed.model, known, Roles(EXPLOIT, EXPLORE), Budget(2, 2), make_config({"method": "flux"}))
     sent = premerged.merge_stale(changed, plans, frozenset({(0, 1), (0, 2)}))
     assert sent.num_slots == 1 and sent.num_bytes == 4 * 3 * 8 * 4
     with pytest.raises(WireError, match="layer 0: merged slot 0 did not come"):
@@ -119,14 +119,14 @@ def test_an_old_copy_stays_until_the_expert_is_needed(tiny: Any, changed: Expert
 def test_two_rounds_give_the_same_model_and_later_ones_fewer_bytes(make_config: Make) -> None:
     few = {"method": "flux", "budget.tune_frac": 0.25, "roles.epsilon": 1.0, "federation.participants": 4}
     one, other = (
-        federation.run(make_config(federation__rounds=2, wire__merged=kind, **few)) for kind in ("exact", "server")
+        federation.run(make_config({"federation.rounds": 2, "wire.merged": kind} | few)) for kind in ("exact", "server")
     )
     assert same_weights(one.model, other.model)  # the second round's profile is of the base model in both
-    assert other.rounds["downlink_bytes"].sum() < one.federation.rounds["downlink_bytes"].sum()
+    assert other.rounds["downlink_bytes"].sum() < one.rounds["downlink_bytes"].sum()
     assert (other.participants["rejected"] == "").all()
-    assert other.rounds["uplink_bytes"].iloc[1] == one.federation.rounds["uplink_bytes"].iloc[1] + 4 * 2 * 4 * 4
-    assert other.participants["merge_device_s"].sum() < one.federation.participants["merge_device_s"].sum()
-    assert other.rounds["server_device_s"].iloc[2] > one.federation.rounds["server_device_s"].iloc[2]
+    assert other.rounds["uplink_bytes"].iloc[1] == one.rounds["uplink_bytes"].iloc[1] + 4 * 2 * 4 * 4
+    assert other.participants["merge_device_s"].sum() < one.participants["merge_device_s"].sum()
+    assert other.rounds["server_device_s"].iloc[2] > one.rounds["server_device_s"].iloc[2]
 
 
 def test_who_sends_no_good_profile_gets_all_experts(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_who_sends_no_good_profile_gets_all_experts(make_config: Make, monkeypat
         return {"attention": -known.attention}
 
     monkeypatch.setattr(premerged, "importance", broken)
-    result = federation.run(make_config(method="flux", wire__merged="server"))
+    result = federation.run(make_config({"method": "flux", "wire.merged": "server"}))
     assert (result.participants["rejected"] == "").all() and (result.participants["merge_device_s"] > 0).all()
     assert result.rounds["downlink_bytes"].sum() > 0
 
@@ -153,7 +153,7 @@ def test_only_the_tables_that_a_plan_needs_leave_and_by_default_none(
     monkeypatch.setattr(LocalGrid, "_deliver", watch)
     for kind, asked in (("exact", 3), ("server", 9)):
         sent.clear()
-        federation.run(make_config(method="flux", wire__merged=kind))
+        federation.run(make_config({"method": "flux", "wire.merged": kind}))
         profiles = [reply.content for _, reply in sent if "frequency" in reply.content["config"]]
         assert len(profiles) == asked
         for content in profiles:
@@ -166,7 +166,7 @@ def test_only_the_tables_that_a_plan_needs_leave_and_by_default_none(
 @pytest.mark.parametrize("method", ["fmd", "fmq", "fmes"])
 def test_methods_that_merge_nothing_are_refused(make_config: Make, method: str) -> None:
     with pytest.raises(ConfigError, match=f"method is '{method}', allowed with merged_downlink 'server' is flux"):
-        federation.run(make_config(method=method, wire__merged="server"))
+        federation.run(make_config({"method": method, "wire.merged": "server"}))
 
 
 def test_what_does_not_go_together_is_refused() -> None:

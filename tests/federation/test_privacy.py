@@ -77,9 +77,10 @@ def test_a_bit_that_hides_itself_is_paid_for_and_counted_right() -> None:
 
 
 def test_participants_say_the_opposite_as_often_as_they_should() -> None:
-    config = RunConfig(
-        privacy__clip_norm=9.0, privacy__clip_quantile=0.5, privacy__noise_multiplier=0.3, privacy__noise="participant"
-    )
+    config = make_config({
+        "privacy.clip_norm": 9.0, "privacy.clip_quantile": 0.5,
+        "privacy.noise_multiplier": 0.3, "privacy.noise": "participant",
+    })  # fmt: skip
     chance, nothing = torch.Generator().manual_seed(0), torch.zeros(2, 4)
     update = Update(CHANGES, nothing, nothing, 0.0, 1, Work(8), {})
     said = [privacy.protect(update, config, 9.0, chance)[1] for _ in range(2000)]
@@ -89,16 +90,16 @@ def test_participants_say_the_opposite_as_often_as_they_should() -> None:
 
 
 def test_central_noise_is_on_the_sum_so_more_tuners_dilute_it() -> None:
-    guard = Guard(RunConfig(privacy__clip_norm=2.0, privacy__noise_multiplier=0.5))
+    guard = Guard(make_config({"privacy.clip_norm": 2.0, "privacy.noise_multiplier": 0.5}))
     zeros = {(0, e): {"w": torch.zeros(20_000)} for e in (0, 1)}
     noisy = guard.finish(1, zeros, lambda key: 1 + 3 * key[1], 4)
     assert [float(noisy[0, e]["w"].std()) for e in (0, 1)] == pytest.approx([1.0, 0.25], rel=0.03)
 
 
 def test_the_server_clips_what_a_participant_did_not() -> None:
-    changes, weights = Guard(RunConfig(privacy__clip_norm=2.5)).admit(CHANGES, torch.full((2, 4), 7.0), None)
+    changes, weights = Guard(make_config({"privacy.clip_norm": 2.5})).admit(CHANGES, torch.full((2, 4), 7.0), None)
     assert privacy.norm(changes) == pytest.approx(2.5) and (weights == 7).all()
-    _, weights = Guard(RunConfig(privacy__clip_norm=2.5, privacy__noise_multiplier=1)).admit(
+    _, weights = Guard(make_config({"privacy.clip_norm": 2.5, "privacy.noise_multiplier": 1})).admit(
         CHANGES, torch.full((2, 4), 7.0), None
     )
     assert (weights == 1).all()
@@ -107,8 +108,8 @@ def test_the_server_clips_what_a_participant_did_not() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"privacy.noise_multiplier": 1.0}, "noise_multiplier is set and clip_norm is not"),
-        ({"privacy.clip_quantile": 0.5}, "clip_quantile is set and clip_norm is not"),
+        ({"privacy.noise_multiplier": 1.0}, "privacy.noise_multiplier is set and privacy.clip_norm is not"),
+        ({"privacy.clip_quantile": 0.5}, "privacy.clip_quantile is set and privacy.clip_norm is not"),
         (
             {"privacy.noise_multiplier": 1.0, "privacy.clip_norm": 1.0, "aggregation.rule": "median"},
             "allowed with noise on the server",
@@ -117,8 +118,8 @@ def test_the_server_clips_what_a_participant_did_not() -> None:
             {"privacy.noise_multiplier": 0.5, "privacy.clip_norm": 1.0, "privacy.clip_quantile": 0.5},
             r"noise_multiplier is 0.5, allowed with clip_quantile is less than 0.5, a tenth of the 5 replies",
         ),
-        ({"privacy.withhold_reports": True}, "allowed with withhold_reports is 'random'"),
-        ({"aggregation.trim_frac": 0.5}, "trim_fraction: Input should be less than 0.5"),
+        ({"privacy.withhold_reports": True}, "allowed with privacy.withhold_reports is 'random'"),
+        ({"aggregation.trim_frac": 0.5}, "aggregation.trim_frac: Input should be less than 0.5"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
@@ -156,8 +157,8 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], me
     ids=str,
 )
 def test_runs_go_through_and_repeat_with_every_option(make_config: Make, options: dict[str, Any]) -> None:
-    plain, one, other = (federation.run(make_config(federation__rounds=2, **o)) for o in ({}, options, options))
-    assert (one.federation.participants["rejected"] == "").all()
+    plain, one, other = (federation.run(make_config({"federation.rounds": 2} | o)) for o in ({}, options, options))
+    assert (one.participants["rejected"] == "").all()
     for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert any(not torch.equal(a, b) for a, b in zip(one.model.parameters(), plain.model.parameters(), strict=True))
@@ -172,9 +173,9 @@ def test_withheld_reports_never_leave(make_config: Make, monkeypatch: pytest.Mon
         return replies[-1]
 
     monkeypatch.setattr(LocalGrid, "_deliver", watch)
-    config = make_config(
-        method="flux", roles__assignment="random", privacy__withhold_reports=True, federation__rounds=2
-    )
+    config = make_config({
+        "method": "flux", "roles.assignment": "random", "privacy.withhold_reports": True, "federation.rounds": 2
+    })  # fmt: skip
     assert (federation.run(config).participants["rejected"] == "").all()
     found = [dict(reply.content["config"]) for reply in replies]
     profiles = [torch.frombuffer(bytearray(c["frequency"]), dtype=torch.float32) for c in found if "frequency" in c]

@@ -50,7 +50,7 @@ def test_a_participant_that_hangs_costs_its_reply_and_nothing_else(
     """It wakes up after it was given up, and would go on with a model that others use by then."""
     from fluxlib import methods
 
-    config = make_config(federation__rounds=3, federation__round_timeout_s=2.0, federation__min_replies_frac=0.5)
+    config = make_config({"federation.round_timeout_s": 2.0, "federation.min_replies_frac": 0.5})
     plain = methods.METHODS["fake"].train
     calls: list[int] = []
     hung = threading.Event()

@@ -42,7 +42,7 @@ def test_a_wrong_clock_is_moved_between_request_and_reply(offset: float, shift: 
 
 
 def test_a_runs_timeline_agrees_with_its_other_tables(make_config: Callable[..., RunConfig]) -> None:
-    result = federation.run(make_config(method="flux", federation__rounds=2))
+    result = federation.run(make_config({"method": "flux", "federation.rounds": 2}))
     found, rounds = result.timeline, result.rounds
     device = found.query("clock == 'device'")
     ends = device.groupby("round")["end_s"].max()

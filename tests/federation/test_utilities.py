@@ -34,7 +34,7 @@ def run(make_config: Make, monkeypatch: pytest.MonkeyPatch, change: Callable[[fl
         return reply
 
     monkeypatch.setattr(client_app, "app", wrapped(lie))
-    return federation.run(make_config(method=honest.name, federation__participants=4, federation__rounds=2))
+    return federation.run(make_config({"method": honest.name, "federation.participants": 4, "federation.rounds": 2}))
 
 
 def faults(result: Any) -> dict[int, set[str]]:
@@ -67,12 +67,12 @@ def test_impossible_utilities_refuse_the_reply(
 
 
 def test_a_method_without_utilities_is_not_accused(make_config: Make) -> None:
-    result = federation.run(make_config(federation__participants=4, federation__rounds=1))
+    result = federation.run(make_config({"federation.participants": 4, "federation.rounds": 1}))
     assert (result.participants["utility_faults"] == "").all()
 
 
 def test_the_table_names_the_experts_of_each_role(make_config: Make) -> None:
-    row = federation.run(make_config(federation__rounds=1)).participants.iloc[0]
+    row = federation.run(make_config({"federation.rounds": 1})).participants.iloc[0]
     exploited, explored = (records.read_experts(row[name]) for name in ("exploited", "explored"))
     assert len(exploited) == row["num_tuned"] and len(explored) == row["num_explored"]
     assert not set(exploited) & set(explored)

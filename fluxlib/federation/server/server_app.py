@@ -67,16 +67,18 @@ def serve_alone(grid: Grid, config: RunConfig, out: Path | None) -> RunResult:
 
 
 def from_run_config(values: dict[str, Any]) -> tuple[RunConfig, Path | None]:
-    """A run's configuration and output folder from Flower's flat one; hyphens stand for underscores.
+    """A run's configuration and output folder from Flower's flat one, in which ``federation.rounds`` is one name.
 
     An empty text means that the value is not set, since Flower's configuration has no null. ``settings`` win over
     single names, which may be there only as defaults. A relative ``out`` is relative to the checkout.
     """
-    named = {name.replace("-", "_"): value for name, value in values.items() if value != ""}
+    named = {name: value for name, value in values.items() if value != ""}
     out = named.pop("out", None)
     more = yaml.safe_load(str(named.pop("settings", "")) or "{}")
     if not isinstance(more, dict):
-        raise ConfigError(f"settings is {more!r}, allowed is a mapping such as '{{alpha: 0.1, rounds: 3}}'")
+        raise ConfigError(
+            f"settings is {more!r}, allowed is a mapping such as '{{data.alpha: 0.1, federation.rounds: 3}}'"
+        )
     return make_config(named | more), REPO_ROOT / out if out else None
 
 
