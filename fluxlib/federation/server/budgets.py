@@ -31,7 +31,7 @@ def make_budgets(config: RunConfig, num_layers: int, num_experts: int) -> list[B
     needed = min(num_layers, total - tuned)
     if slots < needed:
         raise ConfigError(
-            f"budget.merge_frac is {config.budget.merge_frac:g}, allowed is at least {least:g}: {slots} merged slots do not "
-            f"give each of {needed} layers with experts that are not tuned a slot"
+            f"budget.merge_frac is {config.budget.merge_frac:g}, allowed is at least {least:g}: {slots} merged slots "
+            f"do not give each of {needed} layers with experts that are not tuned a slot"
         )
     return [Budget(tuned, slots)] * config.federation.participants
