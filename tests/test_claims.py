@@ -14,12 +14,12 @@ from fluxlib import figures, records
 from fluxlib.analysis import claims, studies
 from fluxlib.analysis.claims import base, lead, measured, stored
 from fluxlib.analysis.claims.base import Claim, Tables
-from fluxlib.analysis.claims.numbers import shown, shown_interval
 from fluxlib.analysis.claims.races import describe
 from fluxlib.analysis.claims.table import _row
+from fluxlib.analysis.statistics import geometric
+from fluxlib.analysis.wording import shown, shown_interval
 from fluxlib.app import cli, pages
 from fluxlib.config import REPO_ROOT
-from fluxlib.tasks.metrics import geometric
 
 README = REPO_ROOT / "README.md"
 SCORES = {"fmd": (0.2, 0.6, 1.0, 1.0, 1.0), "flux": (0.2, 0.6, 1.0, 1.0, 1.0), "fmq": (0.2, 0.4, 0.3, 0.4, 0.3)}

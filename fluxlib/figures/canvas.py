@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from fluxlib.analysis.statistics import interval as interval
 from fluxlib.figures import style
-from fluxlib.tasks.metrics import interval as interval
 
 P = ParamSpec("P")
 

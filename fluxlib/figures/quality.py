@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fluxlib.analysis.statistics import interval
 from fluxlib.figures import style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, notice, seeds_name, unique
 from fluxlib.figures.times import FINAL_ROUNDS, SEED, final_score
-from fluxlib.tasks.metrics import interval
 
 EQUAL_ROUNDS, EQUAL_SECONDS = "equal rounds", "equal seconds"
 WHOLE = 0.9

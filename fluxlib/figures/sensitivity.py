@@ -11,11 +11,11 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.colors import LogNorm
 
+from fluxlib.analysis.statistics import geometric
 from fluxlib.devices import catalogue
 from fluxlib.figures import style
 from fluxlib.figures.canvas import Picture, axes_grid, caption, drawn, notice, unique
 from fluxlib.figures.times import FINAL_ROUNDS, times_to_target
-from fluxlib.tasks.metrics import geometric
 
 PLACE = ["model", "task", "fleet", "link"]
 REACHED, AT_LEAST, AT_MOST, NEITHER = "", "at least", "at most", "neither"

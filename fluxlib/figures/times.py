@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fluxlib.analysis.statistics import geometric
 from fluxlib.figures import style
 from fluxlib.figures.canvas import clock_shapes, interval_name
-from fluxlib.tasks.metrics import geometric
 
 SEED = ["model", "task", "seed"]
 """What two runs that are compared have in common."""

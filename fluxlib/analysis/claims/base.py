@@ -15,12 +15,13 @@ import pandas as pd
 
 from fluxlib import records
 from fluxlib.analysis.claims import stored
-from fluxlib.analysis.claims.numbers import in_order, sentence, shown, shown_interval
 from fluxlib.analysis.claims.races import REFERENCE, races, timed
+from fluxlib.analysis.statistics import geometric, interval
 from fluxlib.analysis.studies import verdicts
+from fluxlib.analysis.wording import models_in_order as in_order
+from fluxlib.analysis.wording import sentence, shown, shown_interval
 from fluxlib.figures.canvas import clock_shapes
 from fluxlib.figures.quality import final_quality
-from fluxlib.tasks.metrics import geometric, interval
 
 MODELLED = "modelled"
 """Source of numbers that no seed changes."""

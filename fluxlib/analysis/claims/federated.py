@@ -21,9 +21,9 @@ from fluxlib.analysis.claims.base import (
     few,
     of_model,
 )
-from fluxlib.analysis.claims.numbers import sentence, shown, shown_interval
 from fluxlib.analysis.claims.races import OURS, REFERENCE
 from fluxlib.analysis.studies import verdicts
+from fluxlib.analysis.wording import sentence, shown, shown_interval
 from fluxlib.figures import overhead
 from fluxlib.figures.quality import EQUAL_ROUNDS, EQUAL_SECONDS, WHOLE, quality_table
 from fluxlib.figures.times import FINAL_ROUNDS

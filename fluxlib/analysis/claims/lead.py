@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 from fluxlib.analysis.claims.base import AGREES, DIFFERS, DIRECTION, Claim, Reading, Tables, clock_of, few, of_model
-from fluxlib.analysis.claims.numbers import in_order, sentence, shown
 from fluxlib.analysis.claims.races import OURS, REFERENCE, TARGET_FRACTION, describe, races, speed_ups
 from fluxlib.analysis.claims.stored import settings
 from fluxlib.analysis.studies import verdicts
+from fluxlib.analysis.wording import models_in_order as in_order
+from fluxlib.analysis.wording import sentence, shown
 from fluxlib.figures import overhead
 
 TUNED = ("learning_rate", "local_steps", "optimizer")

@@ -9,11 +9,11 @@ import pandas as pd
 
 from fluxlib.analysis.claims import base
 from fluxlib.analysis.claims.base import AGREES, DIFFERS, DIRECTION, Claim, Reading, Tables
-from fluxlib.analysis.claims.numbers import shown, shown_interval
+from fluxlib.analysis.statistics import geometric, interval
 from fluxlib.analysis.studies import verdicts
 from fluxlib.analysis.studies.verdicts import CLOCK_LINK, by_layer, by_seed
+from fluxlib.analysis.wording import shown, shown_interval
 from fluxlib.devices import catalogue
-from fluxlib.tasks.metrics import geometric, interval
 
 GIB = 2**30
 Values = Callable[[pd.DataFrame], pd.Series]

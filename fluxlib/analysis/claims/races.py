@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fluxlib.analysis.claims.numbers import in_order, shown_interval
+from fluxlib.analysis.statistics import geometric
+from fluxlib.analysis.wording import models_in_order as in_order
+from fluxlib.analysis.wording import shown_interval
 from fluxlib.figures import style
 from fluxlib.figures.times import FINAL_ROUNDS, times_to_target
-from fluxlib.tasks.metrics import geometric
 
 OURS, REFERENCE = "flux", "fmd"
 TARGET_FRACTION = 0.95

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pandas as pd
 
 from fluxlib.analysis.claims.measured import below, over
-from fluxlib.analysis.claims.numbers import shown
+from fluxlib.analysis.statistics import geometric
 from fluxlib.analysis.studies.verdicts import CLOCK_LINK, TYPICAL, by_seed, early_over_late
-from fluxlib.tasks.metrics import geometric
+from fluxlib.analysis.wording import shown
 
 
 def why_budgets(table: pd.DataFrame) -> str:

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fluxlib.tasks.metrics import geometric, interval
+from fluxlib.analysis.statistics import geometric, interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
 AGREES, DIRECTION, DIFFERS = "agrees", "agrees in direction", "does not"
 MIN_SEEDS = 3
-"""With fewer there is no t interval (:func:`fluxlib.tasks.metrics.interval`): what they show agrees in direction at most."""
+"""With fewer there is no t interval (:func:`fluxlib.analysis.statistics.interval`): what they show agrees in direction at most."""
 CLOCK_LINK = "1 Gb/s"
 TYPICAL = 64
 """Samples that a participant trains on in a typical round."""

@@ -1,0 +1,234 @@
+"""Time to target: when a run reaches a share of the reference's final score. Computed here and nowhere else.
+
+The target of a model, task and seed is a share of the reference's final score with that seed, the same for every method
+(the paper's own targets are absolute and belong to other models). So seeds are pairs: a seed that is hard is hard for
+both. Figures, claims, notebooks, the dashboard and ``fluxlib compare`` all read one table, of :func:`times_to_target`
+or, for a target that is given, of :func:`reach`:
+
+======================  ===============================================================================================
+column                  one row per run
+======================  ===============================================================================================
+identity                ``run_id``, ``model``, ``task``, ``method``, ``variant``, ``seed``, ``metric_name``,
+                        ``clock_model``, ``link``: those that ``rounds`` has
+``rounds``              last round
+``final_metric``        final score: mean of the last scored rounds
+``best_metric``         highest score
+``end_s``, ``round_s``  device seconds of the whole run, and of its mean round
+``target``              the score to reach
+``<clock>_to_target``   ``device_s``, ``wall_s`` and ``round`` to the target; NaN: not reached
+``<clock>_at_least``    the same; where the target was not reached, the whole run: it takes at least that long
+``target_fraction``     share of the reference's final score that ``target`` is (not of :func:`reach`, as all below)
+``final_frac``          final score over the reference's
+``speedup_<clock>``     the reference's time over this run's, seed by seed; NaN where either was not reached
+======================  ===============================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fluxlib.analysis.statistics import geometric
+from fluxlib.analysis.wording import bullets, clock_shapes, interval_name, percent, title
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PAIR = ("model", "task", "seed")
+"""What two runs that are compared have in common."""
+CLOCKS = ("device_s", "wall_s", "round")
+"""Columns of ``rounds`` in which time may be counted: both clocks, and rounds."""
+IDENTITY = ("run_id", "model", "task", "method", "variant", "seed", "metric_name", "clock_model", "link")
+FINAL_ROUNDS = 3
+"""A final score is the mean of this many last scored rounds: one test split is small."""
+TARGET_FRACTION = 0.95
+
+
+def crossing(times: Sequence[float], scores: Sequence[float], target: float) -> float:
+    """When ``scores`` first reaches ``target``, linear between two scored rounds; NaN when it never does.
+
+    Rounds that were not scored (NaN) are passed over. A first score at or above the target counts from its own time.
+
+    Raises:
+        ValueError: different lengths, or times that go backwards.
+    """
+    if len(times) != len(scores):
+        raise ValueError(f"times has {len(times)} values and scores {len(scores)}; they belong together")
+    points = [(float(time), float(score)) for time, score in zip(times, scores, strict=True) if score == score]
+    if any(later < earlier for (earlier, _), (later, _) in zip(points, points[1:], strict=False)):
+        raise ValueError("times must not go backwards")
+    for index, (time, score) in enumerate(points):
+        if score >= target:
+            if index == 0:
+                return time
+            before, low = points[index - 1]
+            return before + (target - low) / (score - low) * (time - before)
+    return math.nan
+
+
+def final_score(scores: Sequence[float], final_rounds: int = FINAL_ROUNDS) -> float:
+    """Mean of the last scores, in the order of the rounds, NaN left out."""
+    last = [score for score in scores if score == score][-final_rounds:]
+    return float(np.mean(last)) if last else math.nan
+
+
+def final_scores(rounds: pd.DataFrame, final_rounds: int = FINAL_ROUNDS) -> pd.Series:
+    """:func:`final_score` of every run of ``rounds``, by ``run_id``."""
+    runs = rounds.sort_values("round", kind="stable").groupby("run_id", sort=False)["metric"]
+    return runs.agg(lambda scores: final_score(scores.tolist(), final_rounds))
+
+
+def reach(rounds: pd.DataFrame, target: float, final_rounds: int = FINAL_ROUNDS) -> pd.DataFrame:
+    """Time to a given ``target`` of every run of ``rounds``, runs in the order in which they come.
+
+    Returns:
+        the columns above up to ``<clock>_at_least``.
+    """
+    import pandas as pd
+
+    return pd.DataFrame([_run(run, target, final_rounds) for _, run in rounds.groupby("run_id", sort=False)])
+
+
+def _run(run: pd.DataFrame, target: float, final_rounds: int, keep: Sequence[str] = ()) -> dict[str, Any]:
+    run = run.sort_values("round", kind="stable")
+    table = {name: run[name].tolist() for name in (*CLOCKS, "metric", "round_device_s")}
+    scores = [score for score in table["metric"] if score == score]
+    trained = [seconds for number, seconds in zip(table["round"], table["round_device_s"], strict=True) if number > 0]
+    times = {clock: crossing(table[clock], table["metric"], target) for clock in CLOCKS}
+    first = run.iloc[0]
+    row = {name: first[name] for name in dict.fromkeys((*IDENTITY, *keep)) if name in first}
+    row |= {"rounds": max(table["round"]), "final_metric": final_score(scores, final_rounds)}
+    row |= {"best_metric": max(scores, default=math.nan), "end_s": max(table["device_s"])}
+    row |= {"round_s": float(np.mean(trained)) if trained else math.nan, "target": target}
+    row |= {f"{clock}_to_target": time for clock, time in times.items()}
+    for clock, time in times.items():
+        row[f"{clock}_at_least"] = max(table[clock]) if time != time else time
+    return row
+
+
+def times_to_target(
+    rounds: pd.DataFrame,
+    fraction: float = TARGET_FRACTION,
+    reference: str = "fmd",
+    by: str = "method",
+    pairs: Sequence[str] = PAIR,
+    final_rounds: int = FINAL_ROUNDS,
+) -> pd.DataFrame:
+    """Time to target of every run in ``rounds`` that has a partner, one row per run; columns above.
+
+    Args:
+        rounds: the ``rounds`` table of any number of runs.
+        fraction: share of the reference's final score with the same seed.
+        reference: the method (or whatever ``by`` names) whose final score sets the target and whose time the speed-ups
+            refer to: the mean of its runs where a pair has several of them.
+        by: the column that ``reference`` is in, ``method`` or e.g. ``setting``; kept in the table.
+        pairs: what runs that are compared have in common; kept in the table.
+
+    Raises:
+        ValueError: the reference has no run for a model and task, or ``fraction`` is not within (0, 1].
+    """
+    import pandas as pd
+
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}, allowed is above 0 and at most 1")
+    for (model, task), runs in rounds.groupby(["model", "task"], sort=False):
+        if reference not in set(runs[by]):
+            have = ", ".join(dict.fromkeys(runs[by]))
+            raise ValueError(f"reference {reference!r} has no run for {model} and {task}; there are {have}")
+    rows: list[dict[str, Any]] = []
+    for _, runs in rounds.groupby(list(pairs), sort=False):
+        best = float(final_scores(runs[runs[by] == reference], final_rounds).mean())
+        if best == best:  # the reference has a run, and it was scored
+            every = runs.groupby("run_id", sort=False)
+            rows += _beside([_run(run, fraction * best, final_rounds, (by, *pairs)) for _, run in every], reference, by)
+    return pd.DataFrame(rows).assign(target_fraction=fraction)
+
+
+def _beside(rows: list[dict[str, Any]], reference: str, by: str) -> list[dict[str, Any]]:
+    """The runs of one pair with ``final_frac`` and ``speedup_<clock>``."""
+    theirs = [row for row in rows if row[by] == reference]
+    best = float(np.mean([row["final_metric"] for row in theirs]))
+    base = {clock: float(np.mean([row[f"{clock}_to_target"] for row in theirs])) for clock in CLOCKS}
+    for row in rows:
+        row["final_frac"] = row["final_metric"] / best if best else math.nan
+        for clock in CLOCKS:
+            own = row[f"{clock}_to_target"]
+            row[f"speedup_{clock}"] = base[clock] / own if own > 0 else math.nan
+    return rows
+
+
+def without_reference(rounds: pd.DataFrame, reference: str = "fmd") -> list[str]:
+    """Run ids of the runs that have no partner: the reference was not run on their model and task with their seed."""
+    import pandas as pd
+
+    pairs = pd.MultiIndex.from_frame(rounds[list(PAIR)])
+    alone = ~pairs.isin(pairs[rounds["method"] == reference])
+    return sorted(rounds.loc[alone, "run_id"].unique())
+
+
+def option_table(rounds: pd.DataFrame, options: Sequence[str], **target: Any) -> pd.DataFrame:
+    """What each option does alone: runs of each variant in ``options``, and the plain ones, side by side.
+
+    Of the plain runs only models, tasks and seeds with a run of that variant count, so that an option and what it is
+    compared with are means over the same seeds.
+
+    Args:
+        target: of :func:`times_to_target`.
+
+    Returns:
+        One row per option, model, task and method (``"flux, int8"``): ``seeds``, ``final_metric``, ``round_to_target``
+        and ``device_s_to_target`` (means over seeds that reached it), ``missed`` (seeds that did not), ``round_s``.
+        Empty when there are no such runs.
+    """
+    import pandas as pd
+
+    tables = []
+    for option in options:
+        every = rounds[rounds["variant"].isin(["", option])]
+        every = every.merge(every.loc[every["variant"] == option, list(PAIR)].drop_duplicates(), on=list(PAIR))
+        if len(every):
+            named = every["method"] + every["variant"].map({"": "", option: f", {option}"})
+            times = times_to_target(every.assign(method=named), **target)
+            means = times.groupby(["model", "task", "method"]).agg(
+                seeds=("seed", "nunique"),
+                final_metric=("final_metric", "mean"),
+                round_to_target=("round_to_target", "mean"),
+                device_s_to_target=("device_s_to_target", "mean"),
+                missed=("device_s_to_target", lambda found: int(found.isna().sum())),
+                round_s=("round_s", "mean"),
+            )
+            tables.append(means.reset_index().assign(option=option).set_index("option").reset_index())
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def in_words(times: pd.DataFrame, reference: str = "fmd") -> str:
+    """``times`` (of :func:`times_to_target`) as Markdown: one sentence per model, task and other method."""
+    name, share = title(reference), percent(times["target_fraction"].iloc[0])
+    lines = [
+        f"**{model}, {task}.** {title(str(method))} {_in_words(runs, name)}."
+        for (model, task, method), runs in times.groupby(["model", "task", "method"], sort=False)
+        if method != reference
+    ]
+    return f"Target: {share} of {name}'s final score on the same model and task with the same seed.\n\n{bullets(lines)}"
+
+
+def _in_words(runs: pd.DataFrame, reference: str) -> str:
+    seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+    final = f"ends at {percent(runs['final_frac'].mean())} of {reference}'s score"
+    missed = int(runs["device_s_to_target"].isna().sum())
+    if missed:
+        return f"did not reach the target in {missed} of {len(runs)} runs; it {final} ({seeds})"
+    speedup, low, high = geometric(runs["speedup_device_s"])
+    if runs["speedup_device_s"].isna().any():
+        return f"reached the target, {reference} itself did not in every run; it {final} ({seeds})"
+    spread = f" ({interval_name(len(runs)).split(' and ')[-1]}: {low:.2f} to {high:.2f})" if len(runs) > 1 else ""
+    if runs["final_frac"].mean() < runs["target_fraction"].iloc[0]:
+        final = final.replace("ends", "does not hold it and ends")
+    wall, number = geometric(runs["speedup_wall_s"])[0], runs["round_to_target"].mean()
+    return (
+        f"is {speedup:.2f}x as fast to the target{spread} on the device clock ({clock_shapes(runs)}), {wall:.2f}x as "
+        f"measured here, in {number:.1f} rounds; it {final} ({seeds})"
+    )

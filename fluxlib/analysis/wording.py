@@ -1,0 +1,79 @@
+"""Numbers, methods, models and clocks in words, as tables, sentences and captions show them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluxlib.methods import METHODS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REAL_SHAPES = {"mini-llama-moe": "llama-moe-3.5b", "mini-deepseek-moe": "deepseek-moe-16b"}
+"""Whose sizes the device clock counts for a mini model; another model counts its own."""
+UNITS = {"%": "{:.3g} %", "x": "{:.3g}×", "": "{:.3g}"}
+METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "accuracy": "accuracy"}
+
+
+def title(method: str) -> str:
+    """A method's title; ``flux+`` is FLUX with what goes beyond the paper."""
+    return method.upper() if method.removesuffix("+") in METHODS else method
+
+
+def methods_in_order(names: Iterable[str]) -> list[str]:
+    """``names`` without repeats: the registered methods first, in their order, then those with a ``+``, then others."""
+    known = [*METHODS, *(f"{name}+" for name in METHODS)]
+    return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def models_in_order(models: Iterable[str]) -> list[str]:
+    """Models without repeats by their last names: the project's own first, in its order."""
+    known = list(REAL_SHAPES)
+    names = {Path(model).name for model in models}
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """``95 %``."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def shown(value: float, unit: str = "") -> str:
+    """``value`` with three digits in a claim's unit; shares become percent."""
+    number = 100 * value if unit == "%" else value
+    return UNITS[unit].format(number).replace("-", "−")
+
+
+def shown_interval(value: float, low: float, high: float, unit: str = "") -> str:
+    """``value (low to high)``; the interval is left out where there is none."""
+    if not (low < high):
+        return shown(value, unit)
+    scale = 100 if unit == "%" else 1
+    ends = " to ".join(f"{scale * end:.3g}".replace("-", "−") for end in (low, high))
+    return f"{shown(value, unit)} ({ends})"
+
+
+def interval_name(num_seeds: int) -> str:
+    """What a band, an error bar or a pair of numbers shows."""
+    if num_seeds == 1:
+        return "1 seed: no band"
+    return f"{num_seeds} seeds: mean and " + ("min to max" if num_seeds == 2 else "95 % t interval")
+
+
+def clock_shapes(rounds: pd.DataFrame) -> str:
+    """Whose shapes and which link the device clock of ``rounds`` uses."""
+    own = rounds["clock_model"] == "self"
+    names = rounds["clock_model"].where(~own, rounds["model"].map(lambda name: Path(name).name))
+    return f"{', '.join(names.unique())} over {', '.join(rounds['link'].unique())}"
+
+
+def sentence(parts: Iterable[str]) -> str:
+    """What there is to say, one thing after another."""
+    return "; ".join(part for part in parts if part)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
