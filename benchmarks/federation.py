@@ -29,7 +29,7 @@ import transformers as tf
 from torch import nn
 
 from fluxlib import federation, methods, roles
-from fluxlib.config import RunConfig
+from fluxlib.config import RunConfig, make_config
 from fluxlib.federation.client import participant
 from fluxlib.federation.server import rounds
 from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
@@ -98,11 +98,13 @@ def no_data(*_: Any) -> LocalData:
 
 def measure(folder: Path, name: str, tune: float, participants: int, per_round: int, num_rounds: int) -> dict[str, Any]:
     """One run without work; the first round, which fills caches, is left out of the medians."""
-    config = RunConfig(
-        method="idle", model=str(folder), task="mini-piqa", data__task_size=max(60, 2 * participants), federation__rounds=num_rounds,
-        federation__participants=participants, federation__participants_per_round=per_round, budget__tune_frac=tune,
-        budget__merge_frac=0.0 if tune == 1 else 0.25, evaluation__samples=1,
-    )  # fmt: skip
+    settings = {
+        "method": "idle", "model": str(folder), "task": "mini-piqa", "data.task_size": max(60, 2 * participants),
+        "federation.rounds": num_rounds, "federation.participants": participants, "evaluation.samples": 1,
+        "federation.participants_per_round": per_round, "budget.tune_frac": tune,
+        "budget.merge_frac": 0.0 if tune == 1 else 0.25,
+    }  # fmt: skip
+    config = make_config(settings)
     ticks: list[float] = []
     result = federation.run(config, on_round=lambda row: ticks.append(time.process_time()))
     cpu = [after - before for before, after in itertools.pairwise(ticks)][1:]

@@ -24,8 +24,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int8 both": {"wire.uplink": "int8", "wire.downlink": "int8"},
     "4bit": {"wire.merged": "4bit"},
     "4bit, int8 both": {"wire.merged": "4bit", "wire.uplink": "int8", "wire.downlink": "int8"},
-    "server": {"wire.merged": "server"},
-    "server, int8 both": {"wire.merged": "server", "wire.uplink": "int8", "wire.downlink": "int8"},
 }
 PROTECTION: dict[str, dict[str, Any]] = {
     "clip at the median": {"privacy.clip_norm": 1.0, "privacy.clip_quantile": 0.5},

@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
 from fluxlib.federation.protocol import wire as wires
-from fluxlib.federation.protocol.sync import APPROXIMATE, NOTHING, STALE, Delta, Digests, frozen_digest
+from fluxlib.federation.protocol.sync import APPROXIMATE, NOTHING, Delta, Digests, frozen_digest
 from fluxlib.federation.protocol.wire import Form, WireError
 from fluxlib.methods.base import ExpertKey
 from fluxlib.moe import find
@@ -28,14 +28,12 @@ class ResyncNeeded(WireError):
 class Held:
     """The experts a participant holds: those of the base, except ``arrays`` (keys ``"<layer>.<expert>.<name>"``).
 
-    It lives in the participant's Flower context as two records, so every engine carries it between rounds. Of the
-    experts in ``stale`` it has an old copy, perhaps that of the base: good enough to profile with.
+    It lives in the participant's Flower context as two records, so every engine carries it between rounds.
     """
 
     version: int = 0
     digest: str = ""
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
-    stale: frozenset[ExpertKey] = frozenset()
 
     @classmethod
     def load(cls, state: RecordDict, base_digest: str) -> Held:
@@ -43,10 +41,7 @@ class Held:
         if "held" not in state:
             return cls(0, base_digest, ArrayRecord())
         header = state["held"]
-        held = cls(int(header["version"]), str(header["digest"]), state["experts"])
-        flat = header["approximate"]
-        held.stale = frozenset(zip(flat[::2], flat[1::2], strict=True)) - held.approximate()
-        return held
+        return cls(int(header["version"]), str(header["digest"]), state["experts"])
 
     def save(self, state: RecordDict) -> None:
         """Write into ``state``."""
@@ -66,7 +61,7 @@ class Held:
         mixed = delta.num_approximate or any(name.endswith(APPROXIMATE) for name in kept)
         for name in delta.arrays if mixed else ():  # exact and approximate replace each other
             kept.pop(name.removesuffix(APPROXIMATE) if name.endswith(APPROXIMATE) else name + APPROXIMATE, None)
-        held = Held(delta.version, delta.digest, wires.make_record({**kept, **delta.arrays}), delta.stale)
+        held = Held(delta.version, delta.digest, wires.make_record({**kept, **delta.arrays}))
         found = base.with_changes(held.expert_digests()).total()
         if found != delta.digest:
             raise ResyncNeeded(f"digest is {found[:12]} after the delta, it should be {delta.digest[:12]}")
@@ -81,14 +76,12 @@ class Held:
         return grouped
 
     def approximate(self) -> frozenset[ExpertKey]:
-        """Experts that are held only approximately, stale ones included."""
-        coded = frozenset(wires.parse_name(name)[0] for name in self.arrays if name.endswith(APPROXIMATE))
-        return self.stale | coded
+        """Experts that are held only approximately."""
+        return frozenset(wires.parse_name(name)[0] for name in self.arrays if name.endswith(APPROXIMATE))
 
     def expert_digests(self) -> dict[ExpertKey, bytes]:
-        """Digest of each expert that differs from the base; the mark of a stale one."""
-        found = {key: wires.digest(arrays) for key, arrays in self.experts().items() if key not in self.stale}
-        return found | dict.fromkeys(self.stale, STALE)
+        """Digest of each expert that differs from the base."""
+        return {key: wires.digest(arrays) for key, arrays in self.experts().items()}
 
 
 class Workspace:
@@ -113,7 +106,7 @@ class Workspace:
 
     def load(self, held: Held) -> int:
         """Make the model that of ``held``; number of experts that had to be written."""
-        if held.digest == self._digest and not held.stale:
+        if held.digest == self._digest:
             return 0
         wanted = held.experts()
         digests = {key: wires.digest(arrays) for key, arrays in wanted.items()}
@@ -125,7 +118,7 @@ class Workspace:
                 self._write(key, wanted.get(key))
                 self._loaded[key] = target
                 written += 1
-        self._digest = "" if held.stale else held.digest  # old copies are not in it
+        self._digest = held.digest
         return written
 
     def _write(self, key: ExpertKey, arrays: Mapping[str, Array] | None) -> None:

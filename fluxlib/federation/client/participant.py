@@ -27,7 +27,7 @@ from fluxlib.federation.client import disk, feedback, later
 from fluxlib.federation.client.held import Held, ResyncNeeded, Workspace
 from fluxlib.federation.client.own_data import read_examples
 from fluxlib.federation.client.state import STATE_RECORDS, load_state, save_state
-from fluxlib.federation.protocol import messages, premerged, privacy
+from fluxlib.federation.protocol import messages, privacy
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.messages import Instruction
 from fluxlib.federation.protocol.sync import NOTHING
@@ -80,10 +80,7 @@ def join(message: Message, context: Context) -> Message:
 
 
 def profile(message: Message, context: Context) -> Message:
-    """Catch up, profile the model that is held now, keep the profile, reply with the frequencies.
-
-    Where the server merges it asks in every round: the reply is then the profile that was made after the last one.
-    """
+    """Catch up, profile the model that is held now, keep the profile, reply with the frequencies."""
     instruction = Instruction.from_records(message.content)
     config = messages.parse_config(instruction.config)
     participant = _expect(instruction, config, context)
@@ -92,18 +89,12 @@ def profile(message: Message, context: Context) -> Message:
         held, _ = _catch_up(instruction, config, context, space)
     except ResyncNeeded:
         return _ask_for_resync(message, instruction, context)
-    merges = config.wire.merged == "server"
-    known = load_state(context.state).profile if merges else None
-    if known is not None:
-        work, seconds, found = Work(known.frequency.numel()), 0.0, known
-    else:
-        data = local_data(config, space, participant, instruction.round, own_samples(context))
-        start = time.perf_counter()
-        with _forgetting_on_error():
-            found = profiling.profile(space.model, data.profile, bits=config.profiling.bits)
-        seconds = time.perf_counter() - start
-        save_state(context.state, ParticipantState(found, instruction.round))
-        work = profile_work(data, found.frequency.numel(), config)
+    data = local_data(config, space, participant, instruction.round, own_samples(context))
+    start = time.perf_counter()
+    with _forgetting_on_error():
+        found = profiling.profile(space.model, data.profile, bits=config.profiling.bits)
+    seconds = time.perf_counter() - start
+    save_state(context.state, ParticipantState(found, instruction.round))
     seen = torch.ones_like(found.frequency) if config.privacy.withhold_reports else found.frequency
     report = messages.ProfileReport(
         participant,
@@ -111,9 +102,8 @@ def profile(message: Message, context: Context) -> Message:
         held.version,
         held.digest,
         frequency=seen / seen.sum(1, keepdim=True) if config.privacy.withhold_reports else seen,
-        work=work,
+        work=profile_work(data, found.frequency.numel(), config),
         phases_s={"profile": seconds},
-        importance=premerged.importance(found, config) if merges else {},
     )
     return Message(report.to_records(), reply_to=message)
 
@@ -133,14 +123,12 @@ def train(message: Message, context: Context) -> Message:
         raise ParticipantError("a training message needs roles and a budget")
     data = local_data(config, space, participant, instruction.round, own_samples(context))
     chance = seeding.generator(config.seed, "train", instruction.round, participant)
-    method, ready, assigned = methods.get(config.method), time.time(), instruction.roles
-    if instruction.merged is not None:
-        assigned = replace(assigned, merged=instruction.merged.decode(space.model, instruction.wire, held.stale))
+    method, ready = methods.get(config.method), time.time()
     with _forgetting_on_error():
         update, state = method.train(
             space.model,
             load_state(context.state),
-            assigned,
+            instruction.roles,
             instruction.budget,
             data,
             config,
@@ -155,7 +143,7 @@ def train(message: Message, context: Context) -> Message:
         update = replace(update, deltas=feedback.add_residual(update.deltas, context.state))
     work = replace(
         update.work,
-        num_downloaded=Download.of(instruction.delta, instruction.wire, instruction.merged).num_experts,
+        num_downloaded=Download.of(instruction.delta, instruction.wire).num_experts,
         num_uploaded=len(update.deltas),
         upload_bits=min(update.work.upload_bits, wires.bits_per_weight(config.wire.uplink)),
     )

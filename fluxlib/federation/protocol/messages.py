@@ -5,12 +5,10 @@ and, in replies, one ``MetricRecord`` ("metrics"), which is the form that Flower
 
 * :class:`Instruction`   server to participant: the run, the round, a delta, and for training roles and a budget
 * :class:`JoinReport`    what a participant holds, before round 1
-* :class:`ProfileReport` activation frequencies, before a participant's first round; where the server merges, what its
-  plan needs, before every round
+* :class:`ProfileReport` activation frequencies, before a participant's first round
 * :class:`TrainReport`   changes of the exploited experts, utilities, tokens and an account of the work
 
-Nothing else leaves a participant: no sample, no text, no profile beyond the frequencies and, where the server merges,
-the attention (or gate weight) of each expert.
+Nothing else leaves a participant: no sample, no text, no profile beyond the frequencies.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ from torch import Tensor
 
 from fluxlib.config import RunConfig
 from fluxlib.federation.protocol import wire as wires
-from fluxlib.federation.protocol.premerged import Premerged
 from fluxlib.federation.protocol.sync import Delta, Holding
 from fluxlib.federation.protocol.wire import Form, WireError
 from fluxlib.methods.base import Budget, ExpertKey, Roles, Update, Work
@@ -67,7 +64,6 @@ class Instruction:
     roles: Roles | None = None
     budget: Budget | None = None
     clip_norm: float | None = None
-    merged: Premerged | None = None
 
     def to_records(self) -> RecordDict:
         """As message content."""
@@ -91,13 +87,7 @@ class Instruction:
             values["num_merged"] = self.budget.num_merged
         if self.clip_norm is not None:
             values["clip_norm"] = self.clip_norm
-        if self.delta.stale:
-            values["stale"] = _flat(self.delta.stale)
-        content = RecordDict({"arrays": self.delta.arrays})
-        if self.merged is not None:
-            values["plans"], content["merged"] = self.merged.text(), self.merged.arrays
-        content["config"] = ConfigRecord(values)
-        return content
+        return RecordDict({"arrays": self.delta.arrays, "config": ConfigRecord(values)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> Instruction:
@@ -116,11 +106,9 @@ class Instruction:
             values["num_experts"],
             values["num_bytes"],
             values["num_approximate"],
-            stale=_keys(values.get("stale", [])),  # type: ignore[arg-type]
         )
-        merged = Premerged.read(str(values["plans"]), content["merged"]) if "plans" in values else None
         header = (values["run"], values["round"], values["participant"], values["wire"])
-        return cls(*header, delta, roles, budget, values.get("clip_norm"), merged)  # type: ignore[arg-type]
+        return cls(*header, delta, roles, budget, values.get("clip_norm"))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -176,25 +164,17 @@ class JoinReport(_Report):
 
 @dataclass(frozen=True)
 class ProfileReport(_Report):
-    """Activation frequencies ``[layers, experts]`` of the model a participant holds, and the work of measuring.
-
-    ``importance`` of the same shape is what else a plan needs of the profile, by name; empty unless the server merges.
-    """
+    """Activation frequencies ``[layers, experts]`` of the model a participant holds, and the work of measuring."""
 
     frequency: Tensor
     work: Work
     phases_s: Mapping[str, float] = field(default_factory=dict)
-    importance: Mapping[str, Tensor] = field(default_factory=dict)
-    num_bytes: int = 0
 
     def to_records(self) -> RecordDict:
         """As message content."""
         more = {"status": DONE, "shape": list(self.frequency.shape), "frequency": _floats(self.frequency)}
         account = {"work": json.dumps(vars(self.work)), "phases": json.dumps(dict(self.phases_s))}
-        content = RecordDict({"config": self.header(**more, **account)})
-        if self.importance:
-            content["arrays"] = wires.make_record({n: wires.encode(table) for n, table in self.importance.items()})
-        return content
+        return RecordDict({"config": self.header(**more, **account)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> ProfileReport:
@@ -202,10 +182,7 @@ class ProfileReport(_Report):
         values = content["config"]
         work, phases = _work(values["work"]), _phases(values["phases"])
         frequency = _from_floats(values["frequency"], tuple(values["shape"]))
-        arrays = content["arrays"] if "arrays" in content else ArrayRecord()
-        importance = {name: wires.decode(array) for name, array in arrays.items()}
-        size = wires.record_bytes(arrays)
-        return cls(*_header(values), frequency, work, phases, importance, size)
+        return cls(*_header(values), frequency, work, phases)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,9 @@ Exact types (``float32``) carry an expert's weights. All others carry its differ
 rounding it costs little, and rounding errors of earlier rounds are not carried on: no error feedback is needed. The
 server's model stays exact.
 
-Experts that a participant will only merge may come in 4 bits (``merged_downlink``). Their arrays have names of their
+Experts that a participant will only merge may come in 4 bits (``wire.merged: 4bit``). Their arrays have names of their
 own (:data:`APPROXIMATE`), so a digest tells exact from approximate; the server remembers which experts each participant
 holds approximately and sends them exactly when that participant is to tune them.
-
-Or they do not come at all, since the server merges them (:mod:`fluxlib.federation.protocol.premerged`). The participant then
-keeps the copies that it has; an expert that is no longer current is ``stale``, counts as held approximately, and
-stands in a digest for :data:`STALE` whatever the copy is.
 
 * :class:`ExpertStore`   the server's side: the global experts, when each last changed, and messages for a version
 * :class:`Delta`         one such message
@@ -48,9 +44,6 @@ NOTHING = -1
 APPROXIMATE = ":4bit"
 """End of the name of an array that holds an approximate tensor."""
 
-STALE = hashlib.sha256(b"stale").digest()
-"""What stands for an expert of which only an old copy is held."""
-
 
 @dataclass(frozen=True)
 class Holding:
@@ -66,7 +59,7 @@ class Delta:
     """Experts that changed after ``from_version``, as they are in ``version``; ``from_version`` -1: all of them.
 
     ``digest`` and ``approximate`` are what the participant holds afterwards, ``num_experts`` and ``num_approximate``
-    how many experts travel in the usual form and in 4 bits. ``stale`` are experts of which an old copy stays held.
+    how many experts travel in the usual form and in 4 bits.
     """
 
     arrays: ArrayRecord
@@ -77,7 +70,6 @@ class Delta:
     num_bytes: int
     num_approximate: int = 0
     approximate: frozenset[ExpertKey] = frozenset()
-    stale: frozenset[ExpertKey] = frozenset()
 
     @property
     def after(self) -> Holding:
@@ -119,17 +111,13 @@ class ExpertStore:
         model: the full model, at version 0.
         wire: type in which experts travel; the model itself keeps its own type.
         approximates: whether some are to travel in 4 bits.
-        withholds: whether those do not travel at all.
     """
 
-    def __init__(
-        self, model: nn.Module, wire: Form = "float32", approximates: bool = False, withholds: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, wire: Form = "float32", approximates: bool = False) -> None:
         self.model = model
         self.wire = wire
         self.version = 0
         self._base: dict[ExpertKey, dict[str, Tensor]] = {}
-        self._withholds = withholds
         self._keeps_base = approximates or wire != "float32"
         self._layers = find.layers(model)
         self.keys = [(layer.index, expert) for layer in self._layers for expert in range(layer.num_experts)]
@@ -199,7 +187,7 @@ class ExpertStore:
         Args:
             held: experts that it holds only approximately. The digest of such a state is not kept; the participant
                 finds out whether it is right when it has applied the delta.
-            merged: experts that may come in 4 bits or not at all, or stay approximate.
+            merged: experts that may come in 4 bits, or stay approximate.
         """
         known = 0 <= version <= self.version and (bool(held) or self.digest_of_version[version] == digest)
         since = version if known else NOTHING
@@ -223,11 +211,6 @@ class ExpertStore:
         ]
         arrays = {wires.key_name(key, name): array for key in exact for name, array in self.arrays(key).items()}
         after = (held & merged) | frozenset(rounded)
-        if self._withholds:
-            digest = self._digests.with_changes(dict.fromkeys(after, STALE)).total()
-            record = wires.make_record(arrays)
-            size = wires.record_bytes(record)
-            return Delta(record, since, self.version, digest, len(exact), size, approximate=after, stale=after)
         for key in rounded:
             for name, array in self.approximation(key).items():
                 arrays[wires.key_name(key, name)] = array

@@ -6,11 +6,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from fluxlib.federation.protocol.premerged import Premerged
 from fluxlib.federation.protocol.sync import Delta, Holding
 from fluxlib.federation.protocol.wire import Form, bits_per_weight
 from fluxlib.methods.base import Budget, Roles, Update, Work
-from fluxlib.profiling import Profile
 from fluxlib.roles import Fault
 
 
@@ -28,12 +26,10 @@ class Download:
     after: Holding | None = None
 
     @classmethod
-    def of(cls, delta: Delta, wire: Form, merged: Premerged | None = None) -> Download:
-        """The account of one delta, and of the slots that came with it; their arrays are not kept."""
-        slots, more = (merged.num_slots, merged.num_bytes) if merged else (0, 0)
-        exact = delta.num_experts + slots
-        bits = exact * bits_per_weight(wire) + delta.num_approximate * bits_per_weight("int4")
-        return cls(delta.num_bytes + more, exact + delta.num_approximate, bits, delta.after)
+    def of(cls, delta: Delta, wire: Form) -> Download:
+        """The account of one delta; its arrays are not kept."""
+        bits = delta.num_experts * bits_per_weight(wire) + delta.num_approximate * bits_per_weight("int4")
+        return cls(delta.num_bytes, delta.num_experts + delta.num_approximate, bits, delta.after)
 
     def then(self, later: Download) -> Download:
         """Both, one after the other."""
@@ -52,16 +48,11 @@ class Download:
 
 @dataclass(frozen=True)
 class FirstProfile:
-    """A profile that a participant was asked for before its first round: what the request and the work took.
-
-    With ``merged_downlink: server`` it is asked for in every round, and ``profile`` is what the server plans with.
-    """
+    """A profile that a participant was asked for before its first round: what the request and the work took."""
 
     download: Download
     work: Work | None = None
     seconds: float = 0.0
-    profile: Profile | None = None
-    num_bytes: int = 0
 
 
 @dataclass
@@ -94,7 +85,6 @@ class Outcome:
         """Add a profile that was made for this round, before it."""
         self.first_profile = found
         self.download = self.download.then(found.download)
-        self.uplink_bytes += found.num_bytes
 
     def accept(self, update: Update, num_bytes: int) -> None:
         """Keep what an update says about itself; its tensors are not kept."""

@@ -60,8 +60,7 @@ class _Run:
             raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
         self.task, self.parts = load_task(config)
         self._check_lengths()
-        coded, withheld = (config.wire.merged == kind for kind in ("4bit", "server"))
-        store = ExpertStore(self.model, config.wire.downlink, coded, withheld)
+        store = ExpertStore(self.model, config.wire.downlink, approximates=config.wire.merged == "4bit")
         self.strategy = FluxStrategy(config, methods.get(config.method), store, make_budgets(config, *store.shape))
         self.row_maker = RowMaker(config, self.model, self.task.metric, len(store.keys))
         self.rows: dict[str, list[Row]] = {table: [] for table in TABLES}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fluxlib import roles, seeding
 from fluxlib.config import RunConfig
-from fluxlib.federation.protocol import messages, premerged
+from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction, ProfileReport
 from fluxlib.federation.protocol.privacy import Guard
 from fluxlib.federation.protocol.sync import ExpertStore, Holding
@@ -33,7 +33,6 @@ from fluxlib.federation.server.replies import DAMAGED, Expected, Rejected, read_
 from fluxlib.federation.server.robust import Aggregate, make_aggregate
 from fluxlib.federation.server.roster import Roster
 from fluxlib.methods.base import Budget, ExpertKey, Method, Roles
-from fluxlib.moe.compact import LayerPlan
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,6 @@ class FluxStrategy(Strategy):
         self.profiled: set[int] = set()
         self.role_state = roles.RoleState.start(torch.ones(config.federation.participants, *store.shape))
         self.guard = Guard(config)
-        self.merges = config.wire.merged == "server"
         self.aggregating_s = 0.0
         self.last: RoundOutcome | None = None
         self._config_text = config.model_dump_json()
@@ -80,12 +78,9 @@ class FluxStrategy(Strategy):
         return roles.epsilon_schedule(server_round - 1, self.config.federation.rounds, self.config.roles.epsilon)
 
     def configure_profile(self, server_round: int, participants: Iterable[int]) -> Iterator[Message]:
-        """Ask participants of whom no utilities are known for a profile, if the method uses one.
-
-        A server that merges asks all of them in every round: it keeps no profile from one round to the next.
-        """
+        """Ask participants of whom no utilities are known for a profile, if the method uses one."""
         for participant in participants:
-            if self.method.profiles and (self.merges or participant not in self.profiled):
+            if self.method.profiles and participant not in self.profiled:
                 message, download = self._message(messages.PROFILE, server_round, participant)
                 self._profiles[participant] = FirstProfile(download)
                 yield message
@@ -104,13 +99,10 @@ class FluxStrategy(Strategy):
                     self.roster.forget(participant)
                     continue
                 report = ProfileReport.from_records(reply.content)
-                utilities = roles.first_utilities(report.frequency.reshape(self.store.shape))
-                known = premerged.profile_of(report, self.store.model) if self.merges else None
+                first[participant] = roles.first_utilities(report.frequency.reshape(self.store.shape))
             except DAMAGED as error:
                 log.warning("profile of participant %d refused: %s", participant, error)
                 continue
-            if participant not in self.profiled:
-                first[participant] = utilities
             asked = self._profiles[participant]
             held = asked.download.after
             if held is not None and (report.version, report.digest) == (held.version, held.digest):
@@ -118,10 +110,8 @@ class FluxStrategy(Strategy):
             self.profiled.add(participant)
             self._profiles[participant] = replace(
                 asked,
-                work=report.work if report.work.first_profile else None,
+                work=report.work,
                 seconds=sum(report.phases_s.values()),
-                profile=known,
-                num_bytes=report.num_bytes,
             )
         self.role_state = replace(self.role_state, first=first)
 
@@ -221,34 +211,16 @@ class FluxStrategy(Strategy):
     def _message(
         self, kind: str, server_round: int, participant: int, outcome: Outcome | None = None
     ) -> tuple[Message, Download]:
-        held, plans = self.roster.held(participant), self._plans(outcome)
-        merged = self._merged(outcome) if plans or self._may_withhold(outcome) else frozenset()
+        held = self.roster.held(participant)
+        merged = self._merged(outcome) if self.config.wire.merged == "4bit" else frozenset()
         delta = self.store.delta(held.version, held.digest, held.approximate, merged)
-        if plans and (alone := premerged.alone_stale(plans, delta.stale)):
-            delta = self.store.delta(held.version, held.digest, held.approximate, merged - alone)
         bound = self.guard.bound if outcome else None
         assigned, budget = (outcome.roles, outcome.budget) if outcome else (None, None)
         header = (self._config_text, server_round, participant, self.store.wire)
-        slots = premerged.merge_stale(self.store, plans, delta.stale) if plans else None
-        instruction = Instruction(*header, delta, assigned, budget, bound, slots)
+        instruction = Instruction(*header, delta, assigned, budget, bound)
         content, group = instruction.to_records(), str(server_round)
         message = Message(content, self.roster.nodes[participant], kind, group_id=group)
-        return message, Download.of(delta, self.store.wire, slots)
-
-    def _may_withhold(self, outcome: Outcome | None) -> bool:
-        """Whether experts may come otherwise than exactly though the server has no plan for them."""
-        return self.config.wire.merged == "4bit" or (self.merges and outcome is None)
-
-    def _plans(self, outcome: Outcome | None) -> Sequence[LayerPlan] | None:
-        """What becomes of a participant's experts; ``None``: it gets them, and merges by itself."""
-        first = outcome.first_profile if outcome else None
-        if outcome is None or first is None or first.profile is None or self.method.plan is None:
-            return None
-        try:
-            return self.method.plan(self.store.model, first.profile, outcome.roles, outcome.budget, self.config)
-        except DAMAGED as error:
-            log.warning("no plan for participant %d, it gets all experts: %s", outcome.participant, error)
-            return None
+        return message, Download.of(delta, self.store.wire)
 
     def _merged(self, outcome: Outcome | None) -> frozenset[ExpertKey]:
         """Experts that a participant neither tunes nor probes; before training that is not known, and all may be."""

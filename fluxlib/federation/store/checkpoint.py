@@ -11,8 +11,7 @@ not name are left-overs of an interrupted write; the next write removes them.
 * ``rounds-<round>.parquet``, ``participants-<round>.parquet``: the tables so far
 
 What a participant holds is not stored a second time: it gets the server's experts. Those that have changed since
-its version are part of its next delta, so they are replaced before they are used. Where the server merges, participants
-keep old copies to profile with; these are stored, for each of them.
+its version are part of its next delta, so they are replaced before they are used.
 """
 
 from __future__ import annotations
@@ -72,7 +71,6 @@ class Checkpoints:
         self.folder = out / "checkpoints" / config.run_id
         numbers = config.model_dump(mode="json", exclude={"round_timeout_s", "join_timeout_s"})
         self._identity = {"format": FORMAT, "config": numbers}
-        self._old_copies = config.wire.merged == "server"
         self._nodes: dict[str, list[str]] = {}
         """File names and the nodes whose newest state they hold."""
 
@@ -154,7 +152,7 @@ class Checkpoints:
         self._nodes = {name: list(keys) for name, keys in manifest["nodes"].items()}
         if isinstance(grid, LocalGrid):
             for name, keys in self._nodes.items():
-                node_states.restore(load_file(self.folder / name), keys, grid, strategy.store, self._old_copies)
+                node_states.restore(load_file(self.folder / name), keys, grid, strategy.store)
         tables = {table: records.read(table, self.folder / files[table]) for table in TABLES}
         return Resumed(manifest["round"], Totals(**manifest["totals"]), **tables)
 
@@ -173,7 +171,7 @@ class Checkpoints:
 
     def _save_nodes(self, round_index: int, grid: LocalGrid) -> None:
         changed = grid.take_changed()
-        tensors = node_states.collect(grid, changed, self._old_copies)
+        tensors = node_states.collect(grid, changed)
         name = f"nodes-{round_index}.safetensors"
         save_tensors(self.folder / name, tensors)
         keys = [str(node) for node in changed]

@@ -1,8 +1,7 @@
 """Participants' states of the in-process grid, to and from tensors: what a checkpoint keeps of them.
 
-The experts a participant holds are left out (see :mod:`fluxlib.federation.store.checkpoint`) unless it keeps old copies,
-which the server does not have (``merged_downlink: server``). All its other records are kept as they are, arrays as
-tensors and everything else as the bytes of a JSON text.
+The experts a participant holds are left out (see :mod:`fluxlib.federation.store.checkpoint`). All its other records are
+kept as they are, arrays as tensors and everything else as the bytes of a JSON text.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ EXPERTS = "experts"
 _RECORDS = "records"
 
 
-def collect(grid: LocalGrid, nodes: Iterable[int], experts: bool = False) -> dict[str, Tensor]:
-    """The states of ``nodes`` as tensors, named ``"<node>/<record>/<key>"``, with or without their experts."""
+def collect(grid: LocalGrid, nodes: Iterable[int]) -> dict[str, Tensor]:
+    """The states of ``nodes`` as tensors, named ``"<node>/<record>/<key>"``, without their experts."""
     tensors: dict[str, Tensor] = {}
     for node in nodes:
         plain: dict[str, Any] = {}
         for name, record in grid.context(node).state.items():
-            if name == EXPERTS and not experts:
+            if name == EXPERTS:
                 continue
             if isinstance(record, ArrayRecord):
                 for key, array in record.items():
@@ -44,10 +43,8 @@ def collect(grid: LocalGrid, nodes: Iterable[int], experts: bool = False) -> dic
     return tensors
 
 
-def restore(
-    tensors: Mapping[str, Tensor], nodes: Iterable[str], grid: LocalGrid, store: ExpertStore, experts: bool = False
-) -> None:
-    """Inverse of :func:`collect` for ``nodes``; experts that are not among ``tensors`` come from ``store``."""
+def restore(tensors: Mapping[str, Tensor], nodes: Iterable[str], grid: LocalGrid, store: ExpertStore) -> None:
+    """Inverse of :func:`collect` for ``nodes``; their experts come from ``store``."""
     wanted = set(nodes)
     states: dict[str, RecordDict] = {node: RecordDict() for node in wanted}
     for name, tensor in tensors.items():
@@ -62,9 +59,7 @@ def restore(
             record, _, key = rest.partition("/")
             state.setdefault(record, ArrayRecord())[key] = Array(tensor.numpy())
     for node, state in states.items():
-        if "held" in state and experts:
-            state.setdefault(EXPERTS, ArrayRecord())
-        elif "held" in state:
+        if "held" in state:
             held = Held(int(state["held"]["version"]), str(state["held"]["digest"]), _experts(state, store))
             held.save(state)
         grid.context(int(node)).state = state
