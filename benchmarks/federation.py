@@ -32,7 +32,7 @@ from fluxlib import federation, methods, roles
 from fluxlib.config import RunConfig, make_config
 from fluxlib.federation.client import participant
 from fluxlib.federation.server import rounds
-from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
+from fluxlib.methods.base import Budget, LocalData, LocalRound, Method, ParticipantState, Update, Work
 from fluxlib.tasks.evaluate import Score
 
 TARGET_S = 0.005
@@ -70,26 +70,18 @@ def assign(
     return roles.assign(roles.current_utilities(state), counts, 1.0, generator)
 
 
-def train(
-    model: nn.Module,
-    state: ParticipantState,
-    assigned: Roles,
-    budget: Budget,
-    data: LocalData,
-    config: RunConfig,
-    round_number: int,
-    generator: torch.Generator,
-) -> tuple[Update, ParticipantState]:
+def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
+    assigned = local.roles
     tuned = [(layer, expert) for layer, expert in assigned.exploit.nonzero().tolist()]
     update = Update(
-        deltas={key: MADE[key] for key in tuned},
+        changes={key: MADE[key] for key in tuned},
         utilities=torch.where(assigned.exploit, 1.0, torch.nan),
         tokens=assigned.exploit.float(),
         loss=1.0,
         num_samples=1,
         work=Work(assigned.exploit.numel(), train_steps=1, train_samples=1, train_tokens=1),
     )
-    return update, state
+    return update, local.state
 
 
 def no_data(*_: Any) -> LocalData:

@@ -118,7 +118,7 @@ class ParticipantState:
 class Update:
     """What leaves the device: changes of exploited experts, utilities, counts, and an account of the work."""
 
-    deltas: dict[ExpertKey, dict[str, Tensor]]
+    changes: dict[ExpertKey, dict[str, Tensor]]
     """New minus old weights of each exploited expert, by tensor name."""
     utilities: Tensor
     """``[layers, experts]``, eq. 3; NaN where not measured this round."""
@@ -139,11 +139,22 @@ class LocalData:
     profile: Sequence[Batch]
 
 
+@dataclass(frozen=True)
+class LocalRound:
+    """What a participant is given for one round, besides the model that it holds."""
+
+    state: ParticipantState
+    roles: Roles
+    budget: Budget
+    data: LocalData
+    config: RunConfig
+    number: int
+    """Of the round; the first is 1."""
+    generator: torch.Generator
+
+
 AssignFn = Callable[[RoleState, Sequence[Budget], float, torch.Generator, RunConfig], Assignment]
-TrainFn = Callable[
-    [torch.nn.Module, ParticipantState, Roles, Budget, LocalData, RunConfig, int, torch.Generator],
-    tuple[Update, ParticipantState],
-]
+TrainFn = Callable[[torch.nn.Module, LocalRound], tuple[Update, ParticipantState]]
 ProfileFn = Callable[[torch.nn.Module, LocalData, RunConfig], Profile]
 PlanFn = Callable[[torch.nn.Module, Profile, Roles, Budget, RunConfig], Sequence[LayerPlan]]
 
@@ -153,7 +164,7 @@ class Method:
     """A federated fine-tuning method.
 
     ``assign(role_state, budgets, epsilon, generator, config)`` gives boolean masks ``[participants, layers, experts]``.
-    ``train(model, state, roles, budget, data, config, round, generator)`` leaves ``model`` exactly as it found it.
+    ``train(model, local)`` does the :class:`LocalRound` and leaves ``model`` exactly as it found it.
     ``profiles``: participants are asked for a profile of the model they hold before their first round, so that
     ``assign`` knows their frequencies (``role_state.first``) and ``train`` the profile (``state.profile``).
     ``utilities``: they report the utilities of what they tuned, and a missing one is a fault.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fluxlib import gradients, merging, profiling, roles
 from fluxlib.config import RunConfig
-from fluxlib.methods.base import Budget, ExpertKey, LocalData, Method, ParticipantState, Roles, Update, Work
+from fluxlib.methods.base import Budget, ExpertKey, LocalData, LocalRound, Method, ParticipantState, Roles, Update, Work
 from fluxlib.methods.local import Stopwatch, Tuned, count_profile, count_training, customized, profile, tune
 from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
@@ -40,28 +40,20 @@ def assign(
     )
 
 
-def train(
-    model: nn.Module,
-    state: ParticipantState,
-    assigned: Roles,
-    budget: Budget,
-    data: LocalData,
-    config: RunConfig,
-    round_number: int,
-    generator: torch.Generator,
-) -> tuple[Update, ParticipantState]:
+def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
     """Merge, probe, tune; the profile for the next round comes afterwards (``Method.afterwards``)."""
-    watch = Stopwatch()
+    watch, state, assigned = Stopwatch(), local.state, local.roles
+    data, config, generator = local.data, local.config, local.generator
     work = Work(num_experts=assigned.exploit.numel())
     known = state.profile
     if known is None or not config.profiling.stale:
         with watch.phase("first_profile"):
             known = profile(model, data, config)
-        state = ParticipantState(known, round_number)
+        state = ParticipantState(known, local.number)
         work = replace(work, first_profile=True)
     given = assigned.merged
     with watch.phase("merge"):
-        plans = list(given.plans) if given else make_plans(model, known, assigned, budget, config)
+        plans = list(given.plans) if given else make_plans(model, known, assigned, local.budget, config)
     with customized(model, plans, given.slots if given else None) as compact:
         with watch.phase("probe"):
             probed = _probe_keys(assigned.explore, config, generator)
@@ -70,7 +62,7 @@ def train(
             tuned = tune(model, compact, data.train, config)
     utilities = roles.utility(torch.cat([tuned.squared_norms, probe_norms]), tuned.tokens)
     work = _account(work, plans, assigned, data, tuned, probed, config)
-    return Update(tuned.deltas, utilities, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
+    return Update(tuned.changes, utilities, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
 
 
 def make_plans(

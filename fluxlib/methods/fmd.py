@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fluxlib.config import RunConfig
-from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
+from fluxlib.methods.base import Budget, LocalRound, Method, ParticipantState, Update, Work
 from fluxlib.methods.local import Stopwatch, count_training, customized, tune
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.roles import Assignment, RoleState
@@ -28,26 +28,17 @@ def assign(
     return Assignment(torch.ones_like(state.first, dtype=torch.bool), torch.zeros_like(state.first, dtype=torch.bool))
 
 
-def train(
-    model: nn.Module,
-    state: ParticipantState,
-    roles: Roles,
-    budget: Budget,
-    data: LocalData,
-    config: RunConfig,
-    round_number: int,
-    generator: torch.Generator,
-) -> tuple[Update, ParticipantState]:
+def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
     """Local steps on all experts."""
-    watch = Stopwatch()
-    plans = [LayerPlan(tuned=tuple(mask.nonzero().flatten().tolist())) for mask in roles.exploit]
+    watch, exploit = Stopwatch(), local.roles.exploit
+    plans = [LayerPlan(tuned=tuple(mask.nonzero().flatten().tolist())) for mask in exploit]
     with watch.phase("train"), customized(model, plans) as compact:
-        tuned = tune(model, compact, data.train, config)
-    work = Work(num_experts=roles.exploit.numel(), offloaded=True)
-    work = count_training(work, tuned, roles.exploit, len(data.train))
-    nothing = torch.full(roles.exploit.shape, float("nan"))
-    update = Update(tuned.deltas, nothing, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s)
-    return update, state
+        tuned = tune(model, compact, local.data.train, local.config)
+    work = Work(num_experts=exploit.numel(), offloaded=True)
+    work = count_training(work, tuned, exploit, len(local.data.train))
+    nothing = torch.full(exploit.shape, float("nan"))
+    update = Update(tuned.changes, nothing, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s)
+    return update, local.state
 
 
 METHOD = Method("fmd", "FMD (full model, offloaded)", assign, train, profiles=False)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fluxlib import roles
 from fluxlib.config import RunConfig
-from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
+from fluxlib.methods.base import Budget, LocalRound, Method, ParticipantState, Update, Work
 from fluxlib.methods.local import Stopwatch, count_profile, count_training, customized, profile, tune
 from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
@@ -35,34 +35,25 @@ def assign(
     return roles.Assignment(exploit, ~exploit)
 
 
-def train(
-    model: nn.Module,
-    state: ParticipantState,
-    assigned: Roles,
-    budget: Budget,
-    data: LocalData,
-    config: RunConfig,
-    round_number: int,
-    generator: torch.Generator,
-) -> tuple[Update, ParticipantState]:
+def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
     """Drop, tune, profile."""
-    watch = Stopwatch()
-    work = Work(num_experts=assigned.exploit.numel())
-    known = state.profile
+    watch, exploit, data, config = Stopwatch(), local.roles.exploit, local.data, local.config
+    work = Work(num_experts=exploit.numel())
+    known = local.state.profile
     if known is None:
         with watch.phase("first_profile"):
             known = profile(model, data, config)
         work = replace(work, first_profile=True)
-    plans = make_plans(model, known.frequency, assigned.exploit)
+    plans = make_plans(model, known.frequency, exploit)
     with watch.phase("train"), customized(model, plans) as compact:
         tuned = tune(model, compact, data.train, config)
     with watch.phase("profile"):
-        state = ParticipantState(profile(model, data, config), round_number)
+        state = ParticipantState(profile(model, data, config), local.number)
     assert state.profile is not None
     work = replace(work, num_frozen=sum(len(plan.groups) for plan in plans))
-    work = count_profile(count_training(work, tuned, assigned.exploit, len(data.train)), data, config)
+    work = count_profile(count_training(work, tuned, exploit, len(data.train)), data, config)
     frequency = roles.first_utilities(state.profile.frequency)
-    return Update(tuned.deltas, frequency, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
+    return Update(tuned.changes, frequency, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
 
 
 def make_plans(model: nn.Module, frequency: Tensor, exploit: Tensor) -> list[LayerPlan]:

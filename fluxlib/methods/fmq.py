@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fluxlib.config import RunConfig
 from fluxlib.methods import fmd
-from fluxlib.methods.base import Budget, ExpertKey, LocalData, Method, ParticipantState, Roles, Update, Work
+from fluxlib.methods.base import ExpertKey, LocalRound, Method, ParticipantState, Update, Work
 from fluxlib.methods.local import Stopwatch, count_training, make_optimizer, run_steps
 from fluxlib.moe import find
 from fluxlib.moe.quantized import QuantizedExperts, dequantize, quantized
@@ -37,35 +37,29 @@ SCALE_BITS = 16 / 64
 """Of a block's scale, per weight."""
 
 
-def train(
-    model: nn.Module,
-    state: ParticipantState,
-    assigned: Roles,
-    budget: Budget,
-    data: LocalData,
-    config: RunConfig,
-    round_number: int,
-    generator: torch.Generator,
-) -> tuple[Update, ParticipantState]:
+def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
     """Quantise, then local steps on all experts, each quantised again after every step."""
+    exploit, config = local.roles.exploit, local.config
     if config.training.fmq_bits == 16:
-        return fmd.train(model, state, assigned, budget, data, config, round_number, generator)
+        return fmd.train(model, local)
     watch = Stopwatch()
     with ExitStack() as held:
         with watch.phase("quantize"):
             held.enter_context(quantized(model, config.training.fmq_bits))
         with watch.phase("train"):
             experts: list[QuantizedExperts] = [layer.experts for layer in find.layers(model)]  # type: ignore[misc]
-            tuned = run_steps(model, QuantizedLearner(experts, config), data.train, config)
-    num_experts = assigned.exploit.numel()
+            tuned = run_steps(model, QuantizedLearner(experts, config), local.data.train, config)
+    num_experts = exploit.numel()
     work = Work(num_experts=num_experts, num_quantized=num_experts, profile_bits=config.training.fmq_bits)
     travelling = config.training.fmq_bits + SCALE_BITS
     work = replace(
         work, weight_bits=config.training.fmq_bits, offloaded=True, download_bits=travelling, upload_bits=travelling
     )
-    work = count_training(work, tuned, assigned.exploit, len(data.train))
-    nothing = torch.full(assigned.exploit.shape, float("nan"))
-    return Update(tuned.deltas, nothing, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
+    work = count_training(work, tuned, exploit, len(local.data.train))
+    nothing = torch.full(exploit.shape, float("nan"))
+    return Update(
+        tuned.changes, nothing, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s
+    ), local.state
 
 
 class QuantizedLearner:
@@ -113,7 +107,7 @@ class QuantizedLearner:
         for parameter in parameters.values():
             parameter.data, parameter.grad = parameter.data.new_empty(0), None
 
-    def deltas(self) -> dict[ExpertKey, dict[str, Tensor]]:
+    def changes(self) -> dict[ExpertKey, dict[str, Tensor]]:
         """Dequantised weights after the steps minus those before them."""
         return {
             (index, expert): {

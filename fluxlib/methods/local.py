@@ -28,7 +28,7 @@ from fluxlib.tasks.batches import to_device
 class Tuned:
     """Result of :func:`tune`; ``K`` steps, ``L`` MoE layers, ``E`` experts per layer."""
 
-    deltas: dict[ExpertKey, dict[str, Tensor]]
+    changes: dict[ExpertKey, dict[str, Tensor]]
     squared_norms: Tensor
     """``[K, L, E]`` squared gradient norm per step, NaN for experts that were not tuned."""
     tokens: Tensor
@@ -50,7 +50,7 @@ class Learner(Protocol):
     def step(self) -> None:
         """One optimizer step; no gradient is left."""
 
-    def deltas(self) -> dict[ExpertKey, dict[str, Tensor]]:
+    def changes(self) -> dict[ExpertKey, dict[str, Tensor]]:
         """New minus old weights of every tuned expert."""
 
 
@@ -121,7 +121,7 @@ def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], conf
         num_samples += len(batch["input_ids"])
         num_tokens += int(batch["attention_mask"].sum())
     mean = sum(losses) / len(losses)
-    return Tuned(learner.deltas(), torch.stack(norms), counts, mean, num_samples, num_tokens, slot_tokens)
+    return Tuned(learner.changes(), torch.stack(norms), counts, mean, num_samples, num_tokens, slot_tokens)
 
 
 class _CompactLearner:
@@ -140,7 +140,7 @@ class _CompactLearner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def deltas(self) -> dict[ExpertKey, dict[str, Tensor]]:
+    def changes(self) -> dict[ExpertKey, dict[str, Tensor]]:
         return {
             (index, expert): {
                 name: (p.detach()[slot] - self.before[index][name][slot]) for name, p in layer.tuned_stacks().items()

@@ -18,7 +18,7 @@ from fluxlib.config import RunConfig
 from fluxlib.config import make_config as validated
 from fluxlib.federation.client import participant
 from fluxlib.federation.protocol.sync import ExpertStore
-from fluxlib.methods.base import Budget, LocalData, Method, ParticipantState, Roles, Update, Work
+from fluxlib.methods.base import Budget, LocalRound, Method, ParticipantState, Update, Work
 from fluxlib.moe import find
 
 LAYERS, EXPERTS = 2, 4
@@ -65,38 +65,29 @@ def assign(
     return roles.assign(roles.current_utilities(state), counts, epsilon, generator)
 
 
-def train(
-    model: nn.Module,
-    state: ParticipantState,
-    assigned: Roles,
-    budget: Budget,
-    data: LocalData,
-    config: RunConfig,
-    round_number: int,
-    generator: torch.Generator,
-) -> tuple[Update, ParticipantState]:
+def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
     """Changes that depend on the model that is held, on chance and on the state that was kept."""
-    found = find.layers(model)
-    deltas, tokens = {}, torch.zeros(assigned.exploit.shape)
+    found, assigned, generator = find.layers(model), local.roles, local.generator
+    changes, tokens = {}, torch.zeros(assigned.exploit.shape)
     for layer, expert in assigned.exploit.nonzero().tolist():
         tensors = find.expert_tensors(found[layer].experts, expert)
-        deltas[layer, expert] = {
-            name: 0.1 * t + 0.01 * torch.randn(t.shape, generator=generator) + 0.001 * state.profile_round
+        changes[layer, expert] = {
+            name: 0.1 * t + 0.01 * torch.randn(t.shape, generator=generator) + 0.001 * local.state.profile_round
             for name, t in tensors.items()
         }
         tokens[layer, expert] = float(torch.randint(1, 9, (), generator=generator))
     utilities = torch.rand(assigned.exploit.shape, generator=generator)
     measured = assigned.exploit | assigned.explore
     update = Update(
-        deltas=deltas,
+        changes=changes,
         utilities=torch.where(measured, utilities, torch.nan),
         tokens=tokens,
         loss=float(utilities.mean()),
-        num_samples=len(data.train) * config.training.batch_size,
-        work=Work(assigned.exploit.numel(), num_tuned=len(deltas), train_steps=1, train_samples=2, train_tokens=20),
+        num_samples=len(local.data.train) * local.config.training.batch_size,
+        work=Work(assigned.exploit.numel(), num_tuned=len(changes), train_steps=1, train_samples=2, train_tokens=20),
         phases_s={"train": 0.001},
     )
-    return update, replace(state, profile_round=round_number)
+    return update, replace(local.state, profile_round=local.number)
 
 
 FAKE = Method("fake", "Fake", assign, train, profiles=False)

@@ -34,7 +34,7 @@ def test_an_instruction_is_read_as_it_was_written(store: ExpertStore, make_confi
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
 def test_a_report_is_read_as_it_was_written(wire: messages.Form) -> None:
     update = Update(
-        deltas={(0, 3): {"w": torch.tensor([[0.5, -1.25]])}, (1, 0): {"w": torch.ones(1, 2)}},
+        changes={(0, 3): {"w": torch.tensor([[0.5, -1.25]])}, (1, 0): {"w": torch.ones(1, 2)}},
         utilities=torch.tensor([[1.0, torch.nan]]),
         tokens=torch.tensor([[7, 0]]),
         loss=2.5,
@@ -46,8 +46,8 @@ def test_a_report_is_read_as_it_was_written(wire: messages.Form) -> None:
     again = TrainReport.from_records(content, wire)
     assert (again.participant, again.round, again.version, again.digest) == (1, 4, 3, "d" * 64)
     assert again.num_bytes == (16 if wire == "float32" else 8)
-    assert set(again.update.deltas) == set(update.deltas)
-    assert torch.equal(again.update.deltas[0, 3]["w"].float(), update.deltas[0, 3]["w"])
+    assert set(again.update.changes) == set(update.changes)
+    assert torch.equal(again.update.changes[0, 3]["w"].float(), update.changes[0, 3]["w"])
     assert torch.equal(again.update.utilities.isnan(), update.utilities.isnan())
     assert torch.equal(again.update.tokens, update.tokens.float())
     assert (again.update.work, again.update.loss, again.update.phases_s) == (update.work, 2.5, {"train": 0.5})

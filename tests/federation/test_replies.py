@@ -31,9 +31,9 @@ def expected(store: ExpertStore) -> Expected:
 
 def good(expected: Expected, **changes: Any) -> Update:
     shapes = expected.shapes
-    deltas = {key: {n: torch.ones(s) for n, s in shapes[key].items()} for key in ((0, 1), (1, 2))}
+    weights = {key: {n: torch.ones(s) for n, s in shapes[key].items()} for key in ((0, 1), (1, 2))}
     tokens, utilities = torch.ones(2, 4), torch.full((2, 4), math.nan)
-    return replace(Update(deltas, utilities, tokens, 1.0, 5, Work(8)), **changes)
+    return replace(Update(weights, utilities, tokens, 1.0, 5, Work(8)), **changes)
 
 
 def content_of(expected: Expected, update: Update, **header: Any) -> RecordDict:
@@ -54,11 +54,11 @@ def refused(content: RecordDict | Error, expected: Expected) -> str:
 
 def test_a_good_reply_is_read(expected: Expected) -> None:
     report = read_reply(reply_with(content_of(expected, good(expected))), expected)
-    assert set(report.update.deltas) == {(0, 1), (1, 2)}
+    assert set(report.update.changes) == {(0, 1), (1, 2)}
 
 
 def test_a_reply_may_leave_out_experts_and_even_all(expected: Expected) -> None:
-    assert read_reply(reply_with(content_of(expected, good(expected, deltas={}))), expected).num_bytes == 0
+    assert read_reply(reply_with(content_of(expected, good(expected, changes={}))), expected).num_bytes == 0
 
 
 def test_an_error_is_named_with_its_reason(expected: Expected) -> None:
@@ -141,13 +141,13 @@ def test_changes_must_be_of_assigned_experts_and_finite(
     expected: Expected, key: tuple[int, int], changes: dict[str, torch.Tensor], reason: str
 ) -> None:
     update = good(expected)
-    update.deltas[key] = _tensors(expected, key, **changes)
+    update.changes[key] = _tensors(expected, key, **changes)
     assert refused(content_of(expected, update), expected) == reason
 
 
 def test_half_an_expert_is_incomplete(expected: Expected) -> None:
     update = good(expected)
-    del update.deltas[0, 1]["down_proj"]
+    del update.changes[0, 1]["down_proj"]
     assert refused(content_of(expected, update), expected) == "incomplete"
 
 

@@ -252,15 +252,15 @@ def test_a_participant_that_breaks_half_way_leaves_no_trace_for_the_next(
 
     fake = methods.METHODS["fake"]
 
-    def breaking(model: Any, *rest: Any) -> Any:
-        if rest[5] == 2 and breaking.calls == 4:  # type: ignore[attr-defined]
+    def breaking(model: Any, local: Any) -> Any:
+        if local.number == 2 and breaking.calls == 4:  # type: ignore[attr-defined]
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.zero_()
             breaking.calls += 1  # type: ignore[attr-defined]
             raise RuntimeError("half way")
         breaking.calls += 1  # type: ignore[attr-defined]
-        return fake.train(model, *rest)
+        return fake.train(model, local)
 
     breaking.calls = 0  # type: ignore[attr-defined]
     monkeypatch.setitem(methods.METHODS, "fake", replace(fake, train=breaking))

@@ -5,17 +5,17 @@ import torch
 from torch import nn
 
 from fluxlib import seeding, tasks
-from fluxlib.config import RunConfig
+from fluxlib.config import make_config
 from fluxlib.methods.base import LocalData
 from fluxlib.pretraining import build_model, build_tokenizer
 from fluxlib.tasks.batches import sample_batches
 
-CONFIG = RunConfig(
-    training__local_steps=2,
-    training__batch_size=4,
-    profiling__batches=1,
-    training__learning_rate=1e-3,
-    roles__probes_per_round=3,
+CONFIG = make_config(
+    {
+        "training": {"local_steps": 2, "batch_size": 4, "learning_rate": 1e-3},
+        "profiling.batches": 1,
+        "roles.probes_per_round": 3,
+    }
 )
 
 
@@ -35,6 +35,7 @@ def model(tokenizer: object) -> nn.Module:
 @pytest.fixture(scope="session")
 def data(tokenizer: object) -> LocalData:
     examples = tasks.load("mini-mmlu", size=40).train
-    batches = sample_batches(examples, tokenizer, CONFIG.batch_size, CONFIG.max_tokens, seeding.generator(0, "batches"))
+    steps = CONFIG.training
+    batches = sample_batches(examples, tokenizer, steps.batch_size, steps.max_tokens, seeding.generator(0, "batches"))
     drawn = list(itertools.islice(batches, 3))
     return LocalData(train=drawn[:2], profile=drawn[2:])

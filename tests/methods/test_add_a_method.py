@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fluxlib import federation, methods, models
-from fluxlib.config import REPO_ROOT, RunConfig
+from fluxlib.config import REPO_ROOT, make_config
 from fluxlib.figures import style
 from fluxlib.methods.base import LocalData, Method
 from fluxlib.pretraining import build_tokenizer
@@ -43,10 +43,11 @@ def test_it_keeps_what_every_method_promises(promise: str, model: nn.Module, dat
 def test_it_runs_in_a_federation_and_is_drawn(model: nn.Module, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
-    config = RunConfig(
-        method="average", model=str(tmp_path), task="mini-mmlu", data__task_size=40, federation__rounds=2, federation__participants=2,
-        training__local_steps=1, training__batch_size=2, profiling__batches=1, evaluation__samples=2,
-    )  # fmt: skip
+    config = make_config({
+        "method": "average", "model": str(tmp_path), "task": "mini-mmlu", "data.task_size": 40, "federation.rounds": 2,
+        "federation.participants": 2, "training.local_steps": 1, "training.batch_size": 2, "profiling.batches": 1,
+        "evaluation.samples": 2,
+    })  # fmt: skip
     result = federation.run(config)
     rounds, participants = result.rounds, result.participants
     assert (participants["rejected"] == "").all()

@@ -6,7 +6,7 @@ from torch import nn
 
 from fluxlib import methods, roles, seeding
 from fluxlib.methods import fmes
-from fluxlib.methods.base import Budget, LocalData, ParticipantState, Roles, Update
+from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Roles, Update
 from fluxlib.methods.local import profile
 
 from .conftest import CONFIG
@@ -21,7 +21,7 @@ def choose(frequency: torch.Tensor, *budgets: int) -> roles.Assignment:
 
 def train(model: nn.Module, data: LocalData, exploit: torch.Tensor) -> tuple[Update, ParticipantState]:
     given, budget = Roles(exploit, ~exploit), Budget(int(exploit.sum()), 0)
-    return fmes.train(model, ParticipantState(), given, budget, data, CONFIG, 3, seeding.generator(0))
+    return fmes.train(model, LocalRound(ParticipantState(), given, budget, data, CONFIG, 3, seeding.generator(0)))
 
 
 def first(*counts: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_no_token_reaches_a_dropped_expert_and_none_is_lost(model: nn.Module, da
     assert int(update.tokens[~exploit].sum()) == 0
     tokens = sum(int(batch["attention_mask"].sum()) for batch in data.train)
     assert update.tokens.sum(1).tolist() == [TOP_K * tokens] * LAYERS
-    assert sorted(update.deltas) == [tuple(key) for key in exploit.nonzero().tolist()]
+    assert sorted(update.changes) == [tuple(key) for key in exploit.nonzero().tolist()]
     assert (update.work.num_tuned, update.work.num_frozen, update.work.tuned_tokens) == (
         19,
         0,
@@ -70,9 +70,10 @@ def test_with_everything_tuned_it_is_fmd(model: nn.Module, data: LocalData) -> N
     given = Roles(everything, ~everything)
     update, _ = train(model, data, everything)
     run = methods.get("fmd").train
-    full, _ = run(model, ParticipantState(), given, Budget(64, 0), data, CONFIG, 1, seeding.generator(0))
-    for key, tensors in full.deltas.items():
-        assert all(torch.equal(tensor, update.deltas[key][name]) for name, tensor in tensors.items())
+    local = LocalRound(ParticipantState(), given, Budget(64, 0), data, CONFIG, 1, seeding.generator(0))
+    full, _ = run(model, local)
+    for key, tensors in full.changes.items():
+        assert all(torch.equal(tensor, update.changes[key][name]) for name, tensor in tensors.items())
 
 
 def test_it_reports_how_often_the_full_model_uses_every_expert(model: nn.Module, data: LocalData) -> None:
@@ -88,6 +89,6 @@ def test_it_reports_how_often_the_full_model_uses_every_expert(model: nn.Module,
 def test_a_profile_is_made_first_only_where_there_is_none(model: nn.Module, data: LocalData, known: bool) -> None:
     exploit = first(4, 4, 4, 4)
     state = train(model, data, exploit)[1] if known else ParticipantState()
-    run = fmes.train
-    update, _ = run(model, state, Roles(exploit, ~exploit), Budget(16, 0), data, CONFIG, 4, seeding.generator(0))
+    given = Roles(exploit, ~exploit)
+    update, _ = fmes.train(model, LocalRound(state, given, Budget(16, 0), data, CONFIG, 4, seeding.generator(0)))
     assert ("first_profile" in update.phases_s) is not known

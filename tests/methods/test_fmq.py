@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fluxlib import methods, seeding
-from fluxlib.methods.base import Budget, LocalData, ParticipantState, Roles, Update
+from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Roles, Update
 from fluxlib.methods.fmq import QuantizedLearner
 from fluxlib.methods.local import run_steps
 from fluxlib.moe import find
@@ -19,11 +19,11 @@ LAYERS, EXPERTS = 4, 16
 EVERYTHING = torch.ones(LAYERS, EXPERTS, dtype=torch.bool)
 
 
-def train(name: str, model: nn.Module, data: LocalData, **changes: object) -> Update:
+def train(name: str, model: nn.Module, data: LocalData, changes: dict[str, object] | None = None) -> Update:
     given = Roles(EVERYTHING, ~EVERYTHING)
-    config = CONFIG.updated(changes)
+    config = CONFIG.updated({f"training.{name}": value for name, value in (changes or {}).items()})
     run = methods.get(name).train
-    return run(model, ParticipantState(), given, Budget(16, 16), data, config, 1, seeding.generator(0))[0]
+    return run(model, LocalRound(ParticipantState(), given, Budget(16, 16), data, config, 1, seeding.generator(0)))[0]
 
 
 def rounded(stack: torch.Tensor, bits: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_a_step_quantises_the_moved_weights_and_passes_through_the_quantised_one
     model: nn.Module, data: LocalData
 ) -> None:
     one, rate = dataclasses.replace(data, train=data.train[:1]), 2.0
-    update = train("fmq", model, one, optimizer="sgd", learning_rate=rate)
+    update = train("fmq", model, one, {"optimizer": "sgd", "learning_rate": rate})
     plain = copy.deepcopy(model)
     for layer in find.layers(plain):
         layer.experts.down_proj.data = rounded(layer.experts.down_proj.data, 4)
@@ -43,7 +43,7 @@ def test_a_step_quantises_the_moved_weights_and_passes_through_the_quantised_one
     plain(**one.train[0]).loss.backward()
     stack = find.layers(plain)[1].experts.down_proj
     expected = rounded(stack.data - rate * stack.grad, 4) - stack.data
-    got = torch.stack([update.deltas[1, expert]["down_proj"] for expert in range(EXPERTS)])
+    got = torch.stack([update.changes[1, expert]["down_proj"] for expert in range(EXPERTS)])
     assert (got - expected).norm() < 0.02 * expected.norm()  # a value beside an edge may fall to the other side
     assert (got - expected).abs().gt(1e-6).float().mean() < 1e-3
 
@@ -60,25 +60,27 @@ def test_experts_are_in_few_bits_after_every_step(model: nn.Module, data: LocalD
 
 
 def test_a_movement_of_less_than_half_a_level_is_lost(model: nn.Module, data: LocalData) -> None:
-    update = train("fmq", model, data, optimizer="sgd", learning_rate=1e-9)
-    assert all(float(t.abs().max()) < 1e-6 for tensors in update.deltas.values() for t in tensors.values())
+    update = train("fmq", model, data, {"optimizer": "sgd", "learning_rate": 1e-9})
+    assert all(float(t.abs().max()) < 1e-6 for tensors in update.changes.values() for t in tensors.values())
 
 
 def test_an_expert_without_tokens_keeps_its_codes(model: nn.Module, data: LocalData) -> None:
     few = {name: rows[:1, :2] for name, rows in data.train[0].items()}
     few["labels"] = few["input_ids"]
-    update = train("fmq", model, dataclasses.replace(data, train=[few]), learning_rate=0.1)
+    update = train("fmq", model, dataclasses.replace(data, train=[few]), {"learning_rate": 0.1})
     idle = [tuple(key) for key in (update.tokens == 0).nonzero().tolist()]
     assert idle
-    assert all(not t.any() for key in idle for t in update.deltas[key].values())
+    assert all(not t.any() for key in idle for t in update.changes[key].values())
 
 
 def test_with_16_bits_it_is_fmd_and_with_8_nearly(model: nn.Module, data: LocalData) -> None:
     full, same, near = (
-        train(name, model, data, fmq_bits=bits, optimizer="sgd", learning_rate=100.0)
+        train(name, model, data, {"fmq_bits": bits, "optimizer": "sgd", "learning_rate": 100.0})
         for name, bits in (("fmd", 4), ("fmq", 16), ("fmq", 8))
     )
-    one, other, close = (torch.cat([u.deltas[k]["down_proj"].flatten() for k in u.deltas]) for u in (full, same, near))
+    one, other, close = (
+        torch.cat([u.changes[k]["down_proj"].flatten() for k in u.changes]) for u in (full, same, near)
+    )
     assert torch.equal(one, other)
     assert torch.cosine_similarity(one, close, dim=0) > 0.99
 

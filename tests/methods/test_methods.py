@@ -9,7 +9,7 @@ from torch import nn
 from fluxlib import gradients, methods, roles, seeding
 from fluxlib.config import AssignmentKind
 from fluxlib.methods import flux
-from fluxlib.methods.base import Budget, LocalData, ParticipantState, Roles, Update
+from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Roles, Update
 from fluxlib.methods.local import customized, routed_tokens, squared_gradient_norms
 from fluxlib.moe.compact import LayerPlan
 
@@ -25,11 +25,14 @@ def assigned(name: str) -> Roles:
     return Roles(found.exploit[0], found.explore[0])
 
 
-def train(name: str, model: nn.Module, data: LocalData, **changes: object) -> tuple[Update, ParticipantState, Roles]:
-    config = CONFIG.updated(changes)
+def train(
+    name: str, model: nn.Module, data: LocalData, changes: dict[str, object] | None = None
+) -> tuple[Update, ParticipantState, Roles]:
+    config = CONFIG.updated(changes or {})
     given = assigned(name)
     run = methods.get(name).train
-    update, state = run(model, ParticipantState(), given, BUDGET, data, config, 1, seeding.generator(0, "train"))
+    chance = seeding.generator(0, "train")
+    update, state = run(model, LocalRound(ParticipantState(), given, BUDGET, data, config, 1, chance))
     return update, state, given
 
 
@@ -45,7 +48,7 @@ class TestEveryMethod:
 
     def test_uploads_exactly_the_exploited_experts(self, name: str, model: nn.Module, data: LocalData) -> None:
         update, _, given = train(name, model, data)
-        assert sorted(update.deltas) == [tuple(key) for key in given.exploit.nonzero().tolist()]
+        assert sorted(update.changes) == [tuple(key) for key in given.exploit.nonzero().tolist()]
 
     def test_every_routed_token_is_counted_once_per_choice(self, name: str, model: nn.Module, data: LocalData) -> None:
         update, _, _ = train(name, model, data)
@@ -55,8 +58,8 @@ class TestEveryMethod:
     def test_same_generator_same_update(self, name: str, model: nn.Module, data: LocalData) -> None:
         first, again = (train(name, model, data)[0] for _ in range(2))
         assert first.loss == again.loss
-        for key, tensors in first.deltas.items():
-            assert all(torch.equal(tensor, again.deltas[key][part]) for part, tensor in tensors.items())
+        for key, tensors in first.changes.items():
+            assert all(torch.equal(tensor, again.changes[key][part]) for part, tensor in tensors.items())
 
     def test_a_loss_that_explodes_is_named(self, name: str, model: nn.Module, data: LocalData) -> None:
         broken = {key: value.clone() for key, value in data.train[0].items()}
@@ -67,11 +70,11 @@ class TestEveryMethod:
 
 def test_one_step_of_sgd_is_minus_the_gradient(model: nn.Module, data: LocalData) -> None:
     one = dataclasses.replace(data, train=data.train[:1])
-    update, _, _ = train("fmd", model, one, optimizer="sgd", learning_rate=0.5)
+    update, _, _ = train("fmd", model, one, {"training.optimizer": "sgd", "training.learning_rate": 0.5})
     model.zero_grad()
     model(**data.train[0]).loss.backward()
     gradient = model.model.layers[1].mlp.experts.down_proj.grad[3]
-    torch.testing.assert_close(update.deltas[1, 3]["down_proj"], -0.5 * gradient, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(update.changes[1, 3]["down_proj"], -0.5 * gradient, rtol=1e-4, atol=1e-7)
     model.zero_grad()
 
 
@@ -93,7 +96,7 @@ def test_padding_is_not_counted() -> None:
 
 class TestFlux:
     def test_utilities_cover_what_was_tuned_or_probed(self, model: nn.Module, data: LocalData) -> None:
-        update, _, given = train("flux", model, data, probes_per_round=None)
+        update, _, given = train("flux", model, data, {"roles.probes_per_round": None})
         assert torch.equal(~update.utilities.isnan(), given.exploit | given.explore)
         assert (update.utilities.nan_to_num() >= 0).all()
 
@@ -105,35 +108,22 @@ class TestFlux:
         assert found.exploit.sum(dim=(1, 2)).tolist() == [8] * 3
         assert found.explore.sum(dim=(1, 2)).tolist() == [8] * 3
 
-    def test_coverage_and_a_limit_of_tuners_reach_the_assignment(self) -> None:
-        state = roles.RoleState.start(torch.linspace(1, 0, LAYERS * EXPERTS).view(1, LAYERS, EXPERTS).repeat(4, 1, 1))
-
-        def tuners(**changes: object) -> torch.Tensor:
-            config = CONFIG.updated(changes)
-            return flux.assign(state, [BUDGET] * 4, 1.0, seeding.generator(0, "assign"), config).exploit.sum(dim=0)
-
-        assert tuners().max() == 4
-        assert tuners(max_tuners=2).max() == 2
-        assert tuners(max_tuners=1).min() == 1
-        state = roles.update(state, torch.full_like(state.first, torch.nan))
-        assert tuners(coverage=1).min() == 1
-
     def test_a_backward_pass_measures_all_explored_experts_exactly(self, model: nn.Module, data: LocalData) -> None:
-        update, _, given = train("flux", model, data, explore_by="backward")
+        update, _, given = train("flux", model, data, {"roles.explore_by": "backward"})
         assert torch.equal(~update.utilities.isnan(), given.exploit | given.explore)
         assert update.work.probe_samples == 3 * len(data.train[0]["input_ids"])
-        probed, _, _ = train("flux", model, data, num_probes=400)
+        probed, _, _ = train("flux", model, data, {"roles.num_probes": 400})
         both = ~probed.utilities.isnan() & given.explore & (update.utilities > 0)
         torch.testing.assert_close(probed.utilities[both], update.utilities[both], rtol=0.3, atol=0)
 
     def test_only_assignments_that_use_probes_pay_for_them(self, model: nn.Module, data: LocalData) -> None:
-        update, _, given = train("flux", model, data, assignment="utility")
+        update, _, given = train("flux", model, data, {"roles.assignment": "utility"})
         assert torch.equal(~update.utilities.isnan(), given.exploit)
         assert update.work.probe_samples == 0
 
     def test_probes_are_limited(self, model: nn.Module, data: LocalData) -> None:
         update, _, given = train("flux", model, data)
-        assert int((~update.utilities.isnan() & given.explore).sum()) == CONFIG.probes_per_round
+        assert int((~update.utilities.isnan() & given.explore).sum()) == CONFIG.roles.probes_per_round
 
     def test_explored_experts_are_neither_tuned_nor_merged(self, model: nn.Module, data: LocalData) -> None:
         given = assigned("flux")
@@ -156,7 +146,7 @@ class TestFlux:
     def test_a_known_profile_is_not_made_again_before_training(self, model: nn.Module, data: LocalData) -> None:
         _, state, given = train("flux", model, data)
         run = methods.get("flux").train
-        update, _ = run(model, state, given, BUDGET, data, CONFIG, 2, seeding.generator(0))
+        update, _ = run(model, LocalRound(state, given, BUDGET, data, CONFIG, 2, seeding.generator(0)))
         assert "first_profile" not in update.phases_s
         assert not update.work.first_profile
 
@@ -177,9 +167,7 @@ def test_unknown_method_lists_the_known_ones() -> None:
 def test_flux_with_everything_exploited_is_fmd(model: nn.Module, data: LocalData) -> None:
     everything = torch.ones(LAYERS, EXPERTS, dtype=torch.bool)
     given, budget = Roles(everything, ~everything), Budget(LAYERS * EXPERTS, 0)
-    updates = [
-        methods.get(name).train(model, ParticipantState(), given, budget, data, CONFIG, 1, seeding.generator(0))[0]
-        for name in ("flux", "fmd")
-    ]
-    for key, tensors in updates[1].deltas.items():
-        assert all(torch.equal(tensor, updates[0].deltas[key][part]) for part, tensor in tensors.items())
+    local = LocalRound(ParticipantState(), given, budget, data, CONFIG, 1, seeding.generator(0))
+    updates = [methods.get(name).train(model, local)[0] for name in ("flux", "fmd")]
+    for key, tensors in updates[1].changes.items():
+        assert all(torch.equal(tensor, updates[0].changes[key][part]) for part, tensor in tensors.items())

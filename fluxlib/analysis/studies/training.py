@@ -87,7 +87,7 @@ def _one_run(
             plans = _plans(bench, bench.local(num_samples, participant), fraction, bits)
             with customized(bench.model, plans) as compact:
                 tuned = tune(bench.model, compact, list(islice(data[participant], config.training.local_steps)), config)
-            mean.add(tuned.deltas, tuned.tokens)
+            mean.add(tuned.changes, tuned.tokens)
         _apply(bench, mean)
         truth, fresh = bench.profile(num_samples, bits=16), bench.profile(num_samples, bits)
         yield bench.row("drift", setting, profiling.frequency_error(truth, first), x=number)

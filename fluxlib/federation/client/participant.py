@@ -33,7 +33,7 @@ from fluxlib.federation.protocol.messages import Instruction
 from fluxlib.federation.protocol.sync import NOTHING
 from fluxlib.federation.protocol.wire import Form
 from fluxlib.federation.server.outcome import Download
-from fluxlib.methods.base import Batch, LocalData, Method, ParticipantState, Update, Work
+from fluxlib.methods.base import Batch, LocalData, LocalRound, Method, ParticipantState, Update, Work
 from fluxlib.models.hardware import torch_device
 from fluxlib.profiling import Profile
 from fluxlib.tasks.batches import sample_batches
@@ -125,26 +125,20 @@ def train(message: Message, context: Context) -> Message:
     chance = seeding.generator(config.seed, "train", instruction.round, participant)
     method, ready = methods.get(config.method), time.time()
     with _forgetting_on_error():
-        update, state = method.train(
-            space.model,
-            load_state(context.state),
-            instruction.roles,
-            instruction.budget,
-            data,
-            config,
-            instruction.round,
-            chance,
+        local = LocalRound(
+            load_state(context.state), instruction.roles, instruction.budget, data, config, instruction.round, chance
         )
+        update, state = method.train(space.model, local)
         update, state = _profile_for_next(method, update, state, space, data, config, instruction, context)
     save_state(context.state, state)
     secret = privacy.noise_generator(config, "noise", instruction.round, participant)
     update, within = privacy.protect(update, config, instruction.clip_norm, secret)
     if feedback.is_used(config.wire.uplink):
-        update = replace(update, deltas=feedback.add_residual(update.deltas, context.state))
+        update = replace(update, changes=feedback.add_residual(update.changes, context.state))
     work = replace(
         update.work,
         num_downloaded=Download.of(instruction.delta, instruction.wire).num_experts,
-        num_uploaded=len(update.deltas),
+        num_uploaded=len(update.changes),
         upload_bits=min(update.work.upload_bits, wires.bits_per_weight(config.wire.uplink)),
     )
     report = messages.TrainReport(
@@ -158,7 +152,7 @@ def train(message: Message, context: Context) -> Message:
     )
     content = report.to_records(config.wire.uplink)
     if feedback.is_used(config.wire.uplink):
-        feedback.keep_residual(update.deltas, content["arrays"], config.wire.uplink, context.state)
+        feedback.keep_residual(update.changes, content["arrays"], config.wire.uplink, context.state)
     return Message(content, reply_to=message)
 
 

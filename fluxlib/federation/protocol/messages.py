@@ -202,7 +202,7 @@ class TrainReport(_Report):
         arrays = wires.make_record(
             {
                 wires.key_name(key, name): wires.lend(tensor, wire)
-                for key, tensors in update.deltas.items()
+                for key, tensors in update.changes.items()
                 for name, tensor in tensors.items()
             }
         )
@@ -230,7 +230,7 @@ class TrainReport(_Report):
         values, metrics, arrays = content["config"], content["metrics"], content["arrays"]
         shape = tuple(values["shape"])
         update = Update(
-            deltas=_experts(arrays, wire, shapes or {}),
+            changes=_experts(arrays, wire, shapes or {}),
             utilities=_from_floats(values["utilities"], shape),
             tokens=_from_floats(values["tokens"], shape),
             loss=float(metrics["loss"]),

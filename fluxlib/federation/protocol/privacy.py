@@ -68,13 +68,13 @@ def protect(update: Update, config: RunConfig, bound: float | None, generator: t
     """What a participant sends of ``update`` under the run's options, and whether its norm was within ``bound``."""
     within = True
     if bound is not None:
-        changes, within = clip(update.deltas, bound)
+        changes, within = clip(update.changes, bound)
         if config.privacy.noise == "participant" and config.privacy.noise_multiplier:
             multiplier = local_multiplier(config.privacy.noise_multiplier, config.privacy.clip_quantile is not None)
             changes = add_noise(changes, multiplier * bound, generator)
             if config.privacy.clip_quantile is not None and flips(config.privacy.noise_multiplier, generator):
                 within = not within
-        update = replace(update, deltas=changes)
+        update = replace(update, changes=changes)
     if config.privacy.withhold_reports:
         unknown = torch.full_like(update.utilities, math.nan)
         update = replace(update, utilities=unknown, tokens=torch.zeros_like(update.tokens))

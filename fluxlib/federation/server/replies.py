@@ -110,7 +110,7 @@ def check_update(report: TrainReport, expected: Expected) -> None:
     if update.num_samples < 0 or (update.tokens < 0).any() or (update.utilities < 0).any():
         raise Rejected("negative", "samples, tokens or utilities are negative")
     assigned = set(map(tuple, expected.assigned.nonzero().tolist()))
-    for key, tensors in update.deltas.items():
+    for key, tensors in update.changes.items():
         shapes = expected.shapes.get(key)
         fine = key in assigned and shapes is not None and tensors.keys() == shapes.keys()
         if not fine or any(t.shape != shapes[n] or not believable(t) for n, t in tensors.items()):  # type: ignore[index]

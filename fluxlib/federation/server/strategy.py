@@ -265,7 +265,7 @@ class FluxStrategy(Strategy):
         outcome.spans, outcome.received_s = report.spans, time.time()
         assert outcome.download.after is not None
         self.roster.confirm(participant, outcome.download.after)
-        mean.add(*self.guard.admit(update.deltas, update.tokens, report.within))
+        mean.add(*self.guard.admit(update.changes, update.tokens, report.within))
         utilities[participant] = update.utilities
 
     def _expected(self, server_round: int, outcome: Outcome) -> Expected:
