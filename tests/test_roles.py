@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fluxlib import roles
+from fluxlib.config import RolesConfig
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -103,34 +104,6 @@ def test_exploration_rotates_to_the_oldest() -> None:
     assert explore.flatten().tolist() == [False, True, True, False]
 
 
-def test_coverage_gives_an_overdue_expert_to_whom_it_is_worth_most() -> None:
-    utilities = torch.tensor([[[8.0, 4.0, 2.0]], [[8.0, 4.0, 3.0]]])
-    overdue = torch.tensor([[False, False, True]])
-    exploit = roles.assign(utilities, [2, 2], 1.0, seeded(), overdue=overdue).exploit
-    assert exploit[0, 0].tolist() == [True, True, False]
-    assert exploit[1, 0].tolist() == [True, False, True]
-
-
-def test_coverage_stops_where_budgets_end() -> None:
-    exploit = roles.assign(torch.rand(2, 1, 9), [1, 2], 1.0, seeded(), overdue=torch.ones(1, 9).bool()).exploit
-    assert exploit.sum(dim=(1, 2)).tolist() == [1, 2]
-
-
-def test_no_expert_has_more_tuners_than_allowed() -> None:
-    utilities = torch.rand(6, 2, 8, generator=seeded()) + torch.linspace(5, 0, 16).view(2, 8)
-    exploit = roles.assign(utilities, [4] * 6, 1.0, seeded(), max_tuners=2).exploit
-    assert exploit.sum(dim=0).max() == 2
-    assert exploit.sum(dim=(1, 2)).tolist() == [4] * 6
-    free = roles.assign(utilities, [4] * 6, 1.0, seeded(), max_tuners=6).exploit
-    assert torch.equal(free, roles.assign(utilities, [4] * 6, 1.0, seeded()).exploit)
-
-
-def test_max_tuners_leaves_the_expert_to_those_who_gain_most() -> None:
-    utilities = torch.tensor([[[10.0, 1.0]], [[10.0, 9.0]]])
-    exploit = roles.assign(utilities, [1, 1], 1.0, seeded(), max_tuners=1).exploit
-    assert exploit[:, 0].tolist() == [[True, False], [False, True]]
-
-
 @pytest.mark.parametrize(
     ("utilities", "budgets", "epsilon", "message"),
     [
@@ -147,17 +120,16 @@ def test_assign_names_what_is_wrong(utilities: torch.Tensor, budgets: list[int],
         roles.assign(utilities, budgets, epsilon, seeded())
 
 
-def three_rounds() -> roles.RoleState:
+def two_rounds() -> roles.RoleState:
     """Two participants, one layer of four experts; participant 1 stays away from round 2."""
     nan = math.nan
     state = roles.RoleState.start(torch.tensor([[[0.4, 0.3, 0.2, 0.1]], [[0.25, 0.25, 0.25, 0.25]]]))
-    tuned = torch.tensor([[[True, False, False, False]], [[False, True, False, False]]])
-    state = roles.update(state, torch.tensor([[[8.0, nan, 4.0, nan]], [[nan, 6.0, nan, nan]]]), tuned)
-    return roles.update(state, torch.tensor([[[nan, 3.0, nan, nan]], [[nan, nan, nan, nan]]]), tuned & False)
+    state = roles.update(state, torch.tensor([[[8.0, nan, 4.0, nan]], [[nan, 6.0, nan, nan]]]))
+    return roles.update(state, torch.tensor([[[nan, 3.0, nan, nan]], [[nan, nan, nan, nan]]]))
 
 
 def test_unmeasured_utilities_keep_their_ratio_to_the_measured_ones() -> None:
-    state = three_rounds()
+    state = two_rounds()
     now = roles.current_utilities(state)
     # Participant 0 measured 8, 3, 4 where its first utilities were 1, 0.75, 0.5: a factor of 15 / 2.25.
     assert now[0, 0].tolist() == pytest.approx([8.0, 3.0, 4.0, 0.25 * 15 / 2.25])
@@ -166,23 +138,18 @@ def test_unmeasured_utilities_keep_their_ratio_to_the_measured_ones() -> None:
     assert roles.current_utilities(start).flatten().tolist() == pytest.approx([1.0, 0.25])
 
 
-def test_state_knows_ages_and_overdue_experts() -> None:
-    state = three_rounds()
-    assert roles.ages(state)[0, 0].tolist() == [2, 1, 2, 3]
-    assert roles.overdue(state, 2)[0].tolist() == [False, False, True, True]
-    assert roles.overdue(state, 1)[0].tolist() == [True, True, True, True]
-    bonus = roles.uncertainty_bonus(state)[0, 0]
-    assert bonus[3] > bonus[0] > bonus[1] > 0
+def test_state_knows_how_old_its_utilities_are() -> None:
+    assert roles.ages(two_rounds())[0, 0].tolist() == [2, 1, 2, 3]
 
 
 def test_state_saves_and_resumes() -> None:
-    state = three_rounds()
+    state = two_rounds()
     again = roles.RoleState.from_arrays(state.to_arrays())
     assert torch.equal(roles.current_utilities(state), roles.current_utilities(again))
     assert again.round == 2
     arrays = state.to_arrays()
-    del arrays["tuned_round"]
-    with pytest.raises(ValueError, match="tuned_round"):
+    del arrays["measured_round"]
+    with pytest.raises(ValueError, match="measured_round"):
         roles.RoleState.from_arrays(arrays)
 
 
@@ -235,26 +202,6 @@ def test_what_experts_are_chosen_by() -> None:
     assert roles.priorities(state, "frequency", chance).flatten().tolist() == [1.0, 0.75, 0.5, 0.25]
     first, second = (roles.priorities(state, "random", chance) for _ in range(2))
     assert not torch.equal(first, second)
-    bonus = roles.priorities(state, "flux", chance, uncertainty=0.1) - roles.priorities(state, "flux", chance)
-    assert torch.allclose(bonus, roles.uncertainty_bonus(state, 0.1))
-    with pytest.raises(ValueError, match="assignment is 'best', allowed are flux, random"):
-        roles.priorities(state, "best", chance)  # type: ignore[arg-type]
-
-
-def test_proportional_draws_come_in_proportion_to_utility() -> None:
-    state, chance = measured_state(), seeded()
-    first = [int(roles.priorities(state, "proportional", chance).flatten().argmax()) for _ in range(2000)]
-    shares = torch.bincount(torch.tensor(first), minlength=4) / 2000
-    assert shares.tolist() == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.035)
-    nothing = roles.RoleState.start(torch.zeros(1, 1, 3))
-    assert torch.isfinite(roles.priorities(nothing, "proportional", chance)).all()
-
-
-def test_coverage_spares_what_others_tune_too() -> None:
-    utilities = torch.tensor([[[8.0, 4.0, 2.0]], [[8.0, 4.0, 3.0]]])
-    exploit = roles.assign(utilities, [2, 2], 1.0, seeded(), overdue=torch.ones(1, 3).bool()).exploit
-    assert exploit[:, 0].sum(dim=0).tolist() == [2, 1, 1]
-    assert exploit[1, 0].tolist() == [True, False, True]
 
 
 def test_missing_counts_what_is_due_of_the_optional() -> None:
@@ -266,7 +213,8 @@ def test_missing_counts_what_is_due_of_the_optional() -> None:
     assert [(f.participant, f.kind, f.count) for f in state.faults] == [(1, "missing", 2), (1, "unasked", 1)]
 
 
-def test_only_kinds_that_use_probes_are_given_some() -> None:
-    assert roles.num_probed("flux", 5, None) == 5
-    assert roles.num_probed("proportional", 5, 3) == 3
-    assert roles.num_probed("utility", 5, 3) == 0
+def test_only_flux_is_given_probes() -> None:
+    assert roles.num_probed(RolesConfig(probes_per_round=None), 5) == 5
+    assert roles.num_probed(RolesConfig(probes_per_round=3), 5) == 3
+    assert roles.num_probed(RolesConfig(probes_per_round=3, explore_by="backward"), 5) == 5
+    assert roles.num_probed(RolesConfig(assignment="utility"), 5) == 0

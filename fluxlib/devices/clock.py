@@ -14,7 +14,7 @@ What is modelled, per participant and phase of :data:`fluxlib.records.PHASES`:
 - merging and quantising: reading the full model from where the participant keeps it (host memory, or its own
   memory where that is unified and large enough), and writing the result;
 - down- and upload: bytes of experts over the link, plus its latency;
-- the server: reading every upload and writing the mean, and merging where it does that, in its host memory.
+- the server: reading every upload and writing the mean, in its host memory.
 
 Not modelled: kernel launches and Python, padding, an expert that no token of a step reaches, the search for a
 neuron alignment, contention between participants for the server's network, stragglers and failures.
@@ -351,15 +351,10 @@ class RoundTime:
 
 
 def server_seconds(works: Sequence[Work], shapes: Shapes, device: Device = SERVER) -> float:
-    """The server's part, in its host memory: every upload read, every mean read and written.
-
-    Where it merges for participants, every expert it reads and every slot it writes; planning is not modelled, here as
-    on the devices.
-    """
+    """The server's part, in its host memory: every upload read, every mean read and written."""
     uploaded = sum(work.num_uploaded / work.num_experts for work in works) * shapes.num_experts
     changed = max((work.num_uploaded / work.num_experts for work in works), default=0.0) * shapes.num_experts
-    merged = sum(work.num_server_merged / work.num_experts for work in works) * shapes.num_experts
-    return (uploaded + 2 * changed + merged) * shapes.expert_parameters * WEIGHT_BYTES / device.host_rate
+    return (uploaded + 2 * changed) * shapes.expert_parameters * WEIGHT_BYTES / device.host_rate
 
 
 def round_seconds(phases: Sequence[dict[str, float]], first_profile: Sequence[bool], server_s: float) -> RoundTime:

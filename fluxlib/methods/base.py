@@ -7,14 +7,13 @@ FLUX and its baselines follows from these two, so comparing methods is one loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fluxlib.config import RunConfig
-from fluxlib.moe.compact import LayerPlan
 from fluxlib.profiling import Profile
 from fluxlib.roles import Assignment, RoleState
 
@@ -34,27 +33,14 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What the server made of a participant's other experts: one plan per MoE layer, and merged slots by their number.
-
-    A slot that is not among ``slots`` is merged by the participant, from experts that it holds as they are.
-    """
-
-    plans: tuple[LayerPlan, ...]
-    slots: tuple[Mapping[int, dict[str, Tensor]], ...]
-
-
-@dataclass(frozen=True)
 class Roles:
     """One participant's experts of this round, as boolean masks ``[layers, experts]``.
 
-    ``exploit`` is tuned and uploaded. Of ``explore`` only a utility is reported, measured by forward passes. With
-    ``merged`` the server has planned, and merged, all others.
+    ``exploit`` is tuned and uploaded. Of ``explore`` only a utility is reported, measured by forward passes.
     """
 
     exploit: Tensor
     explore: Tensor
-    merged: Merged | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +59,6 @@ class Work:
     """Frozen expert slots held beside them: merged groups and explored experts."""
     num_merge_sources: int = 0
     """Experts read to make the merged slots."""
-    num_server_merged: int = 0
-    """Experts that the server read or wrote to make merged slots for this participant."""
     train_steps: int = 0
     train_samples: int = 0
     train_tokens: int = 0
@@ -156,7 +140,6 @@ class LocalRound:
 AssignFn = Callable[[RoleState, Sequence[Budget], float, torch.Generator, RunConfig], Assignment]
 TrainFn = Callable[[torch.nn.Module, LocalRound], tuple[Update, ParticipantState]]
 ProfileFn = Callable[[torch.nn.Module, LocalData, RunConfig], Profile]
-PlanFn = Callable[[torch.nn.Module, Profile, Roles, Budget, RunConfig], Sequence[LayerPlan]]
 
 
 @dataclass(frozen=True)
@@ -171,8 +154,6 @@ class Method:
     ``explores``: the budget is split by epsilon, which is empty in the tables otherwise.
     ``afterwards(model, data, config)``: the profile for the next round, of the model that was held in this one, before
     training. It may be made when the reply is out, so nothing of it can be in the reply (stale by one).
-    ``plan(model, profile, roles, budget, config)``: what becomes of every expert, of a method that merges; the server
-    may then do it (``merged_downlink: server``).
     """
 
     name: str
@@ -183,4 +164,3 @@ class Method:
     utilities: bool = False
     explores: bool = False
     afterwards: ProfileFn | None = None
-    plan: PlanFn | None = None

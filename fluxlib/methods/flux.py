@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from fluxlib import gradients, merging, profiling, roles
 from fluxlib.config import RunConfig
-from fluxlib.methods.base import Budget, ExpertKey, LocalData, LocalRound, Method, ParticipantState, Roles, Update, Work
-from fluxlib.methods.local import Stopwatch, Tuned, count_profile, count_training, customized, profile, tune
-from fluxlib.moe import find
+from fluxlib.methods.base import Budget, ExpertKey, LocalRound, Method, ParticipantState, Roles, Update
+from fluxlib.methods.local import Stopwatch, customized, profile, profile_account, report, tune
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.tasks.batches import to_device
 
@@ -27,8 +26,8 @@ def assign(
 ) -> roles.Assignment:
     """Eq. 4 on the utilities known so far; the least recently measured experts are explored first.
 
-    ``config.assignment`` puts other values in the place of utilities (:func:`fluxlib.roles.priorities`), in the same
-    budget: as many experts are exploited in each round, and as many held unmerged beside them.
+    ``config.roles.assignment`` puts other values in the place of utilities (:func:`fluxlib.roles.priorities`), in the
+    same budget: as many experts are exploited in each round, and as many held unmerged beside them.
     """
     values = roles.priorities(state, config.roles.assignment, generator)
     return roles.assign(
@@ -36,33 +35,40 @@ def assign(
         [budget.num_tuned for budget in budgets],
         epsilon,
         generator,
-        ages=roles.ages(state) if config.roles.assignment in roles.PROBES else None,
+        ages=roles.ages(state) if config.roles.assignment == "flux" else None,
     )
 
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
     """Merge, probe, tune; the profile for the next round comes afterwards (``Method.afterwards``)."""
-    watch, state, assigned = Stopwatch(), local.state, local.roles
-    data, config, generator = local.data, local.config, local.generator
-    work = Work(num_experts=assigned.exploit.numel())
-    known = state.profile
-    if known is None or not config.profiling.stale:
+    watch, data, config, known = Stopwatch(), local.data, local.config, local.state.profile
+    is_first = known is None or not config.profiling.stale
+    if known is None or is_first:
         with watch.phase("first_profile"):
             known = profile(model, data, config)
-        state = ParticipantState(known, local.number)
-        work = replace(work, first_profile=True)
-    given = assigned.merged
     with watch.phase("merge"):
-        plans = list(given.plans) if given else make_plans(model, known, assigned, local.budget, config)
-    with customized(model, plans, given.slots if given else None) as compact:
+        plans = make_plans(model, known, local.roles, local.budget, config)
+    with customized(model, plans) as compact:
         with watch.phase("probe"):
-            probed = _probe_keys(assigned.explore, config, generator)
-            probe_norms = _probe(model, data, probed, config, generator)
+            probed = keys_to_probe(local)
+            probe_norms = probe(model, local, probed)
         with watch.phase("train"):
             tuned = tune(model, compact, data.train, config)
-    utilities = roles.utility(torch.cat([tuned.squared_norms, probe_norms]), tuned.tokens)
-    work = _account(work, plans, assigned, data, tuned, probed, config)
-    return Update(tuned.changes, utilities, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
+    groups = [group for plan in plans for group in plan.groups]
+    passes, batch = forward_passes(probed, len(plans), config), data.train[0]
+    update = report(
+        local,
+        tuned,
+        watch,
+        utilities=roles.utility(torch.cat([tuned.squared_norms, probe_norms]), tuned.tokens),
+        num_frozen=len(groups),
+        num_merge_sources=sum(len(group) for group in groups if len(group) > 1),
+        probe_samples=round(passes * len(batch["input_ids"])),
+        probe_tokens=round(passes * int(batch["attention_mask"].sum())),
+        first_profile=is_first,
+        **profile_account(data, known.frequency.numel(), config),
+    )
+    return update, ParticipantState(known, local.number) if is_first else local.state
 
 
 def make_plans(
@@ -102,70 +108,34 @@ def freeze(plan: LayerPlan, explored: Tensor) -> LayerPlan:
     )
 
 
-def _probe_keys(explore: Tensor, config: RunConfig, generator: torch.Generator) -> list[ExpertKey]:
+def keys_to_probe(local: LocalRound) -> list[ExpertKey]:
     """The explored experts that are probed this round, drawn at random where there are more than may be."""
-    keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
-    count = roles.num_probed(config.roles.assignment, len(keys), config.roles.probe_limit)
+    keys = [(int(layer), int(expert)) for layer, expert in local.roles.explore.nonzero()]
+    count = roles.num_probed(local.config.roles, len(keys))
     if count == len(keys):
         return keys
-    return [keys[i] for i in torch.randperm(len(keys), generator=generator)[:count].tolist()]
+    return [keys[i] for i in torch.randperm(len(keys), generator=local.generator)[:count].tolist()]
 
 
-def _probe(
-    model: nn.Module,
-    data: LocalData,
-    probed: Sequence[ExpertKey],
-    config: RunConfig,
-    generator: torch.Generator,
-) -> Tensor:
-    """``[1, L, E]`` squared gradient norms of the probed experts, NaN elsewhere.
+def probe(model: nn.Module, local: LocalRound, probed: Sequence[ExpertKey]) -> Tensor:
+    """``[1, L, E]`` squared gradient norms of the probed experts on the first batch, NaN elsewhere.
 
     Paper: estimates from forward passes. Deviation, with ``explore_by="backward"``: exact norms of all explored experts
     from one backward pass, which keeps one expert's gradient at a time and no optimizer state. Its activations are
     those of a training step, so it fits where training fits.
     """
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    moe = find.layers(model)
-    norms = torch.full((1, len(moe), moe[0].num_experts), float("nan"))
+    seed = int(torch.randint(2**62, (1,), generator=local.generator))
+    norms = torch.full((1, *local.roles.explore.shape), float("nan"))
     if not probed:
         return norms
-    batch = to_device(data.train[0], next(model.parameters()).device)
-    if config.roles.explore_by == "backward":
+    batch = to_device(local.data.train[0], next(model.parameters()).device)
+    if local.config.roles.explore_by == "backward":
         values = gradients.true_norms(model, batch, probed)
     else:
-        values = gradients.probe_norms(model, batch, probed, config.roles.num_probes, seed)
+        values = gradients.probe_norms(model, batch, probed, local.config.roles.num_probes, seed)
     for (layer, expert), value in zip(probed, values.tolist(), strict=True):
         norms[0, layer, expert] = value
     return norms
-
-
-def _account(
-    work: Work,
-    plans: Sequence[LayerPlan],
-    assigned: Roles,
-    data: LocalData,
-    tuned: Tuned,
-    probed: Sequence[ExpertKey],
-    config: RunConfig,
-) -> Work:
-    passes = forward_passes(probed, len(plans), config)
-    given = assigned.merged.slots if assigned.merged else [{}] * len(plans)
-    work = replace(
-        count_training(work, tuned, assigned.exploit, len(data.train)),
-        num_frozen=sum(len(plan.groups) for plan in plans),
-        num_merge_sources=sum(
-            len(group)
-            for plan, slots in zip(plans, given, strict=True)
-            for number, group in enumerate(plan.groups)
-            if len(group) > 1 and number not in slots
-        ),
-        num_server_merged=sum(
-            len(plan.groups[number]) + 1 for plan, slots in zip(plans, given, strict=True) for number in slots
-        ),
-        probe_samples=round(passes * len(data.train[0]["input_ids"])),
-        probe_tokens=round(passes * int(data.train[0]["attention_mask"].sum())),
-    )
-    return count_profile(work, data, config)
 
 
 def forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConfig) -> float:
@@ -182,7 +152,4 @@ def forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConf
     return 1 + 2 * config.roles.num_probes * above
 
 
-METHOD = Method(
-    "flux", "FLUX", assign, train,
-    profiles=True, utilities=True, explores=True, afterwards=profile, plan=make_plans,
-)  # fmt: skip
+METHOD = Method("flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, afterwards=profile)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from fluxlib.config import RunConfig
-from fluxlib.methods.base import Budget, LocalRound, Method, ParticipantState, Update, Work
-from fluxlib.methods.local import Stopwatch, count_training, customized, tune
+from fluxlib.methods.base import Budget, LocalRound, Method, ParticipantState, Update
+from fluxlib.methods.local import Stopwatch, customized, report, tune
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.roles import Assignment, RoleState
 
@@ -30,15 +30,11 @@ def assign(
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
     """Local steps on all experts."""
-    watch, exploit = Stopwatch(), local.roles.exploit
-    plans = [LayerPlan(tuned=tuple(mask.nonzero().flatten().tolist())) for mask in exploit]
+    watch = Stopwatch()
+    plans = [LayerPlan(tuned=tuple(mask.nonzero().flatten().tolist())) for mask in local.roles.exploit]
     with watch.phase("train"), customized(model, plans) as compact:
         tuned = tune(model, compact, local.data.train, local.config)
-    work = Work(num_experts=exploit.numel(), offloaded=True)
-    work = count_training(work, tuned, exploit, len(local.data.train))
-    nothing = torch.full(exploit.shape, float("nan"))
-    update = Update(tuned.changes, nothing, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s)
-    return update, local.state
+    return report(local, tuned, watch, offloaded=True), local.state
 
 
 METHOD = Method("fmd", "FMD (full model, offloaded)", assign, train, profiles=False)

@@ -13,15 +13,14 @@ choice and an expensive profile; its choice is one round old.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fluxlib import roles
 from fluxlib.config import RunConfig
-from fluxlib.methods.base import Budget, LocalRound, Method, ParticipantState, Update, Work
-from fluxlib.methods.local import Stopwatch, count_profile, count_training, customized, profile, tune
+from fluxlib.methods.base import Budget, LocalRound, Method, ParticipantState, Update
+from fluxlib.methods.local import Stopwatch, customized, profile, profile_account, report, tune
 from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 
@@ -37,23 +36,25 @@ def assign(
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
     """Drop, tune, profile."""
-    watch, exploit, data, config = Stopwatch(), local.roles.exploit, local.data, local.config
-    work = Work(num_experts=exploit.numel())
-    known = local.state.profile
+    watch, data, config, known = Stopwatch(), local.data, local.config, local.state.profile
     if known is None:
         with watch.phase("first_profile"):
             known = profile(model, data, config)
-        work = replace(work, first_profile=True)
-    plans = make_plans(model, known.frequency, exploit)
+    plans = make_plans(model, known.frequency, local.roles.exploit)
     with watch.phase("train"), customized(model, plans) as compact:
         tuned = tune(model, compact, data.train, config)
     with watch.phase("profile"):
-        state = ParticipantState(profile(model, data, config), local.number)
-    assert state.profile is not None
-    work = replace(work, num_frozen=sum(len(plan.groups) for plan in plans))
-    work = count_profile(count_training(work, tuned, exploit, len(data.train)), data, config)
-    frequency = roles.first_utilities(state.profile.frequency)
-    return Update(tuned.changes, frequency, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s), state
+        found = profile(model, data, config)
+    update = report(
+        local,
+        tuned,
+        watch,
+        utilities=roles.first_utilities(found.frequency),
+        num_frozen=sum(len(plan.groups) for plan in plans),
+        first_profile=local.state.profile is None,
+        **profile_account(data, found.frequency.numel(), config),
+    )
+    return update, ParticipantState(found, local.number)
 
 
 def make_plans(model: nn.Module, frequency: Tensor, exploit: Tensor) -> list[LayerPlan]:

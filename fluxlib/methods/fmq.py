@@ -21,15 +21,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fluxlib.config import RunConfig
 from fluxlib.methods import fmd
-from fluxlib.methods.base import ExpertKey, LocalRound, Method, ParticipantState, Update, Work
-from fluxlib.methods.local import Stopwatch, count_training, make_optimizer, run_steps
+from fluxlib.methods.base import ExpertKey, LocalRound, Method, ParticipantState, Update
+from fluxlib.methods.local import Stopwatch, make_optimizer, report, run_steps
 from fluxlib.moe import find
 from fluxlib.moe.quantized import QuantizedExperts, dequantize, quantized
 
@@ -39,27 +38,28 @@ SCALE_BITS = 16 / 64
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
     """Quantise, then local steps on all experts, each quantised again after every step."""
-    exploit, config = local.roles.exploit, local.config
-    if config.training.fmq_bits == 16:
+    bits = local.config.training.fmq_bits
+    if bits == 16:
         return fmd.train(model, local)
     watch = Stopwatch()
     with ExitStack() as held:
         with watch.phase("quantize"):
-            held.enter_context(quantized(model, config.training.fmq_bits))
+            held.enter_context(quantized(model, bits))
         with watch.phase("train"):
             experts: list[QuantizedExperts] = [layer.experts for layer in find.layers(model)]  # type: ignore[misc]
-            tuned = run_steps(model, QuantizedLearner(experts, config), local.data.train, config)
-    num_experts = exploit.numel()
-    work = Work(num_experts=num_experts, num_quantized=num_experts, profile_bits=config.training.fmq_bits)
-    travelling = config.training.fmq_bits + SCALE_BITS
-    work = replace(
-        work, weight_bits=config.training.fmq_bits, offloaded=True, download_bits=travelling, upload_bits=travelling
+            tuned = run_steps(model, QuantizedLearner(experts, local.config), local.data.train, local.config)
+    update = report(
+        local,
+        tuned,
+        watch,
+        num_quantized=local.roles.exploit.numel(),
+        profile_bits=bits,
+        weight_bits=bits,
+        offloaded=True,
+        download_bits=bits + SCALE_BITS,
+        upload_bits=bits + SCALE_BITS,
     )
-    work = count_training(work, tuned, exploit, len(local.data.train))
-    nothing = torch.full(exploit.shape, float("nan"))
-    return Update(
-        tuned.changes, nothing, tuned.tokens, tuned.loss, tuned.num_samples, work, watch.phases_s
-    ), local.state
+    return update, local.state
 
 
 class QuantizedLearner:

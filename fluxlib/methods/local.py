@@ -7,17 +7,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fluxlib import profiling
 from fluxlib.config import RunConfig
-from fluxlib.methods.base import Batch, ExpertKey, LocalData, Work
+from fluxlib.methods.base import Batch, ExpertKey, LocalData, LocalRound, Update, Work
 from fluxlib.moe import find
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan, customize, restore
@@ -55,15 +55,9 @@ class Learner(Protocol):
 
 
 @contextmanager
-def customized(
-    model: nn.Module, plans: Sequence[LayerPlan], known: Sequence[Mapping[int, dict[str, Tensor]]] | None = None
-) -> Iterator[list[CompactExperts]]:
-    """The model with each layer's plan in force; afterwards the model is exactly what it was before.
-
-    Args:
-        known: per layer, merged slots that need not be made, by number.
-    """
-    customize(model, plans, known=known)
+def customized(model: nn.Module, plans: Sequence[LayerPlan]) -> Iterator[list[CompactExperts]]:
+    """The model with each layer's plan in force; afterwards the model is exactly what it was before."""
+    customize(model, plans)
     try:
         yield [layer.experts for layer in find.layers(model)]  # type: ignore[misc]
     finally:
@@ -201,29 +195,38 @@ def profile(model: nn.Module, data: LocalData, config: RunConfig) -> profiling.P
     return profiling.profile(model, data.profile, bits=config.profiling.bits)
 
 
-def count_training(work: Work, tuned: Tuned, exploit: Tensor, num_steps: int) -> Work:
-    """``work`` with the account of the local steps; ``exploit`` is ``[L, E]``, the experts that were tuned."""
-    return replace(
-        work,
+def report(local: LocalRound, tuned: Tuned, watch: Stopwatch, utilities: Tensor | None = None, **work: Any) -> Update:
+    """The update of a round, with the account of its local steps.
+
+    Args:
+        utilities: ``[L, E]``, NaN where not measured; None: none was.
+        work: what else was done, by the names of :class:`Work`.
+    """
+    exploit = local.roles.exploit
+    account = Work(
+        num_experts=exploit.numel(),
         num_tuned=int(exploit.sum()),
-        train_steps=num_steps,
+        train_steps=len(local.data.train),
         train_samples=tuned.num_samples,
         train_tokens=tuned.num_tokens,
         routed_tokens=int(tuned.tokens.sum()),
         slot_tokens=tuned.slot_tokens,
         tuned_tokens=int(tuned.tokens[exploit].sum()),
+        **work,
     )
+    if utilities is None:
+        utilities = torch.full(exploit.shape, float("nan"))
+    return Update(tuned.changes, utilities, tuned.tokens, tuned.loss, tuned.num_samples, account, watch.phases_s)
 
 
-def count_profile(work: Work, data: LocalData, config: RunConfig) -> Work:
-    """``work`` with the account of one profile of the full model."""
-    return replace(
-        work,
-        profile_samples=sum(len(batch["input_ids"]) for batch in data.profile),
-        profile_tokens=sum(int(batch["attention_mask"].sum()) for batch in data.profile),
-        profile_bits=config.profiling.bits,
-        num_quantized=work.num_experts,
-    )
+def profile_account(data: LocalData, num_experts: int, config: RunConfig) -> dict[str, Any]:
+    """What one profile of the full model adds to :class:`Work`."""
+    return {
+        "profile_samples": sum(len(batch["input_ids"]) for batch in data.profile),
+        "profile_tokens": sum(int(batch["attention_mask"].sum()) for batch in data.profile),
+        "profile_bits": config.profiling.bits,
+        "num_quantized": num_experts,
+    }
 
 
 class Stopwatch:

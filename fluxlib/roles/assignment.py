@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fluxlib.config import AssignmentKind, RolesConfig
+from fluxlib.roles.state import RoleState, current_utilities
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -21,15 +24,42 @@ class Assignment:
     explore: Tensor
 
 
+def priorities(state: RoleState, kind: AssignmentKind, generator: torch.Generator) -> Tensor:
+    """``[P, L, E]`` values whose largest are exploited: FLUX's utilities, and what they have to beat.
+
+    All kinds fill the same number of places in the same round, so that what they are compared by is which experts are
+    tuned, not how many.
+
+    Args:
+        kind:
+            ``flux``: utilities as last measured, by backpropagation or by probes (section 6).
+            ``utility``: the same values, but nothing is probed: an expert's utility is known once it was tuned, and
+            until then it is its first one. Pure exploitation.
+            ``frequency``: the activation frequency of the participant's first profile, round after round.
+            ``random``: uniform, drawn anew in every round.
+        generator: of ``random``, on the CPU.
+    """
+    if kind == "random":
+        return torch.rand(state.first.shape, generator=generator).to(state.first)
+    return state.first if kind == "frequency" else current_utilities(state)
+
+
+def num_probed(config: RolesConfig, num_explored: int) -> int:
+    """Of ``num_explored`` experts, those that a participant probes in a round.
+
+    Only FLUX looks: what the other assignments choose by would not change, or not by their own rule.
+    """
+    if config.assignment != "flux":
+        return 0
+    return num_explored if config.probe_limit is None else min(config.probe_limit, num_explored)
+
+
 def assign(
     utilities: Tensor,
     budgets: Tensor | Sequence[int],
     epsilon: float,
     generator: torch.Generator,
-    *,
     ages: Tensor | None = None,
-    overdue: Tensor | None = None,
-    max_tuners: int | None = None,
 ) -> Assignment:
     """Eq. 4: per participant the ``round(epsilon * B)`` experts of highest utility, the rest of B to explore.
 
@@ -39,38 +69,32 @@ def assign(
     Args:
         utilities: ``[P, L, E]``, finite.
         budgets: ``[P]``, ``B_tune`` of each participant, 0..L*E.
-        epsilon: exploitation share, 0..1. A participant with a budget exploits at least one expert if epsilon
-            > 0.
+        epsilon: exploitation share, 0..1. A participant with a budget exploits at least one expert if epsilon > 0.
         generator: draws the explored experts, on the CPU.
-        ages: ``[P, L, E]`` rounds since the last measurement. Given, exploration rotates: oldest first, ties
-            at random.
-        overdue: bool ``[L, E]``; each such expert is exploited by someone as far as budgets reach (coverage):
-            the participant to whom it is worth most gives up for it its least useful expert that can be spared, one
-            that is not overdue itself, or that others tune too.
-        max_tuners: at most so many participants exploit the same expert (load balance), by deferred
-            acceptance.
+        ages: ``[P, L, E]`` rounds since the last measurement. Given, exploration rotates: oldest first, ties at random.
 
     Raises:
         ValueError: naming the participant whose utilities or budget are not allowed.
     """
-    values, counts, num_exploit = _checked(utilities, budgets, epsilon)
-    exploit = _limited_top(values, num_exploit, max_tuners) if max_tuners else _top(values, num_exploit)
-    if overdue is not None:
-        exploit = _cover(values, exploit, overdue.reshape(-1).to(values.device))
+    values, counts = _checked(utilities, budgets, epsilon)
+    num_exploit = (epsilon * counts.double() + 0.5).floor().long()
+    if epsilon > 0:
+        num_exploit = num_exploit.maximum(counts.clamp(max=1))
+    exploit = _top(values, num_exploit)
     keys = torch.rand(values.shape, generator=generator, dtype=torch.float32).to(values.device)
     if ages is not None:
         keys = keys + ages.reshape(values.shape)
-    explore = _top(keys.masked_fill(exploit, -math.inf), counts - exploit.sum(dim=1))
+    explore = _top(keys.masked_fill(exploit, -math.inf), counts - num_exploit)
     return Assignment(exploit.view(utilities.shape), explore.view(utilities.shape))
 
 
-def _checked(utilities: Tensor, budgets: Tensor | Sequence[int], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat utilities ``[P, L*E]``, budgets and numbers of exploited experts, both long ``[P]``."""
+def _checked(utilities: Tensor, budgets: Tensor | Sequence[int], epsilon: float) -> tuple[Tensor, Tensor]:
+    """Flat utilities ``[P, L*E]`` and budgets, long ``[P]``."""
     if utilities.dim() != 3:
         raise ValueError(f"utilities must be [participants, layers, experts], got {tuple(utilities.shape)}")
     if not 0 <= epsilon <= 1:
         raise ValueError(f"epsilon must be in 0..1, got {epsilon}")
-    values = utilities.reshape(utilities.shape[0], -1)
+    values = utilities.flatten(1)
     counts = torch.as_tensor(budgets, device=values.device).long()
     if counts.shape != values.shape[:1]:
         raise ValueError(
@@ -82,56 +106,11 @@ def _checked(utilities: Tensor, budgets: Tensor | Sequence[int], epsilon: float)
     bad = (~torch.isfinite(values)).any(dim=1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"utilities must be finite, those of participants {bad} are not (see roles.update)")
-    rounded = (epsilon * counts.double() + 0.5).floor().long()
-    at_least = (counts > 0).long() if epsilon > 0 else torch.zeros_like(counts)
-    return values, counts, torch.maximum(rounded, at_least)
+    return values, counts
 
 
 def _top(values: Tensor, counts: Tensor) -> Tensor:
     """Bool ``[P, N]``: the ``counts[p]`` largest of each row, the lower index first among equals."""
-    most = int(counts.max()) if len(counts) else 0
-    order = values.argsort(dim=1, descending=True, stable=True)[:, :most]
-    chosen = torch.arange(most, device=values.device) < counts[:, None]
-    return torch.zeros(values.shape, dtype=torch.bool, device=values.device).scatter_(1, order, chosen)
-
-
-def _relative(values: Tensor) -> Tensor:
-    """Utilities in units of the participant's mean, so that they compare between participants."""
-    return values / values.mean(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-
-
-def _limited_top(values: Tensor, counts: Tensor, max_tuners: int) -> Tensor:
-    """Deferred acceptance: each proposes its best, an expert keeps its best ``max_tuners``, losers propose the next."""
-    order, proposed = values.argsort(dim=1, descending=True, stable=True), _top(values, counts)
-    relative, position, last = _relative(values), counts.clone(), values.shape[1] - 1
-    while len(crowded := (proposed.sum(dim=0) > max_tuners).nonzero().flatten()):
-        asking = proposed[:, crowded]
-        offers = relative[:, crowded].masked_fill(~asking, -math.inf).T.contiguous()
-        kept = _top(offers, torch.full((len(crowded),), max_tuners, device=values.device)).T
-        proposed[:, crowded] = kept
-        lost = (asking & ~kept).sum(dim=1)
-        steps = torch.arange(int(lost.max()), device=values.device)
-        places = position[:, None] + steps
-        row, step = ((steps < lost[:, None]) & (places <= last)).nonzero(as_tuple=True)
-        proposed[row, order[row, places[row, step]]] = True
-        position += lost
-    return proposed
-
-
-def _cover(values: Tensor, exploit: Tensor, overdue: Tensor) -> Tensor:
-    """Each overdue expert goes to who values it most and still exploits one that is not, or that others tune too."""
-    exploit, relative = exploit.clone(), _relative(values)
-    tuners = exploit.sum(dim=0)
-    spare = exploit & (~overdue | (tuners > 1))
-    room = spare.sum(dim=1)
-    for expert in (overdue & (tuners == 0)).nonzero().flatten().tolist():
-        if not (room > 0).any():
-            break
-        participant = int(relative[:, expert].masked_fill(room == 0, -math.inf).argmax())
-        given_up = int(values[participant].masked_fill(~spare[participant], math.inf).argmin())
-        exploit[participant, given_up], exploit[participant, expert] = False, True
-        tuners[given_up] -= 1
-        kept = exploit[:, given_up] & (~overdue[given_up] | (tuners[given_up] > 1))
-        room -= spare[:, given_up].long() - kept.long()
-        spare[:, given_up] = kept
-    return exploit
+    order = values.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(values.shape[1], device=values.device) < counts[:, None]
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, chosen)

@@ -1,16 +1,14 @@
 """What the server remembers of utilities between rounds.
 
-:class:`RoleState` is frozen and saved with :meth:`RoleState.to_arrays`. :func:`update` is the only way to a
-new one: it bounds and reports what participants send. :func:`current_utilities` is what
-:func:`fluxlib.roles.assign` is given; :func:`uncertainty_bonus`, :func:`ages` and :func:`overdue` serve its
-options.
+:func:`update` is the only way to a new :class:`RoleState`: it bounds and reports what participants send.
+:func:`current_utilities` and :func:`ages` are what :func:`fluxlib.roles.assign` is given.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,16 +43,13 @@ class RoleState:
     """What the server knows about utilities; frozen, saved with :meth:`to_arrays`.
 
     ``measured [P, L, E]`` last reported utility, NaN = never; ``first [P, L, E]`` utilities before round 1;
-    ``measured_round [P, L, E]`` and ``tuned_round [L, E]``: last round in which it was measured, or tuned by
-    anybody (-1 = never); ``tuned_count [P, L, E]``; ``round``: rounds that were recorded; ``faults``: of the
-    last update.
+    ``measured_round [P, L, E]``: last round in which it was measured (-1 = never); ``round``: rounds that were
+    recorded; ``faults``: of the last update.
     """
 
     measured: Tensor
     first: Tensor
     measured_round: Tensor
-    tuned_round: Tensor
-    tuned_count: Tensor
     round: int = 0
     faults: tuple[Fault, ...] = ()
 
@@ -62,35 +57,22 @@ class RoleState:
     def start(cls, frequency: Tensor) -> RoleState:
         """State before round 1 from activation frequencies ``[P, L, E]``."""
         first = first_utilities(frequency)
-        return cls(
-            measured=torch.full_like(first, math.nan),
-            first=first,
-            measured_round=torch.full(first.shape, NEVER, dtype=torch.long, device=first.device),
-            tuned_round=torch.full(first.shape[1:], NEVER, dtype=torch.long, device=first.device),
-            tuned_count=torch.zeros(first.shape, dtype=torch.long, device=first.device),
-        )
+        never = torch.full(first.shape, NEVER, dtype=torch.long, device=first.device)
+        return cls(torch.full_like(first, math.nan), first, never)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Numbers only, for safetensors or npz; the faults of the last update are not kept."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("round", "faults")}
-        return {name: value.cpu().numpy() for name, value in arrays.items()} | {"round": np.array(self.round)}
+        arrays = {name: getattr(self, name).cpu().numpy() for name in ("measured", "first", "measured_round")}
+        return arrays | {"round": np.array(self.round)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> RoleState:
         """Inverse of :meth:`to_arrays`; ValueError names a missing array."""
-        names = [f.name for f in fields(cls) if f.name != "faults"]
-        missing = sorted(set(names) - set(arrays))
-        if missing:
-            raise ValueError(f"arrays lacks {missing}; a saved RoleState has {names}")
-        tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in names if name != "round"}
-        return cls(
-            measured=tensors["measured"],
-            first=tensors["first"],
-            measured_round=tensors["measured_round"],
-            tuned_round=tensors["tuned_round"],
-            tuned_count=tensors["tuned_count"],
-            round=int(arrays["round"]),
-        )
+        names = ("measured", "first", "measured_round", "round")
+        if missing := sorted(set(names) - set(arrays)):
+            raise ValueError(f"arrays lacks {missing}; a saved RoleState has {list(names)}")
+        measured, first, when, number = (torch.from_numpy(np.array(arrays[name])) for name in names)
+        return cls(measured, first, when, int(number))
 
 
 def current_utilities(state: RoleState) -> Tensor:
@@ -107,31 +89,14 @@ def current_utilities(state: RoleState) -> Tensor:
     return torch.where(known, state.measured, state.first * scale)
 
 
-def uncertainty_bonus(state: RoleState, weight: float = 0.1) -> Tensor:
-    """``[P, L, E]`` to be added to a utility: Oort's uncertainty bonus.
-
-    ``sqrt(weight * ln r * age / r)`` times the participant's mean utility, at round r, ``age`` rounds after
-    the measurement. Deviation: Oort divides by the round of the last measurement, and has no unit.
-    """
-    age = torch.where(state.measured_round == NEVER, state.round + 1, state.round - state.measured_round)
-    bonus = torch.sqrt(weight * math.log(max(state.round, 1)) * age / max(state.round, 1))
-    return bonus * current_utilities(state).mean(dim=(1, 2), keepdim=True)
-
-
 def ages(state: RoleState) -> Tensor:
     """``[P, L, E]`` rounds since each utility was measured (never = longer than all others), for rotation."""
     return torch.where(state.measured_round == NEVER, state.round + 1, state.round - state.measured_round)
 
 
-def overdue(state: RoleState, max_rounds: int) -> Tensor:
-    """Bool ``[L, E]``: experts that nobody has tuned for ``max_rounds`` rounds."""
-    return state.round - 1 - state.tuned_round >= max_rounds
-
-
 def update(
     state: RoleState,
     utilities: Tensor,
-    tuned: Tensor | None = None,
     asked: Tensor | None = None,
     optional: Tensor | None = None,
     at_least: Tensor | None = None,
@@ -142,7 +107,6 @@ def update(
     Args:
         utilities: ``[P, L, E]`` as reported, NaN = not measured. All NaN for a participant that did not
             answer.
-        tuned: bool ``[P, L, E]``: updates that were aggregated.
         asked: bool ``[P, L, E]``: experts whose utility was to be measured; others are ignored and reported.
         optional: bool ``[P, L, E]``, with ``asked``: experts whose utility may come too.
         at_least: ``[P]`` how many of the optional ones are due; what lacks counts as missing.
@@ -169,13 +133,10 @@ def update(
     faults += _faults("huge", values > cap, values)
     values = values.clamp(max=cap)
     fresh = ~values.isnan()
-    tuned = torch.zeros_like(fresh) if tuned is None else tuned.to(fresh.device)
     return replace(
         state,
         measured=torch.where(fresh, values, state.measured),
         measured_round=torch.where(fresh, state.round, state.measured_round),
-        tuned_round=torch.where(tuned.any(dim=0), state.round, state.tuned_round),
-        tuned_count=state.tuned_count + tuned,
         round=state.round + 1,
         faults=tuple(faults),
     )

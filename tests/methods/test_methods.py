@@ -1,6 +1,7 @@
 """What every method promises, and what FLUX and FMD do beyond that."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ class TestFlux:
         assert torch.equal(~update.utilities.isnan(), given.exploit | given.explore)
         assert (update.utilities.nan_to_num() >= 0).all()
 
-    @pytest.mark.parametrize("kind", roles.policy.KINDS)
+    @pytest.mark.parametrize("kind", get_args(AssignmentKind))
     def test_every_assignment_fills_the_same_budget(self, kind: AssignmentKind) -> None:
         frequency = torch.rand(3, LAYERS, EXPERTS, generator=seeding.generator(0, "frequency"))
         state, config = roles.RoleState.start(frequency), CONFIG.updated({"roles.assignment": kind})

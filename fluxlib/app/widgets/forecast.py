@@ -128,9 +128,7 @@ def expected_work(
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
     passes = flux.forward_passes(keys, len(frequency), config) if method == "flux" else 0.0
     if passes > 1 and config.roles.explore_by == "probes":
-        passes = 1 + (passes - 1) * roles.num_probed(
-            config.roles.assignment, len(keys), config.roles.probe_limit
-        ) / len(keys)
+        passes = 1 + (passes - 1) * roles.num_probed(config.roles, len(keys)) / len(keys)
     return replace(
         work,
         num_tuned=num_tuned,

@@ -34,6 +34,7 @@ from fluxlib.federation.protocol.sync import NOTHING
 from fluxlib.federation.protocol.wire import Form
 from fluxlib.federation.server.outcome import Download
 from fluxlib.methods.base import Batch, LocalData, LocalRound, Method, ParticipantState, Update, Work
+from fluxlib.methods.local import profile_account
 from fluxlib.models.hardware import torch_device
 from fluxlib.profiling import Profile
 from fluxlib.tasks.batches import sample_batches
@@ -234,14 +235,7 @@ def _load_task(
 
 def profile_work(data: LocalData, num_experts: int, config: RunConfig) -> Work:
     """The account of a profile made before training, in the round's critical path."""
-    return Work(
-        num_experts=num_experts,
-        profile_samples=sum(len(batch["input_ids"]) for batch in data.profile),
-        profile_tokens=sum(int(batch["attention_mask"].sum()) for batch in data.profile),
-        profile_bits=config.profiling.bits,
-        num_quantized=num_experts,
-        first_profile=True,
-    )
+    return Work(num_experts, first_profile=True, **profile_account(data, num_experts, config))
 
 
 def _catch_up(

@@ -288,16 +288,13 @@ class FluxStrategy(Strategy):
         for outcome in self.last.accepted:
             tuned[outcome.participant] = outcome.roles.exploit
             explored[outcome.participant] = outcome.roles.explore
-        config = self.config
         at_least = [
-            roles.num_probed(config.roles.assignment, int(count), config.roles.probe_limit)
-            if self.method.explores
-            else 0
+            roles.num_probed(self.config.roles, int(count)) if self.method.explores else 0
             for count in explored.sum(dim=(1, 2))
         ]
         asked = tuned if self.method.utilities else torch.zeros_like(tuned)
         optional, due = tuned | explored, torch.tensor(at_least)
-        self.role_state = roles.update(self.role_state, utilities, tuned, asked, optional, due)
+        self.role_state = roles.update(self.role_state, utilities, asked, optional, due)
         faults = self.role_state.faults
         for fault in faults:
             log.warning("participant %d: %d %s utilities", fault.participant, fault.count, fault.kind)
@@ -315,7 +312,6 @@ def select(state: roles.RoleState, participants: Sequence[int]) -> roles.RoleSta
         measured=state.measured[rows],
         first=state.first[rows],
         measured_round=state.measured_round[rows],
-        tuned_count=state.tuned_count[rows],
     )
 
 

@@ -241,8 +241,12 @@ def write_work(outcome: Outcome) -> str:
 
 
 def read_work(text: str) -> tuple[Work, Work | None]:
-    """Inverse of :func:`write_work`: the round's work, and the first profile's or ``None``."""
-    works = [Work(**item) for item in json.loads(text)]
+    """Inverse of :func:`write_work`: the round's work, and the first profile's or ``None``.
+
+    Older tables may count what is no longer done; that is left out.
+    """
+    known = {f.name for f in fields(Work)}
+    works = [Work(**{name: item[name] for name in item.keys() & known}) for item in json.loads(text)]
     return works[0], works[1] if len(works) > 1 else None
 
 
