@@ -10,7 +10,7 @@ of a section are taken in turns in one process.
 
 "Full" trains all experts of transformers' own module, everything else frozen in both. A step is forward, backward and
 AdamW (PyTorch's default); the parts are reported separately. What is frozen is multiplied by oneDNN in a customised
-model where that is faster (fluxlib.moe.gemm); "full, grouped_mm, linears too" is the full model with the same.
+model where that is faster (fluxlib.moe.product); "full, grouped_mm, linears too" is the full model with the same.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from fluxlib.devices import memory
 from fluxlib.devices.live_bytes import LiveBytes
-from fluxlib.moe import compact, find, gemm
+from fluxlib.moe import compact, find, product
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan
-from fluxlib.moe.kernels import sort_pairs
+from fluxlib.moe.dispatch import sort_pairs
 from fluxlib.moe.packing import BITS, quantize_tensor
 from fluxlib.moe.quantized import quantize
 
@@ -134,7 +134,7 @@ def model_steps(shape: Shape, repeats: int, backends: Sequence[str]) -> tuple[li
         steps[f"full, {backend}"] = Step(train_experts_only(full), batch)
     helped = build(shape)
     helped.set_experts_implementation("grouped_mm")
-    gemm.freeze_linears(helped, wider_than=shape.num_experts)
+    product.freeze_linears(helped, wider_than=shape.num_experts)
     steps[HELPED] = Step(train_experts_only(helped), batch)
     slow = {name for name in steps if "eager" in name or "batched" in name}
     times = interleaved({n: s for n, s in steps.items() if n not in slow}, repeats, CPU)
@@ -179,13 +179,13 @@ def all_operations(step: Step) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     modules = [layer.experts for layer in find.layers(step.model)]
-    smallest, gemm.SMALLEST = gemm.SMALLEST, 1 << 62  # it counts neither oneDNN's nor grouped products
-    linear, gemm.SMALLEST_LINEAR = gemm.SMALLEST_LINEAR, 1 << 62
+    smallest, product.SMALLEST = product.SMALLEST, 1 << 62  # it counts neither oneDNN's nor grouped products
+    linear, product.SMALLEST_LINEAR = product.SMALLEST_LINEAR, 1 << 62
     for experts in modules:
         experts.method = "slots"
     with FlopCounterMode(display=False) as counter:
         step.model(**step.batch).loss.backward()
-    gemm.SMALLEST, gemm.SMALLEST_LINEAR = smallest, linear
+    product.SMALLEST, product.SMALLEST_LINEAR = smallest, linear
     for experts in modules:
         experts.method = "auto"
     step.optimizer.zero_grad()
@@ -205,7 +205,7 @@ def floor(shape: Shape, step: Step) -> list[Row]:
     pairs, unit = [], 6 * shape.hidden * shape.width
     for layer, record in zip(found, seen.layers, strict=True):
         slot = layer.experts.slot_of[record.top_k_index[0]]
-        pairs.append(sort_pairs(slot, record.top_k_weights[0], shape.num_tuned + shape.num_merged, joins=True)[2])
+        pairs.append(sort_pairs(slot, record.top_k_weights[0], shape.num_tuned + shape.num_merged, joins=True).counts)
     tuned = [sum(counts[: shape.num_tuned]) for counts in pairs]
     total = sum(sum(counts) for counts in pairs)
     experts = unit * (2 * total - sum(pairs[0]) + tuned[0] // 3 + sum(tuned))
@@ -229,7 +229,7 @@ def floor(shape: Shape, step: Step) -> list[Row]:
 def matmul_rates(rows: int, inner: int, columns: int) -> dict[str, float]:
     """Operations per second of one product, by PyTorch's usual library and by the one the passes choose."""
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
-    works = {"MKL": lambda: a @ b, "chosen": lambda: gemm.matmul(a, b)}
+    works = {"MKL": lambda: a @ b, "chosen": lambda: product.matmul(a, b)}
     times = interleaved(works, 30, CPU, warmup=5)
     return {name: 2 * rows * inner * columns / min(values) for name, values in times.items()}
 

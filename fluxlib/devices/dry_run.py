@@ -2,7 +2,7 @@
 
 The model is built on the meta device, where a tensor has a shape and a size but no contents, its experts are replaced
 by stand-ins of the planned shape, and one real forward and backward pass of it is run: the model's own code, autograd's
-own decisions about what to keep, the passes of :mod:`fluxlib.moe.passes`, with :class:`LiveBytes` adding up what is
+own decisions about what to keep, the pass of :mod:`fluxlib.moe.dispatch`, with :class:`LiveBytes` adding up what is
 alive. Only two things are made up, because they depend on contents: tokens are spread evenly over the slots, and
 attention keeps what a fused kernel keeps.
 
@@ -109,7 +109,7 @@ def train_peak(
         tuned_dtype: type of tuned weights and their gradients.
         state_bytes: optimizer state per tuned parameter (AdamW: 8).
         checkpointing: layers keep their input only and are run again in the backward pass.
-        method: of computing slots in stacks, see :func:`fluxlib.moe.passes.stack_pass`.
+        method: of computing slots in stacks, see :class:`fluxlib.moe.dispatch.StackedSlots`.
     """
     live = LiveBytes()
     with _dry(model, slots, tuned_dtype, live, state_bytes, method) as inputs:

@@ -73,7 +73,7 @@ def plan_memory(
         bits: of the profile model (``flux``) or of the experts (``fmq``).
         merged_per_tuned: B_non / B_tune when both follow from the memory.
         checkpointing: run layers again in the backward pass instead of keeping what they made.
-        kernel: how slots are computed: ``grouped``, ``slots``, or ``auto``, as :func:`fluxlib.moe.passes.stack_pass`
+        kernel: how slots are computed: ``grouped``, ``slots``, or ``auto``, as :class:`fluxlib.moe.dispatch.StackedSlots`
             does on CUDA (``slots`` is its way on a CPU).
         reserve_frac: share of ``memory_bytes`` that is not planned with.
         name: of the model, for the table.

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts, LayerPlan
-from fluxlib.moe.kernels import Activation, Matrices, to_matrices
-from fluxlib.moe.passes import slot_pass
+from fluxlib.moe.dispatch import Pairs, SlotExperts, dispatch
+from fluxlib.moe.expert import Matrices, to_matrices
 
 SCALE_BYTES = 2
 """Of a quantised block's scale."""
@@ -72,16 +71,15 @@ class DryCompact(CompactExperts):
 
     def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """``hidden [N, H]`` to ``[N, H]``; Llama-4 gives ``[E * N, H]``."""
-        return self._slots(hidden, *_pairs(self, hidden, weights))
+        return self.compute(hidden, _pairs(self, hidden, weights))
 
 
-class DryUnpacked(find.ReplacedExperts):
+class DryUnpacked(SlotExperts):
     """Experts that lie elsewhere, or quantised, and are unpacked one at a time, on the meta device."""
 
     def __init__(self, original: nn.Module, slots: Slots, top_k: int) -> None:
         super().__init__(original)
         self.slots, self.top_k = slots, top_k
-        self.activation = Activation(original)
         self.one = {name: getattr(original, name)[0].detach() for name in self.layout.names}
         self.collected: list[Tensor] = []
         self.on_gradient: Callable[[Tensor], None] = lambda gradient: None
@@ -95,8 +93,7 @@ class DryUnpacked(find.ReplacedExperts):
 
     def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """``hidden [N, H]`` to ``[N, H]``; Llama-4 gives ``[E * N, H]``."""
-        anchor = torch.zeros(0, device=hidden.device, requires_grad=torch.is_grad_enabled())
-        return slot_pass(hidden, *_pairs(self, hidden, weights), self, self.activation, anchor=anchor)
+        return dispatch(hidden, _pairs(self, hidden, weights), self)
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
         """One expert fetched or unpacked: a copy of its own."""
@@ -108,9 +105,6 @@ class DryUnpacked(find.ReplacedExperts):
             self.collected.extend(gradients.values())
             for gradient in gradients.values():
                 self.on_gradient(gradient)
-
-    def end_backward(self) -> None:
-        """Nothing is left to do."""
 
 
 def packed_bytes_per_value(bits: int) -> float:
@@ -125,11 +119,11 @@ def _group_sizes(slots: Slots) -> list[int]:
     return [size + (i < more) for i in range(slots.num_frozen)]
 
 
-def _pairs(experts: Any, hidden: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, list[int]]:
-    """What :func:`fluxlib.moe.kernels.sort_pairs` would return."""
+def _pairs(experts: Any, hidden: Tensor, weights: Tensor | None) -> Pairs:
+    """What :func:`fluxlib.moe.dispatch.sort_pairs` would return."""
     num_tokens = hidden.shape[0] // experts.num_experts if experts.layout.is_dense else hidden.shape[0]
     counts = even_counts(experts.slots, num_tokens, experts.top_k)
     weight = hidden.new_empty(sum(counts), dtype=torch.float32)
     if weights is not None:
         weight = weight + weights.float().sum()
-    return hidden.new_empty(sum(counts), dtype=torch.long), weight, counts
+    return Pairs(hidden.new_empty(sum(counts), dtype=torch.long), weight, counts)

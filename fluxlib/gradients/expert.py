@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts
-from fluxlib.moe.kernels import Activation, Matrices, dense_choices, to_matrices
+from fluxlib.moe.dispatch import dense_choices
+from fluxlib.moe.expert import Activation, Matrices, to_matrices
 
 Signs = tuple[Tensor, Tensor, Tensor, Tensor]
 """Rows of +-1 per sample, for inputs and outputs of the first and of the second matrix."""

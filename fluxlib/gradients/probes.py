@@ -20,7 +20,7 @@ from fluxlib.gradients.answering import quiet
 from fluxlib.gradients.exact import ExpertKey, by_layer, reached
 from fluxlib.gradients.replay import Replay, depth, scored_tokens
 from fluxlib.moe import find
-from fluxlib.moe.kernels import Matrices
+from fluxlib.moe.expert import Matrices
 
 SIGMA = 1e-3
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from . import find, mask
+from .dispatch import Pairs, StackedSlots, choices, dispatch, sort_pairs
+from .expert import Activation
 from .find import ReplacedExperts, expert_tensors, permute_neurons, write_expert
-from .kernels import Activation, choices, sort_pairs
-from .passes import stack_pass
 
 Permutations = tuple[tuple[Tensor | None, ...], ...]
 
@@ -120,7 +120,7 @@ class CompactExperts(ReplacedExperts):
         slot_of: ``[E]`` long, the slot of each expert, -1 for dropped ones. Tuned slots come first.
         num_tuned: T.
         num_merged: M.
-        method: How slots are computed; see :func:`fluxlib.moe.passes.stack_pass`.
+        method: How slots are computed; see :class:`fluxlib.moe.dispatch.StackedSlots`.
     """
 
     slot_of: Tensor
@@ -199,22 +199,17 @@ class CompactExperts(ReplacedExperts):
         index, weights = choices(self, hidden_states, top_k_index, top_k_weights)
         slot = torch.where(index >= 0, self.slot_of[index.clamp(min=0)], -1)
         num_slots = self.num_tuned + self.num_merged
-        return self._slots(hidden_states, *sort_pairs(slot, weights, num_slots, joins))
+        return self.compute(hidden_states, sort_pairs(slot, weights, num_slots, joins))
 
-    def _slots(self, hidden: Tensor, token: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    def compute(self, hidden: Tensor, pairs: Pairs) -> Tensor:
         """Tuned slots, whose weights get gradients, and merged slots, whose weights don't, apart."""
-        cut = sum(counts[: self.num_tuned])
-        out: Tensor | None = None
-        for stacks, pairs, part in (
-            (self.tuned_stacks(), slice(0, cut), counts[: self.num_tuned]),
-            (self.merged_stacks(), slice(cut, None), counts[self.num_tuned :]),
-        ):
-            if part:
-                made = stack_pass(
-                    hidden, token[pairs], weight[pairs], part, self.layout, stacks, self.activation, self.method
-                )
-                out = made if out is None else out + made
-        return torch.zeros_like(hidden) if out is None else out
+        tuned, everyone = self.num_tuned, self.num_tuned + self.num_merged
+        made = [
+            dispatch(hidden, pairs.of_slots(*slots), StackedSlots(self.layout, self.activation, stacks, self.method))
+            for slots, stacks in (((0, tuned), self.tuned_stacks()), ((tuned, everyone), self.merged_stacks()))
+            if slots[0] < slots[1]
+        ]
+        return sum(made[1:], made[0]) if made else torch.zeros_like(hidden)
 
     def _tuned_slot(self, expert: int) -> int:
         if expert not in self.plan.tuned:

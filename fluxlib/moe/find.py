@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gemm import freeze_linears, thaw_linears
 from .layout import Layout, neurons, permute_neurons, read_layout
+from .product import freeze_linears, thaw_linears
 
 __all__ = [
     "Layout",
@@ -256,7 +256,7 @@ def freeze(model: nn.Module) -> None:
     """Turn ``requires_grad`` off everywhere, remembering for :func:`restore` where it was on.
 
     What does not learn, routers apart, is multiplied by the faster library from here on
-    (:func:`fluxlib.moe.gemm.freeze_linears`).
+    (:func:`fluxlib.moe.product.freeze_linears`).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.__dict__.setdefault("_frozen_parameters", []).extend(trainable)

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from . import find
-from .find import ReplacedExperts
-from .kernels import Activation, Matrices, choices, sort_pairs, to_matrices
-from .passes import slot_pass
+from .dispatch import SlotExperts
+from .expert import Matrices, to_matrices
 
 Key = tuple[int, int]
 
@@ -138,7 +137,7 @@ class DeviceSet:
         entry.tensors = stale.tensors
 
 
-class OffloadedExperts(ReplacedExperts):
+class OffloadedExperts(SlotExperts):
     """Experts that live in host memory, each a parameter of its own: gradients and optimizer state are per expert.
 
     An expert that saw no token has no gradient, and an optimizer leaves it and its state alone. The parameters share
@@ -153,8 +152,6 @@ class OffloadedExperts(ReplacedExperts):
     def __init__(self, original: nn.Module, device_set: DeviceSet, index: int) -> None:
         super().__init__(original)
         self.device_set, self.index = device_set, index
-        self.activation = Activation(original)
-        self.post_norm = self.activation.post_norm
         stacks = {name: getattr(original, name) for name in self.layout.names}
         for stack in stacks.values():
             stack.data = stack.data.cpu().pin_memory() if torch.cuda.is_available() else stack.data.cpu()
@@ -191,14 +188,14 @@ class OffloadedExperts(ReplacedExperts):
             raise ValueError(f"write: offloaded experts are trained in place, expected True; changed were {changed}")
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """See :class:`fluxlib.moe.kernels.Source`."""
+        """See :class:`~fluxlib.moe.dispatch.Slots`."""
         tensors = self.device_set.get((self.index, slot), self.parameters_of(slot), self.device)
         if upcoming:
             self.device_set.ahead((self.index, upcoming[0]), self.parameters_of(upcoming[0]), self.device)
         return to_matrices(tensors, self.layout, dtype)
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
-        """See :class:`fluxlib.moe.kernels.Source`."""
+        """See :class:`~fluxlib.moe.dispatch.Slots`."""
         parameters = self.parameters_of(slot)
         gradients = {name: gradient.to(parameters[name].dtype) for name, gradient in gradients.items()}
         self.device_set.traffic.to_host_bytes += sum(g.numel() * g.element_size() for g in gradients.values())
@@ -209,19 +206,11 @@ class OffloadedExperts(ReplacedExperts):
         else:
             _accumulate(parameters, gradients)
 
-    def end_backward(self) -> None:
-        """See :class:`fluxlib.moe.kernels.Source`."""
+    def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
+        """See :class:`~fluxlib.moe.dispatch.Slots`."""
         while self._returning:
             self._returning.popleft()()
-
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
-    ) -> Tensor:
-        """``hidden_states [N, H]``, ``top_k_index [N, k]``, ``top_k_weights [N, k]`` -> ``[N, H]``."""
-        index, weights = choices(self, hidden_states, top_k_index, top_k_weights)
-        pairs = sort_pairs(index, weights, self.num_experts, joins=False)
-        anchor = torch.zeros(0, device=hidden_states.device, requires_grad=True) if torch.is_grad_enabled() else None
-        return slot_pass(hidden_states, *pairs, self, self.activation, anchor=anchor)
+        return super().end_gradients(counts)
 
     def _send_back(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Callable[[], None]:
         """Start copying gradients to the host; the function returned waits and adds them up."""

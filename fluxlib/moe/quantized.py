@@ -16,15 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from . import find
-from .find import ReplacedExperts
-from .kernels import Activation, Matrices, choices, sort_pairs, to_matrices
+from .dispatch import SlotExperts
+from .expert import Matrices, to_matrices
 from .packing import BITS, Packed, check_code, dequantize, levels, quantize_tensor
-from .passes import slot_pass
 
 __all__ = ["BITS", "Packed", "QuantizedExperts", "dequantize", "levels", "quantize", "quantize_tensor", "quantized"]
 
 
-class QuantizedExperts(ReplacedExperts):
+class QuantizedExperts(SlotExperts):
     """Experts at rest in few bits; the one that is computed is dequantized alone, forward and backward.
 
     No weight gets a gradient unless :attr:`collects_gradients` is set: then :meth:`grads` holds those of the
@@ -34,8 +33,6 @@ class QuantizedExperts(ReplacedExperts):
     def __init__(self, original: nn.Module, packed: Mapping[str, Packed]) -> None:
         super().__init__(original)
         self.packed = cast("dict[str, Packed]", nn.ModuleDict(packed))
-        self.activation = Activation(original)
-        self.post_norm = self.activation.post_norm
         self.collects_gradients = False
         self._gradients: dict[int, dict[str, Tensor]] = {}
 
@@ -71,29 +68,19 @@ class QuantizedExperts(ReplacedExperts):
         """Forget the gradients collected."""
         self._gradients.clear()
 
+    def learning(self) -> list[Tensor]:
+        """See :class:`~fluxlib.moe.dispatch.Slots`."""
+        return super().learning() if self.collects_gradients else []
+
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """See :class:`fluxlib.moe.kernels.Source`."""
+        """See :class:`~fluxlib.moe.dispatch.Slots`."""
         return to_matrices({n: dequantize(p, slot, dtype) for n, p in self.packed.items()}, self.layout, dtype)
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
-        """See :class:`fluxlib.moe.kernels.Source`."""
+        """See :class:`~fluxlib.moe.dispatch.Slots`."""
         held = self._gradients.setdefault(slot, {})
         for name, gradient in gradients.items():
             held[name] = held[name] + gradient if name in held else gradient
-
-    def end_backward(self) -> None:
-        """See :class:`fluxlib.moe.kernels.Source`."""
-
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
-    ) -> Tensor:
-        """``hidden_states [N, H]``, ``top_k_index [N, k]``, ``top_k_weights [N, k]`` -> ``[N, H]``."""
-        index, weights = choices(self, hidden_states, top_k_index, top_k_weights)
-        pairs = sort_pairs(index, weights, self.num_experts, joins=False)
-        anchor = None
-        if self.collects_gradients and torch.is_grad_enabled():
-            anchor = torch.zeros(0, device=hidden_states.device, requires_grad=True)
-        return slot_pass(hidden_states, *pairs, self, self.activation, anchor=anchor)
 
 
 def quantize(model: nn.Module, bits: int = 4, block: int = 64) -> nn.Module:

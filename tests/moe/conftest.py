@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fluxlib.models import DeepseekMoeConfig, DeepseekMoeForCausalLM, LlamaMoeConfig, LlamaMoeForCausalLM
 from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan, merge
+from fluxlib.moe.expert import Activation
 from fluxlib.moe.find import expert_tensors
-from fluxlib.moe.kernels import Activation
 
 SHARED = {
     "vocab_size": 61,

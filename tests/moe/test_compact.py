@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import compact, find, gemm
+from fluxlib.moe import compact, find, product
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 
 
@@ -137,12 +137,12 @@ def test_training_changes_tuned_slots_only(tiny: SimpleNamespace, architecture: 
 
 
 def test_merged_slots_do_no_weight_gradient_work(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fluxlib.moe import passes
+    from fluxlib.moe import dispatch
 
     model, batch = tiny.build("mixtral"), tiny.batch()
     calls: list[int] = []
-    original = passes._weight_gradients
-    monkeypatch.setattr(passes, "_weight_gradients", lambda *a: calls.append(1) or original(*a))
+    original = dispatch._Run.gradients
+    monkeypatch.setattr(dispatch._Run, "gradients", lambda *a: calls.append(1) or original(*a))
     compact.customize(model, [LayerPlan((0,), ((1, 2, 3, 4, 5),))] * 2)
     for layer in find.layers(model):
         layer.experts.method = "slots"
@@ -256,10 +256,10 @@ def test_frozen_layers_are_hastened_routers_are_not_and_all_come_back(tiny: Simp
     before = {name: type(module) for name, module in model.named_modules()}
     found = find.layers(model)
     compact.customize(model, _plans(model))
-    assert any(isinstance(module, gemm.FrozenLinear) for module in model.modules())
+    assert any(isinstance(module, product.FrozenLinear) for module in model.modules())
     for layer in found:
         for module in layer.block.modules():
-            if isinstance(module, gemm.FrozenLinear):
+            if isinstance(module, product.FrozenLinear):
                 assert module.out_features > layer.num_experts
     compact.restore(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
@@ -272,9 +272,9 @@ def test_the_other_library_changes_no_number(
     model, batch = tiny.build(architecture), tiny.batch()
     compact.customize(model, _plans(model))
     made = []
-    for smallest in (gemm.SMALLEST, 1):
-        monkeypatch.setattr(gemm, "SMALLEST", smallest)
-        monkeypatch.setattr(gemm, "SMALLEST_LINEAR", smallest)
+    for smallest in (product.SMALLEST, 1):
+        monkeypatch.setattr(product, "SMALLEST", smallest)
+        monkeypatch.setattr(product, "SMALLEST_LINEAR", smallest)
         model.zero_grad()
         output = model(**batch)
         output.loss.backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxlib.moe import gemm
+from fluxlib.moe import product
 
 
 @pytest.mark.parametrize("rows", [3, 200])
@@ -16,27 +16,27 @@ def test_products_equal_plain_ones(rows: int, bias: bool) -> None:
     row = torch.randn(192, generator=generator) if bias else None
     for left, right in ((a, b), (a, b.T.contiguous().T), (a.T.contiguous().T, b)):
         expected = left.double() @ right.double() + (0 if row is None else row.double())
-        torch.testing.assert_close(gemm.matmul(left, right, row).double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(product.matmul(left, right, row).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_slots_are_padded_with_pairs_that_weigh_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "_has_wider", lambda: True)
+    monkeypatch.setattr(product, "_has_wider", lambda: True)
     token, weight = torch.arange(70) + 1, torch.rand(70, requires_grad=True)
-    padded, weights, counts = gemm.pad_pairs(torch.zeros(80, 4), token, weight, [3, 67, 0])
+    padded, weights, counts = product.pad_pairs(torch.zeros(80, 4), token, weight, [3, 67, 0])
     assert counts == [3, 72, 0]
     assert torch.equal(padded[:70], token)
     assert not weights[70:].any()
     weights.sum().backward()
     assert torch.equal(weight.grad, torch.ones(70))
-    assert gemm.pad_pairs(torch.zeros(80, 4, dtype=torch.float64), token, weight, [3, 67, 0])[2] == [3, 67, 0]
+    assert product.pad_pairs(torch.zeros(80, 4, dtype=torch.float64), token, weight, [3, 67, 0])[2] == [3, 67, 0]
 
 
 def test_sizes_are_few_and_at_most_an_eighth_larger() -> None:
-    sizes = [gemm.padded_rows(count) for count in range(gemm.FEWEST_ROWS, 8193)]
+    sizes = [product.padded_rows(count) for count in range(product.FEWEST_ROWS, 8193)]
     assert len(set(sizes)) <= 60
-    assert all(count <= size <= count * 9 / 8 for count, size in enumerate(sizes, gemm.FEWEST_ROWS))
-    assert gemm.padded_rows(5) == 5
-    assert gemm.padded_rows(0) == 0
+    assert all(count <= size <= count * 9 / 8 for count, size in enumerate(sizes, product.FEWEST_ROWS))
+    assert product.padded_rows(5) == 5
+    assert product.padded_rows(0) == 0
 
 
 def _chain(seed: int = 0) -> torch.nn.Sequential:
@@ -48,11 +48,11 @@ def _chain(seed: int = 0) -> torch.nn.Sequential:
 
 
 def test_frozen_layers_compute_and_pull_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "SMALLEST_LINEAR", 1)
-    monkeypatch.setattr(gemm, "SMALLEST", 1)
+    monkeypatch.setattr(product, "SMALLEST_LINEAR", 1)
+    monkeypatch.setattr(product, "SMALLEST", 1)
     model, plain = _chain(), _chain().double()
-    gemm.freeze_linears(model, wider_than=8)
-    assert [type(module) for module in model] == [gemm.FrozenLinear, torch.nn.SiLU, torch.nn.Linear]
+    product.freeze_linears(model, wider_than=8)
+    assert [type(module) for module in model] == [product.FrozenLinear, torch.nn.SiLU, torch.nn.Linear]
     hidden = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(1))
     ours, theirs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     made, expected = model(ours), plain(theirs)
@@ -60,14 +60,14 @@ def test_frozen_layers_compute_and_pull_the_same(monkeypatch: pytest.MonkeyPatch
     made.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
-    gemm.thaw_linears(model)
-    assert all(type(module) is not gemm.FrozenLinear for module in model)
+    product.thaw_linears(model)
+    assert all(type(module) is not product.FrozenLinear for module in model)
 
 
 def test_a_layer_that_learns_after_all_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "SMALLEST_LINEAR", 1)
+    monkeypatch.setattr(product, "SMALLEST_LINEAR", 1)
     model = _chain()
-    gemm.freeze_linears(model)
+    product.freeze_linears(model)
     model[0].weight.requires_grad_()
     model(torch.ones(3, 64)).sum().backward()
     assert model[0].weight.grad.abs().sum() > 0
@@ -75,17 +75,17 @@ def test_a_layer_that_learns_after_all_gets_its_gradient(monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-def frozen(monkeypatch: pytest.MonkeyPatch) -> gemm.FrozenLinear:
+def frozen(monkeypatch: pytest.MonkeyPatch) -> product.FrozenLinear:
     """A frozen layer whose products are large enough for the other library, however small."""
-    monkeypatch.setattr(gemm, "SMALLEST_LINEAR", 1)
-    monkeypatch.setattr(gemm, "SMALLEST", 1)
+    monkeypatch.setattr(product, "SMALLEST_LINEAR", 1)
+    monkeypatch.setattr(product, "SMALLEST", 1)
     holder = torch.nn.ModuleList([torch.nn.Linear(6, 4).requires_grad_(False)])
-    gemm.freeze_linears(holder)
+    product.freeze_linears(holder)
     return holder[0]
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6), (6,)])
-def test_what_a_frozen_layer_returns_may_be_written_to(frozen: gemm.FrozenLinear, shape: tuple[int, ...]) -> None:
+def test_what_a_frozen_layer_returns_may_be_written_to(frozen: product.FrozenLinear, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, requires_grad=True)
     out = frozen(x)
     out.mul_(2.0).add_(1.0)
@@ -93,7 +93,7 @@ def test_what_a_frozen_layer_returns_may_be_written_to(frozen: gemm.FrozenLinear
     torch.testing.assert_close(x.grad, (2 * frozen.weight.sum(0)).expand(shape))
 
 
-def test_a_frozen_layer_has_a_second_derivative(frozen: gemm.FrozenLinear) -> None:
+def test_a_frozen_layer_has_a_second_derivative(frozen: product.FrozenLinear) -> None:
     x = torch.randn(3, 6, requires_grad=True)
     (first,) = torch.autograd.grad(frozen(x).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)

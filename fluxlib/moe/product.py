@@ -1,11 +1,9 @@
-"""Matrix products by the faster of the libraries PyTorch carries.
-
-- :func:`matmul` -- for the passes of tokens through experts,
-- :func:`freeze_linears` -- for the linear layers of a model that do not learn.
+"""The fast matrix product: one function, :func:`matmul`, and the reason for it.
 
 ``a @ b`` in float32 on an x86 CPU goes to MKL, which uses 512-bit vectors on Intel's processors only; oneDNN, in the
 same PyTorch, uses them wherever they exist. On an AMD EPYC of the Zen 5 family that is 236 against 110 GFLOP/s per
-core, at the same precision (see ``make bench``).
+core, at the same precision (see ``make bench``). oneDNN compiles anew for every number of rows, so there are to be few
+of them: :func:`pad_pairs`. :func:`freeze_linears` has the layers of a model that do not learn multiplied so, too.
 """
 
 from __future__ import annotations
@@ -37,8 +35,34 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
+def is_wide(x: Tensor) -> bool:
+    """Whether oneDNN's products use wider vectors than MKL's here and for such tensors; the same in every run."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and _has_wider()
+
+
+@functools.cache
+def _has_wider() -> bool:
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or "GenuineIntel" in _processor():
+        return False
+    probe = torch.eye(8)
+    try:
+        made = torch.ops.mkldnn._linear_pointwise(probe, probe, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(made, probe)
+
+
+def _processor() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+
+
 def pad_pairs(hidden: Tensor, token: Tensor, weight: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """Round the number of pairs of each slot up where oneDNN will multiply, as it compiles anew for every new shape.
+    """Round the pairs of each slot up where oneDNN will multiply: token and weight ``[P]``, and S counts of pairs.
 
     The pairs added have weight zero: they change no sum and get no gradient. At most an eighth is added, 1/16 in the
     mean, and a slot of up to 8,192 pairs has one of 60 sizes.
@@ -51,7 +75,15 @@ def pad_pairs(hidden: Tensor, token: Tensor, weight: Tensor, counts: Sequence[in
     for count, room in zip(counts, padded, strict=True):
         order[place : place + count] = torch.arange(start, start + count)
         start, place = start + count, place + room
-    return _extended(token)[order], _extended(weight)[order], padded
+    return F.pad(token, (0, 1))[order], F.pad(weight, (0, 1))[order], padded
+
+
+def padded_rows(count: int) -> int:
+    """The next of eight sizes per power of two; below FEWEST_ROWS the number itself."""
+    if count < FEWEST_ROWS:
+        return count
+    step = 1 << (count.bit_length() - 4)
+    return -(-count // step) * step
 
 
 class FrozenLinear(nn.Linear):
@@ -93,9 +125,7 @@ class _FrozenLinear(torch.autograd.Function):
 def freeze_linears(model: nn.Module, wider_than: int = 0) -> None:
     """Turn linear layers into :class:`FrozenLinear`, in place; one whose weight learns computes as before.
 
-    Args:
-        model: Any model.
-        wider_than: Layers with at most so many outputs stay as they are (routers, which others watch or mask).
+    Layers with at most ``wider_than`` outputs stay as they are (routers, which others watch or mask).
     """
     for module in model.modules():
         if type(module) is nn.Linear and module.out_features > wider_than:
@@ -107,41 +137,3 @@ def thaw_linears(model: nn.Module) -> None:
     changed: list[Any] = [module for module in model.modules() if type(module) is FrozenLinear]
     for module in changed:
         module.__class__ = nn.Linear
-
-
-def padded_rows(count: int) -> int:
-    """The next of eight sizes per power of two; below FEWEST_ROWS the number itself."""
-    if count < FEWEST_ROWS:
-        return count
-    step = 1 << (count.bit_length() - 4)
-    return -(-count // step) * step
-
-
-def _extended(values: Tensor) -> Tensor:
-    return torch.cat([values, values.new_zeros(1)])
-
-
-def is_wide(x: Tensor) -> bool:
-    """Whether oneDNN's products use wider vectors than MKL's here and for such tensors; the same in every run."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and _has_wider()
-
-
-@functools.cache
-def _has_wider() -> bool:
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or "GenuineIntel" in _processor():
-        return False
-    probe = torch.eye(8)
-    try:
-        made = torch.ops.mkldnn._linear_pointwise(probe, probe, None, "none", [], "")
-    except (AttributeError, RuntimeError):
-        return False
-    return torch.equal(made, probe)
-
-
-def _processor() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()

@@ -1,4 +1,4 @@
-"""The passes at module level: layouts no tiny model covers, both methods, and sorting."""
+"""Dispatch at module level: layouts no tiny model covers, both methods, and sorting."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fluxlib.moe.compact import CompactExperts, LayerPlan, merge
+from fluxlib.moe.dispatch import sort_pairs
+from fluxlib.moe.expert import Activation, Matrices, to_matrices
 from fluxlib.moe.find import expert_tensors, read_layout
-from fluxlib.moe.kernels import sort_pairs, to_matrices
-from fluxlib.moe.passes import plain_pass
 
 
 def _kinds() -> dict[str, type[nn.Module]]:
@@ -82,6 +82,24 @@ def test_output_equals_the_models_own(kind: type[nn.Module], dtype: torch.dtype)
     torch.testing.assert_close(ours, experts(hidden, index, weights).to(dtype), rtol=tolerance, atol=tolerance)
 
 
+def plain_dispatch(
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    experts: list[Matrices],
+    activation: Activation,
+) -> torch.Tensor:
+    """Reference: every expert on every token, in plain PyTorch."""
+    out = torch.zeros_like(hidden)
+    for index, expert in enumerate(experts):
+        projected = hidden @ expert.up + (0 if expert.up_bias is None else expert.up_bias)
+        result = activation.function(projected) @ expert.down + (0 if expert.down_bias is None else expert.down_bias)
+        if activation.post_norm is not None:
+            result = activation.post_norm(result)
+        out = out + result * ((top_k_index == index) * top_k_weights).sum(1, keepdim=True)
+    return out
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("method", ["slots", "grouped"])
 def test_gradients_equal_the_reference(kind: type[nn.Module], method: str) -> None:
@@ -92,7 +110,7 @@ def test_gradients_equal_the_reference(kind: type[nn.Module], method: str) -> No
     leaves = [{n: t.clone().requires_grad_(i < 2) for n, t in slot.items()} for i, slot in enumerate(slots)]
     compact = CompactExperts(experts.to(dtype), PLAN)
     compact.method = method
-    plain = plain_pass(
+    plain = plain_dispatch(
         hidden, compact.slot_of[index], weights, [_linked(x, layout) for x in leaves], compact.activation
     )
     trained = [leaf[name] for name in layout.names for leaf in leaves[:2]]
@@ -187,10 +205,10 @@ def test_an_unknown_or_impossible_method_is_named() -> None:
 def test_pairs_are_sorted_joined_and_left_out() -> None:
     slot = torch.tensor([[1, 0, 1], [2, -1, 2], [0, 1, 2]])
     weight = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0], [64.0, 128.0, 256.0]])
-    token, weights, counts = sort_pairs(slot, weight, 4, joins=True)
-    assert counts == [2, 2, 2, 0]
-    assert token.tolist() == [0, 2, 0, 2, 1, 2]
-    assert weights.tolist() == [2.0, 64.0, 5.0, 128.0, 40.0, 256.0]
+    pairs = sort_pairs(slot, weight, 4, joins=True)
+    assert pairs.counts == [2, 2, 2, 0]
+    assert pairs.token.tolist() == [0, 2, 0, 2, 1, 2]
+    assert pairs.weight.tolist() == [2.0, 64.0, 5.0, 128.0, 40.0, 256.0]
 
 
 def _tuned_gradients(experts: CompactExperts) -> list[torch.Tensor]:

@@ -1,0 +1,368 @@
+"""A token's way through experts, from the router's choices to their outputs; in this order:
+
+1. :func:`choices` and :func:`sort_pairs`: choices of experts become (token, slot) :class:`Pairs`, sorted by slot,
+2. :class:`Slots`: where a slot's weights come from, as :class:`Matrices`; stacks, or one expert at a time,
+3. :func:`dispatch`: rows of the pairs go through their slots and are summed per token,
+4. :class:`_Pass`: how, forward and backward.
+
+A pass works on runs of pairs: slot by slot, so that what a slot needs stays in the cache and its weights may come from
+anywhere; or, for many or small slots, on all pairs at once by grouped products. It keeps the pre-activations ``[P, 2I]``
+alone for the backward pass, and makes weight gradients for slots that learn only. The gate weight's gradient needs no
+output of the experts: with u the gradient of the down projection's input it is ``<u, act>`` (plus ``<g, bias>``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .expert import Activation, Matrices, to_matrices
+from .find import Layout, ReplacedExperts
+from .product import SMALLEST, is_wide, matmul, pad_pairs
+
+ALL = -1
+"""In the place of a slot's number: all slots, as stacks."""
+
+SMALL_VALUES = 1 << 21
+"""Pairs times the wider of their rows, in values: below it, everything a pass makes stays in a CPU's cache."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """(token, slot) pairs, sorted by slot, each once.
+
+    Attributes:
+        token: ``[P]``, row of the hidden states.
+        weight: ``[P]`` gate weight, in at least float32 so that sums over a slot's experts are exact enough.
+        counts: Pairs of each slot: S numbers that add up to P.
+    """
+
+    token: Tensor
+    weight: Tensor
+    counts: list[int]
+
+    def of_slots(self, first: int, last: int) -> Pairs:
+        """The pairs of slots first to last - 1."""
+        start, end = sum(self.counts[:first]), sum(self.counts[:last])
+        return Pairs(self.token[start:end], self.weight[start:end], self.counts[first:last])
+
+
+def choices(
+    experts: ReplacedExperts, hidden: Tensor, top_k_index: Tensor | None, top_k_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Index (-1: none) and weight of every choice of a call, the weight in at least the hidden states' type."""
+    if top_k_index is None or top_k_weights is None:
+        return dense_choices(hidden, experts.num_experts)
+    return top_k_index, top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden.dtype))
+
+
+def dense_choices(scaled: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Choices behind Llama-4's call, ``scaled [E * N, H]``: ``index`` and ``weight`` ``[E * N, 1]``.
+
+    The gate weight is in the rows already, so weights are one; rows that are zero were not chosen: index -1. An expert
+    without bias maps zero to zero with a zero gradient, so leaving them out changes nothing.
+    """
+    index = torch.arange(num_experts, device=scaled.device).repeat_interleave(scaled.shape[0] // num_experts)
+    index = torch.where((scaled.detach() != 0).any(1), index, -1)[:, None]
+    return index, torch.ones_like(index, dtype=scaled.dtype)
+
+
+def sort_pairs(slot: Tensor, weight: Tensor, num_slots: int, joins: bool = False) -> Pairs:
+    """Choices as pairs.
+
+    Args:
+        slot: ``[N, k]`` long, the slot of each choice; -1 leaves it out.
+        weight: ``[N, k]`` gate weights.
+        num_slots: Number of slots, S.
+        joins: Whether two choices of a token may fall on one slot; their weights are then summed.
+    """
+    keep = slot >= 0
+    weight = weight.to(wide_dtype(weight.dtype))
+    if joins and slot.shape[1] > 1:
+        same = slot.unsqueeze(2) == slot.unsqueeze(1)
+        weight = (same * weight.unsqueeze(1)).sum(2)
+        keep = keep & ~same.tril(-1).any(2)
+    key = torch.where(keep, slot, num_slots).flatten()
+    order = key.argsort(stable=True)
+    # The one point where the host waits for the device.
+    counts = torch.bincount(key, minlength=num_slots + 1)[:num_slots].tolist()
+    order = order[: sum(counts)]
+    return Pairs(order // slot.shape[1], weight.flatten()[order], counts)
+
+
+class Slots(Protocol):
+    """Where the weights of slots come from, and where their gradients go."""
+
+    layout: Layout
+    activation: Activation
+
+    def learning(self) -> list[Tensor]:
+        """What autograd shall see of them: tensors of which one requires a gradient, or none."""
+        return []
+
+    def is_grouped(self, hidden: Tensor, counts: Sequence[int]) -> bool:
+        """Whether all slots are multiplied at once, by grouped products."""
+        return False
+
+    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
+        """Weights of a slot (or of ALL); ``upcoming`` are the slots that will be asked for next."""
+
+    def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
+        """Take weight gradients of a slot (or of ALL), by stack name and in the stack's layout."""
+
+    def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
+        """Gradients of what :meth:`learning` gave, after those of all slots that have pairs."""
+        return [None]
+
+
+class StackedSlots(Slots):
+    """Slots in stacks ``[S, ...]``, named as in the layout; those that require a gradient get one.
+
+    Args:
+        method: ``"slots"``, ``"grouped"`` (slot by slot for experts with biases), or ``"auto"``: what is faster.
+
+    Raises:
+        ValueError: Another method.
+    """
+
+    def __init__(self, layout: Layout, activation: Activation, stacks: Mapping[str, Tensor], method: str) -> None:
+        if method not in ("auto", "slots", "grouped"):
+            raise ValueError(f"method: expected 'auto', 'slots' or 'grouped', got {method!r}")
+        self.layout, self.activation, self.stacks, self.method = layout, activation, stacks, method
+        self._gradients: dict[str, Tensor] = {}
+
+    def learning(self) -> list[Tensor]:
+        """The stacks."""
+        return list(self.stacks.values()) if any(stack.requires_grad for stack in self.stacks.values()) else []
+
+    def is_grouped(self, hidden: Tensor, counts: Sequence[int]) -> bool:
+        """On CUDA: where grouped products are one kernel (bfloat16). On a CPU they are a loop in C++, which wins while
+        the work is so small that Python's own time shows, unless :mod:`fluxlib.moe.product` is faster there.
+
+        Raises:
+            ValueError: float64, or rows that are no multiple of 16 bytes, with the method ``grouped``.
+        """
+        num_pairs, sizes = sum(counts), [size for stack in self.stacks.values() for size in stack.shape[1:]]
+        if self.method == "slots" or not num_pairs or self.layout.has_bias:
+            return False
+        possible = hidden.dtype != torch.float64 and all(size * hidden.element_size() % 16 == 0 for size in sizes)
+        if self.method == "grouped" and not possible:
+            raise ValueError(f"method: 'grouped' takes no float64 and rows of 16 n bytes, got {hidden.dtype} {sizes}")
+        if self.method == "grouped" or not possible:
+            return possible
+        if hidden.device.type == "cuda":
+            return hidden.dtype == torch.bfloat16 and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+        largest = max(stack[0].numel() for stack in self.stacks.values())
+        if is_wide(hidden) and num_pairs * largest >= SMALLEST * sum(count > 0 for count in counts):
+            return False
+        return hidden.device.type == "cpu" and num_pairs * max(sizes) <= SMALL_VALUES
+
+    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
+        """Views (copies where the stacks have another type)."""
+        stacks = self.stacks if slot == ALL else {name: stack[slot] for name, stack in self.stacks.items()}
+        return to_matrices(stacks, self.layout, dtype)
+
+    def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
+        """Write into stacks of gradients."""
+        for name, gradient in gradients.items():
+            if slot == ALL:
+                self._gradients[name] = gradient.to(self.stacks[name].dtype)
+                continue
+            if name not in self._gradients:
+                self._gradients[name] = torch.empty_like(self.stacks[name])
+            self._gradients[name][slot].copy_(gradient)
+
+    def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
+        """The stacks of gradients, zero where a slot has no pair."""
+        made, self._gradients = self._gradients, {}
+        stacks = [made[name] if name in made else torch.empty_like(stack) for name, stack in self.stacks.items()]
+        for stack, (slot, count) in itertools.product(stacks, enumerate(counts)):
+            if not count:
+                stack[slot].zero_()
+        return [*stacks]
+
+
+class SlotExperts(ReplacedExperts, Slots):
+    """Base of experts that are a slot each and bring their weights one at a time."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.activation = Activation(original)
+        self.post_norm = self.activation.post_norm
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """``hidden_states [N, H]``, ``top_k_index [N, k]``, ``top_k_weights [N, k]`` -> ``[N, H]``."""
+        pairs = sort_pairs(*choices(self, hidden_states, top_k_index, top_k_weights), self.num_experts)
+        return dispatch(hidden_states, pairs, self)
+
+    def learning(self) -> list[Tensor]:
+        """An empty tensor, so that autograd comes by and :meth:`add_gradients` is called."""
+        return [torch.zeros(0, device=self.device, requires_grad=True)] if torch.is_grad_enabled() else []
+
+
+def dispatch(hidden: Tensor, pairs: Pairs, slots: Slots) -> Tensor:
+    """Weighted outputs of the slots, summed per token: ``hidden [N, H] -> [N, H]``.
+
+    Under autocast hidden states are cast to its type, and the pass computes in that.
+    """
+    keeps = torch.is_grad_enabled()  # inside a Function it never is
+    with _own_types(hidden) as dtype:
+        computed, ends = hidden.to(dtype), None
+        if slots.is_grouped(computed, pairs.counts):
+            ends = torch.tensor(pairs.counts, device=hidden.device).cumsum(0, dtype=torch.int32)
+        else:
+            pairs = Pairs(*pad_pairs(computed, pairs.token, pairs.weight, pairs.counts))
+        work = _Work(slots, pairs.counts, ends, keeps)
+        out = _Pass.apply(computed, pairs.weight, pairs.token, work, *slots.learning())
+    return out.to(hidden.dtype)
+
+
+class _Pass(torch.autograd.Function):
+    """:func:`dispatch`, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, token: Tensor, work: _Work, *learning: Tensor) -> Tensor:
+        out = torch.zeros(hidden.shape, device=hidden.device, dtype=wide_dtype(hidden.dtype))
+        kept, activation = [], work.slots.activation
+        for run in work.runs(hidden.dtype):
+            rows, gate, weights = token[run.pairs], weight[run.pairs, None], run.matrices
+            projected = run.linear(hidden.index_select(0, rows), weights.up, weights.up_bias)
+            result = run.linear(activation.forward(projected), weights.down, weights.down_bias)
+            if activation.post_norm is not None:
+                result = activation.post_norm(result)
+            run.add_rows(out, rows, _weighted(result.to(out.dtype), gate))
+            if work.keeps and any(ctx.needs_input_grad):
+                kept.append(projected)
+        ctx.save_for_backward(hidden, weight, token, *kept)
+        ctx.work = work
+        return out.to(hidden.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with _own_types(gradient):
+            return _backward(ctx, gradient)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (hidden, weight, token, *kept), work = ctx.saved_tensors, ctx.work
+    slots, activation, wide = work.slots, work.slots.activation, wide_dtype(hidden.dtype)
+    wants_hidden, wants_weight, *_ = ctx.needs_input_grad
+    wants_slots = any(ctx.needs_input_grad[4:])
+    hidden_gradient = torch.zeros(hidden.shape, device=hidden.device, dtype=wide) if wants_hidden else None
+    weight_gradient = torch.zeros_like(weight) if wants_weight else None
+    for run, projected in zip(work.runs(hidden.dtype, backward=True), reversed(kept), strict=True):
+        rows, gate, weights = token[run.pairs], weight[run.pairs, None], run.matrices
+        incoming = gradient.index_select(0, rows)
+        act, pull = activation.backward(projected)
+        if activation.post_norm is None:
+            back = run.linear(incoming, weights.down.mT)
+            through = (back * act).sum(1, dtype=wide)
+            if weights.down_bias is not None:
+                through += (incoming * weights.down_bias).sum(1, dtype=wide)
+            back, incoming = _weighted(back, gate), _weighted(incoming, gate) if wants_slots else incoming
+        else:
+            result = run.linear(act, weights.down, weights.down_bias)
+            normed, scaled = activation.norm_backward(result, (incoming * gate).to(incoming.dtype))
+            through = (incoming * normed).sum(1, dtype=wide)
+            back, incoming = run.linear(scaled, weights.down.mT), scaled
+        back = pull(back)
+        if weight_gradient is not None:
+            weight_gradient[run.pairs] = through
+        if wants_slots:
+            made = run.gradients(slots.layout, (hidden.index_select(0, rows), back), (act, incoming))
+            slots.add_gradients(run.slot, made)
+        if hidden_gradient is not None:
+            run.add_rows(hidden_gradient, rows, run.linear(back, weights.up.mT))
+    if hidden_gradient is not None:
+        hidden_gradient = hidden_gradient.to(hidden.dtype)
+    return hidden_gradient, weight_gradient, None, None, *(slots.end_gradients(work.counts) if wants_slots else ())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Pairs that are multiplied together: those of one slot, or of ALL by grouped products."""
+
+    slot: int
+    pairs: slice
+    counts: list[int]
+    matrices: Matrices
+    ends: Tensor | None = None
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x [n, i] @ weight (+ bias)``, each row with the weights of its slot."""
+        if self.ends is None:
+            return matmul(x, weight, bias)
+        return F.grouped_mm(x.contiguous(), weight, offs=self.ends)
+
+    def gradients(self, layout: Layout, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Weight gradients by stack name, from (inputs, output gradients) of both products."""
+        made = {}
+        for name, pair in ((layout.up_name, up), ("down_proj", down)):
+            a, b = pair if layout.is_transposed else reversed(pair)
+            if self.ends is None:
+                made[name] = matmul(a.T, b)
+            else:
+                made[name] = F.grouped_mm(a.contiguous().T, b.contiguous(), offs=self.ends)
+            if layout.has_bias:
+                made[f"{name}_bias"] = pair[1].sum(0)
+        return made
+
+    def add_rows(self, out: Tensor, rows: Tensor, values: Tensor) -> None:
+        """Add values to rows slot by slot: no row twice in a call, so the result is the same every time."""
+        for row, value in zip(rows.split(self.counts), values.split(self.counts), strict=True):
+            out.index_add_(0, row, value.to(out.dtype))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Which slots a pass goes through; ``ends [S]`` of their pairs for grouped products, None slot by slot."""
+
+    slots: Slots
+    counts: list[int]
+    ends: Tensor | None
+    keeps: bool
+
+    def runs(self, dtype: torch.dtype, backward: bool = False) -> Iterator[_Run]:
+        """In order; backward from the last slot to the first, so that what was used last is used first."""
+        if self.ends is not None:
+            yield _Run(ALL, slice(None), self.counts, self.slots.matrices(ALL, (), dtype), self.ends)
+            return
+        ends = list(itertools.accumulate(self.counts))
+        busy = [slot for slot, count in enumerate(self.counts) if count]
+        if backward:
+            busy.reverse()
+        for position, slot in enumerate(busy, 1):
+            pairs = slice(ends[slot] - self.counts[slot], ends[slot])
+            yield _Run(slot, pairs, [self.counts[slot]], self.slots.matrices(slot, busy[position:], dtype))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type in which sums over experts are kept: float32 for 16-bit types."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@contextmanager
+def _own_types(hidden: Tensor) -> Iterator[torch.dtype]:
+    """Turn autocast off; gives the type in which to compute with ``hidden``: autocast's where it was on."""
+    kind = hidden.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        yield hidden.dtype
+        return
+    dtype = hidden.dtype if hidden.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        yield dtype
+
+
+def _weighted(rows: Tensor, gate: Tensor) -> Tensor:
+    """``rows * gate``, in place where the types allow it; what is given is not needed any more."""
+    return rows.mul_(gate) if rows.dtype == gate.dtype else (rows * gate).to(rows.dtype)
