@@ -1,4 +1,4 @@
-"""The claims table on tables by hand: verdicts, intervals, misses, absent tables; and the README's section."""
+"""Speed-ups and the claims table on tables by hand: verdicts, intervals, misses, absent tables."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import pytest
 from matplotlib.figure import Figure
 
 from fluxlib import figures, records
-from fluxlib.analysis import claims, studies
-from fluxlib.analysis.claims import base, lead, measured, stored
-from fluxlib.analysis.claims.base import Claim, Tables
-from fluxlib.analysis.claims.races import describe
-from fluxlib.analysis.claims.table import _row
+from fluxlib.analysis import claims, speedups, studies
+from fluxlib.analysis.claims import Claim, Reading, Tables
+from fluxlib.analysis.claims.table import row as row_of
+from fluxlib.analysis.claims.values import values
+from fluxlib.analysis.speedups import against_all, describe, longest, speed_ups
 from fluxlib.analysis.statistics import geometric
 from fluxlib.analysis.wording import shown, shown_interval
-from fluxlib.app import cli, pages
-from fluxlib.config import REPO_ROOT
+from fluxlib.app import cli
 
-README = REPO_ROOT / "README.md"
 SCORES = {"fmd": (0.2, 0.6, 1.0, 1.0, 1.0), "flux": (0.2, 0.6, 1.0, 1.0, 1.0), "fmq": (0.2, 0.4, 0.3, 0.4, 0.3)}
 SECONDS = {"fmd": 40.0, "flux": 10.0, "fmq": 10.0}
 
@@ -45,8 +43,8 @@ def claim(slug: str) -> Claim:
     return next(one for one in claims.CLAIMS if one.slug == slug)
 
 
-def read(slug: str, found: Tables) -> base.Reading:
-    (reading,) = claim(slug).read(claim(slug), found)
+def read(slug: str, found: Tables) -> Reading:
+    (reading,) = claims.read(claim(slug), found)
     return reading
 
 
@@ -66,7 +64,7 @@ def measurements(stem: str, *parts: list[dict]) -> Tables:
 
 
 def test_a_speed_up_is_a_geometric_mean_of_paired_seeds_with_its_interval() -> None:
-    table = claims.speed_ups(claims.races(pd.concat(grid({0: 20.0, 1: 10.0, 2: 5.0}))))
+    table = speed_ups(against_all(pd.concat(grid({0: 20.0, 1: 10.0, 2: 5.0}))))
     (row,) = table.to_dict("records")
     assert (row["seeds"], row["num_both"], row["ahead"], row["behind"]) == (3, 3, 3, 0)
     assert row["speedup"] == pytest.approx(4.0)
@@ -77,16 +75,16 @@ def test_a_speed_up_is_a_geometric_mean_of_paired_seeds_with_its_interval() -> N
 
 def test_the_target_is_that_of_the_seed_and_of_the_last_three_scores() -> None:
     low = tuple(score / 2 for score in SCORES["fmd"])
-    found = claims.races(pd.concat([run("fmd", 0), run("flux", 0), run("fmd", 1, low), run("flux", 1, low)]))
+    found = against_all(pd.concat([run("fmd", 0), run("flux", 0), run("fmd", 1, low), run("flux", 1, low)]))
     assert found.groupby("seed")["target"].first().tolist() == pytest.approx([0.95, 0.475])
-    falling = claims.races(pd.concat([run("fmd", 0, (0.2, 0.9, 0.9, 0.6)), run("flux", 0)]))
+    falling = against_all(pd.concat([run("fmd", 0, (0.2, 0.9, 0.9, 0.6)), run("flux", 0)]))
     assert falling["target"].iloc[0] == pytest.approx(0.95 * 0.8)
 
 
 def test_misses_are_counted_on_both_sides() -> None:
     never = (0.2, 0.3, 0.3, 0.3, 0.3)
     runs = [*grid({0: 10.0}), run("fmd", 1), run("flux", 1, never), run("fmq", 0), run("fmq", 1)]
-    by_name = {row["baseline"]: row for row in claims.speed_ups(claims.races(pd.concat(runs))).to_dict("records")}
+    by_name = {row["baseline"]: row for row in speed_ups(against_all(pd.concat(runs))).to_dict("records")}
     fmd, fmq = by_name["fmd"], by_name["fmq"]
     assert (fmd["ours_missed"], fmd["ahead"], fmd["behind"]) == (1, 1, 1) and np.isnan(fmd["at_least"])
     assert "never (1 of 2), 4× otherwise" in describe(fmd)
@@ -95,7 +93,7 @@ def test_misses_are_counted_on_both_sides() -> None:
 
 def test_a_baseline_that_never_arrives_gives_a_lower_bound() -> None:
     runs = [*grid(dict.fromkeys(range(3), 10.0)), *(run("fmq", seed) for seed in range(3))]
-    row = claims.speed_ups(claims.races(pd.concat(runs))).set_index("baseline").loc["fmq"]
+    row = speed_ups(against_all(pd.concat(runs))).set_index("baseline").loc["fmq"]
     # 0.95 lies seven eighths between the first and the second round: 18.75 s; FMQ runs for 40 s.
     assert row["at_least"] == pytest.approx(40 / 18.75) and np.isnan(row["speedup"])
     assert read("ahead_of_fmq", tables(*runs)).verdict == "agrees"
@@ -104,9 +102,9 @@ def test_a_baseline_that_never_arrives_gives_a_lower_bound() -> None:
 def test_a_run_that_went_on_stands_for_the_plain_one_and_other_variants_do_not_race() -> None:
     late = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
     longer, other = run("flux", 0, late, variant="long"), run("flux", 0, variant="short")
-    raced = claims.timed(pd.concat([run("fmd", 0), run("flux", 0, late[:3]), longer, other, run("fmq", 0)]))
+    raced = longest(pd.concat([run("fmd", 0), run("flux", 0, late[:3]), longer, other, run("fmq", 0)]))
     assert raced.groupby("method")["round"].max().to_dict() == {"flux": 5, "fmd": 4, "fmq": 4}
-    by_name = claims.speed_ups(claims.races(raced)).set_index("baseline")
+    by_name = speed_ups(against_all(raced)).set_index("baseline")
     assert by_name.loc["fmd", "variant"] == "" and by_name.loc["fmd", "ahead"] == 1
     # FMQ's run of 40 seconds was over before FLUX reached the target: nobody can say who would have been sooner.
     assert by_name.loc["fmq", ["ahead", "behind", "baseline_missed"]].tolist() == [0, 0, 1]
@@ -126,17 +124,18 @@ def test_a_race_that_was_cut_short_is_left_open() -> None:
     assert most_open.verdict == "does not"  # one race decided, one open
 
 
-def test_what_goes_beyond_the_paper_is_no_evidence_for_its_claims() -> None:
+def test_what_goes_beyond_the_paper_is_no_evidence_for_its_claims(tmp_path: Path) -> None:
     better = [run(m, 0, seconds=s, variant="improved") for m, s in (("fmd", 40.0), ("flux", 1.0))]
     plain = [*grid({0: 20.0}), run("fmq", 0)]
-    assert (read("speed_up", tables(*plain, *better)).value, len(tables(*plain).timed_races)) == (2.0, 3)
+    assert (read("speed_up", tables(*plain, *better)).value, len(tables(*plain).times)) == (2.0, 3)
     assert read("ahead_of_fmd", tables(*plain, *better)).ours == "`mini-dolly` 2×"
-    alone = claims.speed_up_markdown(claims.speed_ups(claims.races(pd.concat([*plain, better[1]]))))
+    alone = speedups.to_markdown(speed_ups(against_all(pd.concat([*plain, better[1]]))))
     assert "(improved) | `mini-dolly` | 1 | 40× (unchanged) |" in alone
-    page = claims.races_markdown(claims.races(pd.concat([*plain, *better])))
-    paper, beyond = page.split("**Beyond the paper**")
+    for one in (*plain, *better):
+        write(tmp_path, one, status="complete")
+    paper, beyond = speedups.page(tmp_path).split("**Beyond the paper**")
     assert "improved" not in paper and "| FLUX+ sooner than FMD+ |" in beyond and "40×" in beyond
-    both = claims.speed_ups(claims.races(pd.concat([*plain, *better]))).set_index(["variant", "baseline"])["as_it_is"]
+    both = speed_ups(against_all(pd.concat([*plain, *better]))).set_index(["variant", "baseline"])["as_it_is"]
     assert both.to_dict() == {
         ("", "fmd"): False,
         ("", "fmq"): False,
@@ -147,26 +146,20 @@ def test_what_goes_beyond_the_paper_is_no_evidence_for_its_claims() -> None:
 
 def test_scores_of_all_methods_stand_side_by_side() -> None:
     plain = pd.concat([*grid({0: 10.0, 1: 20.0}), run("fmq", 0), run("fmq", 1)])
-    table = claims.scores(claims.races(plain), plain)
-    by_name = table.set_index("method")
-    assert by_name["final"].to_dict() == pytest.approx({"flux": 1.0, "fmd": 1.0, "fmq": 1 / 3})
-    assert by_name["reached"].to_dict() == {"flux": 2, "fmd": 2, "fmq": 0}
-    assert by_name["base"].to_dict() == pytest.approx({"flux": 0.2, "fmd": 0.2, "fmq": 0.2})
-    (line,) = claims.scores_markdown(table).splitlines()[2:]
-    assert "| 1.000 / 1.000 / 0.333 | 28 / 75 / never | 15 / 40 / 10 |" in line
-    assert "No FLUX and FMD runs" in claims.scores_markdown(claims.scores(claims.races(None), plain))
+    (line,) = speedups.scores_to_markdown(against_all(plain), plain).splitlines()[2:]
+    assert "| 2 | 0.200 | 1.000 / 1.000 / 0.333 | 28 / 75 / never | 15 / 40 / 10 |" in line
 
 
 def test_a_baseline_that_ends_at_nothing_has_no_share() -> None:
     nothing = (0.2, 0.0, 0.0, 0.0, 0.0)
     runs = [*grid({0: 10.0, 1: 10.0}), run("fmq", 0, nothing), run("fmq", 1, (0.2, *[0.5] * 4))]
-    row = claims.speed_ups(claims.races(pd.concat(runs))).set_index("baseline").loc["fmq"]
+    row = speed_ups(against_all(pd.concat(runs))).set_index("baseline").loc["fmq"]
     assert (row["final_ratio"], row["baseline_missed"]) == (pytest.approx(2.0), 2)
 
 
 def test_a_base_model_at_the_target_is_no_race() -> None:
     flat = (1.0, 1.0, 1.0)
-    (row,) = claims.speed_ups(claims.races(pd.concat([run("fmd", 0, flat), run("flux", 0, flat)]))).to_dict("records")
+    (row,) = speed_ups(against_all(pd.concat([run("fmd", 0, flat), run("flux", 0, flat)]))).to_dict("records")
     assert (row["trivial"], row["ahead"], row["behind"]) == (1, 0, 0)
     assert read("ahead_of_fmd", tables(run("fmd", 0, flat), run("flux", 0, flat))).verdict == "does not"
 
@@ -175,7 +168,7 @@ def test_a_variant_meets_its_own_baseline_and_else_the_plain_one_of_the_same_siz
     runs = [*grid({0: 10.0}), run("flux", 0, seconds=5.0, variant="small", num_participants=4)]
     runs += [run("flux", 0, seconds=8.0, variant="wire"), run("fmd", 0, seconds=16.0, variant="wire")]
     runs += [run("flux", 0, seconds=4.0, variant="joint")]
-    found = claims.speed_ups(claims.races(pd.concat(runs))).set_index("variant")["speedup"].to_dict()
+    found = speed_ups(against_all(pd.concat(runs))).set_index("variant")["speedup"].to_dict()
     assert found == pytest.approx({"": 4.0, "joint": 10.0, "wire": 2.0})
 
 
@@ -230,7 +223,7 @@ def test_every_task_means_every_task() -> None:
         read("ahead_of_fmd", tables(*grid({0: 10.0, 1: 10.0, 2: 10.0}), *other)),
     )
     assert (whole.verdict, whole.reached, partly.verdict, partly.reached) == ("agrees", True, "does not", False)
-    assert "sooner in 3 of 4 races" in partly.reason
+    assert "sooner in 3 of 4 seeds and tasks" in partly.reason
 
 
 def test_a_wide_interval_makes_it_a_direction() -> None:
@@ -257,7 +250,7 @@ def test_quality_at_equal_seconds_needs_runs_as_long_as_fmds() -> None:
     short = grid({0: 10.0, 1: 10.0, 2: 10.0})
     early = read("quality_in_time", tables(*short))
     assert early.verdict == "not attempted" and "at 25 % of FMD's run" in early.ours
-    assert early.reached is None and _row(claim("quality_in_time"), [early])["to reach"] == "≥ 99 %"
+    assert early.reached is None and row_of(claim("quality_in_time"), [early])["to reach"] == "≥ 99 %"
     longer = [run("flux", seed, (0.2, 0.6, *[1.0] * 15), variant="long") for seed in range(3)]
     assert read("quality_in_time", tables(*short, *longer)).verdict == "agrees"
     partly = [
@@ -269,57 +262,27 @@ def test_quality_at_equal_seconds_needs_runs_as_long_as_fmds() -> None:
 def test_a_model_that_fails_is_not_hidden_by_one_that_was_not_attempted() -> None:
     low = (0.2, *[0.5] * 16)
     other = [one.assign(model="mini-deepseek-moe") for one in (run("fmd", 0), run("flux", 0, low))]
-    found = claim("quality_in_time").read(claim("quality_in_time"), tables(*grid({0: 10.0}), *other))
+    found = claims.read(claim("quality_in_time"), tables(*grid({0: 10.0}), *other))
     assert [one.verdict for one in found] == ["not attempted", "does not"]
-    row = _row(claim("quality_in_time"), found)
+    row = row_of(claim("quality_in_time"), found)
     assert (row["verdict"], row["to reach"]) == ("does not", "≥ 99 %: not reached")
     assert claims.VERDICTS == ("agrees", "agrees in direction", "not attempted", "does not")
 
 
-def sweep(counts: tuple[int, ...], **more: object) -> tuple[list[pd.DataFrame], dict[str, dict]]:
-    """FLUX and FMD with three seeds per number of participants, and their parameters."""
-    runs, parameters = [], {}
-    for count in counts:
-        for method, seed in [(method, seed) for method in ("fmd", "flux") for seed in range(3)]:
-            one = run(method, seed, variant=f"p{count}", num_participants=count)
-            parameters[one["run_id"].iloc[0]] = {
-                "federation.participants": count,
-                "federation.rounds": 4,
-                "method": method,
-                **more,
-            }
-            runs.append(one)
-    return runs, parameters
-
-
-def test_participants_are_compared_between_runs_that_differ_in_nothing_else() -> None:
-    runs, parameters = sweep((10, 20, 30))
-    twin = run("flux", 0, variant="twin", num_participants=10)
-    with_twin = parameters | {twin["run_id"].iloc[0]: parameters["fluxp10-mini-llama-moe-mini-dolly-0"]}
-    assert read("participants", tables(*runs, twin, parameters=with_twin)).verdict == "agrees"
-    assert read("participants", tables(*runs[:12], parameters=parameters)).verdict == "agrees in direction"
-    late = "fluxp20-mini-llama-moe-mini-dolly-0"
-    newer = parameters | {late: parameters[late] | {"torch_device": "cuda", "engine": "simulation", "coverage": None}}
-    assert (
-        read("participants", tables(*runs, parameters=newer)).verdict == "agrees"
-    )  # stored with more is no difference
+def test_the_lead_must_hold_at_every_number_of_participants() -> None:
+    runs = [
+        run(method, seed, variant=f"participants-{count}", num_participants=count)
+        for count in (10, 20, 30)
+        for method in ("fmd", "flux")
+        for seed in range(3)
+    ]
+    assert read("participants", tables(*runs, *grid({0: 80.0}))).verdict == "agrees"
+    assert read("participants", tables(*runs[:12], *grid({0: 80.0}))).verdict == "agrees in direction"
     alone = [one for one in runs if one["seed"].iloc[0] == 0]
-    assert read("participants", tables(*alone, parameters=parameters)).verdict == "agrees in direction"
-    for run_id in parameters:
-        parameters[run_id]["rounds"] += "p20" in run_id
-    assert lead.participants(claim("participants"), tables(*runs[:12], parameters=parameters)) == []
-
-
-def test_settings_that_are_tuned_per_method_do_not_mix_within_a_method() -> None:
-    runs, parameters = sweep((10, 20), learning_rate=1e-3)
-    for run_id in parameters:
-        parameters[run_id]["learning_rate"] *= 3 if run_id.startswith("flux") else 1
-    assert read("participants", tables(*runs, parameters=parameters)).seeds == 3  # each method has its own
-    parameters["fluxp20-mini-llama-moe-mini-dolly-0"]["learning_rate"] = 1.0
-    assert read("participants", tables(*runs, parameters=parameters)).fewest == 2  # the odd one is no part of the sweep
-    for seed in (1, 2):
-        parameters[f"fluxp20-mini-llama-moe-mini-dolly-{seed}"]["learning_rate"] = 1.0
-    assert lead.participants(claim("participants"), tables(*runs, parameters=parameters)) == []
+    assert read("participants", tables(*alone, *grid({0: 10.0}))).verdict == "agrees in direction"
+    slow = [one.assign(device_s=one["device_s"] * 9) if one["method"].iloc[0] == "flux" else one for one in runs[:6]]
+    assert read("participants", tables(*slow, *runs[6:], *grid({0: 10.0}))).verdict == "does not"
+    assert claims.read(claim("participants"), tables(*runs[:6], *grid({0: 10.0}))) == []
 
 
 def test_falls_are_added_up_over_what_both_methods_have() -> None:
@@ -383,17 +346,20 @@ def profile(*attended: int) -> Tables:
 
 
 def test_a_rare_expert_is_attended_if_it_is_so_again_with_another_seed() -> None:
-    same = claim("attended").read(claim("attended"), profile(2, 2, 2))[0]
+    same = claims.read(claim("attended"), profile(2, 2, 2))[0]
     assert (same.value, same.verdict, same.ours) == (pytest.approx(0.5), "agrees in direction", "50 %")
-    assert "each seed is held against the others" in same.reason
-    assert claim("attended").read(claim("attended"), profile(2, 3, 2))[0].verdict == "does not"
-    assert claim("attended").read(claim("attended"), profile(2)) == []
+    assert "seeds are held against each other" in same.reason
+    assert claims.read(claim("attended"), profile(2, 3, 2))[0].verdict == "does not"
+    assert claims.read(claim("attended"), profile(2)) == []
 
 
 def test_the_saving_is_that_of_a_typical_round_and_must_reach_the_papers() -> None:
     saved = [rows("round_saving", "1 Gb/s", value, x=x) for x, value in ((64, 0.05), (512, 0.5))]
     reading = read("stale_saving", measurements("01_profiling", *saved))
-    assert (reading.value, reading.verdict) == (0.05, "does not") and "at best 50 % at 512 samples" in reading.reason
+    assert (reading.value, reading.verdict) == (
+        0.05,
+        "does not",
+    ) and "number of samples: 50 %; at the worst: 5 %" in reading.reason
 
 
 def test_probes_are_held_against_frequency_alone() -> None:
@@ -413,7 +379,7 @@ def test_values_meet_by_the_number_of_their_seed_and_not_by_their_place() -> Non
     assert (reading.seeds, reading.value, reading.verdict) == (2, pytest.approx(0.1), "agrees in direction")
     moved = [rows("drift", "a quarter tuned", *values, x=x) for x, values in ((1, (1, 2, 4)), (5, (2, 4, 8)))]
     table = measurements("01_profiling", moved[0][:2], moved[1][1:]).measurements["01_profiling"]["m"]
-    assert measured.drift(table).to_dict() == {1: 2.0}
+    assert values(table, claim("drift").ours).to_dict() == {1: 2.0}
 
 
 def test_a_reason_has_the_ratio_of_its_own_row() -> None:
@@ -421,7 +387,7 @@ def test_a_reason_has_the_ratio_of_its_own_row() -> None:
     budgets = [rows("error", setting, 1.0, 1.0) for setting in ("adaptive", "single")]
     found = measurements("02_merging", *grown, *budgets)
     assert read("early_errors", found).value == pytest.approx(0.4)
-    assert "the first layer's error is 40 % of the last's" in read("budgets_single", found).reason
+    assert "the first layer's error over the last's is: 40 %" in read("budgets_single", found).reason
 
 
 def test_models_are_averaged_geometrically_in_a_ratio() -> None:
@@ -439,8 +405,8 @@ def test_without_tables_every_claim_says_what_to_run(tmp_path: Path) -> None:
     table = claims.claims(tmp_path / "nothing", None)
     assert set(table["verdict"]) == {"not attempted"} and len(table) == len(claims.CLAIMS)
     assert table["reason"].str.contains("run ").all()
-    assert claims.readings(Tables()).empty and claims.speed_ups(claims.races(None)).empty
-    assert "No race" in claims.speed_up_markdown(claims.speed_ups(claims.races(None)))
+    assert claims.readings(Tables()).empty and speed_ups(against_all(run("fmd", 0))).empty
+    assert "No FLUX and FMD runs" in speedups.to_markdown(speed_ups(against_all(run("fmd", 0))))
     assert set(claims.goals(tmp_path)["verdict"]) == {"not attempted"}
 
 
@@ -449,18 +415,18 @@ def test_the_weakest_model_decides_but_for_up_to() -> None:
         "a": studies.measurements(rows("profile_error", "frequency error", 0.01, x=4), "x"),
         "b": studies.measurements(rows("profile_error", "frequency error", 0.5, x=4), "x"),
     }})  # fmt: skip
-    row = _row(claim("four_bit"), claim("four_bit").read(claim("four_bit"), found))
+    row = row_of(claim("four_bit"), claims.read(claim("four_bit"), found))
     assert row["verdict"] == "does not" and "`a`: agrees" in row["reason"] and row["to reach"] == "≤ 8 %: by `a`"
     deep = [r.assign(model="mini-deepseek-moe") for r in grid({0: 80.0, 1: 80.0})]
     both = tables(*grid({0: 8.0, 1: 8.0, 2: 8.0}), *deep)
-    assert _row(claim("speed_up"), lead.up_to(claim("speed_up"), both))["verdict"] == "agrees"
+    assert row_of(claim("speed_up"), claims.read(claim("speed_up"), both))["verdict"] == "agrees"
 
 
 def test_numbers_in_words() -> None:
     assert (shown(0.1101, "%"), shown(-0.02, "%"), shown(4.75, "x")) == ("11 %", "−2 %", "4.75×")
     assert shown_interval(0.5, 0.4, 0.6) == "0.5 (0.4 to 0.6)" and shown_interval(0.5, 0.5, 0.5) == "0.5"
     assert geometric([2.0, 8.0])[0] == pytest.approx(4.0) and geometric([2.0, 0.0]) == (0.0, 0.0, 2.0)
-    assert measured.clock_check(studies.measurements(
+    assert claims.clock_check(studies.measurements(
         rows("clock_check", "train, measured", 3.0) + rows("clock_check", "train, predicted", 2.0), "x"
     )) == {"train": 1.5}  # fmt: skip
 
@@ -470,35 +436,30 @@ def test_pictures_of_something_and_of_nothing(tmp_path: Path) -> None:
     table, readings = claims.claims(tmp_path), claims.readings(found)
     assert isinstance(figures.draw_claims(table, readings), Figure)
     assert isinstance(figures.draw_claims(table, claims.readings(Tables())), Figure)
-    assert isinstance(figures.draw_speed_ups(claims.speed_ups(found.plain_races)), Figure)
-    assert isinstance(figures.draw_speed_ups(claims.speed_ups(claims.races(None))), Figure)
+    assert isinstance(figures.draw_speed_ups(speed_ups(found.times)), Figure)
+    assert isinstance(figures.draw_speed_ups(speed_ups(against_all(run("fmd", 0)))), Figure)
 
 
-def test_the_command_prints_writes_and_refuses(tmp_path: Path, monkeypatch, capsys) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("races", "claims")))
-    monkeypatch.setattr("sys.argv", ["fluxlib", "claims", "--out", str(tmp_path), "--readme", str(page), "--json"])
+def test_the_command_prints_and_refuses(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["fluxlib", "claims", "--out", str(tmp_path), "--json"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert not stop.value.code and len(json.loads(capsys.readouterr().out)) == len(claims.CLAIMS)
-    assert "not attempted" in pages.section(page, "claims") and "No race" in pages.section(page, "races")
+    assert "not attempted" in claims.page(tmp_path) and "No runs" in speedups.page(tmp_path)
     monkeypatch.setattr("sys.argv", ["fluxlib", "claims", "--profile", "nope"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and "allowed are full, mini" in capsys.readouterr().err
-    before = page.read_text()
-    monkeypatch.setattr("sys.argv", ["fluxlib", "claims", "--out", str(tmp_path / "typo"), "--readme", str(page)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2 and "no folder" in capsys.readouterr().err and page.read_text() == before
 
 
-def test_the_readme_says_what_the_tracked_tables_say() -> None:
-    folder = REPO_ROOT / "data" / "results" / "full"
-    for name, text in claims.page_sections(folder).items():
-        assert pages.section(README, name) == text.strip(), (
-            f"the README's {name} are not those of data/results/full: fluxlib claims --profile full --readme README.md"
-        )
+def test_a_notebook_tells_its_own_claims_and_what_goes_beyond_them() -> None:
+    parts = [
+        rows("error", setting, *found) for setting, found in (("aligned", (0.5, 0.6, 0.5)), ("adaptive", (1, 1, 1)))
+    ]
+    (table,) = measurements("02_merging", *parts).measurements["02_merging"].values()
+    told = claims.in_notebook("02_merging", table, "m")
+    assert told.startswith("On m:\n\n- neurons aligned before merging (ours): error below that without: ours **46.7 %")
+    assert told.endswith("*agrees*")
 
 
 def write(folder: Path, one: pd.DataFrame, **about: object) -> Path:
@@ -509,32 +470,6 @@ def write(folder: Path, one: pd.DataFrame, **about: object) -> Path:
     file = folder / "rounds" / f"{one['run_id'].iloc[0]}.parquet"
     records.write("rounds", whole.assign(**{name: kept[name] for name in kept}), file, {"parameters": {}} | about)
     return file
-
-
-def test_a_run_that_went_on_with_other_settings_stands_for_none(tmp_path: Path) -> None:
-    alike = {"method": "flux", "task": "mini-dolly", "training.learning_rate": 0.001}
-    stored_with = {
-        "": {"federation.rounds": 4},
-        "long": {"federation.rounds": 16, "torch_device": "cpu", "variant": "long"},
-    }
-    for seed, rate in ((0, 0.001), (1, 0.003)):
-        for variant, more in stored_with.items():
-            about = alike | {"seed": seed} | more | ({"training.learning_rate": rate} if variant else {})
-            write(tmp_path, run("flux", seed, variant=variant), parameters=about, status="complete")
-    name, plain = (f"flux{variant}-mini-llama-moe-mini-dolly-1" for variant in ("long", ""))
-    found = claims.load(tmp_path)
-    assert found.left_out == {name: f"not {plain} with more rounds: learning_rate 0.003 in place of 0.001"}
-    assert found.rounds is not None and set(found.rounds["variant"]) == {"", "long"} and name not in found.parameters
-    assert set(claims.timed(found.rounds).groupby("seed")["run_id"].first()) == {name.replace("-1", "-0"), plain}
-
-
-def test_the_settings_of_a_stored_run_are_those_that_numbers_depend_on() -> None:
-    whole, old = (
-        stored.settings({"federation.rounds": 4, "torch_device": "cuda"}),
-        stored.settings({"federation.rounds": 4}),
-    )
-    assert whole == old and old["server_learning_rate"] == 1.0 and not {"engine", "torch_device"} & set(old)
-    assert stored.settings({"rounds": 0, "engine": "local", "odd": 1}) == {"rounds": 0, "odd": 1}  # as it was stored
 
 
 def test_a_run_that_did_not_finish_is_left_out_and_named(tmp_path: Path) -> None:

@@ -106,6 +106,19 @@ def parameters(file: Path) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {}
 
 
+def finished(folder: Path, table: str) -> pd.DataFrame | None:
+    """The ``table`` of all runs in ``folder`` that finished; None where there are none.
+
+    Raises:
+        TableError: a table that does not fit its schema, by name.
+    """
+    if not any((folder / table).glob("*.parquet")):
+        return None
+    rows = records.read_all(table, folder)
+    kept = rows[~rows["run_id"].isin(list(records.unfinished(folder)))].reset_index(drop=True)
+    return kept if len(kept) else None
+
+
 def _unfinished(place: Path) -> dict[str, Path]:
     """Tables of rounds in checkpoints, by run."""
     found = {}

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from fluxlib import records
-from fluxlib.analysis import studies
-from fluxlib.analysis.studies import roles, verdicts
+from fluxlib.analysis import claims, studies
+from fluxlib.analysis.studies import roles
 from fluxlib.config import RunConfig
 
 
@@ -53,27 +53,22 @@ def test_runs_are_read_under_the_names_they_are_given(tmp_path: Path) -> None:
         roles.read_runs(tmp_path, "mini", "t", [2], {"FLUX": ""})
 
 
-def test_verdicts_compare_each_setting_with_the_first() -> None:
+def test_the_notebook_compares_each_setting_with_the_first() -> None:
     rows = []
     for seed in range(3):
         more = {"model": "m", "task": "t", "seed": seed}
         for setting, scale in (("one-sided (paper)", 1.0), ("two-sided, guided", 0.5)):
-            for study, value in (("cosine_distance", 0.3), ("rank_correlation", 0.9), ("passes", 1.0), ("bias", 0.1),
-                                 ("bias_error", 0.1)):  # fmt: skip
-                rows.append(studies.row(f"probe_{study}", setting, scale * value, x=1, **more))
-        rows.append(studies.row("probe_rank_correlation", roles.FREQUENCY, 0.5, x=0, **more))
+            rows.append(studies.row("probe_cosine_distance", setting, scale * 0.3, x=1, **more))
         rows.append(studies.row("probe_share", "device clock", 0.04, **more))
         runs = (("FLUX", 0.6), ("other", 0.5))
         outcome = pd.DataFrame([{"setting": s, "seed": seed} | dict.fromkeys(roles.OUTCOMES, v) for s, v in runs])
         rows += roles.outcome_rows(outcome, "assignment", "m", "t")
-    found = verdicts.roles(studies.measurements(rows, "x")).set_index("claim")
-    one_sided = found.loc["utilities from one probe per expert, one-sided: cosine distance"]
-    assert (one_sided["ours"], one_sided["verdict"]) == (pytest.approx(0.3), "does not")
-    assert found.loc["the same, two-sided and guided", "verdict"] == "agrees"
-    bias = found.loc["its bias, in standard errors, all seeds together"]
-    assert (bias["ours"], bias["seeds"]) == (pytest.approx(3**0.5), 1)  # 1 per seed, and three seeds
-    assert found.loc["FLUX above other: final score", "ours"] == pytest.approx(0.1)
-    assert found.loc["other over FLUX: device seconds to target", "verdict"] == "does not"
+    found = claims.in_notebook("03_role_assignment", studies.measurements(rows, "x"), "m").splitlines()
+    told = {line.split(":")[0].removeprefix("- "): line for line in found}
+    assert "paper 0.29, ours **0.3**: *does not*" in told["utilities from one forward-only probe"]
+    assert "ours **0.15**: *agrees*" in told["the same with a guided probe in both directions (ours)"]
+    assert "ours **4 %**: *agrees*" in told["share of a round that probes take"]
+    assert "**against other: 0.833×**: *does not*" in told["FLUX's assignment reaches the target before others"]
 
 
 def test_a_run_is_made_once_and_again_when_its_configuration_changes(

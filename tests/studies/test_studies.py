@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from fluxlib import records
-from fluxlib.analysis import studies
-from fluxlib.analysis.studies import merging, overhead, profiling, training, verdicts
+from fluxlib.analysis import claims, studies
+from fluxlib.analysis.claims.judge import judge, weakest
+from fluxlib.analysis.claims.values import values as by_seed
+from fluxlib.analysis.studies import merging, overhead, profiling, training
 from fluxlib.config import ConfigError
 from fluxlib.devices import clock
 
@@ -53,9 +55,7 @@ def test_rows_of_section_4_fit_the_table(bench: studies.Bench) -> None:
     assert shares.to_numpy() == pytest.approx(np.ones(len(shares)), abs=1e-5)
     saved = table[table["study"] == "round_saving"]
     assert saved["value"].between(0, 1).all() and len(saved) == 3 * len(training.SAMPLES)
-    claims = verdicts.profiling(table)
-    assert set(claims["verdict"]) <= {"agrees", "agrees in direction", "does not"}
-    assert claims["claim"].iloc[-1] in verdicts.sentences(claims, "a test")
+    assert "error of a 4-bit profile: paper 11.01 %, ours" in claims.in_notebook("01_profiling", table, "a test")
 
 
 def test_a_short_federation_leaves_the_model_as_it_was(bench: studies.Bench) -> None:
@@ -119,43 +119,39 @@ def test_own_share_counts_what_only_flux_does() -> None:
     ],
 )
 def test_verdicts_by_hand(values: list[float], reach: float, better: str, expected: str) -> None:
-    assert verdicts.judge(np.array(values), reach, better) == expected
+    assert judge(np.array(values), reach, better) == expected
 
 
 def test_what_the_model_makes_positive_must_reach_its_size_and_needs_no_seeds() -> None:
-    saved = {"null": 0.282, "seeded": False}
-    assert [verdicts.judge(np.array([v]), 0.282, **saved) for v in (0.05, 0.282)] == ["does not", "agrees"]
+    saved = {"none": 0.282, "seeded": False}
+    assert [judge(np.array([v]), 0.282, **saved) for v in (0.05, 0.282)] == ["does not", "agrees"]
 
 
 def test_no_effect_may_differ_by_seed() -> None:
     without = np.array([0.7, 0.6, 0.7])
     held = ([0.1, 0.2, 0.1], [0.4, 0.5, 0.4], [0.8, 0.5, 0.8])
-    found = [verdicts.judge(np.array(v), 0.29, "smaller", without) for v in held]
+    found = [judge(np.array(v), 0.29, "smaller", without) for v in held]
     assert found == ["agrees", "agrees in direction", "does not"]
 
 
 def test_ratios_are_judged_on_their_logarithms() -> None:
     halved_and_fourfold = np.array([0.5, 0.5, 4.0])  # arithmetic mean 1.67, geometric mean 1
-    assert verdicts.judge(halved_and_fourfold, 1.0, ratio=True) == "does not"
-    assert verdicts.weakest(["agrees", "does not", "agrees in direction"]) == "does not"
+    assert judge(halved_and_fourfold, 1.0, ratio=True) == "does not"
+    assert weakest(["agrees", "does not", "agrees in direction"]) == "does not"
 
 
 def test_two_settings_meet_on_the_seeds_and_tasks_that_both_have() -> None:
     rows = [studies.row("error", setting, value, model="m", task=task, seed=seed)
             for setting, seed, task, value in (("a", 0, "t", 1.0), ("a", 1, "t", 2.0), ("a", 1, "u", 8.0),
                                                ("b", 1, "t", 4.0), ("b", 2, "t", 9.0))]  # fmt: skip
-    one, other = verdicts.paired(pd.DataFrame(rows), "error", "a", "b")
-    assert (one.to_dict(), other.to_dict()) == ({1: 2.0}, {1: 4.0})
-    values, known = verdicts.beside(one, pd.Series({0: 5.0, 1: 6.0}))
-    assert (values.to_dict(), known.to_dict()) == ({1: 2.0}, {1: 6.0})
-    assert verdicts.beside(one, pd.Series(dtype=float))[1] is None
+    ratio = {"study": "error", "setting": "a", "over": "b"}
+    assert by_seed(pd.DataFrame(rows), ratio).to_dict() == {1: 0.5}
+    assert by_seed(pd.DataFrame(rows), {"study": "error", "setting": "a"}).to_dict() == {0: 1.0, 1: 5.0}
 
 
-def test_a_notebooks_ratio_is_the_geometric_mean_that_the_claims_table_has() -> None:
+def test_the_ends_of_a_study_are_compared_where_it_has_two() -> None:
     rows = [studies.row("growth", "", value, model="m", task="t", seed=seed, layer=3, x=x)
             for seed, first in ((0, 2.0), (1, 8.0)) for x, value in ((0, first), (3, 1.0))]  # fmt: skip
-    ratios = verdicts.early_over_late(pd.DataFrame(rows))
-    assert ratios.to_dict() == {0: 2.0, 1: 8.0}
-    line = verdicts._line("", "", 1.0, ratios, ratio=True)
-    assert line[3:] == (pytest.approx(4.0), 2.0, 8.0, 2, "agrees in direction")
-    assert verdicts.early_over_late(pd.DataFrame(rows).iloc[:0]).empty
+    table, ends = pd.DataFrame(rows), {"study": "growth", "layer": "last", "x": "first", "over": "last"}
+    assert by_seed(table, ends).to_dict() == {0: 2.0, 1: 8.0}
+    assert by_seed(table[table["x"] == 0], ends).empty and by_seed(table[:0], ends).empty

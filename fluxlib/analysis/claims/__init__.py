@@ -1,56 +1,32 @@
-"""The paper's claims beside what the tables say: the claims table.
+"""The paper's claims beside what the tables say.
 
-- :mod:`fluxlib.analysis.claims.paper` -- the claims: the paper's value, its place, the number to reach, which tables tell,
-- :mod:`fluxlib.analysis.claims.base` -- what a claim and a reading are; the rule of a verdict is
-  :mod:`fluxlib.analysis.studies.verdicts`'s, for the study notebooks as well,
-- :mod:`fluxlib.analysis.claims.races` -- FLUX against each method, seed by seed, misses counted,
-- :mod:`fluxlib.analysis.claims.lead`, :mod:`fluxlib.analysis.claims.federated`, :mod:`fluxlib.analysis.claims.measured` -- readers: who is
-  sooner, scores and overhead of runs, the study notebooks; :mod:`fluxlib.analysis.claims.reasons` -- why,
-- :mod:`fluxlib.analysis.claims.stored` -- the settings of stored runs, and which of them are no evidence,
-- :mod:`fluxlib.analysis.claims.table` -- one row per claim, Markdown, the README's sections.
+- ``claims.yaml`` -- the claims: the paper's value, its place, the number to reach, what ours is computed from,
+- :mod:`~fluxlib.analysis.claims.base` -- a claim, and the tables that tell,
+- :mod:`~fluxlib.analysis.claims.judge` -- the rule of a verdict,
+- :mod:`~fluxlib.analysis.claims.values`, :mod:`~fluxlib.analysis.claims.of_studies` -- numbers of the study notebooks,
+- :mod:`~fluxlib.analysis.claims.of_runs` -- time to target, final quality and overhead of whole runs,
+- :mod:`~fluxlib.analysis.claims.table` -- one row per claim, Markdown, the page ``docs/claims.md``.
 """
 
-from fluxlib.analysis.claims import federated, lead, measured
-from fluxlib.analysis.claims.base import VERDICTS, Claim, Reading, Tables, load
-from fluxlib.analysis.claims.measured import clock_check
-from fluxlib.analysis.claims.paper import CLAIMS
-from fluxlib.analysis.claims.races import races, scores, scores_markdown, speed_up_markdown, speed_ups, timed
-from fluxlib.analysis.claims.stored import left_out
-from fluxlib.analysis.claims.table import (
-    SECTIONS,
-    claims,
-    goals,
-    page_sections,
-    races_markdown,
-    readings,
-    summary,
-    to_markdown,
-)
+from fluxlib.analysis.claims.base import CLAIMS, Claim, Tables, load
+from fluxlib.analysis.claims.judge import VERDICTS, Reading
+from fluxlib.analysis.claims.of_studies import clock_check
+from fluxlib.analysis.claims.table import claims, goals, in_notebook, page, read, readings, summary, to_markdown
 
 __all__ = [
     "CLAIMS",
-    "SECTIONS",
     "VERDICTS",
     "Claim",
     "Reading",
     "Tables",
     "claims",
     "clock_check",
-    "federated",
     "goals",
-    "lead",
-    "left_out",
+    "in_notebook",
     "load",
-    "measured",
-    "page_sections",
-    "races",
-    "races_markdown",
+    "page",
+    "read",
     "readings",
-    "scores",
-    "scores_markdown",
-    "speed_up_markdown",
-    "speed_ups",
     "summary",
-    "timed",
     "to_markdown",
 ]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fluxlib.analysis.claims import base
-from fluxlib.analysis.claims.base import MISSING, VERDICTS, Claim, Reading, Tables
-from fluxlib.analysis.claims.paper import CLAIMS
-from fluxlib.analysis.claims.races import BEYOND, scores, scores_markdown, speed_up_markdown, speed_ups
-from fluxlib.config import REPO_ROOT
+from fluxlib.analysis.claims import of_runs, of_studies
+from fluxlib.analysis.claims.base import CLAIMS, EVERY, SOURCES, Claim, Tables, load
+from fluxlib.analysis.claims.judge import MISSING, VERDICTS, Reading
+from fluxlib.analysis.wording import bullets, markdown_table
+from fluxlib.config import REPO_ROOT, results_dir
 
 BENCHMARKS = REPO_ROOT / "benchmarks" / "results"
 UP_TO = "speed_up"
@@ -20,24 +20,30 @@ UP_TO = "speed_up"
 HEADER = ("claim", "in the paper", "paper", "ours", "to reach", "scale", "verdict", "reason")
 
 
+def read(claim: Claim, tables: Tables) -> list[Reading]:
+    """What the tables say on one claim, one reading per model; empty where they are absent."""
+    readers = of_studies if claim.notebook else of_runs
+    return getattr(readers, claim.ours.get("reader", "study"))(claim, tables)
+
+
 def readings(tables: Tables, listed: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
     """What the tables say: one row per claim and model; claims without tables have none."""
-    rows = []
-    for claim in listed:
-        for reading in claim.read(claim, tables):
-            fields = ("slug", "text", "paper", "size", "better", "unit", "source")
-            rows.append({name: getattr(claim, name) for name in fields} | vars(reading))
+    fields = ("slug", "claim", "paper", "size", "better", "unit", "source")
+    rows = [
+        {name: getattr(claim, name) for name in fields} | vars(reading)
+        for claim in listed
+        for reading in read(claim, tables)
+    ]
     return pd.DataFrame(rows, columns=list(rows[0]) if rows else ["slug", "label", "verdict"])
 
 
 def claims(results: Path, benchmarks: Path | None = BENCHMARKS, listed: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
     """The claims table of one profile's results, one row per claim, in the order of the paper.
 
-    Runs that did not finish, or longer ones with other settings, are no evidence: they are left out, and named in
-    ``attrs["left_out"]`` and below the table.
-    The verdict over several models is the weakest of them (the last of :data:`~fluxlib.analysis.claims.base.VERDICTS`), but for
-    the paper's "up to", where the best counts; where models differ the reason says so. A claim whose tables are absent
-    is ``not attempted``, with what to run as its reason.
+    Runs that did not finish are no evidence: they are left out, and named in ``attrs["left_out"]`` and below the table.
+    The verdict over several models is the weakest of them (the last of
+    :data:`~fluxlib.analysis.claims.judge.VERDICTS`), but for the paper's "up to", where the best counts; where models
+    differ the reason says so. A claim whose tables are absent is ``not attempted``, with what to run as its reason.
 
     Args:
         results: a folder such as ``data/results/full``; it need not exist.
@@ -46,23 +52,23 @@ def claims(results: Path, benchmarks: Path | None = BENCHMARKS, listed: Sequence
     Raises:
         TableError: a table that does not fit its schema, by name.
     """
-    tables = base.load(results, benchmarks)
-    table = pd.DataFrame([_row(claim, claim.read(claim, tables)) for claim in listed])
+    tables = load(results, benchmarks)
+    table = pd.DataFrame([row(claim, read(claim, tables)) for claim in listed])
     table.attrs["left_out"] = tables.left_out
     return table
 
 
-def _row(claim: Claim, found: list[Reading]) -> dict[str, Any]:
-    fixed = {"slug": claim.slug, "claim": claim.text, "in the paper": claim.place, "paper": claim.paper}
+def row(claim: Claim, found: list[Reading]) -> dict[str, Any]:
+    """One row of the table, from the readings of all models."""
+    fixed = {"slug": claim.slug, "claim": claim.claim, "in the paper": claim.place, "paper": claim.paper}
     if not found:
-        return fixed | {"ours": "", "to reach": claim.bar, "scale": "", "verdict": MISSING, "reason": claim.needs}
+        return fixed | {"ours": "", "to reach": claim.bar, "scale": "", "verdict": MISSING, "reason": claim.missing}
     verdicts = [reading.verdict for reading in found]
-    verdict = (min if claim.slug == UP_TO else max)(verdicts, key=VERDICTS.index)
     return fixed | {
         "ours": "<br>".join(f"`{r.label}`: {r.ours}" for r in found),
         "to reach": _bar(claim, found),
         "scale": _scale(claim, found),
-        "verdict": verdict,
+        "verdict": (min if claim.slug == UP_TO else max)(verdicts, key=VERDICTS.index),
         "reason": "<br>".join(_reasons(found)),
     }
 
@@ -79,11 +85,11 @@ def _bar(claim: Claim, found: list[Reading]) -> str:
 def _scale(claim: Claim, found: list[Reading]) -> str:
     """Tasks, seeds, clock, and what is measured: what the models have in common is said once."""
     tasks = max(len(r.tasks) for r in found)
-    parts = [f"{tasks} task{'s' * (tasks > 1)}"] if tasks else []
     seeds = sorted({r.seeds for r in found} | {r.fewest for r in found if r.fewest})
-    if claim.source != "modelled" or max(seeds) > 1:
+    parts = [f"{tasks} task{'s' * (tasks > 1)}"] if tasks else []
+    if claim.is_measured or max(seeds) > 1:
         parts.append(f"{'–'.join(map(str, seeds))} seed{'s' * (max(seeds) > 1)}")
-    parts.append(claim.source)
+    parts.append(SOURCES.get(claim.source, claim.source))
     clocks: dict[str, list[str]] = {}
     for reading in found:
         kind, _, shapes = reading.clock.partition(", ")
@@ -96,8 +102,7 @@ def _reasons(found: list[Reading]) -> list[str]:
     differ = len({r.verdict for r in found}) > 1
     told = []
     for reading in found:
-        parts = [reading.verdict] if differ else []
-        parts += [reading.reason] if reading.reason else []
+        parts = [part for part in (reading.verdict if differ else "", reading.reason) if part]
         if parts:
             told.append((f"`{reading.label}`: " if len(found) > 1 else "") + "; ".join(parts))
     return told
@@ -105,11 +110,8 @@ def _reasons(found: list[Reading]) -> list[str]:
 
 def to_markdown(table: pd.DataFrame) -> str:
     """The table of :func:`claims` in Markdown, and below it how many claims have which verdict."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    for row in table.to_dict("records"):
-        cells = [f"**{row[name]}**" if name == "verdict" else str(row[name]) for name in HEADER]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([*lines, "", summary(table)])
+    bold = table.assign(verdict="**" + table["verdict"] + "**")
+    return f"{markdown_table(HEADER, bold[list(HEADER)].to_numpy().tolist())}\n\n{summary(table)}"
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -120,30 +122,47 @@ def summary(table: pd.DataFrame) -> str:
     return f"{len(table)} claims: {told}." + (f" Left out: {missing}." if missing else "")
 
 
-BEYOND_TITLE = (
-    "**Beyond the paper**, no evidence for its claims: FLUX+ against FMD+ and FMES+, each with the options that help "
-    "it, seeds paired; the target is 95 % of FMD+'s final score. `unchanged`: a plain run stands in for a missing one."
-)
-SECTIONS = ("races", "claims")
-"""Names of a page's generated parts."""
+def page(results: Path | None = None) -> str:
+    """``docs/claims.md``: the claims table of ``results``, the tracked profile's if it is not given."""
+    rule, paper = "`fluxlib/analysis/claims/judge.py`", "`fluxlib/analysis/claims/claims.yaml`"
+    intro = (
+        "# The paper's claims\n\nThe paper's value beside ours: mean over seeds, with its 95 % t interval, and a"
+        f" verdict by one rule ({rule}). Of several models the weakest counts. The paper's values are in {paper};"
+        " `fluxlib claims --profile full` prints this table anew."
+    )
+    return f"{intro}\n\n{to_markdown(claims(results or results_dir('full')))}\n"
 
 
-def page_sections(results: Path, benchmarks: Path | None = BENCHMARKS) -> dict[str, str]:
-    """Generated parts of a page (:mod:`fluxlib.app.pages`) from one profile's results: ``races`` and ``claims``."""
-    tables = base.load(results, benchmarks)
-    parts = [races_markdown(tables.timed_races)]
-    if tables.rounds is not None:
-        parts.insert(0, scores_markdown(scores(tables.plain_races, tables.rounds)))
-    return dict(zip(SECTIONS, ("\n\n".join(parts), to_markdown(claims(results, benchmarks))), strict=True))
+def in_notebook(notebook: str, table: pd.DataFrame, where: str) -> str:
+    """The claims that one study notebook tells on, as Markdown: the paper's number, ours, and the verdict.
+
+    Args:
+        notebook: its name, e.g. ``01_profiling``.
+        table: its ``measurements``, of one model.
+        where: model and tasks, in words.
+    """
+    return f"On {where}:\n\n" + bullets(_lines([c for c in EVERY if c.notebook == notebook], table))
 
 
-def races_markdown(found: pd.DataFrame) -> str:
-    """The races of the paper's methods as a table, and below it those of FLUX+, which goes beyond the paper."""
-    plain, beyond = (speed_ups(found[(found["variant"] == BEYOND) == whether]) for whether in (False, True))
-    parts = [speed_up_markdown(plain)]
-    if len(beyond):
-        parts += [BEYOND_TITLE, speed_up_markdown(beyond)]
-    return "\n\n".join(parts)
+def _lines(listed: Iterable[Claim], table: pd.DataFrame) -> Iterable[str]:
+    for claim in listed:
+        for reading in read(claim, Tables(measurements={claim.notebook: {"": table}})):
+            paper = f"paper {claim.paper}, " if claim.paper else f"{claim.bar}, " if claim.bar else ""
+            label = f" ({reading.label})" if reading.label else ""
+            why = f"; {reading.reason}" if reading.reason else ""
+            yield f"{claim.claim}{label}: {paper}ours **{reading.ours}**: *{reading.verdict}*{why}"
+
+
+GOALS: tuple[tuple[str, str, str, str, str, str, float], ...] = (
+    ("training step of a customised model, times faster than the full one on transformers' fastest backend",
+     "step", "compact", "speedup", "", "≥", 4.0),
+    ("its gradient and optimizer memory over the full model's",
+     "step", "compact", "grad_and_state_bytes", "full, grouped_mm", "≤", 0.25),
+    ("its forward pass with all experts kept, times faster than that backend's",
+     "forward_all_kept", "compact, all kept", "speedup", "", "≥", 1 / 1.1),
+    ("memory of a step over what was predicted", "memory", "compact", "ratio", "", "≤", 1.1),
+)  # fmt: skip
+"""Beside the paper's claims: goal; rows, row and column of ``benchmarks/results/experts.json``; over which row; bar."""
 
 
 def goals(benchmarks: Path = BENCHMARKS) -> pd.DataFrame:
@@ -153,40 +172,13 @@ def goals(benchmarks: Path = BENCHMARKS) -> pd.DataFrame:
         columns ``goal``, ``to reach``, ``ours`` and ``verdict``: ``reached``, ``not reached``, or ``not attempted``
         with the command in ``ours``.
     """
-    found = base.load(Path(), benchmarks).benchmarks.get("experts")
-    rows = [_goal(found, *goal) for goal in GOALS]
+    found = load(Path(), benchmarks).benchmarks.get("experts")
+    rows = []
+    for goal, part, what, column, over, sign, bar in GOALS:
+        ours, verdict = "run `make bench`", MISSING
+        if found:
+            by_name = {item["what"]: item.get(column) for item in found[part]}
+            value = by_name[what] / (by_name[over] if over else 1)
+            ours, verdict = f"{value:.3g}", "reached" if (value >= bar) == (sign == "≥") else "not reached"
+        rows.append((goal, f"{sign} {bar:.3g}", ours, verdict))
     return pd.DataFrame(rows, columns=["goal", "to reach", "ours", "verdict"])
-
-
-def _goal(found: dict[str, Any] | None, name: str, reach: float, better: str, read: Any) -> tuple[str, str, str, str]:
-    sign = "≤" if better == "smaller" else "≥"
-    if found is None:
-        return name, f"{sign} {reach:g}", "run `make bench`", MISSING
-    value = float(read(found))
-    hit = value <= reach if better == "smaller" else value >= reach
-    return name, f"{sign} {reach:g}", f"{value:.3g}", "reached" if hit else "not reached"
-
-
-def _part(rows: list[dict[str, Any]], what: str, column: str) -> float:
-    return float(next(row[column] for row in rows if row["what"] == what))
-
-
-GOALS = (
-    (
-        "training step of a customised model, times faster than the full one on transformers' fastest backend", 4.0,
-        "larger", lambda found: _part(found["step"], "compact", "speedup"),
-    ),
-    (
-        "its gradient and optimizer memory over the full model's", 0.25, "smaller",
-        lambda found: _part(found["step"], "compact", "grad_and_state_bytes")
-        / _part(found["step"], "full, grouped_mm", "grad_and_state_bytes"),
-    ),
-    (
-        "its forward pass with all experts kept, over the time of that backend", 1.1, "smaller",
-        lambda found: 1 / _part(found["forward_all_kept"], "compact, all kept", "speedup"),
-    ),
-    (
-        "largest error of the predicted memory of a step", 0.1, "smaller",
-        lambda found: max(abs(row["ratio"] - 1) for row in found["memory"] if "ratio" in row),
-    ),
-)  # fmt: skip

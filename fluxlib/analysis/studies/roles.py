@@ -153,7 +153,7 @@ def read_runs(
     """
     import pandas as pd
 
-    found: dict[str, list[pd.DataFrame]] = {"federation.rounds": [], "federation.participants": []}
+    found: dict[str, list[pd.DataFrame]] = {"rounds": [], "participants": []}
     for setting, variant in variants.items():
         for seed in seeds:
             name = RunConfig(method=method, variant=variant, model=model, task=task, seed=seed).run_id

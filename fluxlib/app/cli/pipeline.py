@@ -101,7 +101,6 @@ def trials(
 def claims(
     profile_name: Annotated[str, typer.Option("--profile", help="whose results are read")] = "full",
     out: Annotated[Path | None, typer.Option(help="folder of tables; default: the profile's")] = None,
-    readme: Annotated[Path | None, typer.Option(help="page whose generated sections are replaced")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the claims table: the paper's value, ours, and the verdict, computed from stored results.
@@ -118,17 +117,11 @@ def claims(
         raise ConfigError(f"--profile is {profile_name!r}, allowed are {', '.join(known)}")
     folder = existing_folder(out) if out else results_dir(profile_name)
     from fluxlib.analysis import claims as judged
-    from fluxlib.app import pages
 
-    if readme is not None:
-        for name in judged.SECTIONS:
-            pages.section(readme, name)
     try:
         table = judged.claims(folder)
     except (records.TableError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
-    if readme is not None:
-        pages.replace_all(readme, judged.page_sections(folder))
     print(table.to_json(orient="records") if as_json else judged.to_markdown(table))
 
 
