@@ -24,6 +24,7 @@ from _measure import Row, interleaved, machine, summary, table, use_clock, write
 from torch import Tensor, nn
 
 from fluxlib import gradients, merging, models, profiling, roles, tasks
+from fluxlib.config import MergingConfig
 from fluxlib.merging.features import from_gram
 from fluxlib.moe import compact, find
 from fluxlib.moe.capture import capture
@@ -97,9 +98,10 @@ class Work:
         return round(MERGED * len(self.experts))
 
 
-def merge(work: Work, known: profiling.Profile, tuned: Tensor, **options: Any) -> nn.Module:
+def merge(work: Work, known: profiling.Profile, tuned: Tensor, **rules: Any) -> nn.Module:
     """Plan and carry out; the model is restored by the caller."""
-    return compact.customize(work.model, merging.plan(work.model, known, tuned, work.num_merged, **options))
+    plans = merging.plan(work.model, known, tuned, work.num_merged, MergingConfig(**rules))
+    return compact.customize(work.model, plans)
 
 
 def train_step(work: Work, plans: Sequence[compact.LayerPlan]) -> Callable[[], None]:
@@ -128,21 +130,15 @@ def round_parts(name: str, repeats: int) -> list[Row]:
         compact.restore(merge(work, known, tuned, **options), write=False)
 
     plans = merging.plan(work.model, known, tuned, work.num_merged)
-    compact.customize(work.model, plans)
-    before, changed = merging.compact_layers(work.model), work.tuned()
-    compact.restore(work.model, write=False)
 
-    def again(reuse: bool) -> None:
-        kept = merging.reusable_slots(before, plans, changed) if reuse else None
-        compact.restore(compact.customize(work.model, plans, known=kept), write=False)
+    def again() -> None:
+        compact.restore(compact.customize(work.model, plans), write=False)
 
     works: dict[str, Callable[[], Any]] = {
         "merge: plan and customise": whole,
-        "customise alone": partial(again, False),
-        "customise, slots without changed members reused": partial(again, True),
-        "budgets by measured error": partial(merging.error_curves, work.model, known, tuned, [work.first]),
-        "merge, budgets and clusters at once": partial(whole, kind="joint", weights="gate"),
-        "merge, neurons aligned": partial(whole, align=True),
+        "customise alone": again,
+        "merge, budgets and clusters at once": partial(whole, budgets="joint", weights="gate"),
+        "merge, neurons aligned": partial(whole, align_neurons=True),
         "profile of 16 samples, 4 bits": lambda: profiling.profile(work.model, [work.first], bits=4),
         "the same without attention": lambda: profiling.profile(work.model, [work.first], bits=4, attention=False),
         "probes of 8 experts on 8 samples": lambda: gradients.probe_norms(work.model, work.probed, eight),
@@ -163,8 +159,6 @@ def assignment(repeats: int) -> list[Row]:
     options: dict[str, dict[str, Any]] = {
         "plain": {},
         "rotation": {"ages": torch.randint(0, 9, utilities.shape)},
-        "coverage": {"overdue": torch.rand(27, 64) < 0.1},
-        "at most 80 tuners": {"max_tuners": 80},
     }
     works = {
         name: partial(roles.assign, utilities, budgets, 0.5, torch.Generator().manual_seed(0), **given)
@@ -199,22 +193,18 @@ def profile_errors(names: Sequence[str], seeds: int) -> list[Row]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "discard": {},
-    "single": {"kind": "single"},
-    "uniform": {"kind": "uniform"},
+    "single": {"budgets": "single"},
+    "uniform": {"budgets": "uniform"},
     "adaptive (eq. 1)": {},
     "adaptive, mean of experts": {"weights": "uniform"},
     "adaptive, frequency": {"weights": "frequency"},
     "adaptive, gate": {"weights": "gate"},
-    "adaptive, aligned": {"align": True},
-    "adaptive, similar outputs": {"grams": "outputs"},
-    "by error": {"budgets": "measured"},
-    "by error, gate": {"budgets": "measured", "weights": "gate"},
-    "uniform, gate": {"kind": "uniform", "weights": "gate"},
-    "joint, gate": {"kind": "joint", "weights": "gate"},
-    "joint, gate, aligned": {"kind": "joint", "weights": "gate", "align": True},
-    "joint, gate, similar outputs": {"kind": "joint", "weights": "gate", "grams": "outputs"},
+    "adaptive, aligned": {"align_neurons": True},
+    "uniform, gate": {"budgets": "uniform", "weights": "gate"},
+    "joint, gate": {"budgets": "joint", "weights": "gate"},
+    "joint, gate, aligned": {"budgets": "joint", "weights": "gate", "align_neurons": True},
 }
-"""Options of a plan; ``measured`` and ``outputs`` stand for what :func:`options_of` finds out."""
+"""Rules of a plan that differ from the paper's."""
 
 
 def merge_errors(names: Sequence[str], seeds: int) -> list[Row]:
@@ -222,12 +212,11 @@ def merge_errors(names: Sequence[str], seeds: int) -> list[Row]:
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for name, work in cases(names, seeds):
         known, tuned = work.profile(), work.tuned()
-        for label, options in VARIANTS.items():
+        for label, rules in VARIANTS.items():
             if label == "discard":
                 plans = merging.discard(known, enough(known, tuned, work))
             else:
-                found_out = options_of(options, work, known, tuned)
-                plans = merging.plan(work.model, known, tuned, work.num_merged, **found_out)
+                plans = merging.plan(work.model, known, tuned, work.num_merged, MergingConfig(**rules))
             through = merging.output_error(work.model, plans, [work.held_out], accumulated=True)[-1]
             alone = merging.output_error(work.model, plans, [work.held_out]).mean()
             found.setdefault((name, label), []).append((float(through), float(alone)))
@@ -239,17 +228,6 @@ def merge_errors(names: Sequence[str], seeds: int) -> list[Row]:
             "model_error_sd": statistics.pstdev(model_errors), "layer_error": statistics.mean(layer_errors),
         })  # fmt: skip
     return rows
-
-
-def options_of(options: dict[str, Any], work: Work, known: profiling.Profile, tuned: Tensor) -> dict[str, Any]:
-    """Options with budgets and similarities measured on the first batch that was profiled."""
-    given = dict(options)
-    if given.get("grams") == "outputs":
-        given["grams"] = merging.output_grams(work.model, [work.first])
-    if given.pop("budgets", None) == "measured":
-        curves = merging.error_curves(work.model, known, tuned, [work.first], **given)
-        given["budgets"] = merging.budgets_by_error(curves, work.num_merged)
-    return given
 
 
 def enough(known: profiling.Profile, tuned: Tensor, work: Work) -> Tensor:
@@ -326,8 +304,6 @@ def verdict(result: Row) -> list[Row]:
 COMPARISONS = (
     ("adaptive (eq. 1)", "single", 0.656),
     ("adaptive (eq. 1)", "uniform", 0.476),
-    ("by error", "single", 0.656),
-    ("by error", "uniform", 0.476),
     ("joint, gate", "single", 0.656),
     ("joint, gate", "uniform", 0.476),
     ("joint, gate", "uniform, gate", 0.476),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from fluxlib import merging, profiling
+from fluxlib.config import MergingConfig
 from fluxlib.models import LlamaMoeConfig, LlamaMoeForCausalLM
 from fluxlib.moe import compact, find
 
+JOINT = MergingConfig(budgets="joint", weights="gate")
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 3}
 
@@ -333,7 +336,9 @@ def test_equal_experts_merge_to_themselves(align: bool) -> None:
             stack = getattr(layer.experts, name).data
             stack[4:] = stack[:4]
     known = profiling.profile(model, [batch()], bits=16)
-    plans = merging.plan(model, known, torch.zeros(3, 8, dtype=torch.bool), 12, kind="uniform", align=align)
+    plans = merging.plan(
+        model, known, torch.zeros(3, 8, dtype=torch.bool), 12, MergingConfig(budgets="uniform", align_neurons=align)
+    )
     assert [plan.groups for plan in plans] == [((0, 4), (1, 5), (2, 6), (3, 7))] * 3
     assert merging.output_error(model, plans, [batch()], accumulated=True).max() < 1e-5
 
@@ -366,14 +371,14 @@ def test_a_joint_plan_spends_the_budget_where_it_counts(model: nn.Module, profil
     gate[0, 3] = gate[1, 5] = 1.0
     gate[2] = 1 / 8
     known, none = replace(profile, gate=gate), torch.zeros(3, 8, dtype=torch.bool)
-    plans = merging.plan(model, known, none, 6, kind="joint", weights="gate")
+    plans = merging.plan(model, known, none, 6, JOINT)
     assert [len(plan.groups) for plan in plans] == [1, 1, 4]
     merged = compact.merge(find.layers(model)[0].experts, plans[0], 0)["down_proj"]
     assert torch.allclose(merged, find.layers(model)[0].experts.down_proj[3], atol=1e-4)
     for plan in plans:
         plan.check(8)
     with pytest.raises(ValueError, match="num_merged must be at least 3"):
-        merging.plan(model, known, none, 2, kind="joint", weights="gate")
+        merging.plan(model, known, none, 2, JOINT)
     with pytest.raises(ValueError, match="'gate' needs a profile that measured"):
         merging.merge_weights(replace(profile, gate=torch.empty(0)), "gate")
 
@@ -381,45 +386,13 @@ def test_a_joint_plan_spends_the_budget_where_it_counts(model: nn.Module, profil
 def test_planning_leaves_the_model_alone(profile: profiling.Profile) -> None:
     model = build("olmoe")
     before = [tensor.clone() for tensor in model.state_dict().values()]
-    plans = merging.plan(model, profile, some(), 7, align=True)
+    plans = merging.plan(model, profile, some(), 7, MergingConfig(align_neurons=True))
     merging.output_error(model, plans, [batch()])
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
 
 
 def test_same_seed_same_plan(model: nn.Module, profile: profiling.Profile) -> None:
     assert merging.plan(model, profile, some(), 7, seed=4) == merging.plan(model, profile, some(), 7, seed=4)
-
-
-def test_floor_rounding_still_gives_every_layer_a_slot(model: nn.Module, profile: profiling.Profile) -> None:
-    plans = merging.plan(model, profile, torch.zeros(3, 8, dtype=torch.bool), 3, rounding="floor")
-    assert all(plan.groups for plan in plans)
-
-
-@pytest.mark.parametrize("num_merged", [3, 4, 5, 9, 14])
-def test_floor_rounding_never_exceeds_the_budget(model: nn.Module, profile: profiling.Profile, num_merged: int) -> None:
-    frequency = torch.tensor([[1 / 8] * 8, [0.93] + [0.01] * 7, [0.79] + [0.03] * 7])
-    uneven = replace(profile, frequency=frequency)
-    plans = merging.plan(model, uneven, torch.zeros(3, 8, dtype=torch.bool), num_merged, rounding="floor")
-    counts = [len(plan.groups) for plan in plans]
-    assert min(counts) == 1 and sum(counts) <= num_merged
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_merged": 2, "rounding": "floor"}, "num_merged must be at least 3, one slot for each layer"),
-        ({"budgets": [2, 0, 4]}, r"budgets\[1\] must be in 1..8 \(experts to merge\), got 0"),
-        ({"budgets": [2, 5]}, "budgets must have one entry for each of 3 layers, got 2"),
-        ({"budgets": [2, 3, 2]}, "budgets must add up to at most num_merged=6, they are 7"),
-        ({"grams": [torch.eye(8)]}, "grams must have one entry for each of 3 layers, got 1"),
-        ({"grams": [torch.eye(8), torch.eye(7), torch.eye(8)]}, r"layer 1 .*grams must be \[8, 8\], got \[7, 7\]"),
-    ],
-)
-def test_budgets_and_grams_of_ones_own_are_checked(
-    model: nn.Module, profile: profiling.Profile, change: dict, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        merging.plan(model, profile, torch.zeros(3, 8, dtype=torch.bool), **({"num_merged": 6} | change))
 
 
 def test_experts_never_used_are_merged_uniformly(model: nn.Module, profile: profiling.Profile) -> None:
@@ -471,3 +444,38 @@ def test_plan_names_what_is_wrong(model: nn.Module, profile: profiling.Profile) 
     broken.model.layers[2].mlp.experts.gate_up_proj.data[5, 0, 0] = math.inf
     with pytest.raises(ValueError, match=r"layer 2 \(model.layers.2.mlp.experts\): experts.*\[5\]"):
         merging.plan(broken, profile, torch.zeros(3, 8, dtype=torch.bool), 6)
+
+
+def test_an_error_grows_from_the_layer_that_was_merged(model: nn.Module, profile: profiling.Profile) -> None:
+    plans = merging.plan(model, profile, torch.zeros(3, 8, dtype=torch.bool), 6)
+    found = merging.growth(model, plans, [batch()])
+    assert found.shape == (3, 3)
+    assert found.tril(-1).abs().max() < 1e-5
+    assert (found.diagonal() > 0).all()
+
+
+def test_shares_of_a_slot_add_up_to_one(model: nn.Module, profile: profiling.Profile) -> None:
+    for plan in merging.plan(model, profile, torch.zeros(3, 8, dtype=torch.bool), 7):
+        for group in range(len(plan.groups)):
+            assert sum(plan.shares(group)) == pytest.approx(1.0)
+    assert compact.LayerPlan(groups=((0, 1),), weights=((0.0, 0.0),)).shares(0) == (0.5, 0.5)
+    assert compact.LayerPlan(groups=((0, 1),)).shares(0) == (0.5, 0.5)
+
+
+def test_merging_holds_one_layer_at_a_time(
+    model: nn.Module, profile: profiling.Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged tensors that wait to be stacked never exceed the slots of one layer."""
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most, merge = [0], compact.merge
+
+    def counted(*args: object) -> dict[str, Tensor]:
+        made = merge(*args)  # type: ignore[arg-type]
+        alive.add(made["down_proj"])
+        most[0] = max(most[0], len(alive))
+        return made
+
+    monkeypatch.setattr(compact, "merge", counted)
+    plans = merging.plan(model, profile, torch.zeros(3, 8, dtype=torch.bool), 9, MergingConfig(budgets="uniform"))
+    compact.restore(compact.customize(model, plans), write=False)
+    assert most[0] <= 3

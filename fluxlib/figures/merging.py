@@ -28,7 +28,6 @@ KINDS = {
     "single": "one slot",
     "uniform": "uniform",
     "adaptive": "adaptive\n(eq. 1)",
-    "measured": "by error",
     "joint + squared gate": "joint",
 }
 OPTIONS = {
@@ -37,11 +36,8 @@ OPTIONS = {
     "weights: attention x frequency": "attention x frequency (eq. 2)",
     "weights: squared gate": "squared gate",
     "aligned": "eq. 2, neurons aligned",
-    "outputs": "eq. 2, similar outputs",
-    "measured + squared gate": "budgets by error, squared gate",
     "joint + squared gate": "joint, squared gate",
     "joint + squared gate + aligned": "joint, squared gate, aligned",
-    "joint + squared gate + outputs": "joint, squared gate, outputs",
 }  # fmt: skip
 
 
@@ -112,17 +108,17 @@ def attention_frequency(table: pd.DataFrame) -> Picture:
 def layer_budgets(table: pd.DataFrame) -> Picture:
     """Slots of each layer by rule, and the error each rule leaves."""
     slots, error = study(table, "budgets"), study(table, "error")
-    kinds = ["single", "uniform", "adaptive", "measured", "joint"]
+    kinds = ["single", "uniform", "adaptive", "joint"]
     figure = Picture(figsize=(7.6, 2.9))
     left, right = axes_grid(figure, 1, 2)[0]
     layers = sorted(slots["layer"].unique())
     for index, kind in enumerate(kinds):
         heights = [per_seed(slots[(slots["setting"] == kind) & (slots["layer"] == layer)]).mean() for layer in layers]
-        x = np.arange(len(layers)) + (index - 2) * 0.16
+        x = np.arange(len(layers)) + (index - 1.5) * 0.2
         left.bar(
             x,
             heights,
-            0.16,
+            0.2,
             color=COLORS[index],
             hatch=HATCHES[index],
             edgecolor="white",

@@ -91,43 +91,6 @@ def spread(shares: np.ndarray, available: np.ndarray, num_merged: int) -> list[i
     return slots.tolist()
 
 
-def one_each(slots: Sequence[int], available: Sequence[int], num_merged: int) -> list[int]:
-    """``slots`` with one for every layer that has experts to merge, and none too many; all per layer.
-
-    A slot that the others did not leave is taken from the layer that has most.
-
-    Raises:
-        ValueError: fewer slots than layers with experts to merge.
-    """
-    given = [min(max(count, 1), most) for count, most in zip(slots, available, strict=True)]
-    while sum(given) > num_merged:
-        most = max(range(len(given)), key=given.__getitem__)
-        if given[most] < 2:
-            raise ValueError(
-                f"num_merged must be at least {sum(given)}, one slot for each layer with experts to merge, "
-                f"got {num_merged}"
-            )
-        given[most] -= 1
-    return given
-
-
-def checked_budgets(budgets: Sequence[int], available: Sequence[int], num_merged: int) -> list[int]:
-    """``budgets`` of somebody's own, at most ``available``, both per layer.
-
-    Raises:
-        ValueError: not one per layer, a layer with experts to merge and no slot, or more than ``num_merged`` in all.
-    """
-    if len(budgets) != len(available):
-        raise ValueError(f"budgets must have one entry for each of {len(available)} layers, got {len(budgets)}")
-    for layer, (count, most) in enumerate(zip(budgets, available, strict=True)):
-        if count < min(most, 1):
-            raise ValueError(f"budgets[{layer}] must be in {min(most, 1)}..{most} (experts to merge), got {count}")
-    given = [min(count, most) for count, most in zip(budgets, available, strict=True)]
-    if sum(given) > num_merged:
-        raise ValueError(f"budgets must add up to at most num_merged={num_merged}, they are {sum(given)}")
-    return given
-
-
 def _fill(shares: np.ndarray, least: np.ndarray, most: np.ndarray, total: int) -> np.ndarray:
     """``clip(scale * shares, least, most)`` for the scale at which it adds up to ``total``."""
     low, high = 0.0, float(most.sum() + 1) / max(float(shares[shares > 0].min()), np.finfo(float).tiny)

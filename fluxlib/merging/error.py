@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,36 +36,39 @@ def output_error(
     Raises:
         ValueError: no token in any batch, or plans that do not fit the model.
     """
-    found = find.layers(model)
-    watched = [_decoder_layer(model, layer) if accumulated else layer.block for layer in found]
+    found, batches, training = find.layers(model), list(batches), model.training
     blocks = [layer.block for layer in found]
-    batches = list(batches)
-    training = model.training
+    watched = [_decoder_layer(model, layer) for layer in found] if accumulated else blocks
+    wrong, total = torch.zeros(2, len(found), dtype=torch.float64)
+    model.eval()
     try:
-        model.eval()
         kept = [_record(model, watched, batch) for batch in batches]
         compact.customize(model, plans)
-    except BaseException:
-        model.train(training)
-        raise
-    wrong, total = torch.zeros(2, len(found), dtype=torch.float64)
-    try:
-        for batch, (calls, truth) in zip(batches, kept, strict=True):
-            if accumulated:
-                _, outputs = _record(model, watched, batch)
-            else:
-                outputs = [_first(block(*a, **k)) for block, (a, k) in zip(blocks, calls, strict=True)]
-            mask = batch["attention_mask"].bool().flatten()
-            for layer, (ours, theirs) in enumerate(zip(outputs, truth, strict=True)):
-                ours, theirs = (_rows(states, mask) for states in (ours, theirs))
-                wrong[layer] += (ours - theirs).square().sum().cpu()
-                total[layer] += theirs.square().sum().cpu()
+        try:
+            for batch, (calls, truth) in zip(batches, kept, strict=True):
+                if accumulated:
+                    _, outputs = _record(model, watched, batch)
+                else:
+                    outputs = [_first(block(*a, **k)) for block, (a, k) in zip(blocks, calls, strict=True)]
+                mask = batch["attention_mask"].bool().flatten()
+                for layer, pair in enumerate(zip(outputs, truth, strict=True)):
+                    ours, theirs = (states.flatten(0, -2)[mask.to(states.device)].double() for states in pair)
+                    wrong[layer] += (ours - theirs).square().sum().cpu()
+                    total[layer] += theirs.square().sum().cpu()
+        finally:
+            compact.restore(model, write=False)
     finally:
-        compact.restore(model, write=False)
         model.train(training)
     if not (total > 0).all():
         raise ValueError(f"batches must hold at least one token, got {len(batches)} batches of padding only")
     return (wrong / total).sqrt().float()
+
+
+def growth(model: nn.Module, plans: Sequence[LayerPlan], batches: Iterable[dict[str, Tensor]]) -> Tensor:
+    """``[L, L]``: error of the hidden state after layer j when layer i alone is merged (Fig. 3b, 8; 0 before it)."""
+    batches, as_it_is = list(batches), [LayerPlan(tuned=tuple(sorted(plan.experts))) for plan in plans]
+    alone = ([*as_it_is[:layer], plans[layer], *as_it_is[layer + 1 :]] for layer in range(len(plans)))
+    return torch.stack([output_error(model, one, batches, accumulated=True) for one in alone])
 
 
 def _decoder_layer(model: nn.Module, layer: find.MoELayer) -> nn.Module:
@@ -93,24 +95,14 @@ def _record(
 
         return keep
 
-    with _hooked(modules, hook):
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return [calls[i] for i in range(len(modules))], [outputs[i] for i in range(len(modules))]
-
-
-@contextmanager
-def _hooked(modules: Sequence[nn.Module], hook: Any) -> Iterator[None]:
-    handles = [m.register_forward_hook(hook(i), with_kwargs=True) for i, m in enumerate(modules)]
+    handles = [module.register_forward_hook(hook(i), with_kwargs=True) for i, module in enumerate(modules)]
     try:
-        yield
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+    return [calls[i] for i in range(len(modules))], [outputs[i] for i in range(len(modules))]
 
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _rows(states: Tensor, mask: Tensor) -> Tensor:
-    return states.reshape(-1, states.shape[-1])[mask.to(states.device)].double()

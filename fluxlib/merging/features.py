@@ -34,8 +34,7 @@ def features(experts: nn.Module | Tensor | Sequence[Tensor], dim: int = 32) -> T
     Raises:
         ValueError: an expert holds NaN or infinity.
     """
-    gram = gram_of(experts) if isinstance(experts, nn.Module) else _rows_gram(experts)
-    return from_gram(gram, dim)
+    return from_gram(gram_of(experts) if isinstance(experts, nn.Module) else _finite(_rows_gram(experts)), dim)
 
 
 def gram_of(experts: nn.Module) -> Tensor:
@@ -47,14 +46,14 @@ def gram_of(experts: nn.Module) -> Tensor:
         kind = type(experts).__name__
         raise ValueError(f"experts must be a model's own, got a {kind}; call fluxlib.moe.compact.restore first")
     stacks = [getattr(experts, name) for name in find.read_layout(experts).names]
-    return torch.stack([_rows_gram(stack) for stack in stacks]).sum(dim=0)
+    return _finite(torch.stack([_rows_gram(stack) for stack in stacks]).sum(dim=0))
 
 
-def from_gram(gram: Tensor, dim: int) -> Tensor:
+def from_gram(gram: Tensor, dim: int = 32) -> Tensor:
     """Features ``[n, dim]`` from the experts' scalar products ``[n, n]``: centred, PCA, unit length."""
     if len(gram) == 0:
         return torch.zeros(0, dim)
-    centred = check_finite(gram).double().cpu()
+    centred = gram.double().cpu()
     centred = centred - centred.mean(dim=0, keepdim=True)
     centred = centred - centred.mean(dim=1, keepdim=True)
     values, vectors = torch.linalg.eigh((centred + centred.T) / 2)
@@ -63,14 +62,6 @@ def from_gram(gram: Tensor, dim: int) -> Tensor:
     top = (vectors * values.sqrt()).flip(1)[:, :dim]
     top = torch.nn.functional.pad(top, (0, dim - top.shape[1]))
     return torch.nn.functional.normalize(top, dim=1).float()
-
-
-def check_finite(gram: Tensor) -> Tensor:
-    """The scalar products; ValueError names experts with NaN or infinity."""
-    bad = (~torch.isfinite(gram.diagonal())).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"experts must be finite, {bad} hold NaN or infinity")
-    return gram
 
 
 def match_neurons(
@@ -94,6 +85,14 @@ def match_neurons(
     from scipy.optimize import linear_sum_assignment
 
     return torch.from_numpy(linear_sum_assignment(similarity, maximize=True)[1])
+
+
+def _finite(gram: Tensor) -> Tensor:
+    """The scalar products; ValueError names experts with NaN or infinity."""
+    bad = (~torch.isfinite(gram.diagonal())).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"experts must be finite, {bad} hold NaN or infinity")
+    return gram
 
 
 def _rows_gram(experts: Tensor | Sequence[Tensor]) -> Tensor:

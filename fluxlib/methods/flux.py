@@ -76,17 +76,7 @@ def make_plans(
 ) -> list[LayerPlan]:
     """Section 5: exploited experts tuned, explored ones kept as they are, all others merged."""
     kept = assigned.exploit | assigned.explore
-    plans = merging.plan(
-        model,
-        known,
-        kept,
-        budget.num_merged,
-        kind=config.merging.budgets,
-        method=config.merging.clustering,
-        weights=config.merging.weights,
-        align=config.merging.align_neurons,
-        seed=config.seed,
-    )
+    plans = merging.plan(model, known, kept, budget.num_merged, config.merging, config.seed)
     return [freeze(plan, explored) for plan, explored in zip(plans, assigned.explore, strict=True)]
 
 
@@ -97,13 +87,12 @@ def freeze(plan: LayerPlan, explored: Tensor) -> LayerPlan:
         explored: ``[E]`` bool.
     """
     alone = tuple(e for e in plan.tuned if explored[e])
-    weights = None if plan.weights is None else (*((1.0,) for _ in alone), *plan.weights)
     permutations = None if plan.permutations is None else (*((None,) for _ in alone), *plan.permutations)
     return replace(
         plan,
         tuned=tuple(e for e in plan.tuned if not explored[e]),
         groups=(*((e,) for e in alone), *plan.groups),
-        weights=weights,
+        weights=(*((1.0,) for _ in alone), *(plan.weights or ())),
         permutations=permutations,
     )
 

@@ -18,7 +18,7 @@ MERGING = (
     "discarding", "error_growth", "attention_frequency", "layer_budgets", "clustering_time", "merge_options",
     "own_share",
 )  # fmt: skip
-ERRORS = ("discarded", "single", "uniform", "adaptive", "measured", "joint", *merging.OPTIONS)
+ERRORS = ("discarded", "single", "uniform", "adaptive", "joint", *merging.OPTIONS)
 
 
 def rows(seed: int) -> list[studies.bench.Row]:
@@ -33,7 +33,7 @@ def rows(seed: int) -> list[studies.bench.Row]:
     found += [one("divergence", s) for s in ("discarded", "single", "uniform", "adaptive", "joint + squared gate")]
     for layer, expert in itertools.product(range(3), range(4)):
         found += [one(s, "16 bit", chance.random(), layer=layer, expert=expert) for s in ("activation", "attention")]
-    for kind, layer in itertools.product(("single", "uniform", "adaptive", "measured", "joint"), range(3)):
+    for kind, layer in itertools.product(("single", "uniform", "adaptive", "joint"), range(3)):
         found.append(one("budgets", kind, layer + 1, layer=layer))
     for merged, layer in itertools.product(range(3), range(3)):
         found += [one("growth", "one layer merged", x=merged, layer=layer)] if layer >= merged else []

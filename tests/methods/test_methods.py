@@ -137,6 +137,14 @@ class TestFlux:
         slots = sum(len(plan.groups) for plan in plans) - int(given.explore.sum())
         assert slots == BUDGET.num_merged
 
+    def test_a_run_can_ask_for_joint_budgets_and_gate_weights(self, model: nn.Module, data: LocalData) -> None:
+        given, known = assigned("flux"), flux.profile(model, data, CONFIG)
+        config = CONFIG.updated({"merging.budgets": "joint", "merging.weights": "gate"})
+        plans = flux.make_plans(model, known, given, BUDGET, config)
+        assert sum(len(plan.groups) for plan in plans) == BUDGET.num_merged + int(given.explore.sum())
+        assert plans[0].weights is not None
+        assert plans[0].weights[-1] == pytest.approx(known.gate[0, list(plans[0].groups[-1])].tolist())
+
     def test_the_profile_is_of_the_model_it_holds_and_stays(self, model: nn.Module, data: LocalData) -> None:
         update, state, _ = train("flux", model, data)
         assert state.profile_round == 1

@@ -13,6 +13,7 @@ from torch import Tensor
 from fluxlib import merging, seeding
 from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row
 from fluxlib.analysis.studies.training import at_random, most_used
+from fluxlib.config import MergingConfig
 from fluxlib.moe import compact, find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.profiling import Profile
@@ -23,7 +24,7 @@ SHAPES = {"32 x 16 experts": (32, 16, 4), "27 x 64 experts": (27, 64, 16)}
 WEIGHTS = {
     "mean": "uniform", "frequency": "frequency", "attention x frequency": "attention_frequency", "squared gate": "gate",
 }  # fmt: skip
-BUDGETS = ("single", "uniform", "adaptive", "measured", "joint")
+BUDGETS = ("single", "uniform", "adaptive", "joint")
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Case:
     num_merged: int
     data: list[dict[str, Tensor]]
 
-    def plan(self, **options: Any) -> list[LayerPlan]:
-        """Of :func:`fluxlib.merging.plan`."""
-        return merging.plan(self.bench.model, self.known, self.tuned, self.num_merged, **options)
+    def plan(self, **rules: Any) -> list[LayerPlan]:
+        """Of :func:`fluxlib.merging.plan`, by the paper's rules but for those named."""
+        return merging.plan(self.bench.model, self.known, self.tuned, self.num_merged, MergingConfig(**rules))
 
     def discard(self) -> list[LayerPlan]:
         """The comparison; where a layer has fewer than top-k tuned experts its most used others stay too."""
@@ -104,32 +105,23 @@ def variants(known: Iterable[Case]) -> Iterator[Row]:
 
 
 def _variants(case: Case) -> Iterator[tuple[str, list[LayerPlan]]]:
-    bench, curves = case.bench, partial(merging.error_curves, case.bench.model, case.known, case.tuned, case.data[:1])
-    measured = merging.budgets_by_error(curves(), case.num_merged)
-    measured_gate = merging.budgets_by_error(curves(weights="gate"), case.num_merged)
-    grams = merging.output_grams(bench.model, case.data)
-    options: dict[str, dict[str, Any]] = {
-        **{kind: {"kind": kind} for kind in ("single", "uniform", "adaptive", "joint")},
-        "measured": {"budgets": measured},
+    rules: dict[str, dict[str, Any]] = {
+        **{kind: {"budgets": kind} for kind in BUDGETS},
         **{f"weights: {name}": {"weights": kind} for name, kind in WEIGHTS.items()},
-        "aligned": {"align": True},
-        "outputs": {"grams": grams},
-        "aligned + outputs": {"align": True, "grams": grams},
-        "uniform + squared gate": {"kind": "uniform", "weights": "gate"},
-        "measured + squared gate": {"budgets": measured_gate, "weights": "gate"},
-        "joint + squared gate": {"kind": "joint", "weights": "gate"},
-        "joint + squared gate + aligned": {"kind": "joint", "weights": "gate", "align": True},
-        "joint + squared gate + outputs": {"kind": "joint", "weights": "gate", "grams": grams},
+        "aligned": {"align_neurons": True},
+        "uniform + squared gate": {"budgets": "uniform", "weights": "gate"},
+        "joint + squared gate": {"budgets": "joint", "weights": "gate"},
+        "joint + squared gate + aligned": {"budgets": "joint", "weights": "gate", "align_neurons": True},
     }
     yield "discarded", case.discard()
-    for setting, given in options.items():
+    for setting, given in rules.items():
         yield setting, case.plan(**given)
 
 
 def growth(known: Iterable[Case]) -> Iterator[Row]:
     """How an error travels: ``growth`` with one layer merged (x) after every layer, ``accumulated`` with all merged."""
     for case in known:
-        plans = case.plan(kind="uniform")
+        plans = case.plan(budgets="uniform")
         for merged, after in enumerate(merging.growth(case.bench.model, plans, case.bench.held_out).tolist()):
             for layer, error in enumerate(after):
                 if layer >= merged:
@@ -164,30 +156,6 @@ def synthetic(num_layers: int, num_experts: int, seed: int, width: int = 512) ->
     nearest = torch.randint(0, centres.shape[1], (num_layers, num_experts), generator=chance)
     noise = torch.randn(num_layers, num_experts, width, generator=chance)
     return list(centres.gather(1, nearest[:, :, None].expand(-1, -1, width)) + noise)
-
-
-def reuse(
-    known: Iterable[Case], tolerances: Iterable[float] = (0.0, 0.02, 0.05), changed: float = 0.25
-) -> Iterator[Row]:
-    """Share of last round's slots that stay good when ``changed`` of the experts were tuned elsewhere.
-
-    ``same profile``: the shares are those of the round before. ``new profile``: of other samples of the participant.
-    """
-    for case in known:
-        model, bench = case.bench.model, case.bench
-        chance = seeding.generator(bench.seed, "changed")
-        touched = at_random(case.known, changed, chance)
-        compact.customize(model, case.plan(kind="joint", weights="gate"))
-        before = merging.compact_layers(model)
-        compact.restore(model, write=False)
-        total = sum(experts.num_merged for experts in before)
-        other = merging.plan(
-            model, bench.profile(2 * len(case.data) * 16), case.tuned, case.num_merged, kind="joint", weights="gate"
-        )
-        for name, plans in (("same profile", case.plan(kind="joint", weights="gate")), ("new profile", other)):
-            for tolerance in tolerances:
-                kept = merging.reusable_slots(before, plans, touched, tolerance)
-                yield bench.row("reuse", name, sum(map(len, kept)) / total, x=tolerance)
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def _works(case: Case, probes: int) -> dict[str, Any]:
     eight = {name: rows[:8] for name, rows in case.data[0].items()}
 
     def merge() -> None:
-        compact.restore(compact.customize(model, case.plan(kind="joint", weights="gate")), write=False)
+        compact.restore(compact.customize(model, case.plan(budgets="joint", weights="gate")), write=False)
 
     return {
         "profile": partial(profiling.profile, model, case.data[:2], 4),
