@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from fluxlib.analysis import studies
-from fluxlib.analysis.studies import host, merging
+from fluxlib.analysis.studies import merging, scale
 from fluxlib.figures import overhead
 from fluxlib.records import PHASES
 
@@ -70,12 +70,12 @@ def test_pictures_have_a_bar_per_method():
 def test_the_clock_is_held_against_this_machine():
     bench = next(iter(studies.benches("mini-llama-moe", ["mini-mmlu"], [0], held_out=4)))
     (case,) = merging.cases([bench], 16, "frequency", 0.25, 0.25)
-    device = host.host(size=64, repeats=1)
+    device = scale.this_machine(size=64, repeats=1)
     assert device.peak_flops > 0 and device.memory_rate == device.memory_bytes_per_s
-    table = studies.measurements(host.check([case], 1, device), "x")
+    table = studies.measurements(scale.check_clock([case], 1, device), "x")
     assert (table["value"] > 0).all() and len(table) == 8
     assert len(overhead.draw_clock_check(table).axes) == 1
-    assert overhead.clock_table(table)["block"].tolist() == [*host.PHASES, "together"]
+    assert overhead.clock_table(table)["block"].tolist() == [*scale.BLOCKS, "together"]
 
 
 def test_the_clocks_error_is_a_factor_per_block_and_a_difference_of_shares():

@@ -7,7 +7,7 @@ import torch
 
 from fluxlib import figures
 from fluxlib.analysis import studies
-from fluxlib.analysis.studies import real
+from fluxlib.analysis.studies import real_models as real
 from fluxlib.devices import clock
 from fluxlib.devices.catalogue import DEVICES
 from fluxlib.moe.offloaded import DeviceSet

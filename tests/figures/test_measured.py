@@ -10,7 +10,7 @@ import pytest
 
 from fluxlib import figures, records
 from fluxlib.analysis import studies
-from fluxlib.analysis.studies.training import SAMPLES
+from fluxlib.analysis.studies.profiling import SAMPLES
 from fluxlib.figures import measured, merging, profiling
 
 PROFILING = ("activation_by_layer", "profile_error", "sample_size", "drift", "round_saving")

@@ -12,7 +12,7 @@ import pytest
 from fluxlib import records
 from fluxlib.analysis import claims, studies
 from fluxlib.analysis.studies import roles
-from fluxlib.config import RunConfig
+from fluxlib.config import RunConfig, make_config
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,6 @@ def test_a_run_is_made_once_and_again_when_its_configuration_changes(
 
     monkeypatch.setattr(federation, "run", run)
     for rounds in (2, 2, 3):
-        changes = {"": {}, "random": {"assignment": "random"}}
-        roles.make_runs(tmp_path, RunConfig(federation__rounds=rounds), [0], changes)
+        changes = {"": {}, "random": {"roles.assignment": "random"}}
+        roles.make_runs(tmp_path, make_config({"federation.rounds": rounds}), [0], changes)
     assert made == [("", 2), ("random", 2), ("", 3), ("random", 3)]

@@ -13,7 +13,8 @@ from fluxlib import records
 from fluxlib.analysis import claims, studies
 from fluxlib.analysis.claims.judge import judge, weakest
 from fluxlib.analysis.claims.values import values as by_seed
-from fluxlib.analysis.studies import merging, overhead, profiling, training
+from fluxlib.analysis.studies import bench as common
+from fluxlib.analysis.studies import merging, profiling
 from fluxlib.config import ConfigError
 from fluxlib.devices import clock
 
@@ -46,21 +47,21 @@ def test_rows_of_section_4_fit_the_table(bench: studies.Bench) -> None:
         *profiling.activation([bench], 4),
         *profiling.by_bits([bench], 4, bits=(4,)),
         *profiling.by_samples([bench], (2,), 4),
-        *training.drift([bench], rounds=1, participants=1, num_samples=4),
-        *training.round_saving("mini-llama-moe", "llama-moe-3.5b"),
+        *profiling.drift([bench], rounds=1, participants=1, num_samples=4),
+        *profiling.round_saving("mini-llama-moe", "llama-moe-3.5b"),
     ]
     table = studies.measurements(rows, "01_profiling-test")
     records.validate("measurements", table)
     shares = table[table["study"] == "activation"].groupby("layer")["value"].sum()
     assert shares.to_numpy() == pytest.approx(np.ones(len(shares)), abs=1e-5)
     saved = table[table["study"] == "round_saving"]
-    assert saved["value"].between(0, 1).all() and len(saved) == 3 * len(training.SAMPLES)
+    assert saved["value"].between(0, 1).all() and len(saved) == 3 * len(profiling.SAMPLES)
     assert "error of a 4-bit profile: paper 11.01 %, ours" in claims.in_notebook("01_profiling", table, "a test")
 
 
 def test_a_short_federation_leaves_the_model_as_it_was(bench: studies.Bench) -> None:
     before = [tensor.clone() for tensor in bench.model.state_dict().values()]
-    assert list(training.drift([bench], rounds=1, participants=1, num_samples=4))
+    assert list(profiling.drift([bench], rounds=1, participants=1, num_samples=4))
     assert all(torch.equal(a, b) for a, b in zip(before, bench.model.state_dict().values(), strict=True))
 
 
@@ -68,29 +69,26 @@ def test_a_short_federation_leaves_the_model_as_it_was(bench: studies.Bench) -> 
 def test_every_variant_keeps_to_the_budget(bench: studies.Bench, tuned_by: str) -> None:
     (case,) = merging.cases([bench], 4, tuned_by, tune_fraction=0.5, merge_fraction=0.25)
     assert int(case.tuned.sum()) == bench.num_experts // 2
-    plans = dict(merging._variants(case))
-    for setting, found in plans.items():
-        slots = sum(len(plan.groups) for plan in found)
-        assert slots <= case.num_merged, setting
-        if setting not in ("discarded", "single"):
-            assert slots == case.num_merged, setting
-    assert not any(plan.groups for plan in plans["discarded"])
+    for setting, rules in merging.VARIANTS.items():
+        slots = sum(len(plan.groups) for plan in case.plan(**rules))
+        assert slots <= case.num_merged if setting == "single" else slots == case.num_merged, setting
+    assert not any(plan.groups for plan in case.discard())
 
 
 def test_who_is_tuned_has_two_rules(bench: studies.Bench) -> None:
     with pytest.raises(ValueError, match="'frequency' or 'random', got 'luck'"):
         merging.cases([bench], 4, "luck", 0.25, 0.25)
     known = bench.profile(4)
-    busiest = known.frequency[training.most_used(known, 0.25)]
-    assert busiest.min() >= known.frequency[~training.most_used(known, 0.25)].max()
+    busiest = known.frequency[common.most_used(known, 0.25)]
+    assert busiest.min() >= known.frequency[~common.most_used(known, 0.25)].max()
 
 
 def test_own_share_counts_what_only_flux_does() -> None:
-    rows = pd.DataFrame(overhead.on_the_clock("mini-llama-moe", "llama-moe-3.5b"))
+    rows = pd.DataFrame(merging.own_share_on_the_clock("mini-llama-moe", "llama-moe-3.5b"))
     seconds = rows[(rows["study"] == "phase_device_s") & (rows["x"] == 64)].set_index("setting")["value"]
-    own = sum(seconds[f"1 Gb/s: {phase}"] for phase in overhead.OWN)
+    own = sum(seconds[f"1 Gb/s: {phase}"] for phase in merging.OWN_PHASES)
     total = sum(value for name, value in seconds.items() if name.startswith("1 Gb/s"))
-    work = training.flux_work(clock.shapes("llama-moe-3.5b").num_experts, 64, 256, 32)
+    work = common.typical_round(clock.shapes("llama-moe-3.5b").num_experts, 64, 256, 32)
     server_s = clock.server_seconds([work] * 10, clock.shapes("llama-moe-3.5b"))
     share = rows[(rows["setting"] == "1 Gb/s, serial") & (rows["x"] == 64)]["value"].item()
     assert share == pytest.approx(own / (total + server_s))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fluxlib import models, profiling, seeding, tasks
 from fluxlib.config import ConfigError
+from fluxlib.methods.base import Work
 from fluxlib.models.hardware import torch_device
 from fluxlib.moe import find
 from fluxlib.tasks.batches import make_batch, to_device
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 BATCH = 16
 """Samples per batch."""
-REAL_SHAPES = {"mini-llama-moe": "llama-moe-3.5b", "mini-deepseek-moe": "deepseek-moe-16b"}
-"""Whose sizes the device clock counts for a mini model; another model counts its own."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,12 @@ def benches(
     model: str,
     task_names: Iterable[str],
     seeds: Iterable[int],
-    participants: int = 8,
     held_out: int = 32,
     data_path: str | None = None,
     device: str = "cpu",
     max_tokens: int = 128,
 ) -> Iterator[Bench]:
-    """One bench per task and seed, of participants with a Dirichlet (0.5) mix of labels; the model is loaded once.
+    """One bench per task and seed, of eight participants with a Dirichlet (0.5) mix of labels; one model is loaded.
 
     Args:
         data_path: files of the public data sets; ``None``: they come from the hub.
@@ -101,7 +99,7 @@ def benches(
         for seed in seeds:
             loaded.load_state_dict(start)
             task = tasks.load(name, seed, path=data_path)
-            shares = partition(task.train, participants, seeding.generator(seed, "partition"), "dirichlet", 0.5)
+            shares = partition(task.train, 8, seeding.generator(seed, "partition"), "dirichlet", 0.5)
             order = torch.randperm(len(shares[0]), generator=seeding.generator(seed, "bench")).tolist()
             shares[0] = [shares[0][i] for i in order]
             parts = [[task.train[i] for i in share] for share in shares]
@@ -114,7 +112,7 @@ def benches(
 
 
 def batches(
-    examples: Sequence[tasks.Example], tokenizer: Any, max_tokens: int = 128, device: torch.device | str = "cpu"
+    examples: Sequence[tasks.Example], tokenizer: Any, max_tokens: int, device: torch.device
 ) -> list[dict[str, Tensor]]:
     """Samples in batches of :data:`BATCH`, in the given order, on ``device``."""
     parts = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
@@ -122,23 +120,15 @@ def batches(
 
 
 def row(
-    study: str,
-    setting: str,
-    value: float,
-    *,
-    model: str,
-    task: str = "",
-    seed: int = 0,
-    x: float | None = None,
-    layer: int | None = None,
-    expert: int | None = None,
-    unit: str = "",
+    study: str, setting: str, value: float, *, model: str, task: str = "", seed: int = 0, unit: str = "", **place: Any
 ) -> Row:
-    """One observation, with the columns of the ``measurements`` table except ``run_id``."""
-    return {
-        "study": study, "model": model, "task": task, "seed": seed, "setting": setting, "x": x, "layer": layer,
-        "expert": expert, "value": float(value), "unit": unit,
-    }  # fmt: skip
+    """One observation, with the columns of the ``measurements`` table except ``run_id``.
+
+    Args:
+        place: ``x``, ``layer`` and ``expert``, where there are such.
+    """
+    fixed = {"study": study, "model": model, "task": task, "seed": seed, "setting": setting}
+    return fixed | {"x": None, "layer": None, "expert": None} | place | {"value": float(value), "unit": unit}
 
 
 def measurements(rows: Iterable[Row], run_id: str) -> pd.DataFrame:
@@ -164,3 +154,36 @@ def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int) -> dict[st
             work()
             times[name].append(time.process_time() - start)
     return times
+
+
+def most_used(known: profiling.Profile, fraction: float) -> Tensor:
+    """bool ``[L, E]``: the most used experts, FLUX's first choice (utilities start as ``f / max f``)."""
+    count = max(1, round(fraction * known.frequency.numel()))
+    return _mask(known, known.frequency.flatten().topk(count).indices)
+
+
+def at_random(known: profiling.Profile, fraction: float, generator: torch.Generator) -> Tensor:
+    """bool ``[L, E]``: as many experts drawn at random."""
+    count = max(1, round(fraction * known.frequency.numel()))
+    return _mask(known, torch.randperm(known.frequency.numel(), generator=generator)[:count])
+
+
+def _mask(known: profiling.Profile, chosen: Tensor) -> Tensor:
+    mask = torch.zeros(known.frequency.numel(), dtype=torch.bool)
+    mask[chosen] = True
+    return mask.view_as(known.frequency)
+
+
+def typical_round(num_experts: int, samples: int, tokens_per_sample: int, profiled: int) -> Work:
+    """One participant's round of FLUX: a quarter tuned and uploaded, as much changed elsewhere and downloaded.
+
+    Trained in batches of 16; 8 two-sided probes on 16 samples, each about half a forward pass.
+    """
+    quarter, probed = num_experts // 4, 16 * 9
+    return Work(
+        num_experts=num_experts, num_tuned=quarter, num_frozen=quarter, num_merge_sources=num_experts - quarter,
+        train_steps=max(1, samples // BATCH), train_samples=samples, train_tokens=samples * tokens_per_sample,
+        profile_samples=profiled, profile_tokens=profiled * tokens_per_sample, profile_bits=4,
+        num_quantized=num_experts, probe_samples=probed, probe_tokens=probed * tokens_per_sample,
+        num_downloaded=quarter, num_uploaded=quarter,
+    )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Section 5: what merging costs, by where slots go, what is merged with what, and how much of each."""
+"""Section 5: what merging costs, by where slots go, what is merged, and how much of each; FLUX's share of a round."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,21 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxlib import merging, seeding
-from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row
-from fluxlib.analysis.studies.training import at_random, most_used
+from fluxlib import gradients, merging, profiling, seeding
+from fluxlib.analysis.studies.bench import Bench, Row, at_random, interleaved, most_used, row, typical_round
 from fluxlib.config import MergingConfig
-from fluxlib.moe import compact, find
+from fluxlib.devices import catalogue, clock
+from fluxlib.methods.local import customized
+from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.profiling import Profile
 
 SHAPES = {"32 x 16 experts": (32, 16, 4), "27 x 64 experts": (27, 64, 16)}
 """Layers, experts per layer and slots per layer of LLaMA-MoE and DeepSeek-MoE."""
-
-WEIGHTS = {
-    "mean": "uniform", "frequency": "frequency", "attention x frequency": "attention_frequency", "squared gate": "gate",
-}  # fmt: skip
-BUDGETS = ("single", "uniform", "adaptive", "joint")
+JOINT: dict[str, Any] = {"budgets": "joint", "weights": "gate"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{kind: {"budgets": kind} for kind in ("single", "uniform", "adaptive", "joint")},
+    "weights: mean": {"weights": "uniform"},
+    "weights: frequency": {"weights": "frequency"},
+    "weights: attention x frequency": {"weights": "attention_frequency"},
+    "weights: squared gate": {"weights": "gate"},
+    "aligned": {"align_neurons": True},
+    "uniform + squared gate": {"budgets": "uniform", "weights": "gate"},
+    "joint + squared gate": JOINT,
+    "joint + squared gate + aligned": {**JOINT, "align_neurons": True},
+}
+"""Settings of :class:`fluxlib.config.MergingConfig`; what is not named is the paper's."""
+OWN_PHASES = ("merge", "quantize", "profile", "probe")
+"""Phases of :data:`fluxlib.records.PHASES` that only FLUX has."""
 
 
 @dataclass(frozen=True)
@@ -79,43 +91,40 @@ def cases(
 
 
 def variants(known: Iterable[Case]) -> Iterator[Row]:
-    """Error of every variant: ``error`` of the model, ``layer_error`` of a layer alone, on held-out samples.
+    """Error of :data:`VARIANTS` and of dropping, on held-out samples: ``error``, or ``layer_error`` of a layer alone.
 
     Of some also ``divergence``, of the predictions from those of the full model, and ``loss``. Before any training a
     loss says little of what was lost: where the base is sure of something wrong, any damage helps.
-
-    The same case for all of them; what is not named is the paper's: adaptive budgets, fused clustering of weights,
-    attention x frequency.
     """
     for case in known:
-        truth, loss = _predictions(case)
+        truth, loss = _predictions(case.bench)
         yield case.bench.row("loss", "full model", loss, unit="nats/token")
-        for setting, plans in _variants(case):
-            through, alone = case.errors(plans)
+        plans = {"discarded": case.discard()} | {name: case.plan(**rules) for name, rules in VARIANTS.items()}
+        for setting, chosen in plans.items():
+            through, alone = case.errors(chosen)
             yield case.bench.row("error", setting, through)
             yield case.bench.row("layer_error", setting, alone)
             if setting in ("discarded", "single", "uniform", "adaptive", "joint + squared gate"):
-                found, loss = _predictions(case, plans)
+                with customized(case.bench.model, chosen):
+                    found, loss = _predictions(case.bench)
                 apart = (truth.exp() * (truth - found)).sum(dim=1).mean()
                 yield case.bench.row("divergence", setting, float(apart), unit="nats/token")
                 yield case.bench.row("loss", setting, loss, unit="nats/token")
-            if setting in BUDGETS:
-                for layer, plan in enumerate(plans):
+            if setting in ("single", "uniform", "adaptive", "joint"):
+                for layer, plan in enumerate(chosen):
                     yield case.bench.row("budgets", setting, len(plan.groups), layer=layer)
 
 
-def _variants(case: Case) -> Iterator[tuple[str, list[LayerPlan]]]:
-    rules: dict[str, dict[str, Any]] = {
-        **{kind: {"budgets": kind} for kind in BUDGETS},
-        **{f"weights: {name}": {"weights": kind} for name, kind in WEIGHTS.items()},
-        "aligned": {"align_neurons": True},
-        "uniform + squared gate": {"budgets": "uniform", "weights": "gate"},
-        "joint + squared gate": {"budgets": "joint", "weights": "gate"},
-        "joint + squared gate + aligned": {"budgets": "joint", "weights": "gate", "align_neurons": True},
-    }
-    yield "discarded", case.discard()
-    for setting, given in rules.items():
-        yield setting, case.plan(**given)
+@torch.no_grad()
+def _predictions(bench: Bench) -> tuple[Tensor, float]:
+    """Log-probabilities ``[N, vocabulary]`` at the scored tokens of the held-out samples, and the mean loss."""
+    found, losses = [], []
+    for batch in bench.held_out:
+        out = bench.model(**batch)
+        scored = batch["labels"][:, 1:] >= 0
+        found.append(out.logits[:, :-1][scored].float().log_softmax(dim=-1))
+        losses.append(float(out.loss))
+    return torch.cat(found), sum(losses) / len(losses)
 
 
 def growth(known: Iterable[Case]) -> Iterator[Row]:
@@ -134,19 +143,17 @@ def growth(known: Iterable[Case]) -> Iterator[Row]:
 
 def clustering(model: str, seeds: Iterable[int], repeats: int) -> Iterator[Row]:
     """Measured seconds and inertia of both clustering methods at real numbers of experts, in turns."""
-    for seed in seeds:
-        for shape, (num_layers, num_experts, slots) in SHAPES.items():
-            points = [merging.features(layer) for layer in synthetic(num_layers, num_experts, seed)]
-            budgets = [slots] * num_layers
-            for method, times in interleaved(
-                {name: partial(merging.cluster, points, budgets, name) for name in ("per_layer", "fused")}, repeats
-            ).items():
-                name = f"{shape}, {method.replace('_', ' ')}"
-                for x, seconds in enumerate(times):
-                    yield row("clustering_seconds", name, seconds, model=model, seed=seed, x=x, unit="s")
-                for x in range(10):
-                    found = merging.inertia(points, merging.cluster(points, budgets, method, seed=x))
-                    yield row("clustering_inertia", name, found, model=model, seed=seed, x=x)
+    for seed, (shape, (num_layers, num_experts, slots)) in itertools.product(seeds, SHAPES.items()):
+        points = [merging.features(layer) for layer in synthetic(num_layers, num_experts, seed)]
+        budgets = [slots] * num_layers
+        works = {name: partial(merging.cluster, points, budgets, name) for name in ("per_layer", "fused")}
+        for method, times in interleaved(works, repeats).items():
+            name = f"{shape}, {method.replace('_', ' ')}"
+            for x, seconds in enumerate(times):
+                yield row("clustering_seconds", name, seconds, model=model, seed=seed, x=x, unit="s")
+            for x in range(10):
+                found = merging.inertia(points, merging.cluster(points, budgets, method, seed=x))
+                yield row("clustering_inertia", name, found, model=model, seed=seed, x=x)
 
 
 def synthetic(num_layers: int, num_experts: int, seed: int, width: int = 512) -> list[Tensor]:
@@ -158,22 +165,63 @@ def synthetic(num_layers: int, num_experts: int, seed: int, width: int = 512) ->
     return list(centres.gather(1, nearest[:, :, None].expand(-1, -1, width)) + noise)
 
 
-@torch.no_grad()
-def _predictions(case: Case, plans: list[LayerPlan] | None = None) -> tuple[Tensor, float]:
-    """Log-probabilities ``[N, vocabulary]`` at the scored tokens of the held-out samples, and the mean loss.
+def own_share_on_the_clock(model: str, clock_model: str) -> Iterator[Row]:
+    """Seconds of each phase at the shapes of ``clock_model`` on L20s, by link and by samples trained on (x); Fig. 20.
 
-    Of the model, or of the one that is customised by ``plans``.
+    A quarter of the experts tuned, a quarter frozen; 32 samples of 256 tokens profiled, 8 probes on 16 samples. Rows
+    ``phase_device_s``; ``own_share_device``: merging, profiling and probing as a share of the round, all of them in the
+    way (``serial``), and what is left of it with the profile beside upload and server (``overlapped``).
     """
-    model, found, losses = case.bench.model, [], []
-    if plans is not None:
-        compact.customize(model, plans)
-    try:
-        for batch in case.bench.held_out:
-            out = model(**batch)
-            scored = batch["labels"][:, 1:] >= 0
-            found.append(out.logits[:, :-1][scored].float().log_softmax(dim=-1))
-            losses.append(float(out.loss))
-    finally:
-        if plans is not None:
-            compact.restore(model, write=False)
-    return torch.cat(found), sum(losses) / len(losses)
+    shapes, tokens = clock.shapes(clock_model), 256
+    for link, samples in itertools.product(catalogue.LINKS.values(), (64, 512)):
+        work = typical_round(shapes.num_experts, samples, tokens, profiled=32)
+        server_s = clock.server_seconds([work] * 10, shapes)
+        phases = clock.phase_seconds(work, shapes, catalogue.DEVICES["l20"], link, tokens)
+        for phase, seconds in phases.items():
+            yield row("phase_device_s", f"{link.title}: {phase}", seconds, model=model, x=samples, unit="s")
+        own = sum(phases[name] for name in OWN_PHASES)
+        others = sum(seconds for name, seconds in phases.items() if name not in OWN_PHASES) + server_s
+        overlapped = clock.round_seconds([phases], [False], server_s).total_s
+        for name, share in {"serial": own / (own + others), "overlapped": 1 - others / overlapped}.items():
+            yield row("own_share_device", f"{link.title}, {name}", share, model=model, x=samples)
+
+
+def own_share_measured(cases: Iterable[Case], repeats: int, steps: int = 4, probes: int = 8) -> Iterator[Row]:
+    """Measured seconds of the parts of a round here, in turns (``phase_wall_s``), and their share without any transfer.
+
+    One round: one profile of the case's samples, one merge, ``probes`` probes, ``steps`` training steps of 16 samples.
+    """
+    for case in cases:
+        times = interleaved(_phases(case, probes), repeats)
+        times["train"] = [steps * seconds for seconds in times["train"]]
+        for repeat in range(repeats):
+            seconds = {name: taken[repeat] for name, taken in times.items()}
+            for name, value in seconds.items():
+                yield case.bench.row("phase_wall_s", name, value, x=repeat, unit="s")
+            own = sum(value for name, value in seconds.items() if name != "train")
+            yield case.bench.row("own_share_wall", "no transfer", own / (own + seconds["train"]), x=repeat)
+
+
+def _phases(case: Case, probes: int) -> dict[str, Callable[[], Any]]:
+    """What a participant does in a round, phase by phase; ``train`` is one step."""
+    model, plans = case.bench.model, case.plan()
+    unseen = (~case.tuned).nonzero().tolist()
+    experts = [(layer, expert) for layer, expert in unseen[:: max(1, len(unseen) // probes)][:probes]]
+    eight = {name: rows[:8] for name, rows in case.data[0].items()}
+
+    def merge() -> None:
+        with customized(model, case.plan(**JOINT)):
+            pass
+
+    def step() -> None:
+        with customized(model, plans):
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
+            model(**case.data[0]).loss.backward()
+            optimizer.step()
+
+    return {
+        "profile": partial(profiling.profile, model, case.data[:2], 4),
+        "merge": merge,
+        "probe": partial(gradients.probe_norms, model, eight, experts),
+        "train": step,
+    }

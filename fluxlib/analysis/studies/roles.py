@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fluxlib import gradients, records, roles, seeding
+from fluxlib.analysis import store
 from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import RunConfig
 from fluxlib.gradients.exact import ExpertKey
 from fluxlib.methods.local import routed_tokens
 from fluxlib.moe import find
@@ -28,14 +28,10 @@ PROBES: dict[str, dict[str, Any]] = {
     "two-sided, guided": {"guided": True, "sides": 2},
 }
 """Ways to probe, as arguments of :func:`fluxlib.gradients.probe_norms`."""
-
 FREQUENCY = "frequency alone"
 """What is known of utilities before anything is measured: tokens, which cost nothing."""
-
 MEASURES = ("cosine_distance", "rank_correlation", "bias", "spread")
 """Fields of :class:`fluxlib.gradients.Quality`; each is a study of its own, ``probe_<measure>``."""
-
-
 OUTCOMES = (
     "final_metric",
     "final_loss",
@@ -45,17 +41,16 @@ OUTCOMES = (
     "covered_frac",
     "load_cv",
 )
-"""What runs are compared by, of :func:`fluxlib.figures.role_tables.outcomes`."""
+"""What runs are compared by; the first and the times are :mod:`fluxlib.analysis.time_to_target`'s."""
 
 
 def truth(bench: Bench, num_experts: int) -> tuple[dict[str, Tensor], list[ExpertKey], Tensor, Tensor]:
     """A batch of the first participant, experts that its tokens reach, their true squared norms and tokens, ``[N]``."""
     batch = bench.local(16)[0]
-    moe = find.layers(bench.model)
     with capture(bench.model) as seen, torch.no_grad():
         bench.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     chosen = [layer.top_k_index[0] for layer in seen.layers]
-    tokens = routed_tokens(chosen, batch["attention_mask"], moe[0].num_experts)
+    tokens = routed_tokens(chosen, batch["attention_mask"], find.layers(bench.model)[0].num_experts)
     reached = [(int(layer), int(expert)) for layer, expert in (tokens > 0).nonzero()]
     order = torch.randperm(len(reached), generator=seeding.generator(bench.seed, "probe study"))
     keys = sorted(reached[i] for i in order[:num_experts].tolist())
@@ -106,10 +101,10 @@ def probe_seconds(benches: Iterable[Bench], num_experts: int, repeats: int) -> I
             "backward pass for all": partial(gradients.true_norms, bench.model, batch, keys),
             "two whole passes each": partial(_two_passes, bench, batch),
         }
-        shares = {"two whole passes each": 1}
         for name, times in interleaved(works, repeats).items():
+            experts = 1 if name == "two whole passes each" else len(keys)
             for x, seconds in enumerate(times):
-                yield bench.row("probe_seconds", name, seconds / shares.get(name, len(keys)), x=x, unit="s per expert")
+                yield bench.row("probe_seconds", name, seconds / experts, x=x, unit="s per expert")
 
 
 @torch.no_grad()
@@ -119,11 +114,11 @@ def _two_passes(bench: Bench, batch: Mapping[str, Tensor]) -> None:
 
 
 def outcome_rows(outcome: pd.DataFrame, group: str, model: str, task: str) -> Iterator[Row]:
-    """What runs came to (:func:`fluxlib.figures.role_tables.outcomes`) as rows: study ``<group>_<column>``."""
-    units = {"device_s_at_least": "s"}
+    """What runs came to, one row of ``outcome`` each, as rows of study ``<group>_<column>`` (:data:`OUTCOMES`)."""
     for run in outcome.to_dict("records"):
         for column in OUTCOMES:
-            more = {"model": model, "task": task, "seed": run["seed"], "unit": units.get(column, "")}
+            unit = "s" if column == "device_s_at_least" else ""
+            more = {"model": model, "task": task, "seed": run["seed"], "unit": unit}
             yield row(f"{group}_{column}", run["setting"], run[column], **more)
 
 
@@ -138,15 +133,12 @@ def share_rows(participants: pd.DataFrame, model: str, task: str) -> Iterator[Ro
 
 
 def read_runs(
-    folder: Path, model: str, task: str, seeds: Iterable[int], variants: Mapping[str, str], method: str = "flux"
+    folder: Path, model: str, task: str, seeds: Iterable[int], variants: Mapping[str, str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables ``rounds`` and ``participants`` of some runs, one below the other.
+    """The tables ``rounds`` and ``participants`` of some of FLUX's runs, with the columns ``setting`` and ``seed``.
 
     Args:
         variants: what a variant is called in the figures, and its name in the run's id ("" for the plain run).
-
-    Returns:
-        both tables with two columns more: ``setting``, the name given, and in ``participants`` also ``seed``.
 
     Raises:
         TableError: a run is not there.
@@ -156,7 +148,7 @@ def read_runs(
     found: dict[str, list[pd.DataFrame]] = {"rounds": [], "participants": []}
     for setting, variant in variants.items():
         for seed in seeds:
-            name = RunConfig(method=method, variant=variant, model=model, task=task, seed=seed).run_id
+            name = RunConfig(variant=variant, model=model, task=task, seed=seed).run_id
             for table, frames in found.items():
                 frame = records.read(table, folder / table / f"{name}.parquet")
                 frames.append(frame.assign(setting=setting, seed=seed))
@@ -170,21 +162,11 @@ def make_runs(folder: Path, base: RunConfig, seeds: Iterable[int], changes: Mapp
         ConfigError: a change that is not allowed, before any run.
     """
     from fluxlib import federation
-    from fluxlib.config import make_config
 
     wanted = [
-        make_config(base.model_dump() | {"variant": variant, "seed": seed} | dict(change))
-        for seed in seeds
-        for variant, change in changes.items()
+        base.updated({"variant": name, "seed": seed, **change}) for seed in seeds for name, change in changes.items()
     ]
-    if not wanted:
-        raise ConfigError("changes: at least one variant is needed, got none")
     for config in wanted:
-        if _made_with(folder / "rounds" / f"{config.run_id}.json") != config.model_dump(mode="json"):
+        file, unfinished = folder / "rounds" / f"{config.run_id}.parquet", records.unfinished(folder)
+        if store.parameters(file) != config.model_dump(mode="json") or config.run_id in unfinished:
             federation.run(config, out=folder)
-
-
-def _made_with(about: Path) -> Any:
-    """The configuration that a table was made with; None if there is none, or its run was not complete."""
-    found = json.loads(about.read_text()) if about.is_file() else {}
-    return found.get("parameters") if found.get("status") == "complete" else None

@@ -1,34 +1,198 @@
-"""Runs with other numbers of participants, heterogeneity or budgets (notebook 06), with their settings beside them."""
+"""Notebook 06: stored runs with their settings, stored runs on other devices and links, and the clock held against this
+machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fluxlib import config
-from fluxlib.analysis.studies.sensitivity import read_abouts
+import numpy as np
+import torch
+
+from fluxlib.analysis import store
+from fluxlib.analysis.studies.bench import Row
+from fluxlib.analysis.studies.merging import Case, own_share_measured
+from fluxlib.config import RunConfig, make_config
+from fluxlib.devices import catalogue, clock
+from fluxlib.devices.memory import RESERVE_FRAC
+from fluxlib.federation.store.tables import participant_seconds, read_work, round_time
+from fluxlib.methods.base import Work
+from fluxlib.moe import find
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SETTINGS = ("participants", "participants_per_round", "alpha", "tune_fraction", "merge_fraction")
-"""Fields of :class:`fluxlib.config.RunConfig` that the study's runs differ in."""
+SETTINGS = {
+    "participants": "federation.participants",
+    "participants_per_round": "federation.participants_per_round",
+    "alpha": "data.alpha",
+    "tune_fraction": "budget.tune_frac",
+    "merge_fraction": "budget.merge_frac",
+}
+"""Settings that the runs of a sweep differ in, by the column that they become."""
+FLEETS = ("paper", "rtx-4090", "rtx-3060", "jetson-agx-orin", "macbook-m1-max", "cpu-laptop", "mixed", "weak")
+"""The paper's L20s, then each other device of the catalogue for all participants, then fleets of several devices."""
+BLOCKS = {"train": ("train",), "profile": ("quantize", "profile"), "merge": ("merge",), "probe": ("probe",)}
+"""Measured block: phases of the clock that it consists of."""
+STEPS, PROBES, PROBED_SAMPLES = 4, 8, 8
+Reply = tuple[int, str, Work, Work | None]
+"""An accepted reply: participant, device, its work, and that of a profile made before the round."""
+
+
+def configs(folder: Path, run_ids: Iterable[str]) -> dict[str, RunConfig]:
+    """The configuration of each run in ``folder``, by run id.
+
+    Raises:
+        ConfigError: a run whose stored settings cannot be read.
+    """
+    return {run: make_config(store.parameters(Path(folder) / "rounds" / f"{run}.parquet")) for run in run_ids}
 
 
 def with_settings(rounds: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """``rounds`` with the columns :data:`SETTINGS`, from what is stored beside each run in ``folder``.
+    """``rounds`` with the columns of :data:`SETTINGS`, from what is stored beside each run in ``folder``.
 
     ``participants_per_round`` is the number asked in a round, all participants where none was set.
     """
-    found = {run_id: about["parameters"] for run_id, about in read_abouts(folder, rounds["run_id"].unique()).items()}
-    columns = {name: rounds["run_id"].map({run_id: run[name] for run_id, run in found.items()}) for name in SETTINGS}
+    found = {run: config.settings() for run, config in configs(folder, rounds["run_id"].unique()).items()}
+    columns = {
+        name: rounds["run_id"].map({run: s[full] for run, s in found.items()}) for name, full in SETTINGS.items()
+    }
     columns["participants_per_round"] = columns["participants_per_round"].fillna(columns["participants"]).astype(int)
     return rounds.assign(**columns)
 
 
-def small_runs(common: Mapping[str, Any], methods: Sequence[str]) -> list[config.RunConfig]:
-    """Runs that a notebook makes itself: ``common`` once per method, and FLUX and FMD with one participant more."""
-    more = {"variant": f"participants-{common['participants'] + 1}", "participants": common["participants"] + 1}
-    plain = [config.make_config({**common, "method": method}) for method in methods]
-    return plain + [config.make_config({**common, **more, "method": method}) for method in ("flux", "fmd")]
+def with_works(participants: pd.DataFrame) -> set[str]:
+    """Ids of the runs all of whose accepted replies have their work: older ones were stored without."""
+    accepted = participants[participants["rejected"] == ""]
+    complete = accepted.groupby("run_id")["work"].agg(lambda works: bool(works.notna().all()))
+    return {str(run_id) for run_id, whole in complete.items() if whole}
+
+
+def recounts(
+    participants: pd.DataFrame,
+    rounds: pd.DataFrame,
+    runs: Mapping[str, RunConfig],
+    fleets: Sequence[str | None] = FLEETS,
+    links: Sequence[str | None] = tuple(catalogue.LINKS),
+) -> pd.DataFrame:
+    """Every run of ``rounds``, for every fleet and link, as the device clock counts it there, one below the other.
+
+    What a participant did does not depend on its device: ``participants.work`` holds it, and the clock reads it anew.
+    Nothing is trained again, and scores stay what they were. Budgets stay too: a device that the run's budgets do not
+    fit on is shown by ``memory_share``, not given a smaller budget.
+
+    Args:
+        runs: of :func:`configs`, of runs with works (:func:`with_works`).
+        fleets: of :func:`fluxlib.devices.catalogue.fleet`; None: the devices that the run's participants stood for.
+        links: of the catalogue; None: the run's.
+
+    Returns:
+        ``rounds`` with other ``round_device_s``, ``server_device_s``, ``device_s`` and ``link``, and with ``fleet`` and
+        ``memory_share``: the predicted memory of a step over what the device has for it, of the participant where that
+        is largest.
+
+    Raises:
+        ValueError: an unknown fleet or link.
+    """
+    import pandas as pd
+
+    accepted = participants[participants["rejected"] == ""]
+    found = []
+    for run_id, run in rounds.groupby("run_id", sort=False):
+        replies: dict[int, list[Reply]] = {}
+        rows = accepted.loc[accepted["run_id"] == run_id, ["round", "participant", "device", "work"]]
+        for number, participant, device, text in rows.itertuples(index=False, name=None):
+            replies.setdefault(number, []).append((participant, device, *read_work(text)))
+        config = runs[str(run_id)]
+        shapes = clock.shapes(config.model if config.clock.model == "self" else config.clock.model)
+        for fleet, link in itertools.product(fleets, links):
+            found.append(_recount(replies, run.sort_values("round", kind="stable"), config, shapes, fleet, link))
+    return pd.concat(found, ignore_index=True) if found else rounds.assign(fleet="", memory_share=0.0)
+
+
+def _recount(
+    replies: Mapping[int, list[Reply]],
+    rounds: pd.DataFrame,
+    run: RunConfig,
+    shapes: clock.Shapes,
+    fleet: str | None,
+    link: str | None,
+) -> pd.DataFrame:
+    over, tokens = catalogue.link(link or run.clock.link), run.clock.tokens_per_sample
+    devices = catalogue.fleet(fleet, run.federation.participants) if fleet else None
+    counted = []
+    for number in rounds["round"]:
+        seconds, works, shares = [], [], [0.0]
+        for participant, name, work, first in replies.get(number, ()):
+            device = devices[participant] if devices else catalogue.DEVICES[name]
+            works.append(work)
+            seconds.append(participant_seconds(work, first, shapes, device, over, tokens))
+            usable = device.memory_bytes * (1 - RESERVE_FRAC)
+            shares.append(clock.device_bytes(work, shapes, device, tokens) / usable)
+        whole = round_time(seconds, works, shapes) if works else None
+        counted.append((whole.total_s if whole else 0.0, whole.server_s if whole else 0.0, max(shares)))
+    totals, servers, largest = zip(*counted, strict=True)
+    seconds = {"round_device_s": totals, "server_device_s": servers, "device_s": list(itertools.accumulate(totals))}
+    return rounds.assign(**seconds, link=over.name, fleet=fleet or run.clock.fleet, memory_share=largest)
+
+
+def this_machine(size: int = 768, repeats: int = 5) -> catalogue.Device:
+    """This machine on one thread: arithmetic of a 32-bit product, bandwidth of a copy that no cache holds."""
+    left = torch.ones(size, size)
+    block = torch.ones(2**24)
+    product_s = _fastest(lambda: left @ left, repeats)
+    bandwidth = 2 * block.numel() * block.element_size() / _fastest(lambda: block.clone(), repeats)
+    return catalogue.Device(
+        name="host", title="this machine, one thread", memory_bytes=2**40, unified=True,
+        peak_flops=2 * size**3 / product_s, memory_bytes_per_s=bandwidth, bus_bytes_per_s=bandwidth,
+        host_bytes_per_s=bandwidth, host_memory_bytes=2**40, compute_frac=1.0, bandwidth_frac=1.0,
+        sources={"all": "measured here"},
+    )  # fmt: skip
+
+
+def _fastest(work: Callable[[], object], repeats: int) -> float:
+    """Shortest processor time of several calls, after one to warm up."""
+    work()
+    found = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return max(min(found), 1e-9)
+
+
+def check_clock(cases: Iterable[Case], repeats: int, device: catalogue.Device) -> Iterator[Row]:
+    """Rows ``clock_check``: seconds of each block, ``<block>, predicted`` and ``<block>, measured`` (median).
+
+    Args:
+        device: :func:`this_machine`; everything else is the clock as it stands, 16-bit weights included.
+    """
+    for case in cases:
+        rows = list(own_share_measured([case], repeats, STEPS, PROBES))
+        shapes = clock.shapes_of(case.bench.model_name, case.bench.model)  # type: ignore[arg-type]
+        predicted = clock.phase_seconds(_work(case), shapes, device, catalogue.LINKS["1gbps"])
+        for block, phases in BLOCKS.items():
+            found = [r["value"] for r in rows if r["study"] == "phase_wall_s" and r["setting"] == block]
+            seconds = sum(predicted[phase] for phase in phases)
+            yield case.bench.row("clock_check", f"{block}, measured", float(np.median(found)), unit="s")
+            yield case.bench.row("clock_check", f"{block}, predicted", seconds, unit="s")
+
+
+def _work(case: Case) -> Work:
+    """The account of what :func:`fluxlib.analysis.studies.merging.own_share_measured` does."""
+    num_experts, num_tuned = case.bench.num_experts, int(case.tuned.sum())
+    batch, probed = case.data[0], case.data[0]["attention_mask"][:PROBED_SAMPLES]
+    profiled = case.data[:2]
+    num_layers = len(find.layers(case.bench.model))
+    passes = 1 + 2 * PROBES * (num_layers + 1) / (2 * num_layers)
+    return Work(
+        num_experts=num_experts, num_tuned=num_tuned, num_frozen=case.num_merged,
+        num_merge_sources=num_experts - num_tuned, train_steps=STEPS, train_samples=STEPS * len(batch["input_ids"]),
+        train_tokens=STEPS * int(batch["attention_mask"].sum()),
+        profile_samples=sum(len(b["input_ids"]) for b in profiled), profile_bits=4, num_quantized=num_experts,
+        profile_tokens=sum(int(b["attention_mask"].sum()) for b in profiled),
+        probe_samples=round(passes * len(probed)), probe_tokens=round(passes * int(probed.sum())),
+    )  # fmt: skip

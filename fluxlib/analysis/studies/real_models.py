@@ -1,4 +1,4 @@
-"""The public models on the catalogue's devices: what a participant must hold, and where its round's time goes.
+"""The public models on the catalogue's devices (notebook 07): what a participant must hold, where a round's time goes.
 
 Nothing is trained and no weight is read. Memory comes from the planner (:mod:`fluxlib.devices.memory`), time from the
 device clock (:mod:`fluxlib.devices.clock`), for one typical round of each method.
@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from fluxlib import models
-from fluxlib.analysis.studies.bench import Row, row
-from fluxlib.analysis.studies.training import flux_work
+from fluxlib.analysis.studies.bench import Row, row, typical_round
 from fluxlib.devices import catalogue, clock
 from fluxlib.devices.memory import plan_memory
 from fluxlib.methods.base import Work
@@ -26,26 +25,21 @@ def works(
     participants: int = 10,
     samples: int = 64,
     tokens_per_sample: int = 256,
-    profiled: int = 32,
     wire_bits: float = 16.0,
 ) -> dict[str, Work]:
-    """One participant's round by method, a quarter of the experts being its budget.
+    """One participant's round by method, a quarter of the experts being its budget, 32 samples profiled.
 
     ``wire_bits`` per weight travel in both directions; FMQ's weights have no more than 4 anyway.
 
     Participants are taken to choose independently, so that nearly every expert has changed somewhere and must be
     downloaded: the worst case for the methods that tune a part. Routed tokens are spread evenly over experts.
     """
-    flux = flux_work(num_experts, samples, tokens_per_sample, profiled)
+    flux = typical_round(num_experts, samples, tokens_per_sample, profiled=32)
     changed = round(num_experts * (1 - (1 - flux.num_tuned / num_experts) ** participants))
     training = Work(
-        num_experts=num_experts,
-        train_steps=flux.train_steps,
-        train_samples=flux.train_samples,
-        train_tokens=flux.train_tokens,
-        download_bits=wire_bits,
-        upload_bits=wire_bits,
-    )
+        num_experts=num_experts, train_steps=flux.train_steps, train_samples=flux.train_samples,
+        train_tokens=flux.train_tokens, download_bits=wire_bits, upload_bits=wire_bits,
+    )  # fmt: skip
     everything = replace(
         training, num_tuned=num_experts, num_downloaded=num_experts, num_uploaded=num_experts, offloaded=True
     )
@@ -76,7 +70,7 @@ def rounds(
     settings = {
         (wire, name): work
         for wire, bits in (("16 bit", 16.0), ("4 bit", FMQ_WIRE_BITS))
-        for name, work in works(shapes.num_experts, participants, samples, tokens_per_sample, wire_bits=bits).items()
+        for name, work in works(shapes.num_experts, participants, samples, tokens_per_sample, bits).items()
     }
     every = itertools.product(settings.items(), list(devices), catalogue.LINKS.values())
     for ((wire, name), work), device, link in every:
@@ -90,7 +84,7 @@ def rounds(
 
 
 def resident(model: str, devices: Iterable[str], samples: int = 64, tokens_per_sample: int = 256) -> Iterator[Row]:
-    """Rows ``real_resident``: share of FMD's expert uses that find the weights on the device (G24: its hit rate).
+    """Rows ``real_resident``: share of FMD's expert uses that find the weights on the device.
 
     Experts are used in order forward and in reverse order backward, so an LRU set of C of N experts serves C of the N
     uses of each pass (:class:`fluxlib.moe.offloaded.DeviceSet` counts the same).
