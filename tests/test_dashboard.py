@@ -39,13 +39,13 @@ def engine(monkeypatch):
     """Stands for the engine: rounds come when the test lets them."""
     allowed = threading.Semaphore(0)
 
-    def run(config, on_round, out, on_outcome):
+    def run(config, on_round, out, on_result):
         rows = []
         for number in range(config.federation.rounds + 1):
             assert allowed.acquire(timeout=300)
             if number:
                 roles = SimpleNamespace(exploit=torch.eye(2, dtype=torch.bool))
-                on_outcome(SimpleNamespace(round=number, accepted=[SimpleNamespace(roles=roles)] * 2))
+                on_result(SimpleNamespace(round=number, accepted=[SimpleNamespace(roles=roles)] * 2))
             rows.append(row(number))
             if on_round(rows[-1]):
                 break

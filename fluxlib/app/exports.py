@@ -20,7 +20,7 @@ import torch
 from fluxlib import federation, merging, models, profiling, records
 from fluxlib.analysis.studies.bench import interleaved
 from fluxlib.config import ConfigError, MergingConfig, RunConfig, make_config
-from fluxlib.federation.server.budgets import make_budgets
+from fluxlib.federation.checks import make_budgets
 from fluxlib.models.compacted import WEIGHTS, load_compact, save_compact
 from fluxlib.moe.compact import customize, restore
 from fluxlib.tasks.batches import make_batch

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from fluxlib.config import ConfigError, make_config
-from fluxlib.federation.server.budgets import make_budgets
+from fluxlib.federation.checks import make_budgets
 from fluxlib.methods.base import Budget
 
 

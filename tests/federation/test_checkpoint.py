@@ -13,7 +13,7 @@ import torch
 
 from fluxlib import federation, records
 from fluxlib.config import RunConfig
-from fluxlib.federation import CheckpointError, LocalGrid, Options
+from fluxlib.federation import CheckpointError, LocalGrid, Output
 from fluxlib.federation.client import client_app
 from fluxlib.federation.server import rounds
 from fluxlib.federation.store import checkpoint
@@ -95,9 +95,8 @@ def test_states_that_are_gone_are_said_to_be(
     config = make_config({"engine": engine, "federation.rounds": 3})
     first, second = (LocalGrid(client_app.app, config.federation.participants) for _ in range(2))
     for grid, last in ((first, 2), (first if same_nodes else second, 3)):
-        options = Options(tmp_path, on_round=lambda row, last=last: row["round"] == last)
-        with grid.identity():
-            rounds.serve(Elsewhere(grid), config, options)  # type: ignore[arg-type]
+        options = Output(tmp_path, on_round=lambda row, last=last: row["round"] == last)
+        rounds.serve(Elsewhere(grid), config, options)  # type: ignore[arg-type]
     about = json.loads((tmp_path / "rounds" / f"{config.run_id}.json").read_text())
     expected = None if same_nodes else {"after_round": 2, "participants": [0, 1, 2]}
     assert about["status"] == "complete" and about.get("states_lost") == expected
@@ -111,22 +110,19 @@ def test_killed_again_and_again(config: RunConfig, tmp_path: Path) -> None:
     as_uninterrupted(federation.run(config, out=tmp_path), config)
 
 
-@pytest.mark.parametrize("name", ["save_tensors", "_replace_text"])
+@pytest.mark.parametrize("name", ["save_tensors", "replace_file"])
 def test_killed_while_writing_the_checkpoint_before_is_whole(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     with pytest.raises(Killed):
         federation.run(config, on_round=kill_after(2), out=tmp_path)
 
-    def half(path: Path, content: Any) -> None:
+    def half(path: Path, *rest: Any) -> None:
         path.write_bytes(b"half a file")
         raise Killed
 
     with monkeypatch.context() as patch:
-        if name == "_replace_text":
-            patch.setattr(checkpoint, name, lambda path, text: half(path.with_suffix(".tmp"), text))
-        else:
-            patch.setattr(checkpoint, name, half)
+        patch.setattr(checkpoint, name, half)
         with pytest.raises(Killed):
             federation.run(config, out=tmp_path)
     rows: list[dict[str, Any]] = []

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fluxlib.config import RunConfig
-from fluxlib.federation import LocalGrid, Options, RunResult
+from fluxlib.federation import LocalGrid, Output, RunResult
 from fluxlib.federation.client import client_app, disk, later, participant
 from fluxlib.federation.protocol import wire
 from fluxlib.federation.server import server_app
@@ -107,12 +107,10 @@ def test_a_full_disk_costs_a_warning(
 
 def run(config: RunConfig, app: ClientApp | None = None, **node: Any) -> RunResult:
     results: list[RunResult] = []
-    server = server_app.make_app(config, Options(), results.append)
+    server = server_app.make_app(config, Output(), results.append)
     participant.forget_workspace()
-    with LocalGrid(
-        app or client_app.app, config.federation.participants, node_config=lambda _: node
-    ).identity() as grid:
-        server(grid, Context(1, 0, {}, RecordDict(), {}))
+    grid = LocalGrid(app or client_app.app, config.federation.participants, node_config=lambda _: node)
+    server(grid, Context(1, 0, {}, RecordDict(), {}))
     return results[0]
 
 

@@ -25,7 +25,7 @@ from fluxlib import federation
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
 from fluxlib.federation import LocalGrid, progress
 from fluxlib.federation.client import client_app, own_data, participant
-from fluxlib.federation.engines import exchange
+from fluxlib.federation.engines import grid as engine_grid
 from fluxlib.federation.engines.deployment import credentials, folders
 from fluxlib.federation.protocol import messages, wire
 from fluxlib.federation.server import server_app
@@ -89,8 +89,8 @@ class SlowGrid:
     def __init__(self, ready_after: dict[int, float], gone: int) -> None:
         self.ready_after, self.gone, self.polls = ready_after, gone, 0
 
-    def push_messages(self, sent: list[int]) -> list[str]:
-        return [str(number) for number in sent]
+    def push_messages(self, sent: list[SimpleNamespace]) -> list[str]:
+        return [str(message.number) for message in sent]
 
     def pull_messages(self, identifiers: list[str]) -> list[SimpleNamespace]:
         self.polls += 1
@@ -103,9 +103,10 @@ class SlowGrid:
 
 
 def test_replies_come_in_order_and_late_ones_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "POLL_S", 0.01)
+    monkeypatch.setattr(engine_grid, "POLL_S", 0.01)
     grid: Any = SlowGrid({0: 4, 1: 0, 2: 1e9, 3: 0, 4: 0}, gone=1)
-    replies: Any = list(exchange.exchange(grid, [0, 1, 2, 3, 4], 0.5))  # type: ignore[list-item]
+    sent: Any = [SimpleNamespace(number=n, metadata=SimpleNamespace(dst_node_id=10 + n)) for n in range(5)]
+    replies: Any = list(engine_grid.send_and_receive(grid, sent, 0.5))
     assert [reply.number for reply in replies] == [0, 3, 4]
 
 
@@ -120,7 +121,7 @@ def test_what_is_lent_in_process_is_an_array_anywhere_else() -> None:
 
 def request(config: RunConfig, store: Any, node: int = 2) -> Message:
     content = messages.Instruction(config.model_dump_json(), 1, 0, "float32", store.delta()).to_records()
-    return Message(content, node, "query.profile", group_id="1")
+    return federation.LocalGrid(client_app.app, 1).create_message(content, "query.profile", node, "1")
 
 
 def test_what_hangs_or_fails_leaves_the_state_of_its_node(
@@ -135,11 +136,10 @@ def test_what_hangs_or_fails_leaves_the_state_of_its_node(
 
     monkeypatch.setattr(participant, "profile", hang)
     context = Context(1, 2, {"partition-id": 0}, RecordDict(), {})
-    with federation.LocalGrid(client_app.app, 1).identity():
-        with pytest.raises(TimeoutError, match="longer than the 0.05 s"):
-            client_app.app(request(make_config({"federation.round_timeout_s": 0.05}), store), context)
-        assert "half" not in context.state
-        client_app.app(request(make_config(), store), context)
+    with pytest.raises(TimeoutError, match="longer than the 0.05 s"):
+        client_app.app(request(make_config({"federation.round_timeout_s": 0.05}), store), context)
+    assert "half" not in context.state
+    client_app.app(request(make_config(), store), context)
     assert "half" in context.state
 
 

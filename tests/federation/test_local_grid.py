@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fluxlib.federation import LocalGrid
+from fluxlib.federation.engines.grid import RAISED
 
 
 def counting_app() -> ClientApp:
@@ -34,13 +33,12 @@ def counting_app() -> ClientApp:
 
 
 @pytest.fixture
-def grid() -> Iterator[LocalGrid]:
-    with LocalGrid(counting_app(), 3, node_config=lambda i: {"device": f"d{i}"}).identity() as found:
-        yield found
+def grid() -> LocalGrid:
+    return LocalGrid(counting_app(), 3, node_config=lambda i: {"device": f"d{i}"})
 
 
-def request(node: int, **config: float) -> Message:
-    return Message(RecordDict({"config": ConfigRecord(dict(config))}), node, "train", group_id="1")
+def request(grid: LocalGrid, node: int, **config: float) -> Message:
+    return grid.create_message(RecordDict({"config": ConfigRecord(dict(config))}), "train", node, "1")
 
 
 def test_it_is_a_flower_grid(grid: LocalGrid) -> None:
@@ -50,7 +48,7 @@ def test_it_is_a_flower_grid(grid: LocalGrid) -> None:
 
 
 def test_replies_come_in_order_and_carry_what_they_answer(grid: LocalGrid) -> None:
-    messages = [request(node) for node in (4, 2)]
+    messages = [request(grid, node) for node in (4, 2)]
     replies = list(grid.send_and_receive(messages))
     assert [reply.metadata.src_node_id for reply in replies] == [4, 2]
     assert [r.metadata.reply_to_message_id for r in replies] == [m.metadata.message_id for m in messages]
@@ -59,43 +57,45 @@ def test_replies_come_in_order_and_carry_what_they_answer(grid: LocalGrid) -> No
 
 
 def test_replies_are_made_one_at_a_time(grid: LocalGrid) -> None:
-    replies = grid.send_and_receive(request(node) for node in (2, 3, 4))
+    replies = grid.send_and_receive(request(grid, node) for node in (2, 3, 4))
     next(iter(replies))
     assert "count" in grid.context(2).state
     assert "count" not in grid.context(3).state
 
 
 def test_state_lasts_and_is_each_nodes_own(grid: LocalGrid) -> None:
-    seen = [r.content["config"]["seen"] for r in grid.send_and_receive([request(n) for n in (2, 2, 3, 2)])]
+    seen = [r.content["config"]["seen"] for r in grid.send_and_receive([request(grid, n) for n in (2, 2, 3, 2)])]
     assert seen == [1, 2, 1, 3]
     assert grid.take_changed() == [2, 3]
     assert grid.take_changed() == []
 
 
 def test_an_exception_becomes_an_error_reply_and_the_state_stays(grid: LocalGrid) -> None:
-    first, failed, last = grid.send_and_receive([request(2), request(2, fail=1), request(2)])
+    first, failed, last = grid.send_and_receive([request(grid, 2), request(grid, 2, fail=1), request(grid, 2)])
     assert failed.has_error() and not failed.has_content()
-    assert failed.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    assert failed.error.code == RAISED
     assert "RuntimeError: out of memory" in str(failed.error.reason)
     assert failed.metadata.src_node_id == 2
     assert (first.content["config"]["seen"], last.content["config"]["seen"]) == (1, 2)
 
 
 def test_an_unknown_node_and_an_unknown_action_are_error_replies(grid: LocalGrid) -> None:
-    stranger = Message(RecordDict(), 99, "train", group_id="1")
-    action = Message(RecordDict(), 2, "train.dance", group_id="1")
+    stranger = grid.create_message(RecordDict(), "train", 99, "1")
+    action = grid.create_message(RecordDict(), "train.dance", 2, "1")
     reasons = [str(reply.error.reason) for reply in grid.send_and_receive([stranger, action])]
     assert "node_id is 99, allowed are 2 to 4" in reasons[0]
     assert "dance" in reasons[1]
 
 
 def test_a_late_reply_is_lost_and_the_others_are_not(grid: LocalGrid) -> None:
-    replies = list(grid.send_and_receive([request(2), request(3, pause=0.05), request(4)], timeout=0.04))
+    replies = list(
+        grid.send_and_receive([request(grid, 2), request(grid, 3, pause=0.05), request(grid, 4)], timeout=0.04)
+    )
     assert [reply.metadata.src_node_id for reply in replies] == [2, 4]
 
 
 def test_push_and_pull(grid: LocalGrid) -> None:
-    ids = list(grid.push_messages([request(2), request(3)]))
+    ids = list(grid.push_messages([request(grid, 2), request(grid, 3)]))
     assert [reply.metadata.src_node_id for reply in grid.pull_messages(ids[1:])] == [3]
     assert [reply.metadata.src_node_id for reply in grid.pull_messages(ids)] == [2]
 
@@ -112,18 +112,9 @@ def test_neither_side_reaches_into_the_other() -> None:
         content = RecordDict({"arrays": answer, "metrics": MetricRecord({"loss": 1.0})})
         return Message(content, reply_to=message)
 
-    with LocalGrid(app, 1).identity() as grid:
-        sent = ArrayRecord({"w": Array(torch.ones(2).numpy())})
-        (reply,) = grid.send_and_receive([Message(RecordDict({"arrays": sent}), 2, "train")])
+    grid = LocalGrid(app, 1)
+    sent = ArrayRecord({"w": Array(torch.ones(2).numpy())})
+    (reply,) = grid.send_and_receive([grid.create_message(RecordDict({"arrays": sent}), "train", 2, "1")])
     kept["answer"]["w"].data = b"changed later"
     assert list(sent) == ["w"] and sent["w"].numpy().tolist() == [1, 1]
     assert reply.content["arrays"]["w"].numpy().tolist() == [0, 0]
-
-
-def test_identity_is_given_back() -> None:
-    from flwr.supercore.task_identity import TaskIdentity
-
-    before = TaskIdentity._run_id
-    with LocalGrid(ClientApp(), 1, run_id=7).identity():
-        assert TaskIdentity.run_id == 7
-    assert TaskIdentity._run_id == before

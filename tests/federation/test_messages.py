@@ -113,16 +113,14 @@ def test_no_text_and_no_sample_leaves_a_participant(
 
 
 def test_a_node_refuses_a_message_for_another(make_config: Callable[..., RunConfig], store: ExpertStore) -> None:
-    with LocalGrid(client_app.app, 3).identity() as grid:
-        instruction = Instruction(make_config().model_dump_json(), 1, 2, "float32", store.delta())
-        message = Message(instruction.to_records(), 2, "train", group_id="1")
-        (reply,) = grid.send_and_receive([message])
+    grid = LocalGrid(client_app.app, 3)
+    instruction = Instruction(make_config().model_dump_json(), 1, 2, "float32", store.delta())
+    (reply,) = grid.send_and_receive([grid.create_message(instruction.to_records(), "train", 2, "1")])
     assert "message is for participant 2, this is 0" in str(reply.error.reason)
 
 
 def test_a_node_without_a_partition_says_so(make_config: Callable[..., RunConfig], store: ExpertStore) -> None:
     instruction = Instruction(make_config().model_dump_json(), 1, 0, "float32", store.delta())
-    with LocalGrid(client_app.app, 1).identity():
-        message = Message(instruction.to_records(), 2, "train", group_id="1")
-        with pytest.raises(participant.ParticipantError, match="partition-id"):
-            client_app.app(message, Context(1, 2, {}, RecordDict(), {}))
+    message = LocalGrid(client_app.app, 1).create_message(instruction.to_records(), "train", 2, "1")
+    with pytest.raises(participant.ParticipantError, match="partition-id"):
+        client_app.app(message, Context(1, 2, {}, RecordDict(), {}))

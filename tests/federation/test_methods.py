@@ -10,8 +10,7 @@ import torch
 from fluxlib import federation
 from fluxlib.config import RunConfig
 from fluxlib.federation.client import state
-from fluxlib.federation.engines import local_grid
-from fluxlib.federation.engines.local_grid import LocalGrid
+from fluxlib.federation.engines.grid import LocalGrid
 
 SMALL = {
     "training.local_steps": 2,
@@ -49,13 +48,13 @@ def test_flux_keeps_a_profile_that_is_one_round_old(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grids: list[LocalGrid] = []
-    made = local_grid.LocalGrid.__init__
+    made = LocalGrid.__init__
 
     def remember(self: LocalGrid, *args: object, **named: object) -> None:
         made(self, *args, **named)  # type: ignore[arg-type]
         grids.append(self)
 
-    monkeypatch.setattr(local_grid.LocalGrid, "__init__", remember)
+    monkeypatch.setattr(LocalGrid, "__init__", remember)
     federation.run(make_config({"method": "flux"} | SMALL))
     for node in grids[0].get_node_ids():
         kept = state.load_state(grids[0].context(node).state)

@@ -195,8 +195,8 @@ def test_flowers_mods_refuse_a_reply_with_some_experts(mod: Any) -> None:
         arrays = ArrayRecord({"0.1.w": Array(torch.ones(2).numpy())})
         return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"loss": 1.0})}), reply_to=message)
 
-    with LocalGrid(client_app.app, 1).identity():
-        arrays = ArrayRecord({f"0.{e}.w": Array(torch.zeros(2).numpy()) for e in (0, 1)})
-        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"clipping_norm": 1.0})})
-        reply = mod(Message(content, 2, "train", group_id="1"), Context(1, 2, {}, RecordDict(), {}), app)
+    arrays = ArrayRecord({f"0.{e}.w": Array(torch.zeros(2).numpy()) for e in (0, 1)})
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"clipping_norm": 1.0})})
+    message = LocalGrid(client_app.app, 1).create_message(content, "train", 2, "1")
+    reply = mod(message, Context(1, 2, {}, RecordDict(), {}), app)
     assert reply.has_error() and "expects the keys in the ArrayRecord of the reply" in str(reply.error.reason)

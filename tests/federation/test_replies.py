@@ -16,7 +16,7 @@ from fluxlib.federation.client import client_app
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import TrainReport
 from fluxlib.federation.protocol.sync import ExpertStore
-from fluxlib.federation.server.replies import REASONS, Expected, Rejected, believable, read_reply
+from fluxlib.federation.server.validation import REASONS, Expected, Rejected, believable, read_reply
 from fluxlib.methods.base import Update, Work
 
 Change = Callable[[RecordDict], Any]
@@ -42,8 +42,7 @@ def content_of(expected: Expected, update: Update, **header: Any) -> RecordDict:
 
 
 def reply_with(content: RecordDict | Error) -> Message:
-    with LocalGrid(client_app.app, 1).identity():
-        return Message(content, reply_to=Message(RecordDict(), 3, "train", group_id="3"))
+    return Message(content, reply_to=LocalGrid(client_app.app, 1).create_message(RecordDict(), "train", 3, "3"))
 
 
 def refused(content: RecordDict | Error, expected: Expected) -> str:

@@ -9,7 +9,7 @@ from flwr.app import Context, RecordDict
 from fluxlib import models
 from fluxlib.config import ConfigError, make_config
 from fluxlib.federation.client import participant
-from fluxlib.federation.options import check
+from fluxlib.federation.checks import check
 from fluxlib.models.hardware import torch_device
 
 

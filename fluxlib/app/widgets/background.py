@@ -14,7 +14,7 @@ import pandas as pd
 from fluxlib import federation, records
 from fluxlib.analysis import store
 from fluxlib.config import ConfigError, RunConfig
-from fluxlib.federation.server.outcome import RoundOutcome
+from fluxlib.federation.results import RoundResult
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class BackgroundRun:
 
     def _work(self) -> None:
         try:
-            result = federation.run(self.config, on_round=self._on_round, out=self.out, on_outcome=self._on_outcome)
+            result = federation.run(self.config, on_round=self._on_round, out=self.out, on_result=self._on_result)
         except (ConfigError, federation.RunFailed, federation.CheckpointError, OSError) as error:
             self.error = str(error)
             self._change(FAILED)
@@ -104,12 +104,12 @@ class BackgroundRun:
         self._change(self.state)
         return self._stop.is_set()
 
-    def _on_outcome(self, outcome: RoundOutcome) -> None:
-        if not outcome.accepted:
+    def _on_result(self, result: RoundResult) -> None:
+        if not result.accepted:
             return
-        counts = np.sum([part.roles.exploit.numpy().astype(int) for part in outcome.accepted], axis=0)
-        if not self.tuned and outcome.round > 1:
-            self.tuned = count_tuned(self._earlier("participants", outcome.round), counts.shape)
+        counts = np.sum([part.roles.exploit.numpy().astype(int) for part in result.accepted], axis=0)
+        if not self.tuned and result.round > 1:
+            self.tuned = count_tuned(self._earlier("participants", result.round), counts.shape)
         self.tuned.append(counts)
 
     def _earlier(self, table: str, before: int) -> pd.DataFrame:

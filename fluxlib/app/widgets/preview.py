@@ -21,8 +21,7 @@ from fluxlib.config import ConfigError, RunConfig
 from fluxlib.devices import catalogue, memory
 from fluxlib.devices.memory_plan import MemoryPlan
 from fluxlib.federation import load_task
-from fluxlib.federation.options import check
-from fluxlib.federation.server.budgets import make_budgets
+from fluxlib.federation.checks import check, make_budgets
 from fluxlib.figures import Picture, overview
 from fluxlib.methods import flux, fmes
 from fluxlib.methods.base import Budget, Roles, Work

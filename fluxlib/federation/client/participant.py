@@ -32,7 +32,6 @@ from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.messages import Instruction
 from fluxlib.federation.protocol.sync import NOTHING
 from fluxlib.federation.protocol.wire import Form
-from fluxlib.federation.server.outcome import Download
 from fluxlib.methods.base import Batch, LocalData, LocalRound, Method, ParticipantState, Update, Work
 from fluxlib.methods.local import profile_account
 from fluxlib.models.hardware import torch_device
@@ -138,7 +137,7 @@ def train(message: Message, context: Context) -> Message:
         update = replace(update, changes=feedback.add_residual(update.changes, context.state))
     work = replace(
         update.work,
-        num_downloaded=Download.of(instruction.delta, instruction.wire).num_experts,
+        num_downloaded=instruction.delta.num_experts + instruction.delta.num_approximate,
         num_uploaded=len(update.changes),
         upload_bits=min(update.work.upload_bits, wires.bits_per_weight(config.wire.uplink)),
     )

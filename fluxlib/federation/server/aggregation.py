@@ -1,15 +1,38 @@
-"""Per-expert aggregation (section 6 of the paper): a mean that takes replies in one at a time."""
+"""Per-expert aggregation (section 6 of the paper): a mean that takes replies in one at a time, and robust rules.
+
+Paper: FedAvg per expert over the participants that tuned it. Deviation: weights are routed tokens of the expert, not
+sizes of data sets.
+
+Robust rules are for operators who do not know who takes part: one participant that lies moves a mean as far as it
+likes. No profile uses them; without them nothing would stand between a federation of strangers and its worst member.
+Each expert is aggregated over those who tuned it, so what a rule can bear depends on how many that were: with one
+tuner no rule can tell a lie from the truth, with two medians and trimmed means are the mean. Flower's robust
+strategies (``FedMedian``, ``FedTrimmedAvg``, ``Krum``, ``Bulyan``) refuse replies with different arrays, as these are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fluxlib.config import RunConfig
 from fluxlib.federation.protocol.sync import Experts
 from fluxlib.methods.base import ExpertKey
+
+RULES = ("trimmed_mean", "median", "krum")
+
+NO_TOKENS = 1e-6
+"""Weight of a reply without tokens: nothing beside a real weight, everything alike among themselves."""
+
+
+def make_aggregate(config: RunConfig) -> ExpertMean | RobustAggregate:
+    """What combines a round's changes, as ``config.aggregation`` says."""
+    rule = config.aggregation.rule
+    return ExpertMean() if rule == "mean" else RobustAggregate(rule, config.aggregation.trim_frac)
 
 
 @dataclass
@@ -25,27 +48,28 @@ class ExpertMean:
     A single reply's change is kept as it came and not multiplied by a weight of one, so it comes back bit for bit.
     An expert that received no tokens anywhere counts every reply that tuned it alike. Order of :meth:`add` decides
     the last bits, so replies are added in order of participants.
-
-    Paper: FedAvg per expert over the participants that tuned it. Deviation: weights are routed tokens of the expert,
-    not sizes of data sets.
     """
 
     def __init__(self) -> None:
         self._sums: dict[ExpertKey, _Sum] = {}
-        self.num_updates = 0
 
     @torch.no_grad()
     def add(self, changes: Experts, tokens: Tensor) -> None:
         """Take in one accepted reply; ``tokens`` is ``[layers, experts]``."""
-        self.num_updates += 1
         weights = tokens.tolist()
         for key, tensors in changes.items():
             weight = float(weights[key[0]][key[1]])
-            found = self._sums.get(key)
-            if found is None:
+            total = self._sums.get(key)
+            if total is None:
                 self._sums[key] = _Sum(weight, 1, dict(tensors))
-            else:
-                _accumulate(found, weight, tensors)
+                continue
+            if total.count == 1:
+                total.weight = max(total.weight, NO_TOKENS)
+                total.tensors = {name: tensor * total.weight for name, tensor in total.tensors.items()}
+            for name, tensor in tensors.items():
+                total.tensors[name].add_(tensor, alpha=max(weight, NO_TOKENS))
+            total.weight += max(weight, NO_TOKENS)
+            total.count += 1
 
     def num_tuners(self, key: ExpertKey) -> int:
         """How many replies changed this expert."""
@@ -53,26 +77,67 @@ class ExpertMean:
 
     def result(self) -> dict[ExpertKey, dict[str, Tensor]]:
         """Mean change of every expert that at least one reply tuned."""
-        return {key: _mean(total) for key, total in self._sums.items()}
+        return {
+            key: total.tensors if total.count == 1 else {n: t / total.weight for n, t in total.tensors.items()}
+            for key, total in self._sums.items()
+        }
 
 
-# Replies with no tokens weigh this much: nothing beside a real weight, everything alike among themselves.
-_NO_TOKENS = 1e-6
+class RobustAggregate:
+    """Changes of each expert, combined by a rule that some bad ones cannot move far.
+
+    Every reply counts alike: a weight that a participant reports of itself would be the first thing to lie about.
+    All replies of a round are kept until it is over: unlike the mean, memory grows with the participants of a round.
+
+    Args:
+        rule: one of :data:`RULES`; see :func:`trimmed_mean`, :func:`krum`.
+        trim_frac: share of an expert's tuners that may be bad.
+    """
+
+    def __init__(self, rule: str, trim_frac: float) -> None:
+        self.rule, self.trim_frac = rule, trim_frac
+        self._changes: dict[ExpertKey, list[dict[str, Tensor]]] = {}
+
+    def add(self, changes: Experts, tokens: Tensor) -> None:
+        """Take in one accepted reply; ``tokens`` is not used."""
+        for key, tensors in changes.items():
+            self._changes.setdefault(key, []).append(dict(tensors))
+
+    def num_tuners(self, key: ExpertKey) -> int:
+        """How many replies changed this expert."""
+        return len(self._changes[key])
+
+    @torch.no_grad()
+    def result(self) -> dict[ExpertKey, dict[str, Tensor]]:
+        """The combined change of every expert that at least one reply tuned."""
+        return {key: self._combine(changes) for key, changes in self._changes.items()}
+
+    def _combine(self, changes: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        if len(changes) == 1:
+            return changes[0]
+        bad, half = math.ceil(self.trim_frac * len(changes) - 1e-9), (len(changes) - 1) // 2
+        if self.rule == "krum":
+            return krum(changes, bad)
+        cut = half if self.rule == "median" else min(bad, half)
+        return {name: trimmed_mean(torch.stack([c[name].float() for c in changes]), cut) for name in changes[0]}
 
 
-def _accumulate(total: _Sum, weight: float, tensors: Mapping[str, Tensor]) -> None:
-    if total.count == 1:
-        first = max(total.weight, _NO_TOKENS)
-        total.tensors = {name: tensor * first for name, tensor in total.tensors.items()}
-        total.weight = first
-    weight = max(weight, _NO_TOKENS)
-    for name, tensor in tensors.items():
-        total.tensors[name].add_(tensor, alpha=weight)
-    total.weight += weight
-    total.count += 1
+def trimmed_mean(values: Tensor, num_cut: int) -> Tensor:
+    """Mean over the first dimension without the ``num_cut`` smallest and largest of each coordinate.
+
+    Half of the values cut at each end leaves the median. Yin et al. 2018.
+    """
+    ordered = values.sort(dim=0).values
+    return ordered[num_cut : len(values) - num_cut].mean(dim=0)
 
 
-def _mean(total: _Sum) -> dict[str, Tensor]:
-    if total.count == 1:
-        return total.tensors
-    return {name: tensor / total.weight for name, tensor in total.tensors.items()}
+def krum(changes: Sequence[dict[str, Tensor]], num_bad: int) -> dict[str, Tensor]:
+    """The one change that is nearest to its ``n - num_bad - 2`` nearest others (at least one). Blanchard et al. 2017.
+
+    Its guarantee needs ``n >= 2 * num_bad + 3`` tuners of the expert; with fewer this is a choice without one.
+    """
+    flat = torch.stack([torch.cat([change[name].float().flatten() for name in sorted(change)]) for change in changes])
+    distances = torch.cdist(flat[None], flat[None], compute_mode="donot_use_mm_for_euclid_dist")[0].square()
+    near = max(1, len(changes) - num_bad - 2)
+    scores = distances.sort(dim=1).values[:, 1 : near + 1].sum(dim=1)
+    return changes[int(scores.argmin())]

@@ -1,8 +1,8 @@
 """The Flower app of the server; what it does is in :mod:`fluxlib.federation.server.rounds`.
 
-``app`` takes everything from Flower's run configuration: the names of :class:`~fluxlib.config.RunConfig`, ``settings``
-(any of them as one JSON or YAML mapping), and ``out``, the folder of the tables. A caller in the same process makes an
-app of its own with :func:`make_app` and gets the result back.
+``app`` takes everything from Flower's run configuration: the settings of :class:`~fluxlib.config.RunConfig` by their
+full names, ``settings`` (any of them as one JSON or YAML mapping), and ``out``, the folder of the tables. A caller in
+the same process makes an app of its own with :func:`make_app` and gets the result back.
 """
 
 from __future__ import annotations
@@ -15,40 +15,31 @@ import yaml
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, make_config
+from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, flatten, make_config
 from fluxlib.federation import progress
-from fluxlib.federation.options import Options, RunResult
+from fluxlib.federation.results import Output, Row, RunResult
 from fluxlib.federation.server.rounds import serve
 from fluxlib.federation.store import lock
-from fluxlib.federation.store.tables import Row
 from fluxlib.records import describe_round
 
 
-def make_app(
-    config: RunConfig | None = None,
-    options: Options | None = None,
-    on_result: Callable[[RunResult], None] | None = None,
-) -> ServerApp:
-    """A server app; ``config`` and ``options`` left out come from Flower's run configuration."""
-    app = ServerApp()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        if config:
-            result = serve(grid, config, options or Options())
-        else:
-            given, folder = from_run_config(context.run_config)
-            result = serve_alone(grid, given, folder)
-        if on_result:
-            on_result(result)
-
-    return app
+def make_app(config: RunConfig, output: Output, on_done: Callable[[RunResult], None]) -> ServerApp:
+    """A server app for one run of a caller in this process."""
+    made = ServerApp()
+    made.main()(lambda grid, context: on_done(serve(grid, config, output)))
+    return made
 
 
-def serve_alone(grid: Grid, config: RunConfig, out: Path | None) -> RunResult:
-    """Run with nobody in this process to take the result: all of it goes into ``out``, rows as they come."""
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run what Flower's run configuration says, with nobody here to take the result: all of it goes into ``out``."""
+    config, out = from_run_config(context.run_config)
     if out is None:
-        return serve(grid, config, Options())
+        serve(grid, config, Output())
+        return
     write = progress.writer(out, config.run_id)
 
     def on_round(row: Row) -> bool:
@@ -56,14 +47,13 @@ def serve_alone(grid: Grid, config: RunConfig, out: Path | None) -> RunResult:
         return write(row)
 
     try:
-        result = serve(grid, config, Options(out, on_round, keep_experts=True))
-    except lock.Held:
+        serve(grid, config, Output(out, on_round, keep_experts=True))
+    except lock.RunInUse:
         raise  # whoever follows the run that is there must not take this for its end
     except Exception as error:
         progress.say_over(out, config.run_id, str(error) or type(error).__name__)
         raise
     progress.say_over(out, config.run_id)
-    return result
 
 
 def from_run_config(values: dict[str, Any]) -> tuple[RunConfig, Path | None]:
@@ -76,10 +66,5 @@ def from_run_config(values: dict[str, Any]) -> tuple[RunConfig, Path | None]:
     out = named.pop("out", None)
     more = yaml.safe_load(str(named.pop("settings", "")) or "{}")
     if not isinstance(more, dict):
-        raise ConfigError(
-            f"settings is {more!r}, allowed is a mapping such as '{{data.alpha: 0.1, federation.rounds: 3}}'"
-        )
-    return make_config(named | more), REPO_ROOT / out if out else None
-
-
-app = make_app()
+        raise ConfigError(f"settings is {more!r}, allowed is a mapping such as '{{data.alpha: 0.1, clock.link: lte}}'")
+    return make_config(flatten(named) | flatten(more)), REPO_ROOT / out if out else None

@@ -1,9 +1,7 @@
-"""The server's part of a round as a Flower :class:`flwr.serverapp.strategy.Strategy`.
+"""The server's part of a round, in its order: sample, profile, assign, send, receive, check, aggregate, apply.
 
-``configure_train`` assigns roles and makes one message per sampled participant, with the delta that participant
-lacks. ``aggregate_train`` takes replies one at a time, refuses what must not be aggregated, adds the rest into a
-running mean per expert and applies it to the global model. Neither holds more than one reply or one message at a
-time, so the server's memory does not grow with the number of participants.
+Requests are made when they are sent and replies are taken in one at a time: each is checked, its changes are added
+into a running mean per expert, and it is let go. So the server's memory does not grow with the number of participants.
 
 Paper: section 3, steps of the server; section 6, per-expert aggregation.
 """
@@ -17,302 +15,237 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fluxlib import roles, seeding
+from fluxlib import methods, roles, seeding
 from fluxlib.config import RunConfig
+from fluxlib.federation.checks import make_budgets
+from fluxlib.federation.engines.grid import send_and_receive
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction, ProfileReport
 from fluxlib.federation.protocol.privacy import Guard
 from fluxlib.federation.protocol.sync import ExpertStore, Holding
-from fluxlib.federation.server.outcome import Download, FirstProfile, Outcome, RoundOutcome
-from fluxlib.federation.server.replies import DAMAGED, Expected, Rejected, read_reply
-from fluxlib.federation.server.robust import Aggregate, make_aggregate
-from fluxlib.federation.server.roster import Roster
-from fluxlib.methods.base import Budget, ExpertKey, Method, Roles
+from fluxlib.federation.results import Participation, RoundResult
+from fluxlib.federation.server.aggregation import ExpertMean, RobustAggregate, make_aggregate
+from fluxlib.federation.server.join import Member
+from fluxlib.federation.server.validation import DAMAGED, Expected, Rejected, read_reply
+from fluxlib.methods.base import ExpertKey, Roles
 
 log = logging.getLogger(__name__)
 
+NOBODY = -1
+"""Number of a node that is no participant of this round."""
 
-class FluxStrategy(Strategy):
+
+class FluxStrategy:
     """Per-expert federated averaging with role assignment and delta synchronisation.
 
     Args:
+        grid: what carries messages.
         config: the run.
-        method: what assigns roles; participants run the method of the same name.
         store: the global model.
-        budgets: one per participant.
 
-    ``roster`` must know every participant before anything is sent.
+    ``members`` must name every participant before the first round.
     """
 
-    def __init__(self, config: RunConfig, method: Method, store: ExpertStore, budgets: Sequence[Budget]) -> None:
-        self.config = config
-        self.method = method
-        self.store = store
-        self.budgets = list(budgets)
-        self.roster = Roster()
+    def __init__(self, grid: Grid, config: RunConfig, store: ExpertStore) -> None:
+        self.grid, self.config, self.store = grid, config, store
+        self.method = methods.get(config.method)
+        self.budgets = make_budgets(config, *store.shape)
+        self.members: dict[int, Member] = {}
         self.profiled: set[int] = set()
         self.role_state = roles.RoleState.start(torch.ones(config.federation.participants, *store.shape))
         self.guard = Guard(config)
+        self.current: dict[int, Participation] = {}
+        self.last: RoundResult | None = None
+        """The newest round, also one that failed."""
         self.aggregating_s = 0.0
-        self.last: RoundOutcome | None = None
+        """When its last reply was in, seconds since 1970."""
+        self._senders: dict[int, int] = {}
+        self._again: list[int] = []
         self._config_text = config.model_dump_json()
-        self._current: dict[int, Outcome] = {}
-        self._resync: list[int] = []
-        self._profiles: dict[int, FirstProfile] = {}
 
-    # Before a round: who takes part, and what the server must know of them first.
+    def run_round(self, number: int) -> RoundResult:
+        """One round, counted from 1.
 
-    def sample(self, server_round: int) -> list[int]:
-        """Participants of this round, in increasing order."""
-        count = self.config.federation.participants_per_round or self.config.federation.participants
-        chance = seeding.generator(self.config.seed, "sample", server_round)
-        return sorted(torch.randperm(self.config.federation.participants, generator=chance)[:count].tolist())
+        Raises:
+            RunFailed: fewer good replies than ``min_replies_frac`` of those asked; nothing is applied.
+        """
+        participants = self.sample(number)
+        self.profile(number, [one for one in participants if one not in self.profiled])
+        self.assign(number, participants)
+        return self.aggregate(number, self.receive(number))
 
-    def epsilon(self, server_round: int) -> float:
-        """Share of the budget that exploits in this round (counted from 1)."""
-        return roles.epsilon_schedule(server_round - 1, self.config.federation.rounds, self.config.roles.epsilon)
+    def sample(self, number: int) -> list[int]:
+        """Participants of this round, in increasing order; nothing is known of their part yet."""
+        federation, nothing = self.config.federation, torch.zeros(self.store.shape, dtype=torch.bool)
+        chance = seeding.generator(self.config.seed, "sample", number)
+        count = federation.participants_per_round or federation.participants
+        sampled = sorted(torch.randperm(federation.participants, generator=chance)[:count].tolist())
+        self.current = {one: Participation(one, self.budgets[one], Roles(nothing, nothing)) for one in sampled}
+        self._senders = {self.members[one].node_id: one for one in sampled}
+        return sampled
 
-    def configure_profile(self, server_round: int, participants: Iterable[int]) -> Iterator[Message]:
-        """Ask participants of whom no utilities are known for a profile, if the method uses one."""
-        for participant in participants:
-            if self.method.profiles and participant not in self.profiled:
-                message, download = self._message(messages.PROFILE, server_round, participant)
-                self._profiles[participant] = FirstProfile(download)
-                yield message
+    def epsilon(self, number: int) -> float:
+        """Share of the budget that exploits in this round."""
+        return roles.epsilon_schedule(number - 1, self.config.federation.rounds, self.config.roles.epsilon)
 
-    def aggregate_profile(self, server_round: int, replies: Iterable[Message]) -> None:
-        """First utilities from the replies; a participant that fails here keeps uniform ones for now."""
+    def profile(self, number: int, participants: Sequence[int]) -> None:
+        """Ask for profiles, if the method uses them, and take first utilities from them.
+
+        A participant that fails here keeps uniform ones for now.
+        """
+        if not self.method.profiles:
+            return
         first = self.role_state.first.clone()
-        for reply in replies:
-            participant = self.roster.sender(reply)
-            if participant not in self._profiles:
+        requests = (self._message(messages.PROFILE, number, self.current[one]) for one in participants)
+        for reply in send_and_receive(self.grid, requests, self.config.federation.round_timeout_s):
+            sender = self.sender(reply)
+            if sender == NOBODY:
                 continue
             try:
                 if reply.has_error():
                     raise ValueError(reply.error.reason)
                 if messages.asks_for_resync(reply.content):
-                    self.roster.forget(participant)
+                    self.members[sender].held = Holding()
                     continue
                 report = ProfileReport.from_records(reply.content)
-                first[participant] = roles.first_utilities(report.frequency.reshape(self.store.shape))
+                first[sender] = roles.first_utilities(report.frequency.reshape(self.store.shape))
             except DAMAGED as error:
-                log.warning("profile of participant %d refused: %s", participant, error)
+                log.warning("profile of participant %d refused: %s", sender, error)
                 continue
-            asked = self._profiles[participant]
-            held = asked.download.after
-            if held is not None and (report.version, report.digest) == (held.version, held.digest):
-                self.roster.confirm(participant, held)
-            self.profiled.add(participant)
-            self._profiles[participant] = replace(
-                asked,
-                work=report.work,
-                seconds=sum(report.phases_s.values()),
-            )
+            after = self.current[sender].download.after
+            if (report.version, report.digest) == (after.version, after.digest):
+                self.members[sender].held = after
+            self.current[sender].profile_work = report.work
+            self.current[sender].phases_s["profile"] = sum(report.phases_s.values())
+            self.profiled.add(sender)
         self.role_state = replace(self.role_state, first=first)
 
-    # Training.
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterator[Message]:
-        """One message per sampled participant, made when it is sent; ``arrays`` is not used, the store is."""
-        participants = self.sample(server_round)
-        assigned = self.method.assign(
-            select(self.role_state, participants),
-            [self.budgets[participant] for participant in participants],
-            self.epsilon(server_round),
-            seeding.generator(self.config.seed, "assign", server_round),
-            self.config,
+    def assign(self, number: int, participants: Sequence[int]) -> None:
+        """Who tunes and who explores which experts."""
+        state, rows = self.role_state, torch.as_tensor(participants)
+        sampled = replace(
+            state,
+            measured=state.measured[rows],
+            first=state.first[rows],
+            measured_round=state.measured_round[rows],
         )
-        self._current, self._resync = {}, []
-        for row, participant in enumerate(participants):
-            part = Roles(assigned.exploit[row], assigned.explore[row])
-            outcome = Outcome(participant, part, self.budgets[participant])
-            if participant in self._profiles:
-                outcome.count_first_profile(self._profiles.pop(participant))
-            self._current[participant] = outcome
-        return (self._train_message(server_round, participant) for participant in participants)
+        budgets = [self.budgets[one] for one in participants]
+        chance = seeding.generator(self.config.seed, "assign", number)
+        assigned = self.method.assign(sampled, budgets, self.epsilon(number), chance, self.config)
+        for row, one in enumerate(participants):
+            self.current[one].roles = Roles(assigned.exploit[row], assigned.explore[row])
 
-    def configure_resync(self, server_round: int) -> Iterator[Message]:
-        """The same request again, with every expert, to those who asked for it."""
-        asked, self._resync = self._resync, []
-        return (self._train_message(server_round, participant) for participant in asked)
+    def requests(self, number: int, participants: Iterable[int]) -> Iterator[Message]:
+        """A training message for each, with the experts that it lacks, made when it is sent."""
+        for one in participants:
+            message = self._message(messages.TRAIN, number, self.current[one])
+            self.current[one].sent_s = time.time()
+            yield message
 
-    def notice_resync(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """Pass replies on, except those that ask for every expert anew; :meth:`configure_resync` answers these."""
-        for reply in replies:
-            participant = self.roster.sender(reply)
-            if reply.has_content() and messages.asks_for_resync(reply.content) and participant in self._current:
-                self.roster.forget(participant)
-                self._resync.append(participant)
-            else:
-                yield reply
+    def receive(self, number: int) -> Iterator[Message]:
+        """Replies to the round's requests; who asks for every expert anew is asked once more, with every expert."""
+        limit_s, self._again = self.config.federation.round_timeout_s, []
+        yield from send_and_receive(self.grid, self.requests(number, list(self.current)), limit_s)
+        again, self._again = self._again, []
+        yield from send_and_receive(self.grid, self.requests(number, again), limit_s)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Take replies in, refuse bad ones by name, apply each expert's combined change times the server's step size.
-
-        Returns the new values of the experts that changed, and the round's metrics.
+    def aggregate(self, number: int, replies: Iterable[Message]) -> RoundResult:
+        """Take replies in, refuse bad ones by name, apply each expert's combined change to the global model.
 
         Raises:
-            RunFailed: fewer good replies than ``min_replies_frac`` of those asked; nothing is applied.
+            RunFailed: see :meth:`run_round`.
         """
-        mean = make_aggregate(self.config)
+        mean, asked_again = make_aggregate(self.config), set[int]()
         utilities = torch.full_like(self.role_state.measured, math.nan)
         extra: list[tuple[int, str]] = []
-        for reply in self.roster.in_order(replies):
-            self._accept(server_round, reply, mean, utilities, extra)
+        for reply in replies:
+            sender = self.sender(reply)
+            everything = sender != NOBODY and reply.has_content() and messages.asks_for_resync(reply.content)
+            if everything and sender not in asked_again:
+                asked_again.add(sender)
+                self.members[sender].held = Holding()
+                self._again.append(sender)
+            elif reason := self._accept(number, reply, sender, mean, utilities):
+                extra.append((sender, reason))
         self.aggregating_s = time.time()
         changes = mean.result()
-        self.last = RoundOutcome(
-            server_round,
-            self.epsilon(server_round) if self.method.explores else math.nan,
-            tuple(self._current.values()),
-            tuple(extra),
-            len(changes),
-        )
-        self.last.require(self.config.federation.min_replies_frac)
-        changes = self.guard.finish(server_round, changes, mean.num_tuners, len(self.last.accepted))
-        self.store.apply(changes)
-        self._remember_utilities(utilities)
-        num_samples = sum(outcome.num_samples for outcome in self.last.accepted)
-        return self.store.record(changes), MetricRecord(
-            {"train_loss": self.last.train_loss, "num-examples": num_samples}
-        )
+        epsilon = self.epsilon(number) if self.method.explores else math.nan
+        self.last = result = RoundResult(number, epsilon, tuple(self.current.values()), tuple(extra), len(changes))
+        result.require(self.config.federation.min_replies_frac)
+        self.store.apply(self.guard.finish(number, changes, mean.num_tuners, len(result.accepted)))
+        self._remember_utilities(result, utilities)
+        return result
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Nothing: the full global model is evaluated on the server."""
-        return []
+    def sender(self, reply: Message) -> int:
+        """The participant of this round that a reply came from, or :data:`NOBODY`."""
+        return self._senders.get(reply.metadata.src_node_id, NOBODY)
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing, see :meth:`configure_evaluate`."""
-        return None
-
-    def summary(self) -> None:
-        """Log what this run is."""
-        layers, experts = self.store.shape
-        tuned = sorted({budget.num_tuned for budget in self.budgets})
-        log.info(
-            "%s: %d participants, %d MoE layers of %d experts, budgets of %s tuned experts",
-            self.config.run_id, self.config.federation.participants, layers, experts,
-            f"{tuned[0]} to {tuned[-1]}" if len(tuned) > 1 else tuned[0],
-        )  # fmt: skip
-
-    # Details.
-
-    def _message(
-        self, kind: str, server_round: int, participant: int, outcome: Outcome | None = None
-    ) -> tuple[Message, Download]:
-        held = self.roster.held(participant)
-        merged = self._merged(outcome) if self.config.wire.merged == "4bit" else frozenset()
-        delta = self.store.delta(held.version, held.digest, held.approximate, merged)
-        bound = self.guard.bound if outcome else None
-        assigned, budget = (outcome.roles, outcome.budget) if outcome else (None, None)
-        header = (self._config_text, server_round, participant, self.store.wire)
-        instruction = Instruction(*header, delta, assigned, budget, bound)
-        content, group = instruction.to_records(), str(server_round)
-        message = Message(content, self.roster.nodes[participant], kind, group_id=group)
-        return message, Download.of(delta, self.store.wire)
-
-    def _merged(self, outcome: Outcome | None) -> frozenset[ExpertKey]:
-        """Experts that a participant neither tunes nor probes; before training that is not known, and all may be."""
-        if outcome is None:
-            return frozenset(self.store.keys)
-        kept = outcome.roles.exploit | outcome.roles.explore
-        return frozenset((layer, expert) for layer, expert in (~kept).nonzero().tolist())
-
-    def _train_message(self, server_round: int, participant: int) -> Message:
-        outcome = self._current[participant]
-        message, download = self._message(messages.TRAIN, server_round, participant, outcome)
-        outcome.download = outcome.download.then(download)
-        outcome.sent_s = time.time()
-        return message
+    def _message(self, kind: str, number: int, part: Participation) -> Message:
+        """A request with the experts that the participant lacks; before training it has no roles."""
+        member, wire = self.members[part.participant], self.config.wire
+        merged: frozenset[ExpertKey] = frozenset()
+        if wire.merged == "4bit":  # of experts that it neither tunes nor probes an approximation will do
+            kept = part.roles.exploit | part.roles.explore
+            merged = frozenset((layer, expert) for layer, expert in (~kept).nonzero().tolist())
+        delta = self.store.delta(member.held.version, member.held.digest, member.held.approximate, merged)
+        part.download = part.download.plus(delta, wire.downlink)
+        instruction = Instruction(self._config_text, number, part.participant, self.store.wire, delta)
+        if kind == messages.TRAIN:
+            instruction = replace(instruction, roles=part.roles, budget=part.budget, clip_norm=self.guard.bound)
+        return self.grid.create_message(instruction.to_records(), kind, member.node_id, str(number))
 
     def _accept(
-        self,
-        server_round: int,
-        reply: Message,
-        mean: Aggregate,
-        utilities: Tensor,
-        extra: list[tuple[int, str]],
-    ) -> None:
-        participant = self.roster.sender(reply)
-        outcome = self._current.get(participant)
-        if outcome is None or outcome.rejected != "missing":
-            reason = "unknown" if outcome is None else "duplicate"
-            extra.append((participant, reason))
-            log.warning("round %d: reply of participant %d refused: %s", server_round, participant, reason)
-            return
+        self, number: int, reply: Message, sender: int, mean: ExpertMean | RobustAggregate, utilities: Tensor
+    ) -> str:
+        """Add a good reply to ``mean`` and ``utilities``; the reason why a reply that nobody asked for is refused."""
+        part = self.current.get(sender)
+        if part is None or part.rejected != "missing":
+            reason = "unknown" if part is None else "duplicate"
+            log.warning("round %d: reply of participant %d refused: %s", number, sender, reason)
+            return reason
         try:
-            report = read_reply(reply, self._expected(server_round, outcome))
+            report = read_reply(reply, self._expected(number, part))
         except Rejected as error:
-            outcome.rejected, outcome.detail = error.reason, error.detail
+            part.rejected, part.detail = error.reason, error.detail
+            part.uplink_bytes += _payload(reply)
             if error.reason == "stale":
-                self.roster.forget(participant)
-            outcome.uplink_bytes += _payload(reply)
-            log.warning("round %d: reply of participant %d refused: %s", server_round, participant, error)
-            return
-        update = report.update
-        outcome.accept(update, report.num_bytes)
-        outcome.spans, outcome.received_s = report.spans, time.time()
-        assert outcome.download.after is not None
-        self.roster.confirm(participant, outcome.download.after)
-        mean.add(*self.guard.admit(update.changes, update.tokens, report.within))
-        utilities[participant] = update.utilities
+                self.members[sender].held = Holding()
+            log.warning("round %d: reply of participant %d refused: %s", number, sender, error)
+            return ""
+        part.accept(report.update, report.num_bytes)
+        part.spans, part.received_s = report.spans, time.time()
+        self.members[sender].held = part.download.after
+        mean.add(*self.guard.admit(report.update.changes, report.update.tokens, report.within))
+        utilities[sender] = report.update.utilities
+        return ""
 
-    def _expected(self, server_round: int, outcome: Outcome) -> Expected:
-        held = outcome.download.after or Holding()
+    def _expected(self, number: int, part: Participation) -> Expected:
+        held, training = part.download.after, self.config.training
         return Expected(
-            outcome.participant,
-            server_round,
-            held.version,
-            held.digest,
-            self.config.wire.uplink,
-            outcome.roles.exploit,
-            self.store.shapes,
-            self.config.training.local_steps * self.config.training.batch_size * self.config.training.max_tokens,
-        )
+            part.participant, number, held.version, held.digest, self.config.wire.uplink, part.roles.exploit,
+            self.store.shapes, training.local_steps * training.batch_size * training.max_tokens,
+        )  # fmt: skip
 
-    def _remember_utilities(self, utilities: Tensor) -> None:
+    def _remember_utilities(self, result: RoundResult, utilities: Tensor) -> None:
         tuned = torch.zeros_like(utilities, dtype=torch.bool)
         explored = torch.zeros_like(tuned)
-        assert self.last is not None
-        for outcome in self.last.accepted:
-            tuned[outcome.participant] = outcome.roles.exploit
-            explored[outcome.participant] = outcome.roles.explore
-        at_least = [
-            roles.num_probed(self.config.roles, int(count)) if self.method.explores else 0
-            for count in explored.sum(dim=(1, 2))
-        ]
+        due = torch.zeros(len(tuned), dtype=torch.long)
+        for part in result.accepted:
+            tuned[part.participant], explored[part.participant] = part.roles.exploit, part.roles.explore
+            if self.method.explores:
+                count = int(part.roles.explore.sum())
+                due[part.participant] = roles.num_probed(self.config.roles, count)
         asked = tuned if self.method.utilities else torch.zeros_like(tuned)
-        optional, due = tuned | explored, torch.tensor(at_least)
-        self.role_state = roles.update(self.role_state, utilities, asked, optional, due)
-        faults = self.role_state.faults
-        for fault in faults:
-            log.warning("participant %d: %d %s utilities", fault.participant, fault.count, fault.kind)
-        for outcome in self.last.accepted:
-            mine = [fault for fault in faults if fault.participant == outcome.participant]
-            outcome.utility_faults = ", ".join(f"{fault.count} {fault.kind}" for fault in mine)
-        self.last = replace(self.last, faults=faults)
-
-
-def select(state: roles.RoleState, participants: Sequence[int]) -> roles.RoleState:
-    """The role state of some participants, in the given order."""
-    rows = torch.as_tensor(participants)
-    return replace(
-        state,
-        measured=state.measured[rows],
-        first=state.first[rows],
-        measured_round=state.measured_round[rows],
-    )
+        self.role_state = roles.update(self.role_state, utilities, asked, tuned | explored, due)
+        for part in result.accepted:
+            mine = [fault for fault in self.role_state.faults if fault.participant == part.participant]
+            part.utility_faults = ", ".join(f"{fault.count} {fault.kind}" for fault in mine)
+            if mine:
+                log.warning("participant %d: %s utilities", part.participant, part.utility_faults)
 
 
 def _payload(reply: Message) -> int:

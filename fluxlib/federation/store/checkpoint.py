@@ -8,7 +8,7 @@ not name are left-overs of an interrupted write; the next write removes them.
 * ``experts-<round>.safetensors``: experts that differ from the base, in the model's own type
 * ``roles-<round>.safetensors``: the role state
 * ``nodes-<round>.safetensors``: what participants keep, of those whose state changed in that round; local engine only
-* ``rounds-<round>.parquet``, ``participants-<round>.parquet``: the tables so far
+* ``rounds-<round>.parquet`` and the other tables so far
 
 What a participant holds is not stored a second time: it gets the server's experts. Those that have changed since
 its version are part of its next delta, so they are replaced before they are used.
@@ -20,48 +20,39 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 import torch
+from flwr.app import Array, ArrayRecord, RecordDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fluxlib import records
 from fluxlib.config import RunConfig
-from fluxlib.federation.engines.local_grid import LocalGrid
+from fluxlib.federation.client.disk import records_from_json, records_to_json
+from fluxlib.federation.client.held import Held
+from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.results import TABLES
 from fluxlib.federation.server.strategy import FluxStrategy
-from fluxlib.federation.store import nodes as node_states
-from fluxlib.federation.store.tables import Totals
+from fluxlib.federation.store.tables import Tables, Totals
+from fluxlib.methods.base import ExpertKey
 from fluxlib.roles import RoleState
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a manifest means something else; older checkpoints are then not resumed from."""
-
-TABLES = ("rounds", "participants", "timeline")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read; the message names the folder, and what to do about it."""
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where a run goes on: after ``round``, with the tables and clocks of that moment."""
-
-    round: int
-    totals: Totals
-    rounds: pd.DataFrame
-    participants: pd.DataFrame
-    timeline: pd.DataFrame
 
 
 class Checkpoints:
@@ -69,65 +60,62 @@ class Checkpoints:
 
     def __init__(self, out: Path, config: RunConfig) -> None:
         self.folder = out / "checkpoints" / config.run_id
-        numbers = config.model_dump(mode="json", exclude={"round_timeout_s", "join_timeout_s"})
-        self._identity = {"format": FORMAT, "config": numbers}
+        self._identity = {"format": FORMAT, "numbers": config.numbers, "engine": config.engine}
         self._nodes: dict[str, list[str]] = {}
         """File names and the nodes whose newest state they hold."""
 
-    def save(
-        self,
-        round_index: int,
-        strategy: FluxStrategy,
-        grid: object,
-        frame: Callable[[str], pd.DataFrame],
-        totals: Totals,
-    ) -> None:
-        """Write the state after ``round_index``; the checkpoint before stays whole until this one is.
+    def save(self, number: int, strategy: FluxStrategy, tables: Tables) -> None:
+        """Write the state after round ``number``; the checkpoint before stays whole until this one is.
 
         Raises:
             OSError: the disk is full or gone; the checkpoint before is still there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep(self._named())
+        self._sweep(self._named(self._read_manifest()))
         store = strategy.store
-        names = {table: f"{table}-{round_index}.parquet" for table in TABLES}
-        names |= {kind: f"{kind}-{round_index}.safetensors" for kind in ("experts", "roles")}
-        save_tensors(self.folder / names["experts"], store_tensors(store))
+        files = {table: f"{table}-{number}.parquet" for table in TABLES}
+        files |= {kind: f"{kind}-{number}.safetensors" for kind in ("experts", "roles")}
+        save_tensors(self.folder / files["experts"], store_tensors(store))
         roles = {name: torch.from_numpy(array.copy()) for name, array in strategy.role_state.to_arrays().items()}
-        save_tensors(self.folder / names["roles"], roles)
-        for table in TABLES:
-            records.write(table, frame(table), self.folder / names[table], {"run_id": strategy.config.run_id})
-        if isinstance(grid, LocalGrid):
-            self._save_nodes(round_index, grid)
+        save_tensors(self.folder / files["roles"], roles)
+        for table, frame in tables.frames().items():
+            records.write(table, frame, self.folder / files[table], {"run_id": strategy.config.run_id})
+        if isinstance(strategy.grid, LocalGrid):
+            self._save_nodes(f"nodes-{number}.safetensors", strategy.grid)
         manifest = {
             **self._identity,
-            "round": round_index,
-            "files": names,
+            "round": number,
+            "files": files,
             "nodes": self._nodes,
-            "totals": asdict(totals),
+            "totals": asdict(tables.totals),
             "digests": store.digest_of_version,
             "changed_at": {f"{layer}.{expert}": v for (layer, expert), v in store.changed_at.items() if v},
             "profiled": sorted(strategy.profiled),
             "clip_norm": strategy.guard.bound,
         }
-        _replace_text(self.folder / "manifest.json", json.dumps(manifest))
+        temporary = self.folder / "manifest.tmp"
+        temporary.write_text(json.dumps(manifest))
+        replace_file(temporary, self.folder / "manifest.json")
         self._sweep(self._named(manifest))
 
-    def resume(self, strategy: FluxStrategy, grid: object) -> Resumed | None:
-        """Put the saved state into ``strategy`` and ``grid``; ``None`` where there is none of this configuration.
+    def resume(self, strategy: FluxStrategy, tables: Tables) -> int:
+        """Put the saved state into ``strategy``, its grid and ``tables``; the rounds that are done already.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or of another base model.
         """
-        manifest = self._read_manifest()
-        if manifest is None:
-            return None
         try:
-            return self._restore(manifest, strategy, grid)
+            manifest = self._read_manifest()
+            if manifest is None:
+                return 0
+            self._restore(manifest, strategy, tables)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(
-                f"the checkpoint in {self.folder} cannot be used: {error}; remove the folder to start the run anew"
+                f"the checkpoint in {self.folder} cannot be used: it is damaged, or of something else ({error}); "
+                "remove the folder to start the run anew"
             ) from error
+        log.info("%s goes on after round %d", strategy.config.run_id, manifest["round"])
+        return int(manifest["round"])
 
     def remove(self) -> None:
         """Forget the checkpoint: the run is complete."""
@@ -136,51 +124,42 @@ class Checkpoints:
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
 
-    def _restore(self, manifest: dict[str, Any], strategy: FluxStrategy, grid: object) -> Resumed:
+    def _restore(self, manifest: dict[str, Any], strategy: FluxStrategy, tables: Tables) -> None:
         files = manifest["files"]
-        experts: dict[tuple[int, int], dict[str, Tensor]] = {}
-        for name, tensor in load_file(self.folder / files["experts"]).items():
-            key, part = wires.parse_name(name)
-            experts.setdefault(key, {})[part] = tensor
-        changed_at = {_pair(name): version for name, version in manifest["changed_at"].items()}
-        strategy.store.set(experts, changed_at, manifest["digests"])
+        changed_at = {_key(name): version for name, version in manifest["changed_at"].items()}
+        strategy.store.set(load_experts(self.folder / files["experts"]), changed_at, manifest["digests"])
         roles = {name: tensor.numpy() for name, tensor in load_file(self.folder / files["roles"]).items()}
         strategy.role_state = RoleState.from_arrays(roles)
         strategy.profiled = set(manifest["profiled"])
         if strategy.guard.clip is not None:
             strategy.guard.clip = replace(strategy.guard.clip, bound=manifest["clip_norm"])
-        self._nodes = {name: list(keys) for name, keys in manifest["nodes"].items()}
-        if isinstance(grid, LocalGrid):
-            for name, keys in self._nodes.items():
-                node_states.restore(load_file(self.folder / name), keys, grid, strategy.store)
-        tables = {table: records.read(table, self.folder / files[table]) for table in TABLES}
-        return Resumed(manifest["round"], Totals(**manifest["totals"]), **tables)
+        self._nodes = {name: list(nodes) for name, nodes in manifest["nodes"].items()}
+        if isinstance(strategy.grid, LocalGrid):
+            for name, nodes in self._nodes.items():
+                restore_nodes(load_file(self.folder / name), nodes, strategy.grid, strategy.store)
+        frames = {table: records.read(table, self.folder / files[table]) for table in TABLES}
+        tables.restore(frames, Totals(**manifest["totals"]))
 
     def _read_manifest(self) -> dict[str, Any] | None:
         path = self.folder / "manifest.json"
         if not path.is_file():
             return None
-        try:
-            manifest: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged: {error}; remove {self.folder} to start the run anew") from None
+        manifest: dict[str, Any] = json.loads(path.read_text())
         if {name: manifest.get(name) for name in self._identity} != self._identity:
             log.warning("%s is of another configuration: it is not resumed from, and will be replaced", self.folder)
             return None
         return manifest
 
-    def _save_nodes(self, round_index: int, grid: LocalGrid) -> None:
-        changed = grid.take_changed()
-        tensors = node_states.collect(grid, changed)
-        name = f"nodes-{round_index}.safetensors"
-        save_tensors(self.folder / name, tensors)
-        keys = [str(node) for node in changed]
-        kept = {file: [key for key in old if key not in set(keys)] for file, old in self._nodes.items()}
-        self._nodes = {file: old for file, old in kept.items() if old} | {name: keys}
+    def _save_nodes(self, name: str, grid: LocalGrid) -> None:
+        changed = [str(node) for node in grid.take_changed()]
+        save_tensors(self.folder / name, node_tensors(grid, changed))
+        kept = {file: [node for node in nodes if node not in changed] for file, nodes in self._nodes.items()}
+        self._nodes = {file: nodes for file, nodes in kept.items() if nodes} | {name: changed}
 
-    def _named(self, manifest: Mapping[str, Any] | None = None) -> set[str]:
-        """Files that belong to the checkpoint on disk."""
-        manifest = manifest or self._read_manifest() or {"files": {}, "nodes": {}}
+    def _named(self, manifest: Mapping[str, Any] | None) -> set[str]:
+        """Files that belong to the checkpoint of ``manifest``."""
+        if manifest is None:
+            return set()
         files = set(manifest["files"].values())
         about = {Path(name).with_suffix(".json").name for name in files if name.endswith(".parquet")}
         return {"manifest.json", *files, *about, *manifest["nodes"]}
@@ -189,6 +168,9 @@ class Checkpoints:
         for path in self.folder.iterdir():
             if path.name not in keep:
                 path.unlink(missing_ok=True)
+
+
+# Experts as a file.
 
 
 def store_tensors(store: ExpertStore) -> dict[str, Tensor]:
@@ -200,20 +182,24 @@ def store_tensors(store: ExpertStore) -> dict[str, Tensor]:
     }
 
 
-def _pair(name: str) -> tuple[int, int]:
-    layer, expert = name.split(".")
-    return int(layer), int(expert)
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write ``tensors`` as safetensors, and see them on disk before going on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu() for name, tensor in tensors.items()}, path)
     _sync(path)
 
 
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+def load_experts(path: Path) -> dict[ExpertKey, dict[str, Tensor]]:
+    """Inverse of :func:`store_tensors` and :func:`save_tensors`."""
+    experts: dict[ExpertKey, dict[str, Tensor]] = {}
+    for name, tensor in load_file(path).items():
+        key, part = wires.parse_name(name)
+        experts.setdefault(key, {})[part] = tensor
+    return experts
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Put a file in place of another at once, when it is on disk."""
     _sync(temporary)
     os.replace(temporary, path)
 
@@ -221,3 +207,56 @@ def _replace_text(path: Path, text: str) -> None:
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _key(name: str) -> ExpertKey:
+    layer, expert = name.split(".")
+    return int(layer), int(expert)
+
+
+# Participants' states of the in-process grid as tensors: arrays as they are, all else as the bytes of a JSON text.
+
+_RECORDS = "records"
+
+
+def node_tensors(grid: LocalGrid, nodes: Iterable[str]) -> dict[str, Tensor]:
+    """The states of ``nodes``, named ``"<node>/<record>/<key>"``, without the experts that they hold."""
+    tensors: dict[str, Tensor] = {}
+    for node in nodes:
+        plain: dict[str, Any] = {}
+        for name, record in grid.context(int(node)).state.items():
+            if isinstance(record, ArrayRecord) and name != "experts":
+                tensors |= {f"{node}/{name}/{key}": torch.from_numpy(a.numpy()) for key, a in record.items()}
+            elif name != "experts":
+                plain[name] = records_to_json(record)
+        text = np.frombuffer(json.dumps(plain).encode(), np.uint8)
+        tensors[f"{node}/{_RECORDS}"] = torch.from_numpy(text.copy())
+    return tensors
+
+
+def restore_nodes(tensors: Mapping[str, Tensor], nodes: Iterable[str], grid: LocalGrid, store: ExpertStore) -> None:
+    """Inverse of :func:`node_tensors` for ``nodes``; their experts come from ``store``."""
+    states: dict[str, RecordDict] = {node: RecordDict() for node in nodes}
+    for name, tensor in tensors.items():
+        node, record, *key = name.split("/", 2)
+        if node not in states:
+            continue
+        if record == _RECORDS:
+            plain = json.loads(tensor.numpy().tobytes())
+            states[node].update({name: records_from_json(value) for name, value in plain.items()})
+        else:
+            states[node].setdefault(record, ArrayRecord())[key[0]] = Array(tensor.numpy())
+    for node, state in states.items():
+        if "held" in state:
+            held = Held(int(state["held"]["version"]), str(state["held"]["digest"]), _held_experts(state, store))
+            held.save(state)
+        grid.context(int(node)).state = state
+
+
+def _held_experts(state: RecordDict, store: ExpertStore) -> ArrayRecord:
+    """Experts that had changed by the held version and not since; the others come with the next delta."""
+    version, flat = int(state["held"]["version"]), state["held"]["approximate"]
+    approximate = set(zip(flat[::2], flat[1::2], strict=True))
+    keys = [key for key in store.changed() if store.changed_at[key] <= version]
+    arrays = {key: store.approximation(key) if key in approximate else store.arrays(key) for key in keys}
+    return wires.make_record({wires.key_name(key, name): a for key in keys for name, a in arrays[key].items()})

@@ -17,7 +17,7 @@ from pathlib import Path
 from fluxlib.config import ConfigError
 
 
-class Held(ConfigError):
+class RunInUse(ConfigError):
     """Another process holds the run."""
 
 
@@ -30,19 +30,13 @@ def hold(folder: Path, run_id: str, role: str = "", wait_s: float = 0.0) -> Iter
         wait_s: how long to wait for a holder; a process that is killed lets go a moment after it is gone.
 
     Raises:
-        Held: another process holds it; the message names its process number and machine.
+        RunInUse: another process holds it; the message names its process number and machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".{run_id}{f'.{role}' if role else ''}.lock"
     deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            file = _acquire(path, run_id)
-            break
-        except Held:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.1)
+    while (file := _acquire(path, run_id, last=time.monotonic() >= deadline)) is None:
+        time.sleep(0.1)
     try:
         yield
     finally:
@@ -50,27 +44,26 @@ def hold(folder: Path, run_id: str, role: str = "", wait_s: float = 0.0) -> Iter
         os.close(file)
 
 
-def _acquire(path: Path, run_id: str) -> int:
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
-            os.close(file)
-            raise Held(
-                f"out is {path.parent}, in which {holder} is running {run_id} at this moment; "
-                "wait for it, end it, or choose another folder"
-            ) from None
-        if _is_at(path, file):
+def _acquire(path: Path, run_id: str, last: bool) -> int | None:
+    """The locked file; ``None`` to try again: somebody holds it, or removed it between our opening and our locking."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        if not last:
+            return None
+        raise RunInUse(
+            f"out is {path.parent}, in which {holder} is running {run_id} at this moment; "
+            "wait for it, end it, or choose another folder"
+        ) from None
+    try:
+        if os.path.samestat(path.stat(), os.fstat(file)):
             os.ftruncate(file, 0)
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return file
-        os.close(file)  # the holder before removed the file between our opening and our locking it
-
-
-def _is_at(path: Path, file: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file))
     except FileNotFoundError:
-        return False
+        pass
+    os.close(file)
+    return None

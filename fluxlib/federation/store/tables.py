@@ -1,4 +1,4 @@
-"""Rows of the ``rounds`` and ``participants`` tables, and the device clock's reading of a round."""
+"""The tables of a run as it grows: ``rounds``, ``participants`` and ``timeline``, on both clocks."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import json
 import math
 import resource
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
+from fluxlib import records
 from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue, clock
-from fluxlib.federation.server.outcome import Outcome, RoundOutcome
-from fluxlib.federation.store.timeline import Timeline
+from fluxlib.federation.results import TABLES, Participation, RoundResult, Row, table_path
+from fluxlib.federation.store import timeline
 from fluxlib.methods.base import Work
 from fluxlib.records import PHASES, write_experts
 from fluxlib.tasks.evaluate import Score
-
-Row = dict[str, Any]
-
-# Methods time these blocks; the table's phases split or join them.
-_WALL_PHASES = {"first_profile": "profile"}
 
 
 @dataclass(frozen=True)
@@ -34,20 +33,30 @@ class Totals:
     device_s: float = 0.0
 
 
-class RowMaker:
-    """Makes table rows of one run; ``model`` gives the shapes when the clock is to use the run's own.
+@dataclass(frozen=True)
+class Evaluation:
+    """A score of the global model, when it was begun (seconds since 1970), and the seconds it took."""
+
+    score: Score
+    start_s: float
+    wall_s: float
+
+
+class Tables:
+    """The rows of one run; ``model`` gives the shapes when the clock is to use the run's own.
 
     On the link the clock charges 16 bits per weight for what travels exactly, since that is the real models' own type,
     and what they take for the coded types.
     """
 
     def __init__(self, config: RunConfig, model: torch.nn.Module, metric_name: str, num_experts: int) -> None:
-        self.config = config
-        self.metric_name = metric_name
-        self.num_experts = num_experts
+        self.config, self.metric_name, self.num_experts = config, metric_name, num_experts
+        self.rows: dict[str, list[Row]] = {table: [] for table in TABLES}
+        self.totals = Totals()
         self.fleet = catalogue.fleet(config.clock.fleet, config.federation.participants)
         self.link = catalogue.link(config.clock.link)
-        self.times = Timeline(config.run_id)
+        self.epoch = time.time()
+        """What the timeline's clock on the wall counts from, seconds since 1970."""
         own = config.clock.model in ("self", config.model)
         self.shapes = clock.shapes_of(config.model, model) if own else clock.shapes(config.clock.model)
 
@@ -56,129 +65,115 @@ class RowMaker:
         for participant, name in devices.items():
             self.fleet[participant] = catalogue.DEVICES[name]
 
-    def base(self, score: Score, evaluate_wall_s: float) -> Row:
-        """Row of round 0: the base model."""
-        return self._row(0, score, evaluate_wall_s, Totals(), Totals())
+    def restore(self, frames: dict[str, pd.DataFrame], totals: Totals) -> None:
+        """Go on from the tables of an interrupted run."""
+        self.rows = {table: frame.to_dict(orient="records") for table, frame in frames.items()}
+        self.totals = totals
+        walls = (row["end_s"] for row in self.rows["timeline"] if row["clock"] == "wall")
+        self.epoch = time.time() - max(walls, default=0.0)
 
-    def round(
-        self, outcome: RoundOutcome, score: Score | None, evaluate_wall_s: float, wall_s: float, before: Totals
-    ) -> tuple[Row, Totals]:
-        """The round's row, and the clocks after it."""
-        time = self._round_time(outcome)
-        here = Totals(wall_s, time.total_s)
-        after = Totals(before.wall_s + wall_s, before.device_s + time.total_s)
-        row = self._row(outcome.round, score, evaluate_wall_s, here, after)
-        row |= {
-            "train_loss": outcome.train_loss,
-            "epsilon": outcome.epsilon,
-            "server_device_s": time.server_s,
-            "uplink_bytes": sum(o.uplink_bytes for o in outcome.participants),
-            "downlink_bytes": sum(o.downlink_bytes for o in outcome.participants),
-            "num_participants": len(outcome.participants),
-            "num_rejected": outcome.num_rejected,
-            "num_tuned": outcome.num_tuned,
-            "device_memory_bytes": self._device_bytes(outcome),
-        }
-        return row, after
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The rows so far, checked against the schema, as they will be read back."""
+        columns = {table: [column.name for column in records.columns(table)] for table in TABLES}
+        tables = {table: pd.DataFrame(self.rows[table], columns=columns[table]) for table in TABLES}
+        return {table: records.validate(table, frame).to_pandas() for table, frame in tables.items()}
 
-    def timeline(self, outcome: RoundOutcome, server: Sequence[tuple[str, float, float]], before: Totals) -> list[Row]:
-        """When each phase of the round began and ended on both clocks; ``server``: its own phases on the wall."""
-        seconds = {o.participant: self._phases(o) for o in outcome.accepted}
-        phases = [(seconds[o.participant].main, seconds[o.participant].first) for o in outcome.accepted]
-        server_s = self._round_time(outcome).server_s
-        return self.times.wall(outcome, server) + self.times.device(outcome, phases, server_s, before.device_s)
+    def write(self, out: Path, about: dict[str, Any]) -> None:
+        """Write all tables below ``out``."""
+        for table, frame in self.frames().items():
+            records.write(table, frame, table_path(out, table, self.config.run_id), about)
 
-    def participants(self, outcome: RoundOutcome) -> list[Row]:
+    def add_base(self, evaluation: Evaluation) -> None:
+        """Round 0: the base model."""
+        nothing = RoundResult(0, math.nan, (), (), 0)
+        self.rows["rounds"].append(self._round_row(nothing, evaluation, Totals(), 0.0))
+
+    def add_round(
+        self, result: RoundResult, evaluation: Evaluation | None, wall_s: float, aggregating_s: float
+    ) -> None:
+        """A round that took ``wall_s``; its last reply was in at ``aggregating_s``, seconds since 1970."""
+        now = evaluation.start_s if evaluation else time.time()
+        seconds = {one.participant: self._seconds(one) for one in result.accepted}
+        works = [one.work for one in result.accepted if one.work is not None]
+        took, before = round_time(list(seconds.values()), works, self.shapes), self.totals.device_s
+        self.totals = Totals(self.totals.wall_s + wall_s, self.totals.device_s + took.total_s)
+        self.rows["rounds"].append(self._round_row(result, evaluation, Totals(wall_s, took.total_s), took.server_s))
+        self.add_participants(result)
+        server = [("aggregate", aggregating_s, now)]
+        server += [("evaluate", now, now + evaluation.wall_s)] if evaluation else []
+        phases = {one: (found.main, found.first) for one, found in seconds.items()}
+        rows = timeline.wall_rows(result, server, self.epoch)
+        rows += timeline.device_rows(result, phases, took.server_s, before)
+        self.rows["timeline"] += [{"run_id": self.config.run_id, **row} for row in rows]
+
+    def add_participants(self, result: RoundResult) -> None:
         """One row per participant that was asked, refused ones with the reason."""
-        return [
-            self._participant(outcome.round, o, self._phases(o) if not o.rejected else None)
-            for o in outcome.participants
-        ]
+        self.rows["participants"] += [self._participant_row(result.round, one) for one in result.participants]
 
-    def _row(self, number: int, score: Score | None, evaluate_wall_s: float, here: Totals, after: Totals) -> Row:
+    def _round_row(self, result: RoundResult, evaluation: Evaluation | None, here: Totals, server_s: float) -> Row:
         config = self.config
         return {
             "run_id": config.run_id,
-            "method": config.method,
-            "model": config.model,
-            "task": config.task,
-            "seed": config.seed,
-            "variant": config.variant,
-            "engine": config.engine,
-            "round": number,
-            "metric": score.metric if score else math.nan,
+            **{name: getattr(config, name) for name in ("method", "model", "task", "seed", "variant", "engine")},
+            "round": result.round,
+            "metric": evaluation.score.metric if evaluation else math.nan,
             "metric_name": self.metric_name,
-            "loss": score.loss if score else math.nan,
-            "train_loss": math.nan,
-            "epsilon": math.nan,
-            "wall_s": after.wall_s,
-            "device_s": after.device_s,
+            "loss": evaluation.score.loss if evaluation else math.nan,
+            "train_loss": result.train_loss,
+            "epsilon": result.epsilon,
+            "wall_s": self.totals.wall_s,
+            "device_s": self.totals.device_s,
             "round_wall_s": here.wall_s,
             "round_device_s": here.device_s,
-            "server_device_s": 0.0,
-            "evaluate_wall_s": evaluate_wall_s,
+            "server_device_s": server_s,
+            "evaluate_wall_s": evaluation.wall_s if evaluation else 0.0,
             "clock_model": config.clock.model,
             "link": config.clock.link,
-            "uplink_bytes": 0,
-            "downlink_bytes": 0,
+            "uplink_bytes": sum(one.uplink_bytes for one in result.participants),
+            "downlink_bytes": sum(one.download.num_bytes for one in result.participants),
             "peak_memory_bytes": peak_memory_bytes(),
-            "device_memory_bytes": None,
-            "num_participants": 0,
-            "num_rejected": 0,
-            "num_tuned": 0,
+            "device_memory_bytes": self._device_bytes(result),
+            "num_participants": len(result.participants),
+            "num_rejected": result.num_rejected,
+            "num_tuned": result.num_tuned,
             "num_experts": self.num_experts,
         }
 
-    def _participant(self, number: int, outcome: Outcome, seconds: ParticipantSeconds | None) -> Row:
-        work = outcome.work or Work(num_experts=self.num_experts)
-        num_explored = int(outcome.roles.explore.sum())
-        wall = dict.fromkeys(PHASES, math.nan)
-        for name, value in outcome.phases_s.items():
-            phase = _WALL_PHASES.get(name, name)
-            if phase in wall:
-                wall[phase] = value + (0.0 if math.isnan(wall[phase]) else wall[phase])
-        device = seconds.all() if seconds else dict.fromkeys(PHASES, math.nan)
+    def _participant_row(self, number: int, one: Participation) -> Row:
+        work = one.work or Work(num_experts=self.num_experts)
+        num_explored = int(one.roles.explore.sum())
+        device = dict.fromkeys(PHASES, math.nan) if one.rejected else self._seconds(one).all()
         return {
             "run_id": self.config.run_id,
             "round": number,
-            "participant": outcome.participant,
-            "device": self.fleet[outcome.participant].name,
-            "num_samples": outcome.num_samples,
+            "participant": one.participant,
+            "device": self.fleet[one.participant].name,
+            "num_samples": one.num_samples,
             "num_train_tokens": work.train_tokens,
-            "num_tuned": int(outcome.roles.exploit.sum()),
+            "num_tuned": int(one.roles.exploit.sum()),
             "num_explored": num_explored,
-            "num_merged": max(0, work.num_frozen - num_explored) if outcome.work else outcome.budget.num_merged,
-            "loss": outcome.loss,
-            "uplink_bytes": outcome.uplink_bytes,
-            "downlink_bytes": outcome.downlink_bytes,
-            "rejected": outcome.rejected,
-            "utility_faults": outcome.utility_faults,
-            "exploited": write_experts(outcome.roles.exploit),
-            "explored": write_experts(outcome.roles.explore),
-            "work": None if outcome.work is None or outcome.rejected else write_work(outcome),
+            "num_merged": max(0, work.num_frozen - num_explored) if one.work else one.budget.num_merged,
+            "loss": one.loss,
+            "uplink_bytes": one.uplink_bytes,
+            "downlink_bytes": one.download.num_bytes,
+            "rejected": one.rejected,
+            "utility_faults": one.utility_faults,
+            "exploited": write_experts(one.roles.exploit),
+            "explored": write_experts(one.roles.explore),
+            "work": None if one.rejected else write_work(one),
             **{f"{phase}_device_s": device[phase] for phase in PHASES},
-            **{f"{phase}_wall_s": wall[phase] for phase in PHASES},
+            **{f"{phase}_wall_s": one.phases_s.get(phase, math.nan) for phase in PHASES},
         }
 
-    def _phases(self, outcome: Outcome) -> ParticipantSeconds:
-        return participant_seconds(
-            charged(outcome),
-            outcome.first_profile.work if outcome.first_profile else None,
-            self.shapes,
-            self.fleet[outcome.participant],
-            self.link,
-            self.config.clock.tokens_per_sample,
-        )
+    def _seconds(self, one: Participation) -> ParticipantSeconds:
+        device, tokens = self.fleet[one.participant], self.config.clock.tokens_per_sample
+        return participant_seconds(charged(one), one.profile_work, self.shapes, device, self.link, tokens)
 
-    def _device_bytes(self, outcome: RoundOutcome) -> int | None:
+    def _device_bytes(self, result: RoundResult) -> int | None:
         """Predicted memory of the most loaded participant, at the clock model's shapes."""
         tokens = self.config.clock.tokens_per_sample
-        works = [(o.work, self.fleet[o.participant]) for o in outcome.accepted if o.work is not None]
+        works = [(one.work, self.fleet[one.participant]) for one in result.accepted if one.work is not None]
         return max((clock.device_bytes(work, self.shapes, device, tokens) for work, device in works), default=None)
-
-    def _round_time(self, outcome: RoundOutcome) -> clock.RoundTime:
-        works = [o.work for o in outcome.accepted if o.work is not None]
-        return round_time([self._phases(o) for o in outcome.accepted], works, self.shapes)
 
 
 @dataclass(frozen=True)
@@ -219,25 +214,18 @@ def round_time(seconds: Sequence[ParticipantSeconds], works: Sequence[Work], sha
     return clock.round_seconds([s.serial() for s in seconds], [w.first_profile for w in works], server_s)
 
 
-def charged(outcome: Outcome) -> Work:
-    """The work that the clock counts, downloads as they were sent to train.
-
-    Experts that came with the profile request crossed the link before.
-    """
-    assert outcome.work is not None
-    down = outcome.download
-    bits = min(outcome.work.download_bits, down.mean_bits)
-    return replace(outcome.work, num_downloaded=down.num_experts, download_bits=bits)
+def charged(one: Participation) -> Work:
+    """The work that the clock counts, with downloads as they were sent."""
+    assert one.work is not None
+    bits = min(one.work.download_bits, one.download.mean_bits)
+    return replace(one.work, num_downloaded=one.download.num_experts, download_bits=bits)
 
 
-def write_work(outcome: Outcome) -> str:
+def write_work(one: Participation) -> str:
     """The works of an accepted reply as JSON: ``[the round's, the first profile's if any]``, defaults left out."""
-    works = [charged(outcome)]
-    if outcome.first_profile is not None and outcome.first_profile.work is not None:
-        works.append(outcome.first_profile.work)
-    named = [{f.name: getattr(work, f.name) for f in fields(work)} for work in works]
+    works = [charged(one), *([one.profile_work] if one.profile_work else [])]
     known = {f.name: f.default for f in fields(Work)}
-    return json.dumps([{name: value for name, value in work.items() if value != known[name]} for work in named])
+    return json.dumps([{n: value for n, value in vars(work).items() if value != known[n]} for work in works])
 
 
 def read_work(text: str) -> tuple[Work, Work | None]:

@@ -33,7 +33,7 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; errors that were expected end with one message and exit code 2."""
-    from fluxlib.federation.server.outcome import RunFailed
+    from fluxlib.federation.results import RunFailed
 
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="fluxlib deploy")

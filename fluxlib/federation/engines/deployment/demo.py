@@ -11,9 +11,9 @@ import pandas as pd
 
 from fluxlib.config import ConfigError, RunConfig, make_config
 from fluxlib.federation import run
+from fluxlib.federation.checks import check
 from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation
-from fluxlib.federation.options import check
-from fluxlib.federation.store.tables import Row
+from fluxlib.federation.results import Row
 from fluxlib.records import describe_round
 
 MARK = ".flux-demonstration"

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from fluxlib import models, records
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
 from fluxlib.federation import progress
+from fluxlib.federation.checks import check
 from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation, flwr
-from fluxlib.federation.options import Options, RunResult, check, experts_path, table_path
 from fluxlib.federation.protocol import wire as wires
-from fluxlib.federation.server.outcome import RunFailed
+from fluxlib.federation.results import Output, RunFailed, RunResult, experts_path, table_path
 from fluxlib.federation.store import lock
 from fluxlib.moe import find
 
@@ -36,18 +36,18 @@ LETTING_GO_S = 5.0
 """Seconds that a server app which was killed may still seem to run."""
 
 
-def run_deployment(config: RunConfig, options: Options) -> RunResult:
+def run_deployment(config: RunConfig, options: Output, superlink: str | None) -> RunResult:
     """Run ``config`` on the SuperLink that ``options`` name, or on a federation started here for this one run.
 
     Raises:
-        ConfigError: what :func:`~fluxlib.federation.options.check` refuses, an unknown SuperLink, or another process
+        ConfigError: what :func:`~fluxlib.federation.checks.check` refuses, an unknown SuperLink, or another process
             that is running this run in this folder, or following it.
         RunFailed: the server app failed or was killed; the message says why. The same call goes on after the last
             complete round.
     """
     check(config, options.out)
-    if options.on_outcome is not None:
-        raise ConfigError("on_outcome works on the engines 'local' and 'simulation', where the server is this process")
+    if options.on_result is not None:
+        raise ConfigError("on_result works on the engines 'local' and 'simulation', where the server is this process")
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flux-")))
         out = (options.out or temporary / "out").resolve()
@@ -56,11 +56,11 @@ def run_deployment(config: RunConfig, options: Options) -> RunResult:
             out, config.run_id, wait_s=LETTING_GO_S
         ):  # a server at work would lose what it wrote for its caller
             progress.clear(out, config.run_id)
-        if options.superlink is None:
+        if superlink is None:
             federation = stack.enter_context(LocalFederation(temporary / "federation", config))
             home, superlink = federation.home, CONNECTION
         else:
-            home, superlink = flower_home(), options.superlink
+            home = flower_home()
         _follow(submit(config, out, home, superlink), config, options, out, home, superlink)
         return _read(config, out, keep=options.out is not None)
 
@@ -94,7 +94,7 @@ def submit(config: RunConfig, out: Path, home: Path, superlink: str) -> str:
         raise ConfigError(f"superlink is {superlink!r}, it did not take the run: {said}") from None
 
 
-def _follow(number: str, config: RunConfig, options: Options, out: Path, home: Path, superlink: str) -> None:
+def _follow(number: str, config: RunConfig, options: Output, out: Path, home: Path, superlink: str) -> None:
     """Show rows as they come until the run is over.
 
     The server app says so itself; one that was killed, or never started, cannot, so the SuperLink is asked as well.
@@ -115,7 +115,7 @@ def _follow(number: str, config: RunConfig, options: Options, out: Path, home: P
         raise RunFailed(f"run {number} on {superlink}: {failure}")
 
 
-def _show(rows: Iterator[dict[str, Any] | None], options: Options, out: Path, config: RunConfig) -> None:
+def _show(rows: Iterator[dict[str, Any] | None], options: Output, out: Path, config: RunConfig) -> None:
     while (row := next(rows)) is not None:
         if options.on_round and options.on_round(row):
             progress.ask_to_stop(out, config.run_id)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fluxlib.config import RunConfig
 from fluxlib.federation.engines.deployment import credentials, folders
-from fluxlib.federation.server.outcome import RunFailed
+from fluxlib.federation.results import RunFailed
 
 CONNECTION = "federation"
 """Name of the SuperLink in the Flower configuration that a :class:`LocalFederation` writes."""

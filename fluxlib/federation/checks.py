@@ -1,0 +1,79 @@
+"""What can be refused before any work: names, sizes, budgets, a folder that cannot be written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from fluxlib import methods, models, tasks
+from fluxlib.config import ConfigError, RunConfig, check_writable
+from fluxlib.devices import catalogue
+from fluxlib.methods.base import Budget
+from fluxlib.models.hardware import torch_device
+from fluxlib.moe import find
+
+
+def check(config: RunConfig, out: Path | None = None) -> None:
+    """Refuse what cannot be run.
+
+    Raises:
+        ConfigError: naming the parameter, what is allowed and what came.
+    """
+    people = config.federation.participants
+    try:
+        methods.get(config.method)
+        if config.task not in tasks.TASKS:
+            raise ValueError(f"task is {config.task!r}, allowed are {', '.join(tasks.TASKS)}")
+        torch_device(config.torch_device)
+        catalogue.fleet(config.clock.fleet, people)
+        catalogue.link(config.clock.link)
+        num_train = len(tasks.load(config.task, config.seed, config.data.task_size, config.data.path).train)
+        if people > num_train:
+            raise ValueError(f"federation.participants is {people}, allowed is at most {num_train} training samples")
+        if config.clock.model not in ("self", config.model):
+            models.config(config.clock.model)
+        make_budgets(config, *_moe_shape(config.model))
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    if out is not None:
+        check_writable(out)
+
+
+def _moe_shape(name: str) -> tuple[int, int]:
+    """MoE layers and experts per layer of a model, from its configuration alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        found = find.layers(AutoModelForCausalLM.from_config(models.config(name)))
+    return len(found), max(layer.num_experts for layer in found)
+
+
+def make_budgets(config: RunConfig, num_layers: int, num_experts: int) -> list[Budget]:
+    """The budget of every participant, in order: shares of all ``num_layers * num_experts`` routed experts.
+
+    Slots never outnumber the experts that are not tuned.
+
+    Paper: ``B_tune`` (section 6) and ``B_non`` (section 5.1); how they follow from a device's resources is not said.
+
+    Raises:
+        ConfigError: fewer tuned experts than layers, or fewer merged slots than layers that may need one; the
+            message names the setting and the smallest value that is allowed.
+    """
+    total = num_layers * num_experts
+    least = math.ceil(10_000 / num_experts - 1e-9) / 10_000  # upwards: a value that is printed is one that is accepted
+    tuned = min(total, round(config.budget.tune_frac * total))
+    if tuned < num_layers:
+        raise ConfigError(
+            f"budget.tune_frac is {config.budget.tune_frac:g}, allowed is at least {least:g}: a participant may tune "
+            f"{tuned} experts, the model has {num_layers} MoE layers and each needs one"
+        )
+    slots = min(total - tuned, round(config.budget.merge_frac * total))
+    needed = min(num_layers, total - tuned)
+    if slots < needed:
+        raise ConfigError(
+            f"budget.merge_frac is {config.budget.merge_frac:g}, allowed is at least {least:g}: {slots} merged slots "
+            f"do not give each of {needed} layers with experts that are not tuned a slot"
+        )
+    return [Budget(tuned, slots)] * config.federation.participants

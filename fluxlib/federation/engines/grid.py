@@ -1,0 +1,203 @@
+"""How messages reach participants and replies come back: in this process, or through a SuperLink.
+
+:class:`LocalGrid` is an in-process :class:`flwr.serverapp.Grid`: the same apps, no Ray, no sockets, no start-up.
+Participants run one after another, in the order in which messages are sent, so a run is deterministic.
+
+What a Flower engine guarantees is kept:
+
+* each node has its own :class:`flwr.app.Context`, whose ``state`` lasts from message to message;
+* an exception in the client app becomes an error reply, and that node's state stays as it was;
+* neither side sees what the other does to a message: values are immutable bytes behind new containers;
+* a participant that takes longer than the time limit is given up, and its reply is lost; the limit holds for each
+  node, since nodes stand for devices in parallel.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fluxlib.federation.client import time_limit
+from fluxlib.federation.protocol import wire
+
+log = logging.getLogger(__name__)
+
+SERVER_NODE_ID = 1
+"""Node ids of participants count up from the next one, in order of partitions, as on Flower's engines."""
+
+RAISED = 2
+"""Flower's error code of a client app that raised an exception."""
+
+POLL_S = 0.2
+
+
+def send_and_receive(grid: Grid, messages: Iterable[Message], timeout_s: float | None) -> Iterator[Message]:
+    """Replies to ``messages``, one at a time and in their order; one that is late is left out.
+
+    The order of replies is the order of addition, which decides the last bits of a mean. In process a reply is made
+    when it is asked for. On a SuperLink all participants work at once, and a reply waits there until it is fetched.
+    Either way the server has one reply in memory, however many participants there are.
+    """
+    if isinstance(grid, LocalGrid):
+        yield from grid.send_and_receive(messages, timeout=timeout_s)
+        return
+    sent = [(name, m.metadata.dst_node_id) for m in messages for name in grid.push_messages([m]) if name]
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    for name, node_id in sent:
+        yield from _fetch(grid, name, node_id, deadline)
+
+
+def _fetch(grid: Grid, name: str, node_id: int, deadline: float | None) -> Iterator[Message]:
+    """The reply to one message: none or one. What has come is fetched even when the time is over."""
+    while True:
+        for reply in grid.pull_messages([name]):
+            if reply.metadata.src_node_id == node_id:
+                yield reply
+            else:  # the SuperLink answers for a node that is gone, or did not answer in time
+                log.warning("no reply of node %d: %s", node_id, reply.error.reason)
+            return
+        if deadline is not None and time.monotonic() >= deadline:
+            return
+        time.sleep(POLL_S)
+
+
+class ServerMessage(Message):
+    """A message of a server in this process; Flower's own takes its sender from the process a SuperLink started."""
+
+    def __init__(self, content: RecordDict, about: Metadata) -> None:
+        self.about = about
+        super().__init__(content, reply_to=self)
+
+    @property
+    def metadata(self) -> Metadata:
+        """Who sends what to whom."""
+        return self.about
+
+
+class LocalGrid(Grid):
+    """Runs ``client_app`` for ``num_nodes`` nodes in this process.
+
+    Args:
+        client_app: what every node runs.
+        num_nodes: number of nodes, one per data partition.
+        node_config: further entries of a node's configuration, by partition; ``None`` for none.
+        on_given_up: called when a node is given up, before the next one starts: what that call may still be writing
+            to must not be used any more.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_nodes: int,
+        node_config: Callable[[int], dict[str, Any]] | None = None,
+        on_given_up: Callable[[], None] | None = None,
+    ) -> None:
+        self.client_app = client_app
+        self.num_nodes = num_nodes
+        self._node_config = node_config
+        self._on_given_up = on_given_up
+        self._run: Any = None
+        self._contexts: dict[int, Context] = {}
+        self._waiting: dict[str, Message] = {}
+        self._count = 0
+        self._changed: set[int] = set()
+
+    def set_run(self, run: Any) -> None:
+        """Remember the run; nothing here depends on it."""
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """What :meth:`set_run` was given."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message from the server to ``dst_node_id``."""
+        self._count += 1
+        about = Metadata(
+            run_id=1, message_id=str(self._count), src_node_id=SERVER_NODE_ID, dst_node_id=dst_node_id,
+            reply_to_message_id="", group_id=group_id, created_at=time.time(), ttl=ttl or DEFAULT_TTL,
+            message_type=message_type,
+        )  # fmt: skip
+        return ServerMessage(content, about)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All node ids, in order of partitions."""
+        return range(SERVER_NODE_ID + 1, SERVER_NODE_ID + 1 + self.num_nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Accept messages; each is delivered when its reply is pulled."""
+        accepted = {message.metadata.message_id: message for message in messages}
+        self._waiting |= accepted
+        return list(accepted)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies to the messages with these ids; an id is answered once."""
+        return list(self.send_and_receive(self._waiting.pop(i) for i in message_ids if i in self._waiting))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Deliver messages one at a time and give each reply as it is made; late ones are left out."""
+        for message in messages:
+            reply = self._deliver(message, timeout)
+            if reply is not None:
+                yield reply
+
+    def context(self, node_id: int) -> Context:
+        """The context of ``node_id``, made when first asked for.
+
+        Raises:
+            ValueError: no such node.
+        """
+        if node_id not in self._contexts:
+            partition = node_id - SERVER_NODE_ID - 1
+            if not 0 <= partition < self.num_nodes:
+                last = SERVER_NODE_ID + self.num_nodes
+                raise ValueError(f"node_id is {node_id}, allowed are {SERVER_NODE_ID + 1} to {last}")
+            config = {"partition-id": partition, "num-partitions": self.num_nodes}
+            config |= self._node_config(partition) if self._node_config else {}
+            self._contexts[node_id] = Context(1, node_id, config, RecordDict(), {})
+        return self._contexts[node_id]
+
+    def take_changed(self) -> list[int]:
+        """Nodes whose state may have changed since the last call, in increasing order."""
+        changed, self._changed = sorted(self._changed), set()
+        return changed
+
+    def _deliver(self, message: Message, timeout: float | None) -> Message | None:
+        node_id = message.metadata.dst_node_id
+        try:
+            stored = self.context(node_id)
+            reply, stored.state = time_limit.call(timeout, self._work, message, stored)
+            self._changed.add(node_id)
+            return reply
+        except time_limit.TimeLimitExceeded as error:
+            log.warning("participant at node %d is given up, its reply is lost: %s", node_id, error)
+            if self._on_given_up:
+                self._on_given_up()
+            return None
+        except Exception as error:  # a participant's fault costs its reply, never the run
+            log.warning("participant at node %d failed: %s: %s", node_id, type(error).__name__, error)
+            return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+
+    def _work(self, message: Message, stored: Context) -> tuple[Message, RecordDict]:
+        """The client app's reply and the node's state after it; nothing that is kept is changed."""
+        state = RecordDict({name: record.copy() for name, record in stored.state.items()})
+        context = Context(stored.run_id, stored.node_id, dict(stored.node_config), state, dict(stored.run_config))
+        reply = self.client_app(_shared(message), context)
+        return _shared(reply) if reply.has_content() else reply, context.state
+
+
+def _shared(message: Message) -> Message:
+    """``message`` with containers of its own around the same bytes."""
+    found = copy.copy(message)
+    found.content = wire.share(message.content)
+    return found

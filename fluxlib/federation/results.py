@@ -1,0 +1,169 @@
+"""What comes out of a run: of one participant's part in a round, of a round, of all of it; and where it goes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fluxlib.federation.protocol.sync import Delta, Holding
+from fluxlib.federation.protocol.wire import Form, bits_per_weight
+from fluxlib.methods.base import Budget, Roles, Update, Work
+
+Row = dict[str, Any]
+
+TABLES = ("rounds", "participants", "timeline")
+
+
+class RunFailed(RuntimeError):
+    """Too few good replies: the round is not aggregated, everything before it is saved."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """What was sent to a participant; ``weight_bits`` are bits per weight on the link, summed over the experts."""
+
+    num_bytes: int = 0
+    num_experts: int = 0
+    weight_bits: float = 0.0
+    after: Holding = field(default_factory=Holding)
+
+    def plus(self, delta: Delta, wire: Form) -> Download:
+        """With one more message; its arrays are not kept."""
+        bits = delta.num_experts * bits_per_weight(wire) + delta.num_approximate * bits_per_weight("int4")
+        count = self.num_experts + delta.num_experts + delta.num_approximate
+        return Download(self.num_bytes + delta.num_bytes, count, self.weight_bits + bits, delta.after)
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits per weight of an expert, on average."""
+        return self.weight_bits / self.num_experts if self.num_experts else 16.0
+
+
+@dataclass
+class Participation:
+    """One participant's part in a round; ``rejected`` is empty for an update that was aggregated."""
+
+    participant: int
+    budget: Budget
+    roles: Roles
+    download: Download = Download()
+    uplink_bytes: int = 0
+    rejected: str = "missing"
+    detail: str = "no reply came within the time limit"
+    work: Work | None = None
+    profile_work: Work | None = None
+    """Of the profile that was asked for before the participant's first round."""
+    phases_s: dict[str, float] = field(default_factory=dict)
+    loss: float = math.nan
+    num_samples: int = 0
+    spans: tuple[tuple[str, float, float, int], ...] = ()
+    sent_s: float = 0.0
+    received_s: float = 0.0
+    utility_faults: str = ""
+
+    def accept(self, update: Update, num_bytes: int) -> None:
+        """Keep what an update says about itself; its tensors are not kept."""
+        self.rejected = self.detail = ""
+        self.uplink_bytes += num_bytes
+        self.work, self.loss, self.num_samples = update.work, update.loss, update.num_samples
+        for name, seconds in update.phases_s.items():
+            phase = "profile" if name == "first_profile" else name
+            self.phases_s[phase] = self.phases_s.get(phase, 0.0) + seconds
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What happened in a round, participant by participant.
+
+    ``extra`` are replies that nobody asked for (duplicates, strangers) with the reason why they were refused;
+    ``num_tuned`` counts the experts that changed.
+    """
+
+    round: int
+    epsilon: float
+    participants: tuple[Participation, ...]
+    extra: tuple[tuple[int, str], ...]
+    num_tuned: int
+
+    @property
+    def num_rejected(self) -> int:
+        """Replies that were refused or never came, extras included."""
+        return sum(bool(one.rejected) for one in self.participants) + len(self.extra)
+
+    @property
+    def accepted(self) -> list[Participation]:
+        """Participants whose update was aggregated."""
+        return [one for one in self.participants if not one.rejected]
+
+    @property
+    def train_loss(self) -> float:
+        """Mean training loss of the accepted participants, weighted by samples; NaN without any."""
+        total = sum(one.num_samples for one in self.accepted)
+        return sum(one.loss * one.num_samples for one in self.accepted) / total if total else math.nan
+
+    def require(self, min_replies_frac: float) -> None:
+        """Refuse to go on with too few good replies.
+
+        Raises:
+            RunFailed: with the number of good replies, how many there should be, and why the others were refused.
+        """
+        asked, good = len(self.participants), len(self.accepted)
+        needed = math.ceil(min_replies_frac * asked - 1e-9)
+        if good >= needed:
+            return
+        refused = [one for one in self.participants if one.rejected]
+        reasons = Counter(one.rejected for one in refused).most_common()
+        example = next(one for one in refused if one.rejected == reasons[0][0])
+        raise RunFailed(
+            f"round {self.round}: {good} of {asked} replies were good, min_replies_frac {min_replies_frac:g} asks for "
+            f"{needed}; refused: {', '.join(f'{count} {reason}' for reason, count in reasons)}; participant "
+            f"{example.participant}, for one: {example.detail}"
+        )
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run's tables, where they were written, and the tuned global model."""
+
+    run_id: str
+    rounds: pd.DataFrame
+    participants: pd.DataFrame
+    path: Path | None
+    model: Any
+    timeline: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The table files by name; empty when nothing was written."""
+        return {name: table_path(self.path, name, self.run_id) for name in TABLES} if self.path else {}
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run's results go; its numbers do not depend on it.
+
+    ``out`` is the folder of tables and checkpoints, ``None`` to write nothing. ``on_round`` is called with each new row
+    of ``rounds``; returning True ends the run after that round. ``on_result`` is called with what happened in a round,
+    roles included, before its row. ``keep_experts`` also writes the tuned experts.
+    """
+
+    out: Path | None = None
+    on_round: Callable[[Row], bool | None] | None = None
+    on_result: Callable[[RoundResult], None] | None = None
+    keep_experts: bool = False
+
+
+def experts_path(out: Path, run_id: str) -> Path:
+    """Where a run's tuned experts lie in the folder ``out``: safetensors under ``"<layer>.<expert>.<tensor>"``."""
+    return out / "experts" / f"{run_id}.safetensors"
+
+
+def table_path(out: Path, table: str, run_id: str) -> Path:
+    """Where a run's table lies in the folder ``out``."""
+    return out / table / f"{run_id}.parquet"
