@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fluxlib import models, records
-from fluxlib.analysis import exhibits, store
+from fluxlib.analysis import store, text_profile
 from fluxlib.app import exports
 from fluxlib.config import ConfigError, make_config
 from fluxlib.federation import RunResult
@@ -165,19 +165,19 @@ def test_a_text_becomes_samples_of_one_length():
     def tokenizer(text, add_special_tokens):
         return {"input_ids": [ord(letter) for letter in text]}
 
-    batches = exhibits.text_batches("abcdefgh", tokenizer, num_tokens=3, max_samples=9)
+    batches = text_profile.batches("abcdefgh", tokenizer, num_tokens=3, max_samples=9)
     assert torch.cat([batch["input_ids"] for batch in batches]).tolist() == [[97, 98, 99], [100, 101, 102]]
-    assert exhibits.unknown_frac(batches, SimpleNamespace(unk_token_id=98)) == pytest.approx(1 / 6)
-    assert exhibits.unknown_frac(batches, SimpleNamespace()) == 0.0
-    assert exhibits.text_batches("ab", tokenizer, num_tokens=3, max_samples=9)[0]["input_ids"].shape == (1, 2)
+    assert text_profile.unknown_frac(batches, SimpleNamespace(unk_token_id=98)) == pytest.approx(1 / 6)
+    assert text_profile.unknown_frac(batches, SimpleNamespace()) == 0.0
+    assert text_profile.batches("ab", tokenizer, num_tokens=3, max_samples=9)[0]["input_ids"].shape == (1, 2)
     with pytest.raises(ValueError, match="holds no token"):
-        exhibits.text_batches("", tokenizer, num_tokens=3, max_samples=9)
+        text_profile.batches("", tokenizer, num_tokens=3, max_samples=9)
 
 
 def test_a_profile_of_a_text_is_a_table_by_layer_and_one_by_expert():
     model = tiny("llama")
     batch = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
-    found = exhibits.profile_table(model, [batch])
+    found = text_profile.profile(model, [batch])
     assert found.num_tokens == 12 and len(found.by_layer) == 2 and len(found.by_expert) == 16
     shares = found.by_expert.groupby("layer")["share"].sum()
     assert shares.tolist() == pytest.approx([1.0, 1.0])

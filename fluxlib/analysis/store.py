@@ -7,13 +7,13 @@ which the same configuration goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxlib import records
-from fluxlib.config import PROFILES, REPO_ROOT, ConfigError, results_dir
+from fluxlib.config import PROFILES, REPO_ROOT, ConfigError, RunConfig, make_config, results_dir
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,6 +104,15 @@ def parameters(file: Path) -> dict[str, Any]:
     else:
         found = _object(file.with_suffix(".json")).get("parameters")
     return dict(found) if isinstance(found, dict) else {}
+
+
+def configs(folder: Path, run_ids: Iterable[str]) -> dict[str, RunConfig]:
+    """The configuration of each of the runs whose results are in ``folder``, by run id.
+
+    Raises:
+        ConfigError: settings that are not there, or that cannot be read.
+    """
+    return {run: make_config(parameters(Path(folder) / "rounds" / f"{run}.parquet")) for run in run_ids}
 
 
 def finished(folder: Path, table: str) -> pd.DataFrame | None:

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from fluxlib import federation, records
+from fluxlib.analysis import store
 from fluxlib.analysis.studies import scale
 from fluxlib.config import make_config
 from fluxlib.devices import catalogue, clock
@@ -36,7 +37,7 @@ def one(stored, method):
     folder, rounds, participants = stored
     rows = rounds[rounds["method"] == method]
     run_id = rows["run_id"].iloc[0]
-    return participants[participants["run_id"] == run_id], rows, scale.configs(folder, [run_id])
+    return participants[participants["run_id"] == run_id], rows, store.configs(folder, [run_id])
 
 
 @pytest.mark.parametrize("method", ["flux", "fmd"])
@@ -82,7 +83,7 @@ def test_runs_without_works_are_named_and_every_place_is_counted(stored):
     old = participants.assign(work=participants["work"].where(participants["run_id"].str.startswith("flux")))
     (kept,) = scale.with_works(old)
     assert kept == "flux-mini-llama-moe-mini-gsm8k-seed0"
-    runs, before = scale.configs(folder, [kept]), rounds.copy()
+    runs, before = store.configs(folder, [kept]), rounds.copy()
     found = scale.recounts(old, rounds[rounds["run_id"] == kept], runs, ["paper", "weak"], ["lte"])
     assert set(found["method"]) == {"flux"} and len(found) == 2 * 4
     pd.testing.assert_frame_equal(rounds, before)

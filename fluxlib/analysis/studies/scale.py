@@ -15,7 +15,7 @@ import torch
 from fluxlib.analysis import store
 from fluxlib.analysis.studies.bench import Row
 from fluxlib.analysis.studies.merging import Case, own_share_measured
-from fluxlib.config import RunConfig, make_config
+from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.devices.memory import RESERVE_FRAC
 from fluxlib.federation.store.tables import participant_seconds, read_work, round_time
@@ -29,8 +29,8 @@ SETTINGS = {
     "participants": "federation.participants",
     "participants_per_round": "federation.participants_per_round",
     "alpha": "data.alpha",
-    "tune_fraction": "budget.tune_frac",
-    "merge_fraction": "budget.merge_frac",
+    "tune_frac": "budget.tune_frac",
+    "merge_frac": "budget.merge_frac",
 }
 """Settings that the runs of a sweep differ in, by the column that they become."""
 FLEETS = ("paper", "rtx-4090", "rtx-3060", "jetson-agx-orin", "macbook-m1-max", "cpu-laptop", "mixed", "weak")
@@ -42,21 +42,12 @@ Reply = tuple[int, str, Work, Work | None]
 """An accepted reply: participant, device, its work, and that of a profile made before the round."""
 
 
-def configs(folder: Path, run_ids: Iterable[str]) -> dict[str, RunConfig]:
-    """The configuration of each run in ``folder``, by run id.
-
-    Raises:
-        ConfigError: a run whose stored settings cannot be read.
-    """
-    return {run: make_config(store.parameters(Path(folder) / "rounds" / f"{run}.parquet")) for run in run_ids}
-
-
 def with_settings(rounds: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """``rounds`` with the columns of :data:`SETTINGS`, from what is stored beside each run in ``folder``.
 
     ``participants_per_round`` is the number asked in a round, all participants where none was set.
     """
-    found = {run: config.settings() for run, config in configs(folder, rounds["run_id"].unique()).items()}
+    found = {run: config.settings() for run, config in store.configs(folder, rounds["run_id"].unique()).items()}
     columns = {
         name: rounds["run_id"].map({run: s[full] for run, s in found.items()}) for name, full in SETTINGS.items()
     }
@@ -85,7 +76,7 @@ def recounts(
     fit on is shown by ``memory_share``, not given a smaller budget.
 
     Args:
-        runs: of :func:`configs`, of runs with works (:func:`with_works`).
+        runs: of :func:`fluxlib.analysis.store.configs`, of runs with works (:func:`with_works`).
         fleets: of :func:`fluxlib.devices.catalogue.fleet`; None: the devices that the run's participants stood for.
         links: of the catalogue; None: the run's.
 

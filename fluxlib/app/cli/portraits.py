@@ -69,17 +69,17 @@ def profile(
         raise ConfigError(f"--tokens and --samples must be at least 1, got {tokens} and {samples}")
     check_picture(picture)
     from fluxlib import figures, models
-    from fluxlib.analysis import exhibits
+    from fluxlib.analysis import text_profile
 
     try:
-        exhibits.check_reading(models.config(model), bits, tokens)
+        text_profile.check(models.config(model), bits, tokens)
         loaded, tokenizer = models.load(model)
-        batches = exhibits.text_batches(text.read_text(errors="replace"), tokenizer, tokens, samples)
+        batches = text_profile.batches(text.read_text(errors="replace"), tokenizer, tokens, samples)
         with typer.progressbar(batches, label="reading", file=sys.stderr) as shown:
-            found = exhibits.profile_table(loaded, shown, bits)
+            found = text_profile.profile(loaded, shown, bits)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
-    unknown = exhibits.unknown_frac(batches, tokenizer)
+    unknown = text_profile.unknown_frac(batches, tokenizer)
     files = figures.save(figures.activation(found.frequency), picture.name, picture.parent, found.by_expert)
     if as_json:
         rows = json.loads(found.by_layer.to_json(orient="records"))

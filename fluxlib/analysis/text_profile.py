@@ -31,7 +31,7 @@ class TextProfile:
     by_expert: pd.DataFrame
 
 
-def check_reading(config: Any, bits: int, num_tokens: int) -> None:
+def check(config: Any, bits: int, num_tokens: int) -> None:
     """Refuse what a model of ``config`` cannot be asked for, before its weights are loaded.
 
     Raises:
@@ -46,25 +46,20 @@ def check_reading(config: Any, bits: int, num_tokens: int) -> None:
 
 def unknown_frac(batches: Iterable[dict[str, Tensor]], tokenizer: Any) -> float:
     """Share of the tokens in ``batches`` that stand for text the tokenizer does not know; 0 if it knows every text."""
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is None:
-        return 0.0
     ids = torch.cat([batch["input_ids"].flatten() for batch in batches])
-    return float((ids == unknown).float().mean())
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return 0.0 if unknown is None else float((ids == unknown).float().mean())
 
 
-def text_batches(text: str, tokenizer: Any, num_tokens: int, max_samples: int) -> list[dict[str, Tensor]]:
+def batches(text: str, tokenizer: Any, num_tokens: int, max_samples: int) -> list[dict[str, Tensor]]:
     """``text`` cut into samples of ``num_tokens`` tokens, in batches; a shorter rest counts only if it is all there is.
 
     Raises:
         ValueError: a text without a token, or of unknown tokens alone.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError("the text holds no token")
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if all(token == unknown for token in ids):
-        raise ValueError("the text holds no token that the model's tokenizer knows")
+    if not set(ids) - {getattr(tokenizer, "unk_token_id", None)}:
+        raise ValueError("the text holds no token" + " that the model's tokenizer knows" * bool(ids))
     width = min(num_tokens, len(ids))
     size = max(1, min(BATCH_SIZE, MAX_SQUARES // width**2))
     rows = [ids[start : start + width] for start in range(0, len(ids) - width + 1, width)][:max_samples]
@@ -74,7 +69,7 @@ def text_batches(text: str, tokenizer: Any, num_tokens: int, max_samples: int) -
     ]
 
 
-def profile_table(model: Any, batches: Iterable[dict[str, Tensor]], bits: int = 16) -> TextProfile:
+def profile(model: Any, batches: Iterable[dict[str, Tensor]], bits: int = 16) -> TextProfile:
     """Profile ``model`` on ``batches`` (section 4 of the paper).
 
     Raises:
@@ -85,22 +80,12 @@ def profile_table(model: Any, batches: Iterable[dict[str, Tensor]], bits: int = 
     found = profiling.profile(model, batches, bits=bits)
     num_layers, num_experts = found.frequency.shape
     shares = found.frequency.sort(dim=1, descending=True).values
-    layers = [
-        {
-            "layer": layer,
-            "experts": num_experts,
-            "busiest": int(found.frequency[layer].argmax()),
-            "its_share": float(shares[layer, 0]),
-            f"experts_for_{COVERED:.0%}": int((shares[layer].cumsum(0) < COVERED).sum()) + 1,
-            "unused": int((found.tokens[layer] == 0).sum()),
-        }
-        for layer in range(num_layers)
-    ]
+    by_layer = pd.DataFrame({
+        "layer": range(num_layers), "experts": num_experts, "busiest": found.frequency.argmax(dim=1),
+        "its_share": shares[:, 0], f"experts_for_{COVERED:.0%}": (shares.cumsum(1) < COVERED).sum(dim=1) + 1,
+        "unused": (found.tokens == 0).sum(dim=1),
+    })  # fmt: skip
     grid = pd.MultiIndex.from_product([range(num_layers), range(num_experts)], names=["layer", "expert"])
-    columns = {
-        "share": found.frequency.flatten().tolist(),
-        "tokens": found.tokens.flatten().tolist(),
-        "attention": found.attention.flatten().tolist(),
-    }
-    by_expert = pd.DataFrame(columns, index=grid).reset_index()
-    return TextProfile(found.frequency, found.num_tokens, pd.DataFrame(layers), by_expert)
+    columns = {"share": found.frequency, "tokens": found.tokens, "attention": found.attention}
+    by_expert = pd.DataFrame({name: values.flatten().tolist() for name, values in columns.items()}, index=grid)
+    return TextProfile(found.frequency, found.num_tokens, by_layer, by_expert.reset_index())

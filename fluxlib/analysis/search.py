@@ -1,0 +1,81 @@
+"""The search for each method's settings: a table of trials, and which settings are chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from fluxlib.config import RunConfig
+
+SETTINGS = ("learning_rate", "local_steps")
+"""Fields of :class:`~fluxlib.config.TrainingConfig` that are searched."""
+PANEL = ["model", "task", "method"]
+COLUMNS = (*PANEL, *SETTINGS, "variant", "num_seeds", "final", "at_s", "score", "mean", "is_best", "is_chosen")
+
+
+def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
+    """One row per trial: its settings, its last score, and its score at the moment when all trials can be compared.
+
+    That moment, ``at_s`` on the device clock, is when the quickest of the method's trials on this model and task had
+    ended: more local work per round must pay within the same time. ``is_best`` marks the highest mean score over seeds
+    there (the first of the table among equals). ``mean`` is a setting's score over all models and tasks, and
+    ``is_chosen`` marks one setting per method, since nobody tunes a method per task: the lowest learning rate, and of
+    that the fewest steps, among the settings whose mean is within one standard error of the highest (Hastie et al.,
+    The Elements of Statistical Learning, 7.10). That error is of the scored test samples.
+
+    Args:
+        rounds: the ``rounds`` table of all trials.
+        runs: their configurations, by run id (:func:`fluxlib.analysis.store.configs`).
+
+    Raises:
+        ValueError: methods with unequal numbers of trials, since that would not be the same search; a run without a
+            score.
+    """
+    rows: list[dict[str, Any]] = []
+    for panel, every in rounds.groupby(PANEL, sort=False):
+        at_s = float(every.groupby("run_id")["device_s"].max().min())
+        for variant, same in every.groupby("variant", sort=False):
+            found = [_scores(run, at_s) for _, run in same.groupby("run_id")]
+            final, score = (sum(values) / len(found) for values in zip(*found, strict=True))
+            config = runs[same["run_id"].iloc[0]]
+            row = dict(zip(PANEL, panel, strict=True)) | {name: getattr(config.training, name) for name in SETTINGS}
+            row |= {"variant": variant, "num_seeds": len(found), "final": final, "at_s": at_s, "score": score}
+            rows.append(row | {"variance": score * (1 - score) / (config.evaluation.samples * len(found))})
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, "variance"]).sort_values(
+        [*PANEL, "local_steps", "learning_rate"], kind="stable", ignore_index=True
+    )
+    counts = frame.groupby(PANEL).size()
+    if counts.nunique() > 1:
+        listed = ", ".join(f"{name} {_span(found)}" for name, found in counts.groupby("method", sort=False))
+        raise ValueError(f"methods must have equally many trials on each model and task; there are: {listed}")
+    frame["is_best"] = frame.groupby(PANEL)["score"].transform("idxmax").to_numpy() == frame.index.to_numpy()
+    frame["mean"] = frame.groupby(["method", *SETTINGS])["score"].transform("mean")
+    chosen = [_gentlest(own) for _, own in frame.groupby("method")]
+    frame["is_chosen"] = frame.set_index(["method", *SETTINGS]).index.isin(chosen)
+    return frame[list(COLUMNS)]
+
+
+def _scores(run: pd.DataFrame, at_s: float) -> tuple[float, float]:
+    """Last score of a run, and its last score by ``at_s``."""
+    scored = run.dropna(subset=["metric"]).sort_values("round")
+    if scored.empty:
+        raise ValueError(f"{run['run_id'].iloc[0]} was never scored")
+    by_then = scored.loc[scored["device_s"] <= at_s * (1 + 1e-9), "metric"]
+    return float(scored["metric"].iloc[-1]), float(by_then.iloc[-1])
+
+
+def _gentlest(trials: pd.DataFrame) -> tuple[str, float, int]:
+    """Method and settings of the gentlest of its trials that are as good as the best, as far as can be told."""
+    best = trials[trials["mean"] == trials["mean"].max()]
+    panels = len(trials[["model", "task"]].drop_duplicates())
+    error = math.sqrt(best["variance"].iloc[:panels].sum()) / panels
+    alike = trials[trials["mean"] >= trials["mean"].max() - error]
+    return min(alike[["method", *SETTINGS]].itertuples(index=False, name=None))
+
+
+def _span(numbers: pd.Series) -> str:
+    low, high = int(numbers.min()), int(numbers.max())
+    return str(low) if low == high else f"{low} to {high}"
