@@ -16,7 +16,7 @@ from fluxlib.analysis import store
 from fluxlib.app import widgets
 from fluxlib.app.widgets.background import count_tuned
 from fluxlib.app.widgets.controls import Controls, with_labels
-from fluxlib.config import ConfigError, make_config
+from fluxlib.config import ConfigError, flatten, make_config
 from fluxlib.federation.store.tables import read_work
 
 DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
@@ -94,7 +94,7 @@ def test_two_settings_never_share_a_place_in_the_store_and_equal_ones_do():
     first = controls.config()
     assert first == controls.config() and first.data.task_size == 200
     assert first.run_id.startswith("flux-t25-m25-")
-    for name, value in (("tune_fraction", 0.5), ("rounds", 3), ("fleet", "rtx-3060"), ("layer_budget", "uniform")):
+    for name, value in (("budget.tune_frac", 0.5), ("federation.rounds", 3), ("clock.fleet", "rtx-3060"), ("merging.budgets", "uniform")):
         before, controls.widgets[name].value = controls.widgets[name].value, value
         assert controls.config().run_id != first.run_id, name
         controls.widgets[name].value = before
@@ -102,8 +102,8 @@ def test_two_settings_never_share_a_place_in_the_store_and_equal_ones_do():
 
 
 def test_a_message_names_the_control_too():
-    assert with_labels("tune_fraction is 0, merge_fraction is 2") == (
-        "tuned (tune_fraction) is 0, merged (merge_fraction) is 2"
+    assert with_labels("budget.tune_frac is 0, budget.merge_frac is 2") == (
+        "tuned (budget.tune_frac) is 0, merged (budget.merge_frac) is 2"
     )
 
 
@@ -138,7 +138,7 @@ def test_the_work_of_a_preview_is_that_of_a_run(method):
 
 def test_too_few_experts_of_the_real_model_are_said_in_the_words_of_the_controls():
     config = make_config(SMALL | {"method": "fmes", "clock.model": "llama-moe-3.5b", "budget.tune_frac": 0.0625})
-    with pytest.raises(ConfigError, match=r"tune_fraction is 0\.0625, 32 of 512 experts of llama-moe-3\.5b: .*128"):
+    with pytest.raises(ConfigError, match=r"budget.tune_frac is 0\.0625, 32 of 512 experts of llama-moe-3\.5b: .*128"):
         widgets.preview(config)
 
 
@@ -146,7 +146,7 @@ def test_what_does_not_fit_says_what_would():
     config = make_config(SMALL | {"clock.fleet": "rtx-3060", "clock.model": "llama-moe-3.5b", "budget.tune_frac": 0.5})
     warning = widgets.preview(config).warning
     assert warning.startswith("Does not fit: 256 tuned and 128 merged experts of llama-moe-3.5b need ")
-    found = re.search(r"About tune_fraction (\S+) with merge_fraction (\S+) would", warning)
+    found = re.search(r"About budget.tune_frac (\S+) with budget.merge_frac (\S+) would", warning)
     tuned, merged = float(found[1]), float(found[2])
     assert 0.0625 < tuned < 0.5
     fitting = make_config(config.model_dump() | {"budget.tune_frac": tuned, "budget.merge_frac": max(merged, 0.0625)})
@@ -160,7 +160,7 @@ def test_roles_of_a_run_that_goes_on_begin_with_its_first_round(tmp_path):
     first.wait(300)
     assert first.state == "stopped" and len(first.tuned) == 1
     (label, file), *_ = store.runs([tmp_path]).items()
-    assert label == f"{config.run_id}  ({tmp_path.name}, unfinished)" and store.parameters(file)["rounds"] == 3
+    assert label == f"{config.run_id}  ({tmp_path.name}, unfinished)" and flatten(store.parameters(file))["federation.rounds"] == 3
     second = widgets.BackgroundRun(config, tmp_path)
     second.start()
     second.wait(300)
@@ -182,7 +182,7 @@ def test_a_run_that_is_killed_keeps_its_rounds_in_the_store(tmp_path):
     records.write("rounds", rounds, folder / "rounds-1.parquet", {})
     manifest = {
         "round": 1,
-        "files": {"federation.rounds": "rounds-1.parquet"},
+        "files": {"rounds": "rounds-1.parquet"},
         "config": config.model_dump(mode="json"),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -204,13 +204,15 @@ def test_a_run_that_is_killed_keeps_its_rounds_in_the_store(tmp_path):
 
 def test_a_dashboard_that_is_opened_again_watches_the_run_that_goes_on(engine, tmp_path):
     closed = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
-    closed.controls.widgets["rounds"].value = 1
+    closed.controls.widgets["federation.rounds"].value = 1
     closed.start.click()
+    closed.wait()
     opened = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
     assert opened.run is closed.run and opened.start.disabled and not opened.halt.disabled
     assert opened.controls.config() == opened.run.config and opened.tabs.selected_index == 1
     engine.release(2)
     opened.run.wait(300)
+    opened.wait()
     assert "Complete." in opened.status.value and "Complete." not in closed.status.value
     assert widgets.Dashboard(make_config(SMALL), tmp_path, store=[]).run is None
 
@@ -219,11 +221,14 @@ def test_buttons_that_are_pressed_twice_do_it_once(engine, tmp_path):
     dashboard = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
     dashboard.halt.click()
     dashboard.history.take_over.click()
+    dashboard.wait()
     assert dashboard.run is None and dashboard.history.note.value == "Choose one run, 0 are chosen."
     dashboard.start.click()
+    dashboard.wait()
     run = dashboard.run
-    dashboard.controls.widgets["rounds"].value = 1
+    dashboard.controls.widgets["federation.rounds"].value = 1
     dashboard.start.click()
+    dashboard.wait()
     assert dashboard.run is run and not dashboard.history.with_trials.value
     with pytest.raises(ConfigError, match=f"{run.config.run_id} still runs: wait for it, or stop it"):
         dashboard.press_run()
@@ -234,7 +239,45 @@ def test_buttons_that_are_pressed_twice_do_it_once(engine, tmp_path):
     assert (run.state, len(run.rows)) == ("stopped", 1)
 
 
-@pytest.mark.parametrize("name", ["task", "method", "fleet", "link"])
+def test_a_press_waits_for_the_settings_that_are_being_taken_over(engine, monkeypatch, tmp_path):
+    """JupyterLab hands the two presses to two threads, and the first of them still computes."""
+    config = make_config(SMALL | {"federation.rounds": 1, "variant": "earlier"})
+    table = tmp_path / "rounds" / f"{config.run_id}.parquet"
+    records.write("rounds", pd.DataFrame([row(0)]), table, {"parameters": config.model_dump(mode="json")})
+    dashboard = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
+    allowed, look = threading.Event(), widgets.preview
+
+    def slow(*arguments):
+        assert allowed.wait(300)
+        return look(*arguments)
+
+    monkeypatch.setattr(widgets.dashboard, "preview", slow)
+    dashboard.history.choice.value = (table,)
+    for button in (dashboard.history.take_over, dashboard.start):
+        thread = threading.Thread(target=button.click)
+        thread.start()
+        thread.join(300)
+    assert dashboard.run is None
+    allowed.set()
+    dashboard.wait()
+    assert dashboard.run.config.federation.rounds == 1
+    engine.release(2)
+    dashboard.run.wait(300)
+
+
+def test_what_fails_when_it_is_its_turn_is_said_and_stops_nothing(monkeypatch, tmp_path):
+    dashboard = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
+    with monkeypatch.context() as patch:
+        patch.setattr(widgets.dashboard, "preview", lambda *_: 1 / 0)
+        dashboard.controls.widgets["federation.rounds"].value = 3
+        dashboard.wait()
+    assert "ZeroDivisionError: division by zero" in dashboard.message.value
+    dashboard.controls.widgets["federation.rounds"].value = 2
+    dashboard.wait()
+    assert dashboard.message.value == "" and dashboard.preview.config.federation.rounds == 2
+
+
+@pytest.mark.parametrize("name", ["task", "method", "clock.fleet", "clock.link"])
 def test_a_name_that_no_menu_has_is_refused(name):
     with pytest.raises(ConfigError, match=f"{name} is 'nope', allowed are "):
         Controls(make_config(SMALL | {name: "nope"}))
@@ -288,15 +331,17 @@ def test_settings_that_the_dashboard_cannot_show_change_nothing():
 def test_the_dashboard_refuses_in_place_and_is_a_picture_where_nobody_looks(engine, monkeypatch, tmp_path):
     dashboard = widgets.Dashboard(make_config(SMALL), tmp_path, store=[])
     assert dashboard.message.value == "" and not dashboard.start.disabled
-    dashboard.controls.widgets["tune_fraction"].value = 0.05
-    assert "tuned (tune_fraction) is 0.05, allowed is at least" in dashboard.message.value
+    dashboard.controls.widgets["budget.tune_frac"].value = 0.05
+    dashboard.wait()
+    assert "tuned (budget.tune_frac) is 0.05, allowed is at least" in dashboard.message.value
     assert [
         name for name, widget in dashboard.controls.widgets.items() if "solid" in (widget.layout.border_top or "")
-    ] == ["tune_fraction"]
+    ] == ["budget.tune_frac"]
     assert dashboard.start.disabled and dashboard.plan.layout.visibility == "hidden"
     with pytest.raises(ConfigError, match="allowed is at least"):
         dashboard.press_run()
-    dashboard.controls.widgets["tune_fraction"].value = 0.25
+    dashboard.controls.widgets["budget.tune_frac"].value = 0.25
+    dashboard.wait()
     assert dashboard.message.value == "" and dashboard.plan.layout.visibility == "visible"
     engine.release(3)
     run = dashboard.press_run(timeout_s=300)

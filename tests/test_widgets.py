@@ -4,7 +4,7 @@ import pytest
 
 from fluxlib import records
 from fluxlib.app import widgets
-from fluxlib.config import RunConfig
+from fluxlib.config import make_config
 
 DEFAULTS = {"string": "x", "int64": 0, "float64": 0.5}
 
@@ -38,7 +38,7 @@ def handle(monkeypatch):
 
 
 def watch(rounds: int) -> widgets.RunMonitor:
-    monitor = widgets.RunMonitor(RunConfig(federation__rounds=rounds))
+    monitor = widgets.RunMonitor(make_config({"federation.rounds": rounds}))
     for number in range(rounds + 1):
         assert monitor(row(number)) is None, "a monitor never stops a run"
     return monitor

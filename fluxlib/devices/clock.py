@@ -90,7 +90,7 @@ def shapes(name: str) -> Shapes:
 
     settings = models.config(name)
     with torch.device("meta"):
-        return shapes_of(name, AutoModelForCausalLM.from_config(settings))
+        return shapes_of(name, AutoModelForCausalLM.from_config(settings, dtype=torch.float32))
 
 
 def shapes_of(name: str, model: PreTrainedModel) -> Shapes:

@@ -72,10 +72,13 @@ def meta_model(config: Any, dtype: torch.dtype) -> Any:
     # A copy: from_config writes the attention's name into the configuration it is given.
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # Another type would be torch's default meanwhile, for every thread of this process: a run may go on in one.
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if model._supports_sdpa:
             model.set_attn_implementation(DRY_ATTENTION)
-    model.config.use_cache = False
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.use_cache, model.config.dtype = False, dtype
     return model
 
 

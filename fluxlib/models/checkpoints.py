@@ -232,7 +232,7 @@ def check(folder: Path, config: Any) -> None:
         ValueError: missing, extra, misshapen and doubled keys and weights of whole numbers, by name.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     expected = {key: tuple(tensor.shape) for key, tensor in original_tensors(model)}
     stored = {key: found for key, found in stored_tensors(folder).items() if not IGNORED.search(key)}
     if config.tie_word_embeddings:

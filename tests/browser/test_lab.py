@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from fluxlib import records
 
 from .conftest import ARTIFACTS
 
-TIMEOUT_S = 600
-"""For one step; on a machine that does nothing else all of them together take well under a minute."""
+TIMEOUT_S = 60
+"""For one step; on a machine that does nothing else all of them together take hardly more."""
 
 ROUNDS = 40
 """More than are done before a page is closed and opened again: no test waits for the last one."""
@@ -33,6 +34,13 @@ REACHED = """number => {
     const said = [...document.querySelectorAll('.widget-html')].map(item => item.textContent.match(/round (\\d+) of/))
     return said.some(found => found && Number(found[1]) >= number)
 }"""
+
+SHOWN = """() => {
+    const text = item => item.textContent.trim() + (item.disabled ? ' (disabled)' : '')
+    return [...document.querySelectorAll('.widget-html, button.widget-button')].map(text).filter(Boolean)
+}"""
+
+PICTURE = "img => document.querySelector('img.widget-image').src != img"
 
 READY = """async () => {
     const notebook = window.jupyterapp.shell.currentWidget
@@ -64,11 +72,12 @@ class Page:
         """As a user: Run > Run All Cells, and wait until the last code cell has its number."""
         self.page.evaluate(READY)
         self.command("notebook:run-all-cells")
-        try:
-            self.page.wait_for_function(NUMBERED)
-        except Exception:
-            self.shot(f"failed-{self.name}")
-            raise
+        self.page.wait_for_function(NUMBERED)
+
+    def told(self) -> str:
+        """What the page says, and which buttons can be pressed; a picture of it lies in ``ARTIFACTS``."""
+        self.shot(f"failed-{self.name}")
+        return "\n".join(["the page showed:", *self.page.evaluate(SHOWN), *self.errors()])
 
     def errors(self) -> list[str]:
         found = self.page.query_selector_all(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']")
@@ -83,10 +92,7 @@ class Page:
         return str(self.page.locator("img.widget-image").first.get_attribute("src"))
 
     def wait_image(self, other_than: str) -> str:
-        deadline = time.monotonic() + TIMEOUT_S
-        while self.image() == other_than and time.monotonic() < deadline:
-            self.page.wait_for_timeout(50)
-        assert self.image() != other_than, "the picture did not change"
+        self.page.wait_for_function(PICTURE, arg=other_than)
         return self.image()
 
     def slider(self, label: str):
@@ -124,20 +130,27 @@ def out(tmp_path_factory, lab):
     return folder
 
 
-@pytest.fixture(scope="module")
-def opened(browser, lab, out):
-    """The dashboard after Run All Cells."""
-    found = open_dashboard(browser, lab[0])
-    yield found
-    found.page.close()
+@contextmanager
+def opened(browser, address: str, name: str) -> Iterator[Page]:
+    """A notebook after Run All Cells; what fails meanwhile says what the page showed."""
+    found = Page(browser, address, name)
+    try:
+        found.run_all()
+        yield found
+    except BaseException as error:
+        error.add_note(found.told())
+        raise
+    finally:
+        found.page.close()
 
 
-def open_dashboard(browser, address: str) -> Page:
-    found = Page(browser, address, "explore.ipynb")
-    found.run_all()
-    found.page.locator("img.widget-image").first.wait_for(state="attached")
-    found.page.locator(".widget-hbox").first.scroll_into_view_if_needed()
-    return found
+@contextmanager
+def dashboard(browser, address: str) -> Iterator[Page]:
+    """``explore`` after Run All Cells, its dashboard in view."""
+    with opened(browser, address, "explore.ipynb") as found:
+        found.page.locator("img.widget-image").first.wait_for(state="attached")
+        found.page.locator(".widget-hbox").first.scroll_into_view_if_needed()
+        yield found
 
 
 def finished(out: Path, part: str) -> int:
@@ -146,71 +159,69 @@ def finished(out: Path, part: str) -> int:
     return int(json.loads(found[0].read_text())["round"]) if found else 0
 
 
-def test_the_dashboard_opens_moves_refuses_runs_and_stops(opened, out):
-    page = opened.page
-    assert opened.errors() == []
-    before = opened.image()
-    opened.slider("tuned").focus()
-    page.keyboard.press("ArrowRight")
-    moved = opened.wait_image(before)
-    opened.shot("1-before")
+def test_the_dashboard_opens_moves_refuses_runs_and_stops(browser, lab, out):
+    with dashboard(browser, lab[0]) as shown:
+        page = shown.page
+        assert shown.errors() == []
+        before = shown.image()
+        shown.slider("tuned").focus()
+        page.keyboard.press("ArrowRight")
+        moved = shown.wait_image(before)
+        shown.shot("1-before")
 
-    page.keyboard.press("Home")
-    opened.wait_text("tuned (tune_fraction): Input should be greater than 0")
-    assert opened.button("Run").is_disabled()
-    opened.shot("2-impossible")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    opened.wait_image(moved)
+        page.keyboard.press("Home")
+        shown.wait_text("tuned (budget.tune_frac): Input should be greater than 0")
+        assert shown.button("Run").is_disabled()
+        shown.shot("2-impossible")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        shown.wait_image(moved)
 
-    opened.button("Run").click()
-    opened.wait_round(2)
-    opened.shot("3-running")
-    opened.button("Stop").click()
-    opened.wait_text("Stopped.")
-    opened.shot("4-stopped")
-    assert 2 <= finished(out, "-t10-") < ROUNDS
+        shown.button("Run").click()
+        shown.wait_round(2)
+        shown.shot("3-running")
+        shown.button("Stop").click()
+        shown.wait_text("Stopped.")
+        shown.shot("4-stopped")
+        assert 2 <= finished(out, "-t10-") < ROUNDS
 
-    # While the kernel is busy, a button's message overtakes a slider's: the picture says that the slider's is there.
-    before = opened.image()
-    opened.slider("rounds").focus()
-    page.keyboard.press("Home")
-    opened.wait_image(before)
-    opened.button("Run").click()
-    opened.wait_text("Complete.")
-    opened.shot("5-complete")
-    assert opened.errors() == []
+        shown.slider("rounds").focus()
+        page.keyboard.press("Home")
+        shown.button("Run").click()
+        shown.wait_text("Complete.")
+        shown.shot("5-complete")
+        assert shown.errors() == []
 
 
 def test_closing_the_browser_loses_nothing(browser, lab, out):
     """The page is closed while a run goes on; then the kernel is ended in the middle of it, too."""
-    first = open_dashboard(browser, lab[0])
-    first.button("Run").click()
-    first.wait_round(1)
-    first.page.close()
+    with dashboard(browser, lab[0]) as first:
+        first.button("Run").click()
+        first.wait_round(1)
 
-    again = open_dashboard(browser, lab[0])
-    again.wait_round(2)
-    end_kernels(lab[0])
-    again.page.close()
+    with dashboard(browser, lab[0]) as again:
+        again.wait_round(2)
+        end_kernels(lab[0])
     kept = finished(out, "-t25-")
     assert 2 <= kept < ROUNDS, "rounds that were finished are there, whatever was closed"
 
-    last = open_dashboard(browser, lab[0])
-    last.tab("Run and compare")
-    last.wait_text("Unfinished: ")
-    last.page.locator("select[multiple] option:has-text('unfinished')").first.click()
-    last.button("Use its settings").click()
-    last.button("Run").click()
-    last.wait_round(kept + 1)
-    last.button("Stop").click()
-    last.wait_text("Stopped.")
-    last.shot("6-gone-on")
-    (table,) = (out / "rounds").glob("*-t25-*.parquet")
-    rounds = records.read("rounds", table)["round"].tolist()
-    assert rounds == list(range(len(rounds))) and len(rounds) > kept + 1
-    assert last.errors() == []
-    last.page.close()
+    with dashboard(browser, lab[0]) as last:
+        last.tab("Run and compare")
+        last.wait_text("Unfinished: ")
+        last.page.locator("select[multiple] option:has-text('unfinished')").first.click()
+        last.button("Use its settings").click()
+        last.button("Run").click()
+        last.wait_round(kept + 1)
+        last.slider("tuned").focus()
+        last.page.keyboard.press("ArrowRight")
+        last.wait_round(kept + 3)
+        last.button("Stop").click()
+        last.wait_text("Stopped.")
+        last.shot("6-gone-on")
+        (table,) = (out / "rounds").glob("*-t25-*.parquet")
+        rounds = records.read("rounds", table)["round"].tolist()
+        assert rounds == list(range(len(rounds))) and len(rounds) > kept + 1
+        assert last.errors() == []
 
 
 def end_kernels(address: str) -> None:
@@ -226,10 +237,8 @@ def end_kernels(address: str) -> None:
 def test_a_notebook_runs_from_top_to_bottom(browser, lab):
     address, folder = lab
     parametrize(folder / "00_start_here.ipynb", num_samples=16)
-    found = Page(browser, address, "00_start_here.ipynb")
-    found.run_all()
-    assert found.errors() == []
-    assert found.page.locator(".jp-OutputArea-output img").count() >= 3
-    found.page.locator(".jp-OutputArea-output img").first.scroll_into_view_if_needed()
-    found.shot("7-notebook")
-    found.page.close()
+    with opened(browser, address, "00_start_here.ipynb") as found:
+        assert found.errors() == []
+        assert found.page.locator(".jp-OutputArea-output img").count() >= 3
+        found.page.locator(".jp-OutputArea-output img").first.scroll_into_view_if_needed()
+        found.shot("7-notebook")

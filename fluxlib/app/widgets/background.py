@@ -1,10 +1,11 @@
-"""A federated run in a thread: whoever started it can watch it, stop it, and go on with it later."""
+"""What goes on while a page is looked at: a federated run, and what was pressed and turned meanwhile."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,33 @@ class BackgroundRun:
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict(orient="records")]
+
+
+class InTurn:
+    """Does what it is given in a thread of its own: one thing after the other, in the order in which they came.
+
+    JupyterLab and its kernel handle the messages of a page's widgets in several threads. A handler that computed would
+    hold up the messages of its own thread and be overtaken by those of another.
+    """
+
+    def __init__(self, on_error: Callable[[Exception], None]) -> None:
+        self._on_error = on_error
+        self._thread = ThreadPoolExecutor(1, "dashboard")
+
+    def __call__(self, action: Callable[..., object], *arguments: Any) -> None:
+        """Remember ``action`` and do it when what came before is done."""
+        self._thread.submit(self._do, action, *arguments)
+
+    def wait(self) -> None:
+        """Until everything that came before is done."""
+        self._thread.submit(lambda: None).result()
+
+    def _do(self, action: Callable[..., object], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:
+            log.exception("a press or a turn failed")
+            self._on_error(error)
 
 
 class _Worker(threading.Thread):

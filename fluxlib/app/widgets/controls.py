@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fluxlib import methods, models, tasks
-from fluxlib.config import ConfigError, RunConfig, make_config
+from fluxlib.config import ConfigError, RunConfig
 from fluxlib.devices import catalogue
 from fluxlib.figures import style
 
@@ -21,7 +22,7 @@ class Controls:
     """The left side of the dashboard: everything that a reader may turn.
 
     Attributes:
-        widgets: by the name of the parameter; ``participant`` is the one whose plan is shown.
+        widgets: by the full name of the setting; ``participant`` is the one whose plan is shown.
         base: what is not on the dashboard stays as it is here.
 
     Raises:
@@ -31,64 +32,56 @@ class Controls:
     def __init__(self, base: RunConfig) -> None:
         import ipywidgets
 
-        self.base = base
-        slide = ipywidgets.FloatSlider
+        self.base, start = base, base.settings()
 
-        def menu(name: str, options: list[Any]) -> Any:
-            allowed = [option[1] if isinstance(option, tuple) else option for option in options]
-            if (value := getattr(base, name)) not in allowed:
-                raise ConfigError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
-            return ipywidgets.Dropdown(options=options, value=value)
+        def menu(name: str, options: Mapping[str, str] | Sequence[str]) -> Any:
+            titles = options if isinstance(options, Mapping) else {value: value for value in options}
+            if start[name] not in titles:
+                raise ConfigError(f"{name} is {start[name]!r}, allowed are {', '.join(titles)}")
+            return ipywidgets.Dropdown(options=[(title, value) for value, title in titles.items()], value=start[name])
 
         def count(name: str, most: int) -> Any:
-            value = getattr(base, name)
-            return ipywidgets.IntSlider(value=value, min=1, max=max(most, value), continuous_update=False)
+            return ipywidgets.IntSlider(value=start[name], min=1, max=max(most, start[name]), continuous_update=False)
 
-        fleets = [(f"fleet: {name} ({len(kinds)} kinds)" if len(kinds) > 1 else f"fleet: {name}", name)
-                  for name, kinds in catalogue.FLEETS.items()]  # fmt: skip
-        fleets += [(device.title, name) for name, device in catalogue.DEVICES.items()]
-        links = [(link.title, name) for name, link in catalogue.LINKS.items()]
-        shown = list(dict.fromkeys((*CLOCK_MODELS, base.clock.model)))
-        shapes = [("the mini model itself" if name == "self" else name, name) for name in shown]
-        quarter = {"min": 0.0, "max": 1.0, "step": 0.05, "readout_format": ".2f", "continuous_update": False}
+        def share(name: str) -> Any:
+            return ipywidgets.FloatSlider(
+                value=start[name], min=0.0, max=1.0, step=0.05, readout_format=".2f", continuous_update=False
+            )
+
+        fleets = {name: f"fleet: {name} ({len(kinds)} kinds)" if len(kinds) > 1 else f"fleet: {name}"
+                  for name, kinds in catalogue.FLEETS.items()}  # fmt: skip
+        fleets |= {name: device.title for name, device in catalogue.DEVICES.items()}
+        shapes = {name: name for name in (*CLOCK_MODELS, base.clock.model)} | {"self": "the mini model itself"}
         self.widgets: dict[str, Any] = {
-            "model": menu("model", list(dict.fromkeys((*models.known()[:2], base.model)))),
+            "model": menu("model", [*dict.fromkeys((*models.known()[:2], base.model))]),
             "task": menu("task", list(tasks.TASKS)),
-            "method": menu("method", _methods()),
-            "fleet": menu("fleet", fleets),
-            "link": menu("link", links),
-            "clock_model": menu("clock_model", shapes),
-            "tune_fraction": slide(value=base.budget.tune_frac, **quarter),
-            "merge_fraction": slide(value=base.budget.merge_frac, **quarter),
-            "participants": count("participants", 16),
+            "method": menu("method", {name: style.method(name).title for name in style.order(methods.METHODS)}),
+            "clock.fleet": menu("clock.fleet", fleets),
+            "clock.link": menu("clock.link", {name: link.title for name, link in catalogue.LINKS.items()}),
+            "clock.model": menu("clock.model", shapes),
+            "budget.tune_frac": share("budget.tune_frac"),
+            "budget.merge_frac": share("budget.merge_frac"),
+            "federation.participants": count("federation.participants", 16),
             "participant": ipywidgets.IntSlider(
                 value=0, min=0, max=base.federation.participants - 1, continuous_update=False
             ),
-            "rounds": count("rounds", 40),
-            "local_steps": count("local_steps", 8),
-            "layer_budget": menu("layer_budget", ["adaptive", "uniform", "single", "joint"]),
+            "federation.rounds": count("federation.rounds", 40),
+            "training.local_steps": count("training.local_steps", 8),
+            "merging.budgets": menu("merging.budgets", ["adaptive", "uniform", "single", "joint"]),
         }
         for name, widget in self.widgets.items():
-            widget.description = LABELS[name]
+            widget.description, widget.tooltip = CONTROLS[name]
             widget.style.description_width = "92px"
             widget.layout.width = WIDTH
-            widget.tooltip = HELP[name]
 
     def view(self) -> list[Any]:
         """The widgets in the order in which a reader needs them, under four headings."""
         import ipywidgets
 
-        def heading(text: str) -> Any:
-            return ipywidgets.HTML(f"<b>{text}</b>")
-
-        groups = {
-            "What": ("model", "task", "method"),
-            "Who and where": ("participants", "participant", "fleet", "link", "clock_model"),
-            "Budgets, as shares of all experts": ("tune_fraction", "merge_fraction", "layer_budget"),
-            "How long": ("rounds", "local_steps"),
-        }
-        return [item for title, names in groups.items()
-                for item in (heading(title), *(self.widgets[name] for name in names))]  # fmt: skip
+        shown = []
+        for title, names in HEADINGS.items():
+            shown += [ipywidgets.HTML(f"<b>{title}</b>"), *(self.widgets[name] for name in names)]
+        return shown
 
     @property
     def participant(self) -> int:
@@ -104,26 +97,25 @@ class Controls:
             ConfigError: a combination that cannot be.
         """
         chosen = {name: widget.value for name, widget in self.widgets.items() if name != "participant"}
-        return make_config(self.base.model_dump() | chosen | {"variant": self._variant(chosen)})
+        return self.base.updated(chosen | {"variant": self._variant(chosen)})
 
     def load(self, config: RunConfig) -> None:
         """Turn everything to what ``config`` says; what has no control is taken over from it too.
 
         Raises:
-            ConfigError: a value that its control does not have, such as more rounds than the slider goes to.
+            ConfigError: a value that its control does not have.
         """
         import traitlets
 
         before = {name: widget.value for name, widget in self.widgets.items()}
+        wanted = {name: value for name, value in config.settings().items() if name in self.widgets}
         try:
-            for name, widget in self.widgets.items():
-                if name != "participant":
-                    _show(widget, getattr(config, name))
+            for name, value in wanted.items():
+                _show(self.widgets[name], value)
         except traitlets.TraitError:
             for other, value in before.items():
                 self.widgets[other].value = value
-            message = f"{name} is {getattr(config, name)!r}, which the dashboard cannot show"
-            raise ConfigError(message) from None
+            raise ConfigError(f"{name} is {wanted[name]!r}, which the dashboard cannot show") from None
         self.base = config
         self.follow_participants()
 
@@ -135,16 +127,16 @@ class Controls:
 
     def follow_participants(self) -> None:
         """Keep the shown participant within their number."""
-        most = self.widgets["participants"].value - 1
+        most = self.widgets["federation.participants"].value - 1
         self.widgets["participant"].value = min(self.participant, most)
         self.widgets["participant"].max = most
 
     def _variant(self, chosen: dict[str, Any]) -> str:
-        named = ("model", "task", "method", "tune_fraction", "merge_fraction")
-        rest = {**self.base.model_dump(), **chosen}
-        rest = {name: value for name, value in sorted(rest.items()) if name not in (*named, "variant", "seed")}
+        named = {"model", "task", "method", "budget.tune_frac", "budget.merge_frac", "variant", "seed"}
+        rest = {name: value for name, value in sorted((self.base.settings() | chosen).items()) if name not in named}
         digest = hashlib.sha256(repr(rest).encode()).hexdigest()[:4]
-        return f"t{round(100 * chosen['tune_fraction'])}-m{round(100 * chosen['merge_fraction'])}-{digest}"
+        tuned, merged = (round(100 * chosen[f"budget.{name}"]) for name in ("tune_frac", "merge_frac"))
+        return f"t{tuned}-m{merged}-{digest}"
 
 
 def _show(widget: Any, value: Any) -> None:
@@ -154,50 +146,38 @@ def _show(widget: Any, value: Any) -> None:
     widget.value = value
 
 
-def _methods() -> list[tuple[str, str]]:
-    return [(style.method(name).title, name) for name in style.order(methods.METHODS)]
-
-
-LABELS = {
-    "model": "model",
-    "task": "task",
-    "method": "method",
-    "fleet": "devices",
-    "link": "link",
-    "clock_model": "sized as",
-    "tune_fraction": "tuned",
-    "merge_fraction": "merged",
-    "participants": "participants",
-    "participant": "shown: no.",
-    "rounds": "rounds",
-    "local_steps": "local steps",
-    "layer_budget": "per layer",
+HEADINGS = {
+    "What": ("model", "task", "method"),
+    "Who and where": ("federation.participants", "participant", "clock.fleet", "clock.link", "clock.model"),
+    "Budgets, as shares of all experts": ("budget.tune_frac", "budget.merge_frac", "merging.budgets"),
+    "How long": ("federation.rounds", "training.local_steps"),
 }
-HELP = {
-    "model": "base model that is fine-tuned",
-    "task": "generated task; its samples are dealt to the participants",
-    "method": "what a participant does in a round",
-    "fleet": "devices of the participants, on the device clock",
-    "link": "connection of each participant to the server, on the device clock",
-    "clock_model": "model whose shapes memory and time are predicted for",
-    "tune_fraction": "B_tune: share of all experts that fits with gradients",
-    "merge_fraction": "B_non: share of all experts that fits beside them, merged and frozen",
-    "participants": "number of participants",
-    "participant": "the participant whose data and plan are shown",
-    "rounds": "rounds of the run",
-    "local_steps": "optimizer steps of a participant in a round",
-    "layer_budget": "how merged slots are spread over layers (eq. 1)",
+CONTROLS = {
+    "model": ("model", "base model that is fine-tuned"),
+    "task": ("task", "generated task; its samples are dealt to the participants"),
+    "method": ("method", "what a participant does in a round"),
+    "clock.fleet": ("devices", "devices of the participants, on the device clock"),
+    "clock.link": ("link", "connection of each participant to the server, on the device clock"),
+    "clock.model": ("sized as", "model whose shapes memory and time are predicted for"),
+    "budget.tune_frac": ("tuned", "B_tune: share of all experts that fits with gradients"),
+    "budget.merge_frac": ("merged", "B_non: share of all experts that fits beside them, merged and frozen"),
+    "federation.participants": ("participants", "number of participants"),
+    "participant": ("shown: no.", "the participant whose data and plan are shown"),
+    "federation.rounds": ("rounds", "rounds of the run"),
+    "training.local_steps": ("local steps", "optimizer steps of a participant in a round"),
+    "merging.budgets": ("per layer", "how merged slots are spread over layers (eq. 1)"),
 }
+"""What stands beside a control, and its help."""
 
 
 def with_labels(message: str) -> str:
-    """``message`` with the label of a control in front of each parameter's name."""
-    for name, label in LABELS.items():
+    """``message`` with the label of a control in front of each setting's name."""
+    for name, (label, _) in CONTROLS.items():
         if label != name:
             message = re.sub(_mention(name), f"{label} ({name})", message)
     return message
 
 
 def _mention(name: str) -> str:
-    """Where a message speaks of the parameter ``name``, not of a model, a method or a participant."""
-    return rf"\b{name}\b(?! \()" if "_" in name else rf"\b{name}(?= is |:)"
+    """Where a message speaks of the setting ``name``, not of a model, a method or a participant."""
+    return rf"\b{re.escape(name)}\b(?! \()" if "." in name else rf"(?<![\w.]){name}(?= is |:)"

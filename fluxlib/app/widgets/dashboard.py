@@ -7,7 +7,6 @@ run, a saved notebook, GitHub).
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pandas as pd
 
 from fluxlib import figures
 from fluxlib.analysis.store import SEARCH, folders, place_of, run_id
-from fluxlib.app.widgets.background import BackgroundRun, count_tuned, going_on
+from fluxlib.app.widgets.background import BackgroundRun, InTurn, count_tuned, going_on
 from fluxlib.app.widgets.controls import Controls, with_labels
 from fluxlib.app.widgets.history import History, table
 from fluxlib.app.widgets.monitor import HEADLESS
@@ -32,12 +31,13 @@ class Dashboard:
     """Controls on the left; on the right what they mean, a run that can be watched and stopped, and earlier runs.
 
     A run into ``out`` that this process still computes (its page was closed, its cell was run again) is watched again.
+    What is pressed or turned while something else is computed is remembered, and done in its turn.
 
     Args:
         config: where the controls start, and everything that has no control.
         out: folder of the tables and checkpoints of runs that are started here.
-        store: more folders of runs to compare with; None: those of :func:`fluxlib.analysis.store.folders`, the trials of the
-            search when they are asked for.
+        store: more folders of runs to compare with; None: those of :func:`fluxlib.analysis.store.folders`, the trials of
+            the search when they are asked for.
 
     Raises:
         ConfigError: a name in ``config`` that no menu has.
@@ -50,10 +50,11 @@ class Dashboard:
         places = [self.out, *(folders(trials=False) if store is None else store)]
         trials = [results_dir(SEARCH)] if store is None else []
         self.controls = Controls(config)
-        self.history = History(places, self._draw, self._take_over, trials)
+        self.in_turn = InTurn(lambda error: self._say(f"{type(error).__name__}: {error}"))
+        self.history = History(places, self._draw, self._take_over, trials, self.in_turn)
         self.preview: Preview | None = None
         self.run: BackgroundRun | None = None
-        self._lock, self._paused = threading.RLock(), False
+        self._paused, self._change_waits = False, False
         layout = ipywidgets.Layout
         self.message, self.summary = ipywidgets.HTML(), ipywidgets.HTML()
         self.plan = ipywidgets.Image(format="png", layout=layout(width="100%", max_width="1000px"))
@@ -76,36 +77,39 @@ class Dashboard:
             ConfigError: what the dashboard would say in red; another run that goes on.
             TimeoutError: the run goes on after ``timeout_s``.
         """
-        self.refresh()
+        self.in_turn(self.refresh)
+        self.wait()
         if self.preview is None:
             raise ConfigError(self._problem)
         if self.run is not None and self.run.busy:
             raise ConfigError(f"{self.run.config.run_id} still runs: wait for it, or stop it")
-        self._press_run()
+        self.start.click()
+        self.wait()
         assert self.run is not None
         self.run.wait(timeout_s)
+        self.wait()
         return self.run
 
-    def refresh(self, *_: Any) -> None:
+    def wait(self) -> None:
+        """Until everything that was pressed and turned has been done."""
+        self.in_turn.wait()
+
+    def refresh(self) -> None:
         """Read the controls and show what they mean; what cannot be is said in place, and cannot be run."""
-        if self._paused:
-            return
-        with self._lock:
-            try:
-                self.preview = preview(self.controls.config(), self.controls.participant)
-                self._problem, warning = "", self.preview.warning
-            except ConfigError as error:
-                self.preview, self._problem, warning = None, str(error), ""
-            if self.preview is not None:
-                self.plan.value = self.preview.picture()._repr_png_()
-            # The picture of another choice would be taken for this one's.
-            self.plan.layout.visibility = "visible" if self.preview is not None else "hidden"
-            self.summary.value = paragraphs(self.preview.summary()) if self.preview is not None else ""
-            problem = f"{with_labels(self._problem)}\nNothing can be run until this is changed." * bool(self._problem)
-            self.message.value = note(problem, RED) or note(with_labels(warning), BROWN)
-            self.controls.mark(self._problem)
-            self._set_buttons()
-            self._list_earlier()
+        try:
+            self.preview = preview(self.controls.config(), self.controls.participant)
+            self._problem, warning = "", self.preview.warning
+        except ConfigError as error:
+            self.preview, self._problem, warning = None, str(error), ""
+        if self.preview is not None:
+            self.plan.value = self.preview.picture()._repr_png_()
+        # The picture of another choice would be taken for this one's.
+        self.plan.layout.visibility = "visible" if self.preview is not None else "hidden"
+        self.summary.value = paragraphs(self.preview.summary()) if self.preview is not None else ""
+        self._say(f"{self._problem}\nNothing can be run until this is changed." * bool(self._problem), warning)
+        self.controls.mark(self._problem)
+        self._set_buttons()
+        self._list_earlier()
 
     def picture(self) -> bytes:
         """What stands there now as one PNG: the run where there is one, the plan otherwise."""
@@ -132,10 +136,13 @@ class Dashboard:
         return ipywidgets.HBox([left, right], layout=layout(width="100%"))
 
     def _connect(self) -> None:
-        self.controls.widgets["participants"].observe(lambda _: self.controls.follow_participants(), "value")
+        self.controls.widgets["federation.participants"].observe(
+            lambda _: self.in_turn(self.controls.follow_participants), "value"
+        )
         for widget in self.controls.widgets.values():
-            widget.observe(self.refresh, "value")
-        self.start.on_click(self._press_run)
+            widget.observe(lambda _: None if self._paused else self.in_turn(self.refresh), "value")
+        self.start.on_click(lambda _: self.in_turn(self._press_run))
+        # At once: the round in progress is long enough to wait for.
         self.halt.on_click(lambda _: self.run.stop() if self.run is not None else None)
 
     def _find_run(self) -> None:
@@ -162,7 +169,7 @@ class Dashboard:
             self._paused = False
         self.refresh()
 
-    def _press_run(self, *_: Any) -> None:
+    def _press_run(self) -> None:
         if self.preview is None or (self.run is not None and self.run.busy):
             return
         self.tabs.selected_index = 1
@@ -173,16 +180,24 @@ class Dashboard:
         self._set_buttons()
 
     def _changed(self, run: BackgroundRun) -> None:
-        """Called from the run's thread after each round and at its end."""
-        with self._lock:
-            if run.rows:
-                self.progress.value = int(run.rows[-1]["round"])
-            self.status.value = status(run)
-            self._set_buttons()
-            if run.rows:
-                self._draw()
-            if not run.busy:
-                self._list_earlier()
+        """Called from the run's thread after each round and at its end; rounds that come faster are drawn together."""
+        if not self._change_waits:
+            self._change_waits = True
+            self.in_turn(self._show_run, run)
+
+    def _show_run(self, run: BackgroundRun) -> None:
+        self._change_waits = False
+        if run.rows:
+            self.progress.value = int(run.rows[-1]["round"])
+        self.status.value = status(run)
+        self._set_buttons()
+        if run.rows:
+            self._draw()
+        if not run.busy:
+            self._list_earlier()
+
+    def _say(self, problem: str, warning: str = "") -> None:
+        self.message.value = note(with_labels(problem), RED) or note(with_labels(warning), BROWN)
 
     def _set_buttons(self) -> None:
         busy = self.run is not None and self.run.busy
@@ -194,16 +209,15 @@ class Dashboard:
         self.history.show(*(str(self.controls.widgets[name].value) for name in ("model", "task")))
 
     def _draw(self) -> None:
-        with self._lock:
-            shown, tuned, first = self._shown()
-            scores = [run["metric"].max() for run in shown.values() if run["metric"].notna().any()]
-            self.curve.layout.display = "" if scores else "none"
-            if not scores:
-                self.table.value = ""
-                return
-            target = TARGET_FRAC * float(max(scores))
-            self.curve.value = figures.curves(shown, target=target, roles=tuned, first_round=first)._repr_png_()
-            self.table.value = compared(figures.compare_runs(shown, target), TARGET_FRAC)
+        shown, tuned, first = self._shown()
+        scores = [run["metric"].max() for run in shown.values() if run["metric"].notna().any()]
+        self.curve.layout.display = "" if scores else "none"
+        if not scores:
+            self.table.value = ""
+            return
+        target = TARGET_FRAC * float(max(scores))
+        self.curve.value = figures.curves(shown, target=target, roles=tuned, first_round=first)._repr_png_()
+        self.table.value = compared(figures.compare_runs(shown, target), TARGET_FRAC)
 
     def _shown(self) -> tuple[dict[str, pd.DataFrame], Any, int]:
         """The run of this dashboard first, then those that were chosen; and the roles of the first of them."""

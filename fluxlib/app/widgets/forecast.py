@@ -83,7 +83,7 @@ def _cached_memory(
             bits=bits, name=name,
         )  # fmt: skip
     except ValueError as error:
-        share = f"tune_fraction is {shares[0]:.3g}, {num_tuned} of {shapes.num_experts} experts of {Path(name).name}"
+        share = f"budget.tune_frac is {shares[0]:.3g}, {num_tuned} of {shapes.num_experts} experts of {Path(name).name}"
         raise ConfigError(f"{share}: {error}") from None
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from fluxlib import records
 from fluxlib.analysis import store
-from fluxlib.config import ConfigError, RunConfig, make_config
+from fluxlib.config import ConfigError, RunConfig, flatten, make_config
 from fluxlib.figures import style
 
 
@@ -21,6 +20,7 @@ class History:
     Args:
         places: folders of runs.
         trials: folders of trials, which are listed only when ``with_trials`` is ticked.
+        in_turn: does what a press or a choice asks for; at once where nothing else is given.
 
     Attributes:
         choice: the list itself, newest first; every stored copy of a run is an entry of its own.
@@ -33,6 +33,7 @@ class History:
         on_choice: Callable[[], None],
         on_take_over: Callable[[RunConfig], None],
         trials: Sequence[Path] = (),
+        in_turn: Callable[..., object] = lambda action, *arguments: action(*arguments),
     ) -> None:
         import ipywidgets
 
@@ -48,9 +49,9 @@ class History:
         )
         self.with_trials.layout.display = "" if self._trials else "none"
         self.note = ipywidgets.HTML()
-        self.choice.observe(lambda _: self._chosen(on_choice), "value")
-        self.with_trials.observe(lambda _: self.show(*self._shown) if self._shown else None, "value")
-        self.take_over.on_click(self._press)
+        self.choice.observe(lambda _: in_turn(self._chosen, on_choice), "value")
+        self.with_trials.observe(lambda _: in_turn(self.show, *self._shown) if self._shown else None, "value")
+        self.take_over.on_click(lambda _: in_turn(self._press))
 
     def show(self, model: str, task: str) -> None:
         """Show the runs of ``model`` and ``task``, the newest first."""
@@ -80,7 +81,7 @@ class History:
         self.note.value = ""
         on_choice()
 
-    def _press(self, *_: Any) -> None:
+    def _press(self) -> None:
         if len(self.choice.value) != 1:
             self.note.value = f"Choose one run, {len(self.choice.value)} are chosen."
             return
@@ -113,7 +114,7 @@ def _describe(file: Path, modified: float) -> str:
         return f"{short_name(file)} · cannot be read · {store.place_of(file).name}"
     scored = rounds.dropna(subset=["metric"])
     score = f"{rounds['metric_name'].iloc[0]} {scored['metric'].iloc[-1]:.3f}" if len(scored) else "not scored"
-    last, planned = int(rounds["round"].max()), store.parameters(file).get("rounds")
+    last, planned = int(rounds["round"].max()), flatten(store.parameters(file)).get("federation.rounds")
     done = f"{last} of {planned} rounds, unfinished" if planned and last < planned else f"{last} rounds"
     return f"{short_name(file)} · {done} · {score} · {store.place_of(file).name}"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fluxlib import methods, models, profiling, roles, seeding
 from fluxlib.app.widgets.forecast import expected_work, predict_memory, predict_seconds, shapes_name, what_fits
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import ConfigError, RunConfig, make_config
 from fluxlib.devices import catalogue, memory
 from fluxlib.devices.memory_plan import MemoryPlan
 from fluxlib.federation import load_task
@@ -71,8 +71,8 @@ class Preview:
         found = what_fits(self.config, self.memory[self.config.method])
         if found is None or not found[0]:
             return f"With batches of {self.config.training.batch_size} no budget does: take another device or method."
-        merged = f" with merge_fraction {found[1]:.2f}" if found[1] else ""
-        return f"About tune_fraction {found[0]:.2f}{merged} would."
+        merged = f" with budget.merge_frac {found[1]:.2f}" if found[1] else ""
+        return f"About budget.tune_frac {found[0]:.2f}{merged} would."
 
     def summary(self) -> list[str]:
         """The picture in three sentences."""
@@ -188,22 +188,20 @@ def _model(name: str) -> tuple[Any, Any]:
         raise ConfigError(f"model is {name!r}, it cannot be loaded: {error}") from None
 
 
-PROFILE_FIELDS = (
-    "model", "task", "seed", "task_size", "participants", "partition", "alpha", "equal_sizes", "profile_bits",
-    "max_tokens",
+PROFILE_SETTINGS = (
+    "model", "task", "seed", "data", "federation.participants", "profiling.bits", "training.max_tokens",
 )  # fmt: skip
 """What a participant's profile depends on: anything else may change without a new one."""
 
 
 def _profile(config: RunConfig, participant: int) -> tuple[profiling.Profile, float]:
-    values = tuple(getattr(config, name) for name in PROFILE_FIELDS)
-    return _cached_profile(values, participant)
+    """The profile of one participant's data, and its mean number of tokens per sample."""
+    kept = {name: value for name, value in config.settings().items() if name.startswith(PROFILE_SETTINGS)}
+    return _cached_profile(make_config(kept), participant)
 
 
 @lru_cache(maxsize=32)
-def _cached_profile(values: tuple[Any, ...], participant: int) -> tuple[profiling.Profile, float]:
-    """The profile of one participant's data, and its mean number of tokens per sample."""
-    config = RunConfig(**dict(zip(PROFILE_FIELDS, values, strict=True)))
+def _cached_profile(config: RunConfig, participant: int) -> tuple[profiling.Profile, float]:
     model, tokenizer = _model(config.model)
     task, parts = load_task(config)
     examples = [task.train[index] for index in parts[participant][:MAX_SAMPLES]]
