@@ -10,11 +10,11 @@ from pathlib import Path
 REPO = Path(workflow.basedir)
 sys.path.insert(0, str(REPO))
 
-from fluxlib import workflow as steps
+from fluxlib.app import pipeline
 from fluxlib.config import ConfigError, check_writable
 
 try:
-    PROFILE = steps.load_profile(REPO / "config" / f"{config.get('profile', 'mini')}.yaml")
+    PROFILE = pipeline.load(REPO / "config" / f"{config.get('profile', 'mini')}.yaml")
     NAME = PROFILE.name
     RESULTS, FIGURES, BUILD = f"data/results/{NAME}", f"figures/{NAME}", f"build/{NAME}"
     for folder in (RESULTS, FIGURES, BUILD):
@@ -22,7 +22,7 @@ try:
 except ConfigError as error:
     sys.exit(f"error: {error}")
 
-if strangers := steps.strangers(Path(RESULTS), PROFILE):
+if strangers := pipeline.strangers(Path(RESULTS), PROFILE):
     sys.exit(
         f"error: {RESULTS} holds tables of runs that are not in config/{NAME}.yaml, which the figures would show too: "
         f"{', '.join(path.stem for path in strangers)}; move them away"
@@ -57,7 +57,7 @@ READS_GRID = {"06_scale_and_overhead": ("participants_runs", "alpha_runs", "budg
 
 try:
     for study, parameters in PROFILE.studies.items():
-        steps.check_parameters(NOTEBOOKS / f"{study}.ipynb", parameters)
+        pipeline.check_parameters(NOTEBOOKS / f"{study}.ipynb", parameters)
 except (ConfigError, OSError) as error:
     sys.exit(f"error: config/{NAME}.yaml, studies: {error}")
 EXECUTE = f"{sys.executable} -m fluxlib.app.cli notebook"
@@ -114,9 +114,9 @@ rule federated_run:
         about=f"{RESULTS}/rounds/{{run_id}}.json",
         participants=f"{RESULTS}/participants/{{run_id}}.parquet",
     params:
-        run=lambda wildcards: json.dumps(steps.notebook_parameters(FEDERATED_RUN, PROFILE.runs[wildcards.run_id])),
-        code=steps.notebook_digest(FEDERATED_RUN),
-        base=lambda wildcards: steps.model_digest(PROFILE.runs[wildcards.run_id].model),
+        run=lambda wildcards: json.dumps(pipeline.notebook_parameters(FEDERATED_RUN, PROFILE.runs[wildcards.run_id])),
+        code=pipeline.notebook_digest(FEDERATED_RUN),
+        base=lambda wildcards: pipeline.model_digest(PROFILE.runs[wildcards.run_id].model),
     log:
         text=f"{BUILD}/logs/04_federated_run/{{run_id}}.log",
         notebook=f"{BUILD}/notebooks/04_federated_run-{{run_id}}.ipynb",
@@ -136,11 +136,11 @@ for study in PROFILE.studies:
             rounds=lambda wildcards, study=study: [
                 f"{RESULTS}/rounds/{run_id}.parquet"
                 for run_id in (
-                    steps.grid_runs(PROFILE, wildcards.model, [
+                    pipeline.grid_runs(PROFILE, wildcards.model, [
                         name for group in READS_GRID[study] for name in PROFILE.studies[study].get(group, [])
                     ])
                     if study in READS_GRID
-                    else steps.runs_read(PROFILE, study, READS_RUNS.get(study, ()), wildcards.model)
+                    else pipeline.runs_read(PROFILE, study, READS_RUNS.get(study, ()), wildcards.model)
                 )
             ],
         output:
@@ -149,8 +149,8 @@ for study in PROFILE.studies:
             figures=[f"{FIGURES}/{figure}-{{model}}.{kind}" for figure in STUDIES[study] for kind in ("pdf", "png", "csv")],
         params:
             settings=json.dumps(PROFILE.studies[study]),
-            code=steps.notebook_digest(NOTEBOOKS / f"{study}.ipynb"),
-            base=lambda wildcards: steps.model_digest(PROFILE.models[wildcards.model]),
+            code=pipeline.notebook_digest(NOTEBOOKS / f"{study}.ipynb"),
+            base=lambda wildcards: pipeline.model_digest(PROFILE.models[wildcards.model]),
             model=lambda wildcards: PROFILE.models[wildcards.model],
         log:
             text=f"{BUILD}/logs/{study}/{{model}}.log",

@@ -15,4 +15,4 @@ os.environ.setdefault("MPLBACKEND", "agg")
 def pytest_collection_modifyitems(config, items):
     """With several workers, begin with what takes longest: the smoke profile, then the pipeline."""
     if getattr(config.option, "numprocesses", None):
-        items.sort(key=lambda item: (item.path.name != "test_smoke.py", item.path.name != "test_workflow.py"))
+        items.sort(key=lambda item: (item.path.name != "test_smoke.py", item.path.name != "test_pipeline.py"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib.app import workflow
+from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT
 
 FOLDER = REPO_ROOT / "notebooks"
@@ -155,6 +155,6 @@ def test_an_aside_changes_no_digest_and_any_other_cell_does(tmp_path):
     found = []
     for cells in ([plain], [prose, plain, aside], [plain, plain]):
         path.write_text(json.dumps({"cells": cells}))
-        found.append(workflow.notebook_digest(path))
+        found.append(pipeline.notebook_digest(path))
     assert found[0] == found[1] != found[2]
-    assert workflow.ASIDES == {BY_HAND, TRY_IT}
+    assert pipeline.ASIDES == {BY_HAND, TRY_IT}

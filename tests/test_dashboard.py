@@ -94,7 +94,12 @@ def test_two_settings_never_share_a_place_in_the_store_and_equal_ones_do():
     first = controls.config()
     assert first == controls.config() and first.data.task_size == 200
     assert first.run_id.startswith("flux-t25-m25-")
-    for name, value in (("budget.tune_frac", 0.5), ("federation.rounds", 3), ("clock.fleet", "rtx-3060"), ("merging.budgets", "uniform")):
+    for name, value in (
+        ("budget.tune_frac", 0.5),
+        ("federation.rounds", 3),
+        ("clock.fleet", "rtx-3060"),
+        ("merging.budgets", "uniform"),
+    ):
         before, controls.widgets[name].value = controls.widgets[name].value, value
         assert controls.config().run_id != first.run_id, name
         controls.widgets[name].value = before
@@ -160,7 +165,10 @@ def test_roles_of_a_run_that_goes_on_begin_with_its_first_round(tmp_path):
     first.wait(300)
     assert first.state == "stopped" and len(first.tuned) == 1
     (label, file), *_ = store.runs([tmp_path]).items()
-    assert label == f"{config.run_id}  ({tmp_path.name}, unfinished)" and flatten(store.parameters(file))["federation.rounds"] == 3
+    assert (
+        label == f"{config.run_id}  ({tmp_path.name}, unfinished)"
+        and flatten(store.parameters(file))["federation.rounds"] == 3
+    )
     second = widgets.BackgroundRun(config, tmp_path)
     second.start()
     second.wait(300)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib.app import cli, workflow
+from fluxlib.app import cli, pipeline
 from fluxlib.config import REPO_ROOT
 
 PAGES = [REPO_ROOT / "README.md", REPO_ROOT / "CONTRIBUTING.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
@@ -91,7 +91,7 @@ def run_or_check(words: list[str], folder: Path, monkeypatch, capsys) -> None:
 def check_notebook(words: list[str]) -> None:
     """It is there and has the parameters that it is given; tests/test_smoke.py executes every notebook."""
     given = dict(item.partition("=")[::2] for item in words if "=" in item)
-    workflow.check_parameters(REPO_ROOT / words[2], given)
+    pipeline.check_parameters(REPO_ROOT / words[2], given)
 
 
 def check_tool(command: str, words: list[str]) -> None:

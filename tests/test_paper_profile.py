@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 from fluxlib import federation, methods, models
-from fluxlib.app import workflow
+from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig
 from fluxlib.models.exporting import export
@@ -85,7 +85,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def paper(tmp_path: Path, checkpoints: dict[str, Path], data: Path) -> workflow.Profile:
+def paper(tmp_path: Path, checkpoints: dict[str, Path], data: Path) -> pipeline.Pipeline:
     """config/paper.yaml with its models and data on this machine and small counts; all else as it stands."""
     content = yaml.safe_load((REPO_ROOT / "config" / "paper.yaml").read_text())
     content["grid"]["models"] = [str(checkpoints[name]) for name in content["grid"]["models"]]
@@ -95,11 +95,11 @@ def paper(tmp_path: Path, checkpoints: dict[str, Path], data: Path) -> workflow.
     }  # fmt: skip
     path = tmp_path / "paper.yaml"
     path.write_text(yaml.safe_dump(content))
-    return workflow.load_profile(path)
+    return pipeline.load(path)
 
 
 def test_the_paper_profile_is_the_papers_experiment() -> None:
-    profile = workflow.load_profile(REPO_ROOT / "config" / "paper.yaml")
+    profile = pipeline.load(REPO_ROOT / "config" / "paper.yaml")
     assert {run.method for run in profile.runs.values()} == set(methods.METHODS)
     assert set(profile.models.values()) == set(MODELS)
     assert {run.task for run in profile.runs.values()} == {"dolly", "gsm8k", "mmlu", "piqa"}
@@ -135,7 +135,7 @@ def test_data_path_of_a_profile_is_from_where_make_is_called(tmp_path: Path, mon
     }
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
-    profile = workflow.load_profile(tmp_path / "paper.yaml")
+    profile = pipeline.load(tmp_path / "paper.yaml")
     (run,) = profile.runs.values()
     assert isinstance(run, RunConfig) and run.data.path == str(tmp_path / "my" / "data")
     assert profile.studies["01_profiling"] == {"data_path": run.data.path, "tasks": ["gsm8k"]}

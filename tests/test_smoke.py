@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 
 from fluxlib import records
-from fluxlib.app import workflow
+from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT
 
 pytestmark = pytest.mark.smoke
 
-PROFILE = workflow.load_profile(REPO_ROOT / "config" / "smoke.yaml")
+PROFILE = pipeline.load(REPO_ROOT / "config" / "smoke.yaml")
 STUDIES = ast.literal_eval(re.search(r"^STUDIES = (\{.*?^\})", (REPO_ROOT / "Snakefile").read_text(), re.S | re.M)[1])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib.app import workflow
+from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT, make_config
 
 PACKAGE = REPO_ROOT / "fluxlib"
@@ -146,20 +146,20 @@ def test_a_notebook_names_a_kernel_that_papermill_finds(notebook):
 
 
 def test_a_notebook_has_one_cell_of_literal_parameters_early_on(notebook):
-    assert workflow.declared_parameters(notebook["path"])
+    assert pipeline.declared_parameters(notebook["path"])
     tagged = [i for i, c in enumerate(notebook["cells"]) if "parameters" in c["metadata"].get("tags", [])]
     assert tagged[0] <= 4
 
 
 def test_every_parameter_says_what_it_is(notebook):
-    cell = next(c for c in workflow.cells(notebook["path"]) if "parameters" in c["metadata"].get("tags", []))
+    cell = next(c for c in pipeline.cells(notebook["path"]) if "parameters" in c["metadata"].get("tags", []))
     for line in cell["source"].splitlines():
         if re.match(r"\w+.*=", line):
             assert "#" in line, f"no comment with unit or choices: {line}"
 
 
 def test_code_cells_are_short_and_define_nothing(notebook):
-    for cell in workflow.cells(notebook["path"]):
+    for cell in pipeline.cells(notebook["path"]):
         if cell["cell_type"] == "code":
             assert len(cell["source"].splitlines()) <= MAX_CELL_LINES, cell["source"][:80]
             assert not re.search(r"^(def|class|async def) ", cell["source"], re.M), cell["source"][:80]
@@ -177,7 +177,7 @@ def test_every_profile_names_runs_that_exist(path):
     from fluxlib import methods, models, tasks
     from fluxlib.devices import catalogue
 
-    profile = workflow.load_profile(path)
+    profile = pipeline.load(path)
     assert profile.name == path.stem
     assert len(profile.runs) == len({run.model_dump_json() for run in profile.runs.values()})
     for run in profile.runs.values():
@@ -191,18 +191,18 @@ def test_every_profile_names_runs_that_exist(path):
 def test_every_profile_fits_the_notebook_that_runs_it():
     notebook = REPO_ROOT / "notebooks" / "04_federated_run.ipynb"
     for path in PROFILES:
-        for run in workflow.load_profile(path).runs.values():
-            parameters = workflow.notebook_parameters(notebook, run)
-            workflow.check_parameters(notebook, parameters)
+        for run in pipeline.load(path).runs.values():
+            parameters = pipeline.notebook_parameters(notebook, run)
+            pipeline.check_parameters(notebook, parameters)
             settings = parameters.pop("settings", {})
             assert make_config(parameters | settings) == run
 
 
 def test_defaults_of_the_run_notebook_are_the_smoke_profile():
     notebook = REPO_ROOT / "notebooks" / "04_federated_run.ipynb"
-    first = next(iter(workflow.load_profile(REPO_ROOT / "config" / "smoke.yaml").runs.values()))
-    wanted = workflow.notebook_parameters(notebook, first)
-    declared = workflow.declared_parameters(notebook)
+    first = next(iter(pipeline.load(REPO_ROOT / "config" / "smoke.yaml").runs.values()))
+    wanted = pipeline.notebook_parameters(notebook, first)
+    declared = pipeline.declared_parameters(notebook)
     wanted["settings"].pop("clock_model")
     assert {name: declared[name] for name in wanted} == wanted
 

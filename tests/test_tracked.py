@@ -6,7 +6,7 @@ import pytest
 
 from fluxlib import records
 from fluxlib.analysis import store
-from fluxlib.app import workflow
+from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT, make_config
 
 TRACKED = ("full", "tune")
@@ -16,7 +16,7 @@ TRACKED = ("full", "tune")
 def test_every_run_of_a_profile_is_stored_with_the_parameters_that_it_has_today(name: str) -> None:
     """A run made before its profile changed would be drawn beside runs that it cannot be compared with."""
     folder = REPO_ROOT / "data" / "results" / name
-    runs = workflow.load_profile(REPO_ROOT / "config" / f"{name}.yaml").runs
+    runs = pipeline.load(REPO_ROOT / "config" / f"{name}.yaml").runs
     stored = {file.stem: store.parameters(file) for file in (folder / "rounds").glob("*.parquet")}
     assert set(stored) == set(runs)
     for run, known in stored.items():

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from fluxlib import figures, records
-from fluxlib.app import workflow
+from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT
 
 
@@ -73,7 +73,7 @@ def test_a_profile_has_what_the_trials_say(profile: str) -> None:
     }
     found = figures.trials(rounds, asked)
     chosen = found[found["is_chosen"]].set_index("method")[["learning_rate", "local_steps"]]
-    for run in workflow.load_profile(REPO_ROOT / "config" / f"{profile}.yaml").runs.values():
+    for run in pipeline.load(REPO_ROOT / "config" / f"{profile}.yaml").runs.values():
         if not run.variant:
             assert (run.training.learning_rate, run.training.local_steps) == tuple(
                 chosen.loc[run.method].drop_duplicates().iloc[0]
@@ -82,7 +82,7 @@ def test_a_profile_has_what_the_trials_say(profile: str) -> None:
 
 @pytest.mark.parametrize("profile", ["mini", "full"])
 def test_fmd_has_what_helps_flux_on_the_link(profile: str) -> None:
-    runs = workflow.load_profile(REPO_ROOT / "config" / f"{profile}.yaml").runs.values()
+    runs = pipeline.load(REPO_ROOT / "config" / f"{profile}.yaml").runs.values()
     places = {
         m: {(r.model, r.task, r.seed) for r in runs if (r.method, r.variant) == (m, "improved")}
         for m in ("flux", "fmd")
@@ -118,7 +118,7 @@ def test_the_picture_has_a_line_per_method_and_amount_of_work() -> None:
 
 
 def test_every_method_has_the_same_trials() -> None:
-    runs = workflow.load_profile(REPO_ROOT / "config" / "tune.yaml").runs.values()
+    runs = pipeline.load(REPO_ROOT / "config" / "tune.yaml").runs.values()
     by_method: dict[str, set[tuple[float, int]]] = {}
     for one in runs:
         by_method.setdefault(one.method, set()).add((one.training.learning_rate, one.training.local_steps))
@@ -127,5 +127,5 @@ def test_every_method_has_the_same_trials() -> None:
         found == {(rate, steps) for rate in (1e-3, 3e-3, 1e-2, 3e-2) for steps in (4, 8)}
         for found in by_method.values()
     )
-    other = workflow.load_profile(REPO_ROOT / "config" / "full.yaml").runs.values()
+    other = pipeline.load(REPO_ROOT / "config" / "full.yaml").runs.values()
     assert not {one.seed for one in runs} & {one.seed for one in other}

@@ -46,7 +46,7 @@ def _moe_shape(name: str) -> tuple[int, int]:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        found = find.layers(AutoModelForCausalLM.from_config(models.config(name)))
+        found = find.layers(AutoModelForCausalLM.from_config(models.config(name), dtype=torch.float32))
     return len(found), max(layer.num_experts for layer in found)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fluxlib import records
 
-from .conftest import ARTIFACTS
+from .conftest import ARTIFACTS, PATIENCE_S
 
 TIMEOUT_S = 60
 """For one step; on a machine that does nothing else all of them together take hardly more."""
@@ -72,7 +72,8 @@ class Page:
         """As a user: Run > Run All Cells, and wait until the last code cell has its number."""
         self.page.evaluate(READY)
         self.command("notebook:run-all-cells")
-        self.page.wait_for_function(NUMBERED)
+        # A kernel starts and imports torch: seconds, or minutes where much else runs.
+        self.page.wait_for_function(NUMBERED, timeout=1000 * PATIENCE_S)
 
     def told(self) -> str:
         """What the page says, and which buttons can be pressed; a picture of it lies in ``ARTIFACTS``."""

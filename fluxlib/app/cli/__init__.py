@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import typer
 
-from fluxlib.app.cli import pipeline, portraits, runs
-from fluxlib.app.cli.base import Command, check_arguments, parse_settings
+from fluxlib.app.cli import runs, tools
+from fluxlib.app.cli.arguments import Command, check_arguments, parse_settings
 
 __all__ = ["app", "main", "parse_settings"]
 
@@ -30,19 +30,19 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": runs.list_runs,
     "compare": runs.compare,
     "export": runs.export,
-    "profile": portraits.profile,
-    "plan": portraits.plan,
-    "notebook": pipeline.notebook,
-    "trials": pipeline.trials,
-    "claims": pipeline.claims,
-    "doctor": pipeline.doctor,
+    "profile": tools.profile,
+    "plan": tools.plan,
+    "notebook": tools.notebook,
+    "trials": tools.trials,
+    "claims": tools.claims,
+    "doctor": tools.doctor,
 }
 for name, command in COMMANDS.items():
     app.command(name, cls=Command)(command)
 # It has commands and a --help of its own.
 app.command(
     "deploy", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)(pipeline.deploy)
+)(tools.deploy)
 
 
 def main() -> None:

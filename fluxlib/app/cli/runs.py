@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fluxlib.app.cli.base import (
+from fluxlib.app.cli.arguments import (
     JsonOption,
     PictureOption,
     SetOption,

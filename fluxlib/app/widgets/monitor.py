@@ -11,7 +11,7 @@ from fluxlib.config import RunConfig
 from fluxlib.records import describe_round
 
 HEADLESS = "FLUXLIB_HEADLESS"
-"""Environment variable that says nobody watches; :func:`fluxlib.app.workflow.execute` sets it for its kernels."""
+"""Environment variable that says nobody watches; :func:`fluxlib.app.pipeline.execute` sets it for its kernels."""
 
 REDRAW_S = 2.0
 """Shortest time between two pictures of a running run."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxlib.app import workflow
+from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT, ConfigError, check_writable
 
 PROFILE = {
@@ -69,7 +69,7 @@ def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
         "per_task": {"t": {"federation.rounds": 5}},
         "per_model": {"m": {"federation.rounds": 4, "federation.participants": 7}},
     }
-    found = workflow.load_profile(profile(tmp_path / "mini.yaml", **more))
+    found = pipeline.load(profile(tmp_path / "mini.yaml", **more))
     assert list(found.runs) == ["flux-m-t-seed0", "fmd-m-t-seed0"]
     flux, fmd = found.runs.values()
     assert (flux.learning_rate, fmd.learning_rate) == (2e-3, 1e-3)
@@ -79,7 +79,7 @@ def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
 
 def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
     variants = {"slow": {"methods": ["flux"], "run": {"training.learning_rate": 1e-5}}}
-    found = workflow.load_profile(profile(tmp_path / "mini.yaml", variants=variants))
+    found = pipeline.load(profile(tmp_path / "mini.yaml", variants=variants))
     assert list(found.runs) == ["flux-m-t-seed0", "fmd-m-t-seed0", "flux-slow-m-t-seed0"]
     slow = found.runs["flux-slow-m-t-seed0"]
     assert (slow.variant, slow.learning_rate, slow.rounds) == ("slow", 1e-5, 3)
@@ -90,7 +90,7 @@ def test_a_variant_may_have_parts(tmp_path):
         {"methods": ["flux"], "run": {"federation.rounds": 7}},
         {"methods": ["fmd"], "run": {"federation.rounds": 5}},
     ]
-    found = workflow.load_profile(profile(tmp_path / "mini.yaml", variants={"slow": parts})).runs
+    found = pipeline.load(profile(tmp_path / "mini.yaml", variants={"slow": parts})).runs
     assert {run.method: run.federation.rounds for run in found.values() if run.variant == "slow"} == {
         "flux": 7,
         "fmd": 5,
@@ -100,24 +100,24 @@ def test_a_variant_may_have_parts(tmp_path):
 def test_a_study_reads_the_runs_of_the_variants_it_names(tmp_path):
     variants = {"slow": {"run": {"training.learning_rate": 1e-5}}}
     studies = {"03": {"task": "t", "curves": {"plain": "", "slow": "slow"}, "other": {"fast": "fast"}}}
-    found = workflow.load_profile(profile(tmp_path / "mini.yaml", variants=variants, studies=studies))
-    assert workflow.runs_read(found, "03", ("curves",), "m") == ["flux-m-t-seed0", "flux-slow-m-t-seed0"]
-    assert workflow.runs_read(found, "03", (), "m") == []
+    found = pipeline.load(profile(tmp_path / "mini.yaml", variants=variants, studies=studies))
+    assert pipeline.runs_read(found, "03", ("curves",), "m") == ["flux-m-t-seed0", "flux-slow-m-t-seed0"]
+    assert pipeline.runs_read(found, "03", (), "m") == []
     with pytest.raises(ConfigError, match=r"reads variants \['fast'\], the profile has \['', 'slow'\]"):
-        workflow.runs_read(found, "03", ("other",), "m")
+        pipeline.runs_read(found, "03", ("other",), "m")
 
 
 def test_a_study_of_the_grid_reads_every_plain_run_of_its_model(tmp_path):
     grid = PROFILE["grid"] | {"models": ["m", "folder/n"]}
     variants = {"slow": {"methods": ["flux"], "run": {"training.learning_rate": 1e-5}}}
-    found = workflow.load_profile(profile(tmp_path / "mini.yaml", grid=grid, variants=variants))
-    assert workflow.grid_runs(found, "n") == ["flux-n-t-seed0", "fmd-n-t-seed0"]
-    assert workflow.grid_runs(found, "n", ["", "slow"]) == ["flux-n-t-seed0", "fmd-n-t-seed0", "flux-slow-n-t-seed0"]
+    found = pipeline.load(profile(tmp_path / "mini.yaml", grid=grid, variants=variants))
+    assert pipeline.grid_runs(found, "n") == ["flux-n-t-seed0", "fmd-n-t-seed0"]
+    assert pipeline.grid_runs(found, "n", ["", "slow"]) == ["flux-n-t-seed0", "fmd-n-t-seed0", "flux-slow-n-t-seed0"]
     only_m = {"slow": variants["slow"] | {"models": ["m"]}}
-    elsewhere = workflow.load_profile(profile(tmp_path / "mini.yaml", grid=grid, variants=only_m))
-    assert workflow.grid_runs(elsewhere, "n", ["slow"]) == ["flux-n-t-seed0", "fmd-n-t-seed0"]
+    elsewhere = pipeline.load(profile(tmp_path / "mini.yaml", grid=grid, variants=only_m))
+    assert pipeline.grid_runs(elsewhere, "n", ["slow"]) == ["flux-n-t-seed0", "fmd-n-t-seed0"]
     with pytest.raises(ConfigError, match="no run of the profile has the variants \\['fast'\\]"):
-        workflow.grid_runs(found, "n", ["slow", "fast"])
+        pipeline.grid_runs(found, "n", ["slow", "fast"])
 
 
 @pytest.mark.parametrize(
@@ -133,20 +133,20 @@ def test_a_study_of_the_grid_reads_every_plain_run_of_its_model(tmp_path):
 )
 def test_a_wrong_profile_is_refused_by_name(change, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        workflow.load_profile(profile(tmp_path / "mini.yaml", **change))
+        pipeline.load(profile(tmp_path / "mini.yaml", **change))
 
 
 def test_an_unknown_profile_lists_the_known_ones(tmp_path):
     profile(tmp_path / "mini.yaml")
     with pytest.raises(ConfigError, match="no profile 'maxi' in .*; allowed are mini"):
-        workflow.load_profile(tmp_path / "maxi.yaml")
+        pipeline.load(tmp_path / "maxi.yaml")
 
 
 def test_what_a_notebook_declares_is_passed_by_name_the_rest_in_settings(tmp_path):
     path = notebook(tmp_path / "a.ipynb", "method = 'fmd'  # which\nrounds: int = 1\nsettings = {}")
-    run = workflow.load_profile(profile(tmp_path / "mini.yaml")).runs["flux-m-t-seed0"]
-    assert workflow.declared_parameters(path) == {"method": "fmd", "rounds": 1, "settings": {}}
-    assert workflow.notebook_parameters(path, run) == {
+    run = pipeline.load(profile(tmp_path / "mini.yaml")).runs["flux-m-t-seed0"]
+    assert pipeline.declared_parameters(path) == {"method": "fmd", "rounds": 1, "settings": {}}
+    assert pipeline.notebook_parameters(path, run) == {
         "method": "flux",
         "rounds": 3,
         "settings": {"model": "m", "task": "t", "training.learning_rate": 2e-3},
@@ -156,13 +156,13 @@ def test_what_a_notebook_declares_is_passed_by_name_the_rest_in_settings(tmp_pat
 @pytest.mark.parametrize("code", ["import os", "a = os.getcwd()", "a, b = 1, 2"])
 def test_the_parameters_cell_holds_literals_only(code, tmp_path):
     with pytest.raises(ConfigError, match=r"a\.ipynb"):
-        workflow.declared_parameters(notebook(tmp_path / "a.ipynb", code))
+        pipeline.declared_parameters(notebook(tmp_path / "a.ipynb", code))
 
 
 def test_an_unknown_notebook_parameter_is_refused_before_any_work(tmp_path):
     path = notebook(tmp_path / "a.ipynb", "rounds = 1", "open('ran', 'w')")
     with pytest.raises(ConfigError, match=r"a\.ipynb has no parameter 'round'; allowed are rounds"):
-        workflow.execute(path, tmp_path / "out.ipynb", {"round": 3})
+        pipeline.execute(path, tmp_path / "out.ipynb", {"round": 3})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ipynb"]
 
 
@@ -175,12 +175,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 def test_prose_does_not_make_a_run_stale_and_code_does(tmp_path):
     path = notebook(tmp_path / "a.ipynb", "rounds = 1", "print(rounds)")
-    before = workflow.notebook_digest(path)
+    before = pipeline.notebook_digest(path)
     content = json.loads(path.read_text())
     content["cells"].append({"cell_type": "markdown", "id": "x", "metadata": {}, "source": ["more"]})
     path.write_text(json.dumps(content))
-    assert workflow.notebook_digest(path) == before
-    assert workflow.notebook_digest(notebook(path, "rounds = 1", "print(2)")) != before
+    assert pipeline.notebook_digest(path) == before
+    assert pipeline.notebook_digest(notebook(path, "rounds = 1", "print(2)")) != before
 
 
 class Pipeline:

@@ -1,6 +1,6 @@
 """What the pipeline needs beside Snakemake: a profile as a list of runs, and notebooks executed with care.
 
-- :func:`load_profile` reads ``config/<profile>.yaml`` and validates every run in it before any work.
+- :func:`load` reads ``config/<profile>.yaml`` and validates every run in it before any work.
 - :func:`execute` runs a notebook through papermill, refusing unknown parameters and unwritable folders first.
 - :func:`notebook_digest` and :func:`model_digest` say whether what a run depends on has changed, by content.
 
@@ -29,8 +29,8 @@ SECTIONS = ("profile", "grid", "run", "per_model", "per_task", "per_method", "va
 
 
 @dataclass(frozen=True)
-class Profile:
-    """A profile of the pipeline: its name, its runs by run id, and the parameters of its study notebooks."""
+class Pipeline:
+    """The pipeline with the settings of one profile: its name, its runs by run id, and the parameters of its study notebooks."""
 
     name: str
     runs: dict[str, RunConfig]
@@ -43,7 +43,7 @@ class Profile:
         return {Path(run.model).name: run.model for run in self.runs.values()}
 
 
-def load_profile(path: Path) -> Profile:
+def load(path: Path) -> Pipeline:
     """Read ``config/<profile>.yaml``: a grid, common parameters, what differs per model, task or method.
 
     A later section wins over an earlier one: ``run``, ``per_model``, ``per_task``, ``per_method``, and a variant's own
@@ -71,7 +71,7 @@ def load_profile(path: Path) -> Profile:
     studies = {
         name: _with_data(parameters or {}, "data_path") for name, parameters in (content.get("studies") or {}).items()
     }
-    return Profile(content["profile"], runs, studies)
+    return Pipeline(content["profile"], runs, studies)
 
 
 def _runs(
@@ -100,7 +100,7 @@ def _with_data(parameters: dict[str, Any], name: str = "data.path") -> dict[str,
     return parameters | {name: str(Path(parameters[name]).expanduser().resolve())}
 
 
-def runs_read(profile: Profile, study: str, groups: Sequence[str], model: str) -> list[str]:
+def runs_read(profile: Pipeline, study: str, groups: Sequence[str], model: str) -> list[str]:
     """Ids of the runs that a study reads: FLUX's on one model and the study's ``task``, in the variants it names.
 
     Args:
@@ -121,7 +121,7 @@ def runs_read(profile: Profile, study: str, groups: Sequence[str], model: str) -
     return [run_id for run_id, variant in found.items() if variant in wanted]
 
 
-def grid_runs(profile: Profile, model: str, variants: Sequence[str] = ()) -> list[str]:
+def grid_runs(profile: Pipeline, model: str, variants: Sequence[str] = ()) -> list[str]:
     """Ids of the plain runs on one model, every method, task and seed, and of the variants' where the model has them.
 
     Raises:
@@ -309,7 +309,7 @@ def model_digest(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def strangers(results: Path, profile: Profile) -> list[Path]:
+def strangers(results: Path, profile: Pipeline) -> list[Path]:
     """Tables in ``results`` of runs that ``profile`` does not list (any more): they would be drawn with the others."""
     found = sorted(results.glob("rounds/*.parquet"))
     return [path for path in found if path.stem not in profile.runs]
