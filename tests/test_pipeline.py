@@ -24,7 +24,7 @@ PROFILE = {
 RUN_CODE = """\
 from pathlib import Path
 name = f"{method}-{model}-{task}-seed{seed}"
-assert settings.get("local_steps") != 13, "unlucky"
+assert settings.get("training.local_steps") != 13, "unlucky"
 for table in ("rounds", "participants"):
     path = Path(out) / table / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +72,8 @@ def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
     found = pipeline.load(profile(tmp_path / "mini.yaml", **more))
     assert list(found.runs) == ["flux-m-t-seed0", "fmd-m-t-seed0"]
     flux, fmd = found.runs.values()
-    assert (flux.learning_rate, fmd.learning_rate) == (2e-3, 1e-3)
-    assert (flux.rounds, flux.participants) == (5, 7)
+    assert (flux.training.learning_rate, fmd.training.learning_rate) == (2e-3, 1e-3)
+    assert (flux.federation.rounds, flux.federation.participants) == (5, 7)
     assert found.models == {"m": "m"}
 
 
@@ -82,7 +82,7 @@ def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
     found = pipeline.load(profile(tmp_path / "mini.yaml", variants=variants))
     assert list(found.runs) == ["flux-m-t-seed0", "fmd-m-t-seed0", "flux-slow-m-t-seed0"]
     slow = found.runs["flux-slow-m-t-seed0"]
-    assert (slow.variant, slow.learning_rate, slow.rounds) == ("slow", 1e-5, 3)
+    assert (slow.variant, slow.training.learning_rate, slow.federation.rounds) == ("slow", 1e-5, 3)
 
 
 def test_a_variant_may_have_parts(tmp_path):
@@ -183,7 +183,7 @@ def test_prose_does_not_make_a_run_stale_and_code_does(tmp_path):
     assert pipeline.notebook_digest(notebook(path, "rounds = 1", "print(2)")) != before
 
 
-class Pipeline:
+class Repository:
     """A repository of its own: the project's Snakefile, a profile of two runs, notebooks that do next to nothing."""
 
     def __init__(self, root: Path) -> None:
@@ -215,10 +215,10 @@ class Pipeline:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Pipeline:
+def finished(tmp_path_factory) -> Repository:
     """A pipeline that ran once from nothing."""
-    pipeline = Pipeline(tmp_path_factory.mktemp("repository"))
-    code, files, said = pipeline.make()
+    repository = Repository(tmp_path_factory.mktemp("repository"))
+    code, files, said = repository.make()
     assert code == 0, said
     assert sorted(files) == [
         "claims.pdf",
@@ -228,9 +228,9 @@ def finished(tmp_path_factory) -> Pipeline:
         "speed_up.pdf",
         "time_to_accuracy-m.pdf",
     ]
-    assert (pipeline.root / "build/mini/notebooks/04_federated_run-flux-m-t-seed0.ipynb").is_file()
-    assert (pipeline.root / "build/mini/benchmarks/04_federated_run/flux-m-t-seed0.tsv").is_file()
-    return pipeline
+    assert (repository.root / "build/mini/notebooks/04_federated_run-flux-m-t-seed0.ipynb").is_file()
+    assert (repository.root / "build/mini/benchmarks/04_federated_run/flux-m-t-seed0.tsv").is_file()
+    return repository
 
 
 def test_a_second_run_does_no_work(finished):
@@ -259,9 +259,9 @@ def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
 
 
 def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path):
-    pipeline = Pipeline(tmp_path)
-    pipeline.configure(per_method={"flux": {"training.local_steps": 13}})
-    code, files, _ = pipeline.make()
+    repository = Repository(tmp_path)
+    repository.configure(per_method={"flux": {"training.local_steps": 13}})
+    code, files, _ = repository.make()
     assert code != 0
     assert list(files) == ["fmd-m-t-seed0.parquet"]
     log = (tmp_path / "build/mini/logs/04_federated_run/flux-m-t-seed0.log").read_text()
@@ -270,19 +270,19 @@ def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path
 
 
 def test_results_that_cannot_be_written_are_refused_first(tmp_path):
-    pipeline = Pipeline(tmp_path)
+    repository = Repository(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "results").write_text("a file, where a folder should be")
-    code, files, said = pipeline.make()
+    code, files, said = repository.make()
     assert code != 0 and not files
     assert "error: cannot write to the output folder data/results/mini" in said
 
 
 def test_tables_of_other_runs_are_not_drawn_by_accident(tmp_path):
-    pipeline = Pipeline(tmp_path)
+    repository = Repository(tmp_path)
     stray = tmp_path / "data" / "results" / "mini" / "rounds" / "old-m-t-seed0.parquet"
     stray.parent.mkdir(parents=True)
     stray.write_text("")
-    code, _, said = pipeline.make()
+    code, _, said = repository.make()
     assert code != 0
     assert "old-m-t-seed0; move them away" in said
