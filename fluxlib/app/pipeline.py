@@ -30,7 +30,7 @@ SECTIONS = ("profile", "grid", "run", "per_model", "per_task", "per_method", "va
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The pipeline with the settings of one profile: its name, its runs by run id, and the parameters of its study notebooks."""
+    """The pipeline as one profile has it: its runs by run id, and the parameters of its study notebooks."""
 
     name: str
     runs: dict[str, RunConfig]

@@ -1,4 +1,4 @@
-"""Everything but federated runs: models looked at, notebooks executed, results judged, pages written, the machine examined."""
+"""All but federated runs: models looked at, notebooks executed, results judged, pages written, the machine examined."""
 
 from __future__ import annotations
 

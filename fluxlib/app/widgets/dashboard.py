@@ -36,8 +36,8 @@ class Dashboard:
     Args:
         config: where the controls start, and everything that has no control.
         out: folder of the tables and checkpoints of runs that are started here.
-        store: more folders of runs to compare with; None: those of :func:`fluxlib.analysis.store.folders`, the trials of
-            the search when they are asked for.
+        store: more folders of runs to compare with; None: all of :func:`fluxlib.analysis.store.folders`, the search's
+            trials when they are asked for.
 
     Raises:
         ConfigError: a name in ``config`` that no menu has.

@@ -101,8 +101,8 @@ class Preview:
         space = {name: _gib_by_kind(plan) for name, plan in self.memory.items()}
         notes = (
             f"{Path(self.config.model).name}, {self.config.task}, participant {self.participant}, plan of round 1",
-            f"memory and time: sized as {shapes_name(self.config)} on {self.device.title} over {self.config.clock.link}, "
-            "last round",
+            f"memory and time: sized as {shapes_name(self.config)} on {self.device.title} over "
+            f"{self.config.clock.link}, last round",
         )
         limit = self.device.memory_bytes / 2**30
         return overview(self.profile.frequency, self.plans, self.explored, space, limit, self.seconds, notes)
