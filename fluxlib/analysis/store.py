@@ -1,7 +1,7 @@
 """The store of runs: which there are, and finding one by what a person would type.
 
-A run that was stopped or killed is in the store too, with the rounds it finished: they lie in its checkpoint, from
-which the same configuration goes on.
+A run is named by the file of its ``rounds`` table. One that was stopped or killed is in the store too, with the rounds
+it finished: they lie in its checkpoint, from which the same configuration goes on.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ SEARCH = "tune"
 RETRIES = 3
 LISTED = 12
 """Runs that a message names, at most."""
+HOW = "give a run id, a unique part of one, or a path"
 
 
 def folders(trials: bool = True) -> list[Path]:
@@ -36,28 +37,20 @@ def folders(trials: bool = True) -> list[Path]:
     return [*(results_dir(profile) for profile in profiles), build / "runs", build / "explore"]
 
 
-def place_names(places: Sequence[Path]) -> list[str]:
-    """A name for each of ``places``: its last part where that says which it is, all of its path otherwise."""
-    last = [place.resolve().name for place in places]
-    return [name if last.count(name) == 1 else shown(place) for name, place in zip(last, places, strict=True)]
-
-
-def shown(path: Path) -> str:
-    """``path`` as it is written from here, where that is shorter."""
-    whole, here = path.resolve(), Path.cwd()
-    return str(whole.relative_to(here)) if whole.is_relative_to(here) and whole != here else str(whole)
-
-
 def runs(places: Sequence[Path] | None = None) -> dict[str, Path]:
     """Tables of ``rounds`` in ``places``, by a label that says which run it is, where it lies, whether it may go on.
 
-    Of an unfinished run it is the table with more rounds: the one in its checkpoint, or the one written when it ended.
+    Of an unfinished run it is the newer table: the one in its checkpoint, or the one written when it ended.
     """
     places = list({place.resolve(): place for place in (folders() if places is None else places)}.values())
     found: dict[str, Path] = {}
-    for place, title in zip(places, place_names(places), strict=True):
+    for place, title in zip(places, _place_names(places), strict=True):
         written = {file.stem: file for file in place.glob("rounds/*.parquet")}
-        kept = _unfinished(place)
+        kept = {}
+        for folder in place.glob(f"{CHECKPOINTS}/*"):
+            name = _manifest(folder).get("files", {}).get("rounds", "")
+            if name and (folder / name).is_file():
+                kept[folder.name] = folder / name
         for name in sorted({*written, *kept}):
             files = [files[name] for files in (written, kept) if name in files]
             found[f"{name}  ({title}{', unfinished' if name in kept else ''})"] = max(files, key=modified)
@@ -69,9 +62,22 @@ def run_id(file: Path) -> str:
     return file.parent.name if is_checkpoint(file) else file.stem
 
 
+def place_of(file: Path) -> Path:
+    """The folder of runs that a table of :func:`runs` lies in."""
+    return file.parent.parent.parent if is_checkpoint(file) else file.parent.parent
+
+
 def is_checkpoint(file: Path) -> bool:
     """Whether a table of :func:`runs` is part of a checkpoint, not of the results."""
     return file.parent.parent.name == CHECKPOINTS
+
+
+def modified(file: Path) -> float:
+    """When ``file`` was written, in seconds; 0 if it is gone."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def read(file: Path, table: str = "rounds") -> pd.DataFrame:
@@ -80,30 +86,44 @@ def read(file: Path, table: str = "rounds") -> pd.DataFrame:
     Raises:
         records.TableError: no such table, one that does not fit the schema, or ``rounds`` without a row.
     """
-    found = _read(file, table)
+    for attempt in range(RETRIES):
+        try:
+            found = records.read(table, _table(file, table))
+        except (records.TableError, KeyError) as error:
+            # A run that goes on replaces its checkpoint after every round.
+            if not is_checkpoint(file) or attempt == RETRIES - 1:
+                raise records.TableError(f"no {table!r} table of {file}: {error}") from None
+        else:
+            break
     if table == "rounds" and found.empty:
         raise records.TableError(f"{file}: no round in it")
     return found
 
 
-def _read(file: Path, table: str) -> pd.DataFrame:
-    if not is_checkpoint(file):
-        return records.read(table, file if table == "rounds" else file.parent.parent / table / file.name)
-    for _ in range(RETRIES):
-        try:
-            return records.read(table, file.parent / _manifest(file.parent)["files"][table])
-        except (records.TableError, KeyError, TypeError):
-            continue  # a run that goes on replaces its checkpoint after every round
-    raise records.TableError(f"no {table!r} table in {file.parent}")
+def _table(file: Path, table: str) -> Path:
+    if is_checkpoint(file):
+        return file.parent / _manifest(file.parent)["files"][table]
+    return file if table == "rounds" else place_of(file) / table / file.name
 
 
 def parameters(file: Path) -> dict[str, Any]:
     """The configuration of the run whose ``rounds`` are in ``file``, as it was stored; empty where none was."""
     if is_checkpoint(file):
-        found = _manifest(file.parent).get("config")
-    else:
-        found = _object(file.with_suffix(".json")).get("parameters")
-    return dict(found) if isinstance(found, dict) else {}
+        return _manifest(file.parent).get("config", {})
+    return _object(file.with_suffix(".json")).get("parameters", {})
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return _object(folder / "manifest.json")
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``; empty where there is none: a file may be half written, or of another program."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def configs(folder: Path, run_ids: Iterable[str]) -> dict[str, RunConfig]:
@@ -128,38 +148,6 @@ def finished(folder: Path, table: str) -> pd.DataFrame | None:
     return kept if len(kept) else None
 
 
-def _unfinished(place: Path) -> dict[str, Path]:
-    """Tables of rounds in checkpoints, by run."""
-    found = {}
-    for folder in place.glob(f"{CHECKPOINTS}/*"):
-        files = _manifest(folder).get("files")
-        name = files.get("rounds") if isinstance(files, dict) else None
-        if isinstance(name, str) and (folder / name).is_file():
-            found[folder.name] = folder / name
-    return found
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    return _object(folder / "manifest.json")
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``; empty where there is none: a file may be half written, or of another program."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def modified(file: Path) -> float:
-    """When ``file`` was written, in seconds; 0 if it is gone."""
-    try:
-        return file.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-
-
 def find(name: str, places: Sequence[Path] | None = None) -> Path:
     """The table that ``name`` means: a file, a folder with one run, a run id, or any part of one that is unique.
 
@@ -168,47 +156,25 @@ def find(name: str, places: Sequence[Path] | None = None) -> Path:
     """
     path = Path(name)
     if not name.strip():
-        raise ConfigError("the name of a run is empty; give a run id, a unique part of one, or a path")
+        raise ConfigError(f"the name of a run is empty; {HOW}")
     if path.suffix == ".parquet" and path.is_file():
         return path
     known = runs([path]) if path.is_dir() else runs(places)
     exact = [file for file in known.values() if run_id(file) == name]
-    partly = [file for label, file in known.items() if name in label]
-    matching = list(known.values()) if path.is_dir() else exact or partly
+    matching = (
+        list(known.values()) if path.is_dir() else exact or [file for label, file in known.items() if name in label]
+    )
     if len(matching) == 1:
         return matching[0]
-    raise ConfigError(_which(name, matching, list(known.values())))
-
-
-def _which(name: str, matching: list[Path], known: list[Path]) -> str:
-    """Why ``name`` means no run, with those that it may mean: what it stands in, or what is spelled most like it."""
-    how = "give a run id, a unique part of one, or a path"
     if not known:
-        return f"{name!r} is no run; {how}. There are none: `fluxlib run` makes some"
-    files = matching or sorted(known, key=lambda file: -SequenceMatcher(None, name, run_id(file)).ratio())
-    listed = "".join(f"\n  {shown(file)}" for file in files[:LISTED])
-    if len(files) > LISTED:
-        listed += f"\n  and {len(files) - LISTED} more: `fluxlib list`"
+        raise ConfigError(f"{name!r} is no run; {HOW}. There are none: `fluxlib run` makes some")
+    nearest = sorted(known.values(), key=lambda file: -SequenceMatcher(None, name, run_id(file)).ratio())
+    files = matching or nearest
+    listed = "".join(f"\n  {_shown(file)}" for file in files[:LISTED])
+    listed += f"\n  and {len(files) - LISTED} more: `fluxlib list`" if len(files) > LISTED else ""
     if matching:
-        return f"{name!r} means {len(matching)} runs; {how}. They are:{listed}"
-    return f"{name!r} is no run; {how}. Nearest to it:{listed}"
-
-
-def place_of(file: Path) -> Path:
-    """The folder of runs that a table of :func:`runs` lies in."""
-    return file.parent.parent.parent if is_checkpoint(file) else file.parent.parent
-
-
-def tell_apart(labels: Sequence[str], files: Sequence[Path]) -> list[str]:
-    """``labels`` of ``files``; those that are the same say where the run lies, and its file if need be."""
-    places = list(dict.fromkeys(place_of(file) for file in files))
-    named = dict(zip(places, place_names(places), strict=True))
-    for tells in (lambda file: named[place_of(file)], shown):
-        labels = [
-            label if labels.count(label) == 1 else f"{label} ({tells(file)})"
-            for label, file in zip(labels, files, strict=True)
-        ]
-    return list(labels)
+        raise ConfigError(f"{name!r} means {len(matching)} runs; {HOW}. They are:{listed}")
+    raise ConfigError(f"{name!r} is no run; {HOW}. Nearest to it:{listed}")
 
 
 def load(names: Sequence[str], places: Sequence[Path] | None = None) -> dict[str, pd.DataFrame]:
@@ -221,11 +187,34 @@ def load(names: Sequence[str], places: Sequence[Path] | None = None) -> dict[str
     for file in files:
         if files.count(file) > 1:
             raise ConfigError(f"{file} is named twice")
-    labels = tell_apart([run_id(file) for file in files], files)
     try:
-        return {label: read(file) for label, file in zip(labels, files, strict=True)}
+        return {label: read(file) for label, file in zip(tell_apart(map(run_id, files), files), files, strict=True)}
     except records.TableError as error:
         raise ConfigError(str(error)) from None
+
+
+def tell_apart(labels: Iterable[str], files: Sequence[Path]) -> list[str]:
+    """``labels`` of ``files``; those that are the same say where the run lies, and its file if need be."""
+    places, labels = list(dict.fromkeys(map(place_of, files))), list(labels)
+    named = dict(zip(places, _place_names(places), strict=True))
+    for tells in (lambda file: named[place_of(file)], _shown):
+        labels = [
+            label if labels.count(label) == 1 else f"{label} ({tells(file)})"
+            for label, file in zip(labels, files, strict=True)
+        ]
+    return labels
+
+
+def _place_names(places: Sequence[Path]) -> list[str]:
+    """A name for each of ``places``: its last part where that says which it is, all of its path otherwise."""
+    last = [place.resolve().name for place in places]
+    return [name if last.count(name) == 1 else _shown(place) for name, place in zip(last, places, strict=True)]
+
+
+def _shown(path: Path) -> str:
+    """``path`` as it is written from here, where that is shorter."""
+    whole, here = path.resolve(), Path.cwd()
+    return str(whole.relative_to(here)) if whole.is_relative_to(here) and whole != here else str(whole)
 
 
 def best_final(runs: dict[str, pd.DataFrame]) -> tuple[str, float]:
@@ -234,12 +223,13 @@ def best_final(runs: dict[str, pd.DataFrame]) -> tuple[str, float]:
     Raises:
         ConfigError: no run was ever scored.
     """
-    scores = {label: table["metric"].dropna() for label, table in runs.items()}
-    finals = {label: float(found.iloc[-1]) for label, found in scores.items() if len(found)}
+    finals = {
+        label: table["metric"].dropna().iloc[-1] for label, table in runs.items() if table["metric"].notna().any()
+    }
     if not finals:
         raise ConfigError("no run with a score sets a target: they were stopped before the first evaluation")
     best = max(finals, key=finals.__getitem__)
-    return best, finals[best]
+    return best, float(finals[best])
 
 
 def as_one(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -31,9 +31,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fluxlib.analysis.statistics import geometric
-from fluxlib.analysis.wording import bullets, clock_shapes, interval_name, percent, title
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -179,9 +176,9 @@ def option_table(rounds: pd.DataFrame, options: Sequence[str], **target: Any) ->
         target: of :func:`times_to_target`.
 
     Returns:
-        One row per option, model, task and method (``"flux, int8"``): ``seeds``, ``final_metric``, ``round_to_target``
-        and ``device_s_to_target`` (means over seeds that reached it), ``missed`` (seeds that did not), ``round_s``.
-        Empty when there are no such runs.
+        One row per option, model, task and method (``"flux, int8"``): number of ``seeds``, and means of
+        ``final_metric``, ``round_to_target`` and ``device_s_to_target`` (over seeds that reached it), ``missed_frac``
+        (of the seeds) and ``round_s``. Empty when there are no such runs.
     """
     import pandas as pd
 
@@ -191,44 +188,10 @@ def option_table(rounds: pd.DataFrame, options: Sequence[str], **target: Any) ->
         every = every.merge(every.loc[every["variant"] == option, list(PAIR)].drop_duplicates(), on=list(PAIR))
         if len(every):
             named = every["method"] + every["variant"].map({"": "", option: f", {option}"})
-            times = times_to_target(every.assign(method=named), **target)
-            means = times.groupby(["model", "task", "method"]).agg(
-                seeds=("seed", "nunique"),
-                final_metric=("final_metric", "mean"),
-                round_to_target=("round_to_target", "mean"),
-                device_s_to_target=("device_s_to_target", "mean"),
-                missed=("device_s_to_target", lambda found: int(found.isna().sum())),
-                round_s=("round_s", "mean"),
-            )
-            tables.append(means.reset_index().assign(option=option).set_index("option").reset_index())
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def in_words(times: pd.DataFrame, reference: str = "fmd") -> str:
-    """``times`` (of :func:`times_to_target`) as Markdown: one sentence per model, task and other method."""
-    name, share = title(reference), percent(times["target_fraction"].iloc[0])
-    lines = [
-        f"**{model}, {task}.** {title(str(method))} {_in_words(runs, name)}."
-        for (model, task, method), runs in times.groupby(["model", "task", "method"], sort=False)
-        if method != reference
-    ]
-    return f"Target: {share} of {name}'s final score on the same model and task with the same seed.\n\n{bullets(lines)}"
-
-
-def _in_words(runs: pd.DataFrame, reference: str) -> str:
-    seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
-    final = f"ends at {percent(runs['final_frac'].mean())} of {reference}'s score"
-    missed = int(runs["device_s_to_target"].isna().sum())
-    if missed:
-        return f"did not reach the target in {missed} of {len(runs)} runs; it {final} ({seeds})"
-    speedup, low, high = geometric(runs["speedup_device_s"])
-    if runs["speedup_device_s"].isna().any():
-        return f"reached the target, {reference} itself did not in every run; it {final} ({seeds})"
-    spread = f" ({interval_name(len(runs)).split(' and ')[-1]}: {low:.2f} to {high:.2f})" if len(runs) > 1 else ""
-    if runs["final_frac"].mean() < runs["target_fraction"].iloc[0]:
-        final = final.replace("ends", "does not hold it and ends")
-    wall, number = geometric(runs["speedup_wall_s"])[0], runs["round_to_target"].mean()
-    return (
-        f"is {speedup:.2f}x as fast to the target{spread} on the device clock ({clock_shapes(runs)}), {wall:.2f}x as "
-        f"measured here, in {number:.1f} rounds; it {final} ({seeds})"
-    )
+            times = times_to_target(every.assign(method=named), **target).assign(option=option)
+            tables.append(times.assign(missed_frac=times["device_s_to_target"].isna()))
+    if not tables:
+        return pd.DataFrame()
+    groups = pd.concat(tables).groupby(["option", "model", "task", "method"], sort=False)
+    means = groups[["final_metric", "round_to_target", "device_s_to_target", "missed_frac", "round_s"]].mean()
+    return means.assign(seeds=groups["seed"].nunique()).reset_index()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,7 @@ import pytest
 from fluxlib import records
 from fluxlib.analysis import claims, studies
 from fluxlib.analysis.studies import roles
-from fluxlib.config import RunConfig, make_config
+from fluxlib.config import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +68,3 @@ def test_the_notebook_compares_each_setting_with_the_first() -> None:
     assert "ours **0.15**: *agrees*" in told["the same with a guided probe in both directions (ours)"]
     assert "ours **4 %**: *agrees*" in told["share of a round that probes take"]
     assert "**against other: 0.833×**: *does not*" in told["FLUX's assignment reaches the target before others"]
-
-
-def test_a_run_is_made_once_and_again_when_its_configuration_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fluxlib import federation
-
-    made: list[tuple[str, int]] = []
-
-    def run(config: RunConfig, out: Path) -> None:
-        made.append((config.variant, config.federation.rounds))
-        about = out / "rounds" / f"{config.run_id}.json"
-        about.parent.mkdir(exist_ok=True)
-        about.write_text(json.dumps({"parameters": config.model_dump(mode="json"), "status": "complete"}))
-
-    monkeypatch.setattr(federation, "run", run)
-    for rounds in (2, 2, 3):
-        changes = {"": {}, "random": {"roles.assignment": "random"}}
-        roles.make_runs(tmp_path, make_config({"federation.rounds": rounds}), [0], changes)
-    assert made == [("", 2), ("random", 2), ("", 3), ("random", 3)]

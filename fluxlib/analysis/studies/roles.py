@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fluxlib import gradients, records, roles, seeding
-from fluxlib.analysis import store
 from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row
 from fluxlib.config import RunConfig
 from fluxlib.gradients.exact import ExpertKey
@@ -133,7 +133,7 @@ def share_rows(participants: pd.DataFrame, model: str, task: str) -> Iterator[Ro
 
 
 def read_runs(
-    folder: Path, model: str, task: str, seeds: Iterable[int], variants: Mapping[str, str]
+    folder: Path, model: str, task: str, seeds: Sequence[int], variants: Mapping[str, str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables ``rounds`` and ``participants`` of some of FLUX's runs, with the columns ``setting`` and ``seed``.
 
@@ -146,27 +146,9 @@ def read_runs(
     import pandas as pd
 
     found: dict[str, list[pd.DataFrame]] = {"rounds": [], "participants": []}
-    for setting, variant in variants.items():
-        for seed in seeds:
-            name = RunConfig(variant=variant, model=model, task=task, seed=seed).run_id
-            for table, frames in found.items():
-                frame = records.read(table, folder / table / f"{name}.parquet")
-                frames.append(frame.assign(setting=setting, seed=seed))
+    for (setting, variant), seed in itertools.product(variants.items(), seeds):
+        name = RunConfig(variant=variant, model=model, task=task, seed=seed).run_id
+        for table, frames in found.items():
+            frame = records.read(table, folder / table / f"{name}.parquet")
+            frames.append(frame.assign(setting=setting, seed=seed))
     return pd.concat(found["rounds"], ignore_index=True), pd.concat(found["participants"], ignore_index=True)
-
-
-def make_runs(folder: Path, base: RunConfig, seeds: Iterable[int], changes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make the runs that are not in ``folder`` yet, or are of another configuration: by variant, what is changed.
-
-    Raises:
-        ConfigError: a change that is not allowed, before any run.
-    """
-    from fluxlib import federation
-
-    wanted = [
-        base.updated({"variant": name, "seed": seed, **change}) for seed in seeds for name, change in changes.items()
-    ]
-    for config in wanted:
-        file, unfinished = folder / "rounds" / f"{config.run_id}.parquet", records.unfinished(folder)
-        if store.parameters(file) != config.model_dump(mode="json") or config.run_id in unfinished:
-            federation.run(config, out=folder)
