@@ -65,7 +65,7 @@ def write_model(folder: Path, layers: int, experts: int, hidden: int, width: int
 
 def assign(
     state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator, config: RunConfig
-) -> roles.Assignment:
+) -> roles.Roles:
     counts = [budget.num_tuned for budget in budgets]
     return roles.assign(roles.current_utilities(state), counts, 1.0, generator)
 

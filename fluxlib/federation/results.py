@@ -13,7 +13,8 @@ import pandas as pd
 
 from fluxlib.federation.protocol.sync import Delta, Holding
 from fluxlib.federation.protocol.wire import Form, bits_per_weight
-from fluxlib.methods.base import Budget, Roles, Update, Work
+from fluxlib.methods.base import Budget, Update, Work
+from fluxlib.roles import Roles
 
 Row = dict[str, Any]
 

@@ -38,14 +38,9 @@ def cluster(features: Sequence[Tensor], budgets: Sequence[int], method: str = "f
     points, real = _padded(features, budgets)
     if not real.any():
         return [torch.zeros(0, dtype=torch.long) for _ in features]
-    if method == "fused":
-        member = _fused(points, real, np.asarray(budgets), np.random.default_rng(seed))
-    else:
-        member = _per_layer(points, real, budgets, seed)
+    member = (_fused if method == "fused" else _per_layer)(points, real, np.asarray(budgets), seed)
     labels = torch.from_numpy(_in_order_of_appearance(member))
-    if real.all():
-        return list(labels.unbind())
-    return [labels[layer, : len(rows)] for layer, rows in enumerate(features)]
+    return list(labels.unbind()) if real.all() else [row[: len(own)] for row, own in zip(labels, features, strict=True)]
 
 
 def inertia(features: Sequence[Tensor], labels: Sequence[Tensor]) -> float:
@@ -77,7 +72,7 @@ def _padded(features: Sequence[Tensor], budgets: Sequence[int]) -> tuple[np.ndar
     return points, real
 
 
-def _fused(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _fused(points: np.ndarray, real: np.ndarray, k: np.ndarray, seed: int) -> np.ndarray:
     """One K-Means over all layers: membership bool ``[L, k_max, n]``.
 
     Paper: one similarity matrix of all experts and all centroids, entries between layers masked. Here only
@@ -86,15 +81,13 @@ def _fused(points: np.ndarray, real: np.ndarray, k: np.ndarray, rng: np.random.G
     centroids do not. No centroid is ever formed: with D the squared distances between experts and m the shares of
     a cluster's members, ``|x - c|^2 = (D m)_x - m D m / 2``.
     """
-    apart, num_real, padded = _squared_distances(points, real), int(real.sum()), not real.all()
+    apart, num_real = _squared_distances(points, real), int(real.sum())
     unused, ones = np.arange(k.max()) >= k[:, None], np.ones(points.shape[1], np.float32)
-    far = apart[np.arange(len(points))[:, None], _plus_plus(apart, real, k, rng)]
+    far = apart[np.arange(len(points))[:, None], _plus_plus(apart, real, k, np.random.default_rng(seed))]
     member = np.zeros(far.shape, bool)
     for _ in range(MAX_ITERATIONS):
         far[unused] = np.inf
-        before, member = member, far == far.min(axis=1, keepdims=True)
-        if padded:
-            member &= real[:, None, :]
+        before, member = member, (far == far.min(axis=1, keepdims=True)) & real[:, None, :]
         if np.array_equal(before, member):
             break
         shares = member.astype(np.float32)
@@ -168,22 +161,20 @@ def _fill_empty(labels: np.ndarray, served: np.ndarray, real: np.ndarray, k: int
     return labels
 
 
-def _per_layer(points: np.ndarray, real: np.ndarray, budgets: Sequence[int], seed: int) -> np.ndarray:
+def _per_layer(points: np.ndarray, real: np.ndarray, k: np.ndarray, seed: int) -> np.ndarray:
     """Reference: scikit-learn's K-Means, one layer after the other; membership as in :func:`_fused`."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    member = np.zeros((len(points), max(budgets), points.shape[1]), bool)
-    for layer, k in enumerate(budgets):
-        if k == 0:
-            continue
+    member = np.zeros((len(points), k.max(), points.shape[1]), bool)
+    for layer in k.nonzero()[0]:
         rows = points[layer, real[layer]]
         with warnings.catch_warnings():
             # Equal experts: fewer distinct points than clusters, repaired below.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            found = KMeans(k, n_init=1, max_iter=MAX_ITERATIONS, random_state=seed).fit(rows)
+            found = KMeans(k[layer], n_init=1, max_iter=MAX_ITERATIONS, random_state=seed).fit(rows)
         served = -np.square(rows - found.cluster_centers_[found.labels_]).sum(axis=1)
-        labels = _fill_empty(found.labels_.astype(np.int64), served, np.ones(len(rows), bool), k)
+        labels = _fill_empty(found.labels_.astype(np.int64), served, np.ones(len(rows), bool), k[layer])
         member[layer, labels, np.arange(len(rows))] = True
     return member
 

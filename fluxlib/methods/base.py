@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fluxlib.config import RunConfig
 from fluxlib.profiling import Profile
-from fluxlib.roles import Assignment, RoleState
+from fluxlib.roles import Roles, RoleState
 
 Batch = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` and ``labels``, each ``[B, T]`` long; label -100 is not scored."""
@@ -30,17 +30,6 @@ class Budget:
 
     num_tuned: int
     num_merged: int
-
-
-@dataclass(frozen=True)
-class Roles:
-    """One participant's experts of this round, as boolean masks ``[layers, experts]``.
-
-    ``exploit`` is tuned and uploaded. Of ``explore`` only a utility is reported, measured by forward passes.
-    """
-
-    exploit: Tensor
-    explore: Tensor
 
 
 @dataclass(frozen=True)
@@ -137,7 +126,7 @@ class LocalRound:
     generator: torch.Generator
 
 
-AssignFn = Callable[[RoleState, Sequence[Budget], float, torch.Generator, RunConfig], Assignment]
+AssignFn = Callable[[RoleState, Sequence[Budget], float, torch.Generator, RunConfig], Roles]
 TrainFn = Callable[[torch.nn.Module, LocalRound], tuple[Update, ParticipantState]]
 ProfileFn = Callable[[torch.nn.Module, LocalData, RunConfig], Profile]
 

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from fluxlib import gradients, merging, profiling, roles
 from fluxlib.config import RunConfig
-from fluxlib.methods.base import Budget, ExpertKey, LocalRound, Method, ParticipantState, Roles, Update
-from fluxlib.methods.local import Stopwatch, customized, profile, profile_account, report, tune
+from fluxlib.methods.base import Budget, ExpertKey, LocalRound, Method, ParticipantState, Update
+from fluxlib.methods.local import Stopwatch, customized, profile, profile_account, report, size, tune
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.tasks.batches import to_device
 
 
 def assign(
     state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator, config: RunConfig
-) -> roles.Assignment:
+) -> roles.Roles:
     """Eq. 4 on the utilities known so far; the least recently measured experts are explored first.
 
     ``config.roles.assignment`` puts other values in the place of utilities (:func:`fluxlib.roles.priorities`), in the
@@ -55,7 +55,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         with watch.phase("train"):
             tuned = tune(model, compact, data.train, config)
     groups = [group for plan in plans for group in plan.groups]
-    passes, batch = forward_passes(probed, len(plans), config), data.train[0]
+    passes, (samples, tokens) = forward_passes(probed, len(plans), config), size(data.train[:1])
     update = report(
         local,
         tuned,
@@ -63,8 +63,8 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         utilities=roles.utility(torch.cat([tuned.squared_norms, probe_norms]), tuned.tokens),
         num_frozen=len(groups),
         num_merge_sources=sum(len(group) for group in groups if len(group) > 1),
-        probe_samples=round(passes * len(batch["input_ids"])),
-        probe_tokens=round(passes * int(batch["attention_mask"].sum())),
+        probe_samples=round(passes * samples),
+        probe_tokens=round(passes * tokens),
         first_profile=is_first,
         **profile_account(data, known.frequency.numel(), config),
     )
@@ -72,7 +72,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
 
 
 def make_plans(
-    model: nn.Module, known: profiling.Profile, assigned: Roles, budget: Budget, config: RunConfig
+    model: nn.Module, known: profiling.Profile, assigned: roles.Roles, budget: Budget, config: RunConfig
 ) -> list[LayerPlan]:
     """Section 5: exploited experts tuned, explored ones kept as they are, all others merged."""
     kept = assigned.exploit | assigned.explore

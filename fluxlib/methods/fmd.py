@@ -18,14 +18,14 @@ from fluxlib.config import RunConfig
 from fluxlib.methods.base import Budget, LocalRound, Method, ParticipantState, Update
 from fluxlib.methods.local import Stopwatch, customized, report, tune
 from fluxlib.moe.compact import LayerPlan
-from fluxlib.roles import Assignment, RoleState
+from fluxlib.roles import Roles, RoleState
 
 
 def assign(
     state: RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator, config: RunConfig
-) -> Assignment:
+) -> Roles:
     """Everybody tunes every expert."""
-    return Assignment(torch.ones_like(state.first, dtype=torch.bool), torch.zeros_like(state.first, dtype=torch.bool))
+    return Roles(torch.ones_like(state.first, dtype=torch.bool), torch.zeros_like(state.first, dtype=torch.bool))
 
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:

@@ -27,11 +27,11 @@ from fluxlib.moe.compact import LayerPlan
 
 def assign(
     state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator, config: RunConfig
-) -> roles.Assignment:
+) -> roles.Roles:
     """The experts of highest frequency within each budget; all others only report theirs."""
     counts = [budget.num_tuned for budget in budgets]
     exploit = roles.assign(roles.current_utilities(state), counts, 1.0, generator).exploit
-    return roles.Assignment(exploit, ~exploit)
+    return roles.Roles(exploit, ~exploit)
 
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:

@@ -1,7 +1,8 @@
-"""Local fine-tuning, shared by all methods: a plan in, changes of the tuned experts out.
+"""Local fine-tuning, shared by all methods: a plan in, changes of the tuned experts and an account of the work out.
 
 - :func:`tune` -- local steps on the tuned slots of a customised model,
-- :func:`run_steps` -- the same loop for any :class:`Learner`: what a method may do otherwise is the step itself.
+- :func:`run_steps` -- the same loop for any :class:`Learner`: what a method may do otherwise is the step itself,
+- :func:`report` -- the update of a round from all of it; :class:`Stopwatch` for the seconds it took.
 """
 
 from __future__ import annotations
@@ -29,16 +30,15 @@ class Tuned:
     """Result of :func:`tune`; ``K`` steps, ``L`` MoE layers, ``E`` experts per layer."""
 
     changes: dict[ExpertKey, dict[str, Tensor]]
+    """New minus old weights."""
     squared_norms: Tensor
     """``[K, L, E]`` squared gradient norm per step, NaN for experts that were not tuned."""
     tokens: Tensor
     """``[L, E]`` real tokens routed to each expert, over all steps."""
-    loss: float
-    """Mean training loss of the steps, each before its update."""
-    num_samples: int
-    num_tokens: int
     slot_tokens: int
     """(token, slot) pairs computed per pass; choices of one token that fall on one merged slot are one pair."""
+    loss: float
+    """Mean training loss of the steps, each before its update."""
 
 
 class Learner(Protocol):
@@ -64,8 +64,43 @@ def customized(model: nn.Module, plans: Sequence[LayerPlan]) -> Iterator[list[Co
         restore(model, write=False)
 
 
+def tune(model: nn.Module, compact: Sequence[CompactExperts], batches: Sequence[Batch], config: RunConfig) -> Tuned:
+    """One optimizer step per batch on the tuned slots of a customised model, as :func:`run_steps`.
+
+    The optimizer starts afresh: experts change roles from round to round.
+    """
+    return run_steps(model, _CompactLearner(compact, config), batches, config)
+
+
+def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], config: RunConfig) -> Tuned:
+    """Forward, backward, count, step, once per batch.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite; the round's step and loss are named.
+    """
+    found, device = find.layers(model), next(model.parameters()).device
+    tokens = torch.zeros((len(found), found[0].num_experts), dtype=torch.long)
+    norms, losses, slot_tokens = [], [], 0
+    for step, cpu_batch in enumerate(batches, start=1):
+        batch = to_device(cpu_batch, device)
+        with capture(model) as seen, _training_mode(model):
+            loss = model(**batch).loss
+        if not torch.isfinite(loss):
+            rate = config.training.learning_rate
+            raise FloatingPointError(f"training loss is {loss.item()} at step {step} (learning_rate {rate:g})")
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(learner.squared_norms())
+        chosen = [layer.top_k_index[0] for layer in seen.layers]
+        tokens += routed_tokens(chosen, batch["attention_mask"], found[0].num_experts)
+        for layer, index in zip(found, chosen, strict=True):
+            slot_tokens += num_pairs(layer.experts, index, batch["attention_mask"])
+        learner.step()
+    return Tuned(learner.changes(), torch.stack(norms), tokens, slot_tokens, sum(losses) / len(losses))
+
+
 @contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
+def _training_mode(model: nn.Module) -> Iterator[None]:
     """Dropout and the like are on inside the block; afterwards the model is in the mode it was in."""
     before = model.training
     model.train()
@@ -73,49 +108,6 @@ def training_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
-
-
-def tune(model: nn.Module, compact: Sequence[CompactExperts], batches: Sequence[Batch], config: RunConfig) -> Tuned:
-    """One optimizer step per batch on the tuned slots of a customised model.
-
-    The optimizer starts afresh (experts change roles from round to round). Changes are new minus old weights.
-
-    Raises:
-        FloatingPointError: the loss became NaN or infinite; the round's step and loss are named.
-    """
-    return run_steps(model, _CompactLearner(compact, config), batches, config)
-
-
-def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], config: RunConfig) -> Tuned:
-    """The loop of :func:`tune`: forward, backward, count, step, once per batch.
-
-    Raises:
-        FloatingPointError: the loss became NaN or infinite; the round's step and loss are named.
-    """
-    found = find.layers(model)
-    experts, num_experts = [layer.experts for layer in found], found[0].num_experts
-    device = next(model.parameters()).device
-    norms, counts = [], torch.zeros((len(experts), num_experts), dtype=torch.long)
-    losses, num_samples, num_tokens, slot_tokens = [], 0, 0, 0
-    for step, cpu_batch in enumerate(batches):
-        batch = to_device(cpu_batch, device)
-        with capture(model) as seen, training_mode(model):
-            loss = model(**batch).loss
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"training loss is {loss.item()} at step {step + 1} (learning_rate {config.training.learning_rate:g})"
-            )
-        loss.backward()
-        norms.append(learner.squared_norms())
-        chosen = [layer.top_k_index[0] for layer in seen.layers]
-        counts += routed_tokens(chosen, batch["attention_mask"], num_experts)
-        slot_tokens += sum(num_pairs(*pair, batch["attention_mask"]) for pair in zip(experts, chosen, strict=True))
-        learner.step()
-        losses.append(loss.item())
-        num_samples += len(batch["input_ids"])
-        num_tokens += int(batch["attention_mask"].sum())
-    mean = sum(losses) / len(losses)
-    return Tuned(learner.changes(), torch.stack(norms), counts, mean, num_samples, num_tokens, slot_tokens)
 
 
 class _CompactLearner:
@@ -147,12 +139,11 @@ class _CompactLearner:
 def squared_gradient_norms(compact: Sequence[CompactExperts]) -> Tensor:
     """``[L, E]`` squared norm of each tuned expert's gradient, NaN for the others."""
     norms = torch.full((len(compact), compact[0].num_experts), float("nan"))
-    for index, experts in enumerate(compact):
+    for row, experts in zip(norms, compact, strict=True):
         stacks = [p for p in experts.tuned_stacks().values() if p.shape[0]]
         if stacks:
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in stacks]
-            total = sum(g.flatten(1).float().square().sum(1) for g in grads)
-            norms[index, list(experts.plan.tuned)] = total.cpu()  # type: ignore[union-attr]
+            row[list(experts.plan.tuned)] = sum(g.flatten(1).float().square().sum(1) for g in grads).cpu()  # type: ignore[union-attr]
     return norms
 
 
@@ -168,12 +159,9 @@ def routed_tokens(top_k_index: Sequence[Tensor], attention_mask: Tensor, num_exp
 
 
 def num_pairs(experts: nn.Module, top_k_index: Tensor, attention_mask: Tensor) -> int:
-    """(token, slot) pairs that a layer computes for the real tokens.
+    """(token, slot) pairs that a layer computes for the real tokens; shapes as in :func:`routed_tokens`.
 
-    Args:
-        experts: the layer's experts; those with a ``slot_of`` map compute a slot once per token.
-        top_k_index: ``[N, k]``, ``N = B * T``.
-        attention_mask: ``[B, T]``, 1 for real tokens.
+    Experts with a ``slot_of`` map compute a slot once per token.
     """
     chosen = top_k_index[attention_mask.reshape(-1).bool()]
     slot_of = getattr(experts, "slot_of", None)
@@ -195,40 +183,6 @@ def profile(model: nn.Module, data: LocalData, config: RunConfig) -> profiling.P
     return profiling.profile(model, data.profile, bits=config.profiling.bits)
 
 
-def report(local: LocalRound, tuned: Tuned, watch: Stopwatch, utilities: Tensor | None = None, **work: Any) -> Update:
-    """The update of a round, with the account of its local steps.
-
-    Args:
-        utilities: ``[L, E]``, NaN where not measured; None: none was.
-        work: what else was done, by the names of :class:`Work`.
-    """
-    exploit = local.roles.exploit
-    account = Work(
-        num_experts=exploit.numel(),
-        num_tuned=int(exploit.sum()),
-        train_steps=len(local.data.train),
-        train_samples=tuned.num_samples,
-        train_tokens=tuned.num_tokens,
-        routed_tokens=int(tuned.tokens.sum()),
-        slot_tokens=tuned.slot_tokens,
-        tuned_tokens=int(tuned.tokens[exploit].sum()),
-        **work,
-    )
-    if utilities is None:
-        utilities = torch.full(exploit.shape, float("nan"))
-    return Update(tuned.changes, utilities, tuned.tokens, tuned.loss, tuned.num_samples, account, watch.phases_s)
-
-
-def profile_account(data: LocalData, num_experts: int, config: RunConfig) -> dict[str, Any]:
-    """What one profile of the full model adds to :class:`Work`."""
-    return {
-        "profile_samples": sum(len(batch["input_ids"]) for batch in data.profile),
-        "profile_tokens": sum(int(batch["attention_mask"].sum()) for batch in data.profile),
-        "profile_bits": config.profiling.bits,
-        "num_quantized": num_experts,
-    }
-
-
 class Stopwatch:
     """Measured seconds by phase of a round."""
 
@@ -237,9 +191,45 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the block's wall-clock time to the phase ``name``."""
+        """The block's wall-clock time is that of the phase ``name``."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.phases_s[name] = self.phases_s.get(name, 0.0) + time.perf_counter() - start
+            self.phases_s[name] = time.perf_counter() - start
+
+
+def report(local: LocalRound, tuned: Tuned, watch: Stopwatch, utilities: Tensor | None = None, **work: Any) -> Update:
+    """The update of a round, with the account of its local steps.
+
+    Args:
+        utilities: ``[L, E]``, NaN where not measured; None: none was.
+        work: what else was done, by the names of :class:`Work`.
+    """
+    exploit, (num_samples, num_tokens) = local.roles.exploit, size(local.data.train)
+    account = Work(
+        num_experts=exploit.numel(),
+        num_tuned=int(exploit.sum()),
+        train_steps=len(local.data.train),
+        train_samples=num_samples,
+        train_tokens=num_tokens,
+        routed_tokens=int(tuned.tokens.sum()),
+        slot_tokens=tuned.slot_tokens,
+        tuned_tokens=int(tuned.tokens[exploit].sum()),
+        **work,
+    )
+    if utilities is None:
+        utilities = torch.full(exploit.shape, float("nan"))
+    return Update(tuned.changes, utilities, tuned.tokens, tuned.loss, num_samples, account, watch.phases_s)
+
+
+def profile_account(data: LocalData, num_experts: int, config: RunConfig) -> dict[str, Any]:
+    """What one profile of the full model adds to :class:`Work`."""
+    samples, tokens = size(data.profile)
+    bits = config.profiling.bits
+    return {"profile_samples": samples, "profile_tokens": tokens, "profile_bits": bits, "num_quantized": num_experts}
+
+
+def size(batches: Sequence[Batch]) -> tuple[int, int]:
+    """Samples, and tokens without padding."""
+    return sum(len(b["input_ids"]) for b in batches), sum(int(b["attention_mask"].sum()) for b in batches)

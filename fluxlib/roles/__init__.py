@@ -8,14 +8,14 @@
 Everything is a pure function of its arguments. P participants, L MoE layers, E experts per layer.
 """
 
-from fluxlib.roles.assignment import Assignment, assign, num_probed, priorities
+from fluxlib.roles.assignment import Roles, assign, num_probed, priorities
 from fluxlib.roles.state import Fault, RoleState, ages, current_utilities, update
 from fluxlib.roles.utility import epsilon_schedule, first_utilities, utility
 
 __all__ = [
-    "Assignment",
     "Fault",
     "RoleState",
+    "Roles",
     "ages",
     "assign",
     "current_utilities",

@@ -14,14 +14,18 @@ from fluxlib.roles.state import RoleState, current_utilities
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """Roles of one round: ``exploit`` is tuned and uploaded, ``explore`` only refreshes its utility.
+class Roles:
+    """Who does what in one round, as boolean masks ``[P, L, E]``, or ``[L, E]`` of one participant.
 
-    Both are bool ``[P, L, E]`` and disjoint; together they fill each participant's budget.
+    ``exploit`` is tuned and uploaded. Of ``explore`` only a utility is reported. No expert is both.
     """
 
     exploit: Tensor
     explore: Tensor
+
+    def __getitem__(self, participant: int) -> Roles:
+        """Roles of one participant."""
+        return Roles(self.exploit[participant], self.explore[participant])
 
 
 def priorities(state: RoleState, kind: AssignmentKind, generator: torch.Generator) -> Tensor:
@@ -60,7 +64,7 @@ def assign(
     epsilon: float,
     generator: torch.Generator,
     ages: Tensor | None = None,
-) -> Assignment:
+) -> Roles:
     """Eq. 4: per participant the ``round(epsilon * B)`` experts of highest utility, the rest of B to explore.
 
     The problem is separable, so top-B is its exact solution; equal utilities go to the lower index. Explored
@@ -85,7 +89,7 @@ def assign(
     if ages is not None:
         keys = keys + ages.reshape(values.shape)
     explore = _top(keys.masked_fill(exploit, -math.inf), counts - num_exploit)
-    return Assignment(exploit.view(utilities.shape), explore.view(utilities.shape))
+    return Roles(exploit.view(utilities.shape), explore.view(utilities.shape))
 
 
 def _checked(utilities: Tensor, budgets: Tensor | Sequence[int], epsilon: float) -> tuple[Tensor, Tensor]:

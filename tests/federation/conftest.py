@@ -60,7 +60,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assign(
     state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator, config: RunConfig
-) -> roles.Assignment:
+) -> roles.Roles:
     counts = [budget.num_tuned for budget in budgets]
     return roles.assign(roles.current_utilities(state), counts, epsilon, generator)
 

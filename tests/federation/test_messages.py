@@ -15,8 +15,9 @@ from fluxlib.federation.client.state import load_state, save_state
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction, ProfileReport, TrainReport
 from fluxlib.federation.protocol.sync import ExpertStore
-from fluxlib.methods.base import Budget, ParticipantState, Roles, Update, Work
+from fluxlib.methods.base import Budget, ParticipantState, Update, Work
 from fluxlib.profiling import Profile
+from fluxlib.roles import Roles
 
 
 def test_an_instruction_is_read_as_it_was_written(store: ExpertStore, make_config: Callable[..., RunConfig]) -> None:

@@ -6,15 +6,16 @@ from torch import nn
 
 from fluxlib import methods, roles, seeding
 from fluxlib.methods import fmes
-from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Roles, Update
+from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Update
 from fluxlib.methods.local import profile
+from fluxlib.roles import Roles
 
 from .conftest import CONFIG
 
 LAYERS, EXPERTS, TOP_K = 4, 16, 4
 
 
-def choose(frequency: torch.Tensor, *budgets: int) -> roles.Assignment:
+def choose(frequency: torch.Tensor, *budgets: int) -> roles.Roles:
     state = roles.RoleState.start(frequency)
     return fmes.assign(state, [Budget(n, 0) for n in budgets], 0.3, seeding.generator(0), CONFIG)
 

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from fluxlib import methods, seeding
-from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Roles, Update
+from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Update
 from fluxlib.methods.fmq import QuantizedLearner
 from fluxlib.methods.local import run_steps
 from fluxlib.moe import find
 from fluxlib.moe.quantized import dequantize, quantize_tensor, quantized
+from fluxlib.roles import Roles
 
 from .conftest import CONFIG
 

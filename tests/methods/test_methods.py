@@ -10,9 +10,10 @@ from torch import nn
 from fluxlib import gradients, methods, roles, seeding
 from fluxlib.config import AssignmentKind
 from fluxlib.methods import flux
-from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Roles, Update
+from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Update
 from fluxlib.methods.local import customized, routed_tokens, squared_gradient_norms
 from fluxlib.moe.compact import LayerPlan
+from fluxlib.roles import Roles
 
 from .conftest import CONFIG
 
@@ -23,7 +24,7 @@ BUDGET = Budget(num_tuned=16, num_merged=16)
 def assigned(name: str) -> Roles:
     state = roles.RoleState.start(torch.rand(1, LAYERS, EXPERTS, generator=seeding.generator(0, "frequency")))
     found = methods.get(name).assign(state, [BUDGET], 0.5, seeding.generator(0, "assign"), CONFIG)
-    return Roles(found.exploit[0], found.explore[0])
+    return found[0]
 
 
 def train(

@@ -17,7 +17,7 @@ from fluxlib.devices import catalogue, clock, memory
 from fluxlib.devices.memory_plan import MemoryPlan
 from fluxlib.federation.protocol.wire import bits_per_weight
 from fluxlib.methods import flux, fmq
-from fluxlib.methods.base import Budget, Roles, Work
+from fluxlib.methods.base import Budget, Work
 from fluxlib.moe.compact import LayerPlan
 
 
@@ -97,7 +97,7 @@ def predict_seconds(config: RunConfig, work: Work, device: catalogue.Device) -> 
 def expected_work(
     config: RunConfig,
     method: str,
-    assigned: Roles,
+    assigned: roles.Roles,
     plans: Sequence[LayerPlan],
     frequency: Tensor,
     top_k_sum: int,

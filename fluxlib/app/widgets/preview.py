@@ -24,7 +24,7 @@ from fluxlib.federation import load_task
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.figures import Picture, overview
 from fluxlib.methods import flux, fmes
-from fluxlib.methods.base import Budget, Roles, Work
+from fluxlib.methods.base import Budget, Work
 from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.tasks.batches import make_batch
@@ -165,16 +165,16 @@ def _epsilon(config: RunConfig, round_number: int) -> float:
 
 def _plan(
     config: RunConfig, known: profiling.Profile, budget: Budget, round_number: int
-) -> tuple[list[LayerPlan], Roles]:
+) -> tuple[list[LayerPlan], roles.Roles]:
     """What the method does with every expert of one participant, where frequencies are all that is known."""
     state = roles.RoleState.start(known.frequency[None])
     chance = seeding.generator(config.seed, "assign", round_number)
     assigned = methods.get(config.method).assign(state, [budget], _epsilon(config, round_number), chance, config)
-    part = Roles(assigned.exploit[0], assigned.explore[0])
+    part = assigned[0]
     model, _ = _model(config.model)
     if config.method == "fmes":
         nobody = torch.zeros_like(part.exploit)
-        return fmes.make_plans(model, known.frequency, part.exploit), Roles(part.exploit, nobody)
+        return fmes.make_plans(model, known.frequency, part.exploit), roles.Roles(part.exploit, nobody)
     if not bool(part.exploit.all()):
         return flux.make_plans(model, known, part, budget, config), part
     return [LayerPlan(tuned=tuple(range(row.numel()))) for row in part.exploit], part

@@ -29,7 +29,8 @@ from fluxlib.config import RunConfig
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.sync import Delta, Holding
 from fluxlib.federation.protocol.wire import Form, WireError
-from fluxlib.methods.base import Budget, ExpertKey, Roles, Update, Work
+from fluxlib.methods.base import Budget, ExpertKey, Update, Work
+from fluxlib.roles import Roles
 
 JOIN, PROFILE, TRAIN = "query.join", "query.profile", "train"
 """Message types."""

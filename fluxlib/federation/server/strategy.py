@@ -31,7 +31,7 @@ from fluxlib.federation.results import Participation, RoundResult
 from fluxlib.federation.server.aggregation import ExpertMean, RobustAggregate, make_aggregate
 from fluxlib.federation.server.join import Member
 from fluxlib.federation.server.validation import DAMAGED, Expected, Rejected, read_reply
-from fluxlib.methods.base import ExpertKey, Roles
+from fluxlib.methods.base import ExpertKey
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class FluxStrategy:
         chance = seeding.generator(self.config.seed, "sample", number)
         count = federation.participants_per_round or federation.participants
         sampled = sorted(torch.randperm(federation.participants, generator=chance)[:count].tolist())
-        self.current = {one: Participation(one, self.budgets[one], Roles(nothing, nothing)) for one in sampled}
+        self.current = {one: Participation(one, self.budgets[one], roles.Roles(nothing, nothing)) for one in sampled}
         self._senders = {self.members[one].node_id: one for one in sampled}
         return sampled
 
@@ -137,7 +137,7 @@ class FluxStrategy:
         chance = seeding.generator(self.config.seed, "assign", number)
         assigned = self.method.assign(sampled, budgets, self.epsilon(number), chance, self.config)
         for row, one in enumerate(participants):
-            self.current[one].roles = Roles(assigned.exploit[row], assigned.explore[row])
+            self.current[one].roles = assigned[row]
 
     def requests(self, number: int, participants: Iterable[int]) -> Iterator[Message]:
         """A training message for each, with the experts that it lacks, made when it is sent."""
