@@ -155,12 +155,6 @@ def test_a_run_is_found_by_what_a_person_would_type(tmp_path):
         store.load(["fmd", "fmd"], places)
 
 
-def test_the_best_last_score_sets_the_target():
-    assert store.best_final({"a": rounds(metrics=(0.1, 0.9, 0.3)), "b": rounds(metrics=(0.1, 0.4))}) == ("b", 0.4)
-    with pytest.raises(ConfigError, match="no run with a score"):
-        store.best_final({"a": rounds(metrics=(float("nan"),))})
-
-
 def test_a_text_becomes_samples_of_one_length():
     def tokenizer(text, add_special_tokens):
         return {"input_ids": [ord(letter) for letter in text]}

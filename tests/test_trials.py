@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pandas as pd
 import pytest
 
 from fluxlib import figures, records
+from fluxlib.analysis import search, store
 from fluxlib.app import pipeline
-from fluxlib.config import REPO_ROOT
+from fluxlib.config import REPO_ROOT, RunConfig, make_config
 
 
 def run(method: str, variant: str, scores: list[float], round_s: float, seed: int = 0) -> pd.DataFrame:
@@ -32,15 +31,18 @@ ROUNDS = pd.concat(
 )
 
 
-def parameters(rounds: pd.DataFrame) -> dict[str, dict[str, float]]:
-    return {
-        name: dict(zip(("learning_rate", "local_steps"), SETTINGS[name.split("-")[1]], strict=True))
-        for name in rounds["run_id"].unique()
-    }
+def runs(rounds: pd.DataFrame, samples: int = 10**6) -> dict[str, RunConfig]:
+    """Configurations by run id; of so many samples a score has hardly an error, unless fewer are said."""
+    found = {}
+    for name in rounds["run_id"].unique():
+        rate, steps = SETTINGS[name.split("-")[1]]
+        changes = {"training.learning_rate": rate, "training.local_steps": steps, "evaluation.samples": samples}
+        found[name] = make_config(changes)
+    return found
 
 
 def test_trials_are_compared_when_the_quickest_of_the_method_has_ended() -> None:
-    found = figures.trials(ROUNDS, parameters(ROUNDS)).set_index(["method", "variant"])
+    found = search.trials(ROUNDS, runs(ROUNDS)).set_index(["method", "variant"])
     assert found.loc["flux", "at_s"].tolist() == [2.0] * 3
     assert found.loc[("flux", "more"), ["final", "score"]].tolist() == [0.9, 0.28]
     assert found[found["is_best"]].index.tolist() == [("flux", ""), ("fmd", "more")]
@@ -51,7 +53,7 @@ def test_seeds_are_averaged_and_equals_go_to_the_lower_rate() -> None:
         run("flux", "", [0.2, 0.4], 1.0), run("flux", "", [0.2, 0.6], 1.0, seed=1),
         run("flux", "fast", [0.2, 0.5], 1.0), run("flux", "fast", [0.2, 0.5], 1.0, seed=1),
     ])  # fmt: skip
-    found = figures.trials(rounds, parameters(rounds))
+    found = search.trials(rounds, runs(rounds))
     assert found["score"].tolist() == [0.5, 0.5] and found["num_seeds"].tolist() == [2, 2]
     assert found["is_best"].tolist() == [True, False]
 
@@ -59,7 +61,7 @@ def test_seeds_are_averaged_and_equals_go_to_the_lower_rate() -> None:
 def test_one_setting_per_method_is_chosen_for_all_models() -> None:
     both = pd.concat([ROUNDS, ROUNDS.assign(model="n", metric=ROUNDS["metric"] * (ROUNDS["variant"] == "fast"))])
     both["run_id"] = both["run_id"] + "-" + both["model"]
-    found = figures.trials(both, parameters(both))
+    found = search.trials(both, runs(both))
     chosen = found[found["is_chosen"]].set_index(["model", "method"])["variant"]
     assert chosen.to_dict() == {(model, method): "fast" for model in "mn" for method in ("flux", "fmd")}
 
@@ -68,10 +70,7 @@ def test_one_setting_per_method_is_chosen_for_all_models() -> None:
 def test_a_profile_has_what_the_trials_say(profile: str) -> None:
     folder = REPO_ROOT / "data" / "results" / "tune"
     rounds = records.read_all("rounds", folder)
-    asked = {
-        run: json.loads((folder / "rounds" / f"{run}.json").read_text())["parameters"] for run in set(rounds.run_id)
-    }
-    found = figures.trials(rounds, asked)
+    found = search.trials(rounds, store.configs(folder, rounds["run_id"].unique()))
     chosen = found[found["is_chosen"]].set_index("method")[["learning_rate", "local_steps"]]
     for run in pipeline.load(REPO_ROOT / "config" / f"{profile}.yaml").runs.values():
         if not run.variant:
@@ -93,24 +92,22 @@ def test_fmd_has_what_helps_flux_on_the_link(profile: str) -> None:
 def test_the_gentlest_setting_within_a_standard_error_of_the_best_is_chosen() -> None:
     rounds = pd.concat([run("flux", "", [0.2, 0.46], 1.0), run("flux", "fast", [0.2, 0.5], 1.0)])
     # Of 100 samples a score of 0.5 has a standard error of 0.05, of 400 one of 0.025.
-    for samples, expected in ((None, "fast"), (400, "fast"), (100, "")):
-        asked = {name: {**settings, "evaluation.samples": samples} for name, settings in parameters(rounds).items()}
-        found = figures.trials(rounds, asked)
+    for samples, expected in ((10**6, "fast"), (400, "fast"), (100, "")):
+        found = search.trials(rounds, runs(rounds, samples))
         assert found.loc[found["is_chosen"], "variant"].tolist() == [expected]
     both = pd.concat([rounds.assign(model="n", run_id=rounds["run_id"] + "-n"), rounds])
-    asked = {name: {**settings, "evaluation.samples": 120} for name, settings in parameters(both).items()}
     # One such score of 120 samples has 0.046, the mean of two 0.032, and 0.04 is too far off again.
-    assert set(figures.trials(both, asked).query("is_chosen")["variant"]) == {"fast"}
+    assert set(search.trials(both, runs(both, 120)).query("is_chosen")["variant"]) == {"fast"}
 
 
 def test_an_unequal_search_is_refused() -> None:
     less = ROUNDS[ROUNDS["run_id"] != "fmd-more-0"]
     with pytest.raises(ValueError, match="equally many trials on each model and task; there are: flux 3, fmd 2"):
-        figures.trials(less, parameters(less))
+        search.trials(less, runs(less))
 
 
 def test_the_picture_has_a_line_per_method_and_amount_of_work() -> None:
-    found = figures.trials(ROUNDS, parameters(ROUNDS))
+    found = search.trials(ROUNDS, runs(ROUNDS))
     (ax,) = figures.draw_trials(found).axes
     assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == [
         "FLUX, 4 steps", "FLUX, 8 steps", "FMD, 4 steps", "FMD, 8 steps",

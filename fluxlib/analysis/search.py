@@ -43,7 +43,8 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
             config = runs[same["run_id"].iloc[0]]
             row = dict(zip(PANEL, panel, strict=True)) | {name: getattr(config.training, name) for name in SETTINGS}
             row |= {"variant": variant, "num_seeds": len(found), "final": final, "at_s": at_s, "score": score}
-            rows.append(row | {"variance": score * (1 - score) / (config.evaluation.samples * len(found))})
+            samples = config.evaluation.samples  # None: all that there are, their number is not known here
+            rows.append(row | {"variance": score * (1 - score) / (samples * len(found)) if samples else 0.0})
     frame = pd.DataFrame(rows, columns=[*COLUMNS, "variance"]).sort_values(
         [*PANEL, "local_steps", "learning_rate"], kind="stable", ignore_index=True
     )

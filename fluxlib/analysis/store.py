@@ -48,8 +48,8 @@ def runs(places: Sequence[Path] | None = None) -> dict[str, Path]:
         written = {file.stem: file for file in place.glob("rounds/*.parquet")}
         kept = {}
         for folder in place.glob(f"{CHECKPOINTS}/*"):
-            name = _manifest(folder).get("files", {}).get("rounds", "")
-            if name and (folder / name).is_file():
+            name = _mapping(_manifest(folder).get("files")).get("rounds")
+            if isinstance(name, str) and (folder / name).is_file():
                 kept[folder.name] = folder / name
         for name in sorted({*written, *kept}):
             files = [files[name] for files in (written, kept) if name in files]
@@ -109,8 +109,8 @@ def _table(file: Path, table: str) -> Path:
 def parameters(file: Path) -> dict[str, Any]:
     """The configuration of the run whose ``rounds`` are in ``file``, as it was stored; empty where none was."""
     if is_checkpoint(file):
-        return _manifest(file.parent).get("config", {})
-    return _object(file.with_suffix(".json")).get("parameters", {})
+        return _mapping(_manifest(file.parent).get("config"))
+    return _mapping(_object(file.with_suffix(".json")).get("parameters"))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -120,9 +120,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _object(file: Path) -> dict[str, Any]:
     """The JSON object in ``file``; empty where there is none: a file may be half written, or of another program."""
     try:
-        found = json.loads(file.read_text())
+        return _mapping(json.loads(file.read_text()))
     except (OSError, ValueError):
         return {}
+
+
+def _mapping(found: object) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
@@ -132,7 +135,13 @@ def configs(folder: Path, run_ids: Iterable[str]) -> dict[str, RunConfig]:
     Raises:
         ConfigError: settings that are not there, or that cannot be read.
     """
-    return {run: make_config(parameters(Path(folder) / "rounds" / f"{run}.parquet")) for run in run_ids}
+    found = {}
+    for run in run_ids:
+        stored = parameters(Path(folder) / "rounds" / f"{run}.parquet")
+        if not stored:
+            raise ConfigError(f"{run} does not say its settings")
+        found[run] = make_config(stored)
+    return found
 
 
 def finished(folder: Path, table: str) -> pd.DataFrame | None:
@@ -217,23 +226,8 @@ def _shown(path: Path) -> str:
     return str(whole.relative_to(here)) if whole.is_relative_to(here) and whole != here else str(whole)
 
 
-def best_final(runs: dict[str, pd.DataFrame]) -> tuple[str, float]:
-    """The run that ends with the highest score, and that score.
-
-    Raises:
-        ConfigError: no run was ever scored.
-    """
-    finals = {
-        label: table["metric"].dropna().iloc[-1] for label, table in runs.items() if table["metric"].notna().any()
-    }
-    if not finals:
-        raise ConfigError("no run with a score sets a target: they were stopped before the first evaluation")
-    best = max(finals, key=finals.__getitem__)
-    return best, float(finals[best])
-
-
 def as_one(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """All tables one below the other; the column ``run`` holds the labels."""
+    """All tables one below the other, with the labels as ``run_id``."""
     import pandas as pd
 
-    return pd.concat([table.assign(run=label) for label, table in runs.items()], ignore_index=True)
+    return pd.concat([table.assign(run_id=label) for label, table in runs.items()], ignore_index=True)

@@ -158,21 +158,30 @@ def compare(
         raise ConfigError(f"--target is {target}, allowed is above 0 and at most 1")
     places = [existing_folder(out)] if out else None
     found = store.load(runs, places)
-    best, score = store.best_final(store.load([reference], places) if reference else found)
+    from fluxlib.analysis.time_to_target import final_scores, reach
+
+    finals = final_scores(
+        store.as_one(store.load([reference], places) if reference else found), final_rounds=1
+    ).dropna()
+    if finals.empty:
+        raise ConfigError("no run with a score sets a target: they were stopped before the first evaluation")
+    best, score = finals.idxmax(), finals.max()
     check_picture(picture)
 
     from fluxlib import figures
 
-    times = figures.compare_runs(found, target * score)
+    every = store.as_one(found)
+    times = reach(every, target * score, final_rounds=1)
+    times = times[["run_id", "rounds", "best_metric", "final_metric", *times.filter(like="_to_target")]]
     drawn = figures.curves(found, target=target * score)
-    files = figures.save(drawn, picture.name, picture.parent, store.as_one(found))
+    files = figures.save(drawn, picture.name, picture.parent, every)
     if as_json:
         rows = json.loads(times.to_json(orient="records"))
         answer = {"target": target * score, "reference": best, "runs": rows, "picture": str(files["png"])}
         print(json.dumps(answer))
         return
     print(f"target {target * score:.3f}: {target:.0%} of the last score of {best}")
-    print(times.drop(columns=["target"]).round(3).to_string(index=False, na_rep="not reached"))
+    print(times.round(3).to_string(index=False, na_rep="not reached"))
     print(f"curves: {files['png']}")
 
 

@@ -163,24 +163,23 @@ def trials(
         fluxlib trials --figure build/trials
     """
     from fluxlib import records
-    from fluxlib.analysis import store
+    from fluxlib.analysis import search, store
     from fluxlib.config import ConfigError, check_writable, results_dir
 
     folder = existing_folder(out) if out else results_dir("tune")
     if figure is not None:
         check_writable(figure)
-    from fluxlib import figures
-
     try:
         rounds = records.read_all("rounds", folder)
         if left := records.unfinished(folder):
             raise ValueError(f"{', '.join(left)} did not finish; run them again, or take them away")
-        parameters = {run: store.parameters(folder / "rounds" / f"{run}.parquet") for run in rounds["run_id"].unique()}
-        table = figures.trials(rounds, parameters)
+        table = search.trials(rounds, store.configs(folder, rounds["run_id"].unique()))
     except (records.TableError, ValueError) as error:
         wanted = "a folder of trials, such as `make reproduce PROFILE=tune` writes"
         raise ConfigError(f"no search in {folder}: {error}\nallowed is {wanted} ({results_dir('tune')})") from None
     if figure is not None:
+        from fluxlib import figures
+
         figures.save(figures.draw_trials(table), "trials", figure, table)
     print(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="{:.4g}".format))
 

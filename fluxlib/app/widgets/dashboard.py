@@ -13,7 +13,9 @@ from typing import Any
 import pandas as pd
 
 from fluxlib import figures
+from fluxlib.analysis import store as stored
 from fluxlib.analysis.store import SEARCH, folders, place_of, run_id
+from fluxlib.analysis.time_to_target import reach
 from fluxlib.app.widgets.background import BackgroundRun, InTurn, count_tuned, going_on
 from fluxlib.app.widgets.controls import Controls, with_labels
 from fluxlib.app.widgets.history import History, table
@@ -217,7 +219,8 @@ class Dashboard:
             return
         target = TARGET_FRAC * float(max(scores))
         self.curve.value = figures.curves(shown, target=target, roles=tuned, first_round=first)._repr_png_()
-        self.table.value = compared(figures.compare_runs(shown, target), TARGET_FRAC)
+        times = reach(stored.as_one({label: run for label, run in shown.items() if len(run)}), target, final_rounds=1)
+        self.table.value = compared(times, TARGET_FRAC)
 
     def _shown(self) -> tuple[dict[str, pd.DataFrame], Any, int]:
         """The run of this dashboard first, then those that were chosen; and the roles of the first of them."""

@@ -21,7 +21,7 @@ def seconds(value: float) -> str:
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "run": ("run", str),
+    "run_id": ("run", str),
     "rounds": ("rounds done", str),
     "best_metric": ("best score", "{:.3f}".format),
     "final_metric": ("last score", "{:.3f}".format),
@@ -37,7 +37,7 @@ text-align: right; white-space: nowrap} .flux th:first-child, .flux td:first-chi
 
 
 def compared(times: pd.DataFrame, target_frac: float) -> str:
-    """Runs side by side: a table of :func:`fluxlib.figures.compare_runs`."""
+    """Runs side by side: a table of :func:`fluxlib.analysis.time_to_target.reach`."""
     target, metric = times["target"].iloc[0], style.METRICS.get(times["metric_name"].iloc[0], "score")
     head = "".join(f"<th>{title}</th>" for title, _ in COLUMNS.values())
     body = ""
