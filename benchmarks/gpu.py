@@ -105,7 +105,7 @@ class Trial:
         if self.method == "fmd":
             held: Any = OffloadedExperts(layer.experts, self.device_set, layer.index)
         elif self.method == "fmq":
-            held = QuantizedExperts.from_experts(layer.experts, bits=4)
+            held = QuantizedExperts(layer.experts, bits=4)
             held.collects_gradients = True
         else:
             plan = self._plan(layer)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import find, quantized
+from fluxlib.moe import find, quantized, replace
 from fluxlib.moe.capture import LayerCapture, capture
 
 BITS = (2, 3, 4, 8, 16)
@@ -110,7 +110,7 @@ def profile(
         counts = _count(model, batches, max_samples, attention)
     finally:
         if bits < 16:
-            find.restore(model, write=False)
+            replace.restore(model, write=False)
         model.train(training)
     received, gate, counts_of, num_tokens = counts
     tokens = counts_of.sum(dim=0)

@@ -30,7 +30,7 @@ from fluxlib.methods import fmd
 from fluxlib.methods.base import ExpertKey, LocalRound, Method, ParticipantState, Update
 from fluxlib.methods.local import Stopwatch, make_optimizer, report, run_steps
 from fluxlib.moe import find
-from fluxlib.moe.quantized import QuantizedExperts, dequantize, quantized
+from fluxlib.moe.quantized import QuantizedExperts, quantized
 
 SCALE_BITS = 16 / 64
 """Of a block's scale, per weight."""
@@ -111,7 +111,7 @@ class QuantizedLearner:
         """Dequantised weights after the steps minus those before them."""
         return {
             (index, expert): {
-                name: weight - dequantize(self.before[index][name], expert)
+                name: weight - self.before[index][name].read(expert)
                 for name, weight in layer.expert_tensors(expert).items()
             }
             for index, layer in enumerate(self.experts)

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 
 from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts, LayerPlan
+from fluxlib.moe.replace import replace
 
 WEIGHTS, PLAN = "compact.safetensors", "plan.json"
 FORMAT = 1
@@ -106,7 +107,7 @@ def _put(model: nn.Module, layer: find.MoELayer, plan: LayerPlan, tensors: dict[
                 raise ValueError(f"{layer.name}.{kind}_{name}: expected {tuple(expected.shape)}, got {shape}")
             value = nn.Parameter(found, requires_grad=False) if kind == "tuned" else found
             setattr(compact, f"{kind}_{name}", value)
-    find.replace(model, layer, compact)
+    replace(model, layer, compact)
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

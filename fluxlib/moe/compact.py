@@ -11,16 +11,18 @@ Paper: sections 5 and 6; ``customized_moe(model, exps_config)`` there, :func:`cu
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from . import find, mask
+from . import mask
 from .dispatch import Pairs, StackedSlots, choices, dispatch, sort_pairs
 from .expert import Activation
-from .find import ReplacedExperts, expert_tensors, permute_neurons, write_expert
+from .find import ReplacedExperts, check_expert, expert_tensors, permute_neurons, read_layout, write_expert
+from .replace import check_original, replace, replacing
+from .replace import restore as restore
 
 Permutations = tuple[tuple[Tensor | None, ...], ...]
 
@@ -55,14 +57,14 @@ class LayerPlan:
         twice = sorted({e for e in everyone if everyone.count(e) > 1})
         if twice:
             raise ValueError(f"plan: tuned, groups and dropped must be disjoint; experts {twice} are in two places")
-        if any(not group for group in self.groups):
+        if () in self.groups:
             raise ValueError("groups: every group needs at least one expert, got an empty one")
+        sizes = [len(group) for group in self.groups]
         for name, value in (("weights", self.weights), ("permutations", self.permutations)):
-            if value is not None and [len(row) for row in value] != [len(group) for group in self.groups]:
-                shape = [len(group) for group in self.groups]
-                raise ValueError(f"{name}: expected one per member, sizes {shape}, got {[len(row) for row in value]}")
+            if value is not None and [len(row) for row in value] != sizes:
+                raise ValueError(f"{name}: expected one per member, sizes {sizes}, got {[len(row) for row in value]}")
         for row in self.weights or ():
-            if any(not 0 <= weight < float("inf") for weight in row):
+            if min(row) < 0 or not sum(row) < float("inf"):
                 raise ValueError(f"weights: expected finite numbers that are not negative, got {row}")
 
     @property
@@ -74,32 +76,24 @@ class LayerPlan:
         """Share of each member in a group's merged expert; they add up to 1. Paper: equation 2."""
         weights = self.weights[group] if self.weights is not None else (1.0,) * len(self.groups[group])
         total = float(sum(weights))
-        if total == float("inf"):
-            largest = max(weights)
-            weights = tuple(weight / largest for weight in weights)
-            total = float(sum(weights))
         return tuple(weight / total if total > 0 else 1 / len(weights) for weight in weights)
 
-    def check(self, num_experts: int, expert_size: int | None = None) -> None:
-        """Raise ValueError unless the plan covers experts 0..num_experts-1 exactly, with orders of their neurons.
-
-        Args:
-            num_experts: Experts of the layer, E.
-            expert_size: Width of one expert, I; None leaves the permutations unchecked.
-        """
+    def check(self, num_experts: int) -> None:
+        """Raise ValueError unless the plan covers experts 0..num_experts-1 exactly."""
         missing = sorted(set(range(num_experts)) - set(self.experts))
         unknown = sorted(set(self.experts) - set(range(num_experts)))
         if missing or unknown:
             raise ValueError(
                 f"plan: must cover experts 0..{num_experts - 1}; left out {missing}, not in this layer {unknown}"
             )
-        if expert_size is None:
-            return
-        for order in (order for row in self.permutations or () for order in row if order is not None):
-            if not torch.equal(order.sort().values, torch.arange(expert_size, device=order.device)):
-                raise ValueError(
-                    f"permutations: expected the neurons 0..{expert_size - 1} in some order, got {order.tolist()}"
-                )
+
+
+def _numbers(name: str, experts: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of experts, of whatever type of whole numbers, as plain ones."""
+    try:
+        return tuple(operator.index(expert) for expert in experts)
+    except TypeError as error:
+        raise ValueError(f"{name}: expected whole numbers of experts, got {experts!r}") from error
 
 
 class CompactExperts(ReplacedExperts):
@@ -114,7 +108,6 @@ class CompactExperts(ReplacedExperts):
         original: The experts module to stand in for.
         plan: What becomes of each expert.
         dtype: Type of the tuned parameters (float32 beside a 16-bit model); None takes the original's.
-        known: Merged tensors of groups that need not be merged again, by number.
 
     Attributes:
         slot_of: ``[E]`` long, the slot of each expert, -1 for dropped ones. Tuned slots come first.
@@ -125,27 +118,19 @@ class CompactExperts(ReplacedExperts):
 
     slot_of: Tensor
 
-    def __init__(
-        self,
-        original: nn.Module,
-        plan: LayerPlan,
-        dtype: torch.dtype | None = None,
-        known: Mapping[int, dict[str, Tensor]] | None = None,
-    ) -> None:
+    def __init__(self, original: nn.Module, plan: LayerPlan, dtype: torch.dtype | None = None) -> None:
         super().__init__(original)
-        known = known or {}
-        plan.check(self.num_experts, self.expert_size)
+        plan.check(self.num_experts)
         self.plan, self.num_tuned, self.num_merged = plan, len(plan.tuned), len(plan.groups)
         self.activation = Activation(original)
         self.post_norm = self.activation.post_norm
-        device = expert_tensors(original, 0)["down_proj"].device
-        slot_of = torch.full((self.num_experts,), -1, dtype=torch.long, device=device)
+        slot_of = torch.full((self.num_experts,), -1, dtype=torch.long, device=self.device)
         for slot, members in enumerate([*[(e,) for e in plan.tuned], *plan.groups]):
             slot_of[list(members)] = slot
         self.register_buffer("slot_of", slot_of, persistent=False)
         self.method = "auto"
-        self._joins = any(len(group) > 1 for group in plan.groups)
-        merged = [known.get(group) or merge(original, plan, group) for group in range(self.num_merged)]
+        self._joins = any(len(group) > 1 for group in plan.groups) and not self.layout.is_dense
+        merged = [merge(original, plan, group) for group in range(self.num_merged)]
         for name in self.layout.names:
             stack = getattr(original, name).detach()
             tuned = stack[list(plan.tuned)].to(dtype or stack.dtype)
@@ -161,32 +146,25 @@ class CompactExperts(ReplacedExperts):
         """Frozen stacks ``[M, ...]`` by name."""
         return {name: getattr(self, f"merged_{name}") for name in self.layout.names}
 
-    def tuned_tensors(self, expert: int) -> dict[str, Tensor]:
-        """Tensors of a tuned expert, as views into the trainable stacks."""
-        slot = self._tuned_slot(expert)
-        return {name: stack.detach()[slot] for name, stack in self.tuned_stacks().items()}
-
-    def grads(self, expert: int) -> dict[str, Tensor]:
-        """Gradients of a tuned expert, by the names of :meth:`tuned_tensors`; zeros before the first backward."""
-        slot = self._tuned_slot(expert)
-        stacks = self.tuned_stacks().items()
-        return {n: torch.zeros_like(p[slot]).detach() if p.grad is None else p.grad[slot] for n, p in stacks}
-
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """Views of the tensors that stand for an expert: its own if tuned, those of its group if merged."""
-        find.check_expert(expert, self.num_experts)
+        check_expert(expert, self.num_experts)
         slot = int(self.slot_of[expert])
         if slot < 0:
             raise ValueError(f"expert: {expert} is dropped and has no slot")
         stacks = self.tuned_stacks() if slot < self.num_tuned else self.merged_stacks()
-        return {
-            n: stack.detach()[slot if slot < self.num_tuned else slot - self.num_tuned] for n, stack in stacks.items()
-        }
+        slot = slot if slot < self.num_tuned else slot - self.num_tuned
+        return {name: stack.detach()[slot] for name, stack in stacks.items()}
+
+    def grads(self, expert: int) -> dict[str, Tensor]:
+        """Gradients of a tuned expert, by name, after a backward pass."""
+        slot = self.plan.tuned.index(expert)
+        return {name: stack.grad[slot] for name, stack in self.tuned_stacks().items() if stack.grad is not None}
 
     def write_back(self) -> None:
         """Write the tuned experts into the original."""
         for expert in self.plan.tuned:
-            write_expert(self.original, expert, self.tuned_tensors(expert))
+            write_expert(self.original, expert, self.expert_tensors(expert))
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -195,66 +173,47 @@ class CompactExperts(ReplacedExperts):
 
         Llama-4 gives ``hidden_states [E * N, H]`` alone, scaled by the gate, zero where an expert was not chosen.
         """
-        joins = self._joins and not self.layout.is_dense
         index, weights = choices(self, hidden_states, top_k_index, top_k_weights)
         slot = torch.where(index >= 0, self.slot_of[index.clamp(min=0)], -1)
-        num_slots = self.num_tuned + self.num_merged
-        return self.compute(hidden_states, sort_pairs(slot, weights, num_slots, joins))
+        return self.compute(hidden_states, sort_pairs(slot, weights, self.num_tuned + self.num_merged, self._joins))
 
     def compute(self, hidden: Tensor, pairs: Pairs) -> Tensor:
         """Tuned slots, whose weights get gradients, and merged slots, whose weights don't, apart."""
-        tuned, everyone = self.num_tuned, self.num_tuned + self.num_merged
-        made = [
-            dispatch(hidden, pairs.of_slots(*slots), StackedSlots(self.layout, self.activation, stacks, self.method))
-            for slots, stacks in (((0, tuned), self.tuned_stacks()), ((tuned, everyone), self.merged_stacks()))
-            if slots[0] < slots[1]
-        ]
-        return sum(made[1:], made[0]) if made else torch.zeros_like(hidden)
-
-    def _tuned_slot(self, expert: int) -> int:
-        if expert not in self.plan.tuned:
-            raise ValueError(f"expert: expected a tuned one, {list(self.plan.tuned)}, got {expert}")
-        return self.plan.tuned.index(expert)
-
-
-def _numbers(name: str, experts: Sequence[int]) -> tuple[int, ...]:
-    """Numbers of experts, of whatever type of whole numbers, as plain ones."""
-    try:
-        return tuple(operator.index(expert) for expert in experts)
-    except TypeError as error:
-        raise ValueError(f"{name}: expected whole numbers of experts, got {experts!r}") from error
+        out: Tensor | None = None
+        for first, count, stacks in (
+            (0, self.num_tuned, self.tuned_stacks()),
+            (self.num_tuned, self.num_merged, self.merged_stacks()),
+        ):
+            if count:
+                slots = StackedSlots(self.layout, self.activation, stacks, self.method)
+                made = dispatch(hidden, pairs.of_slots(first, first + count), slots)
+                out = made if out is None else out + made
+        return torch.zeros_like(hidden) if out is None else out
 
 
 @torch.no_grad()
 def merge(experts: nn.Module, plan: LayerPlan, group: int) -> dict[str, Tensor]:
     """Weighted sum of a group's experts, accumulated in float32 (float64 for a float64 model). Paper: equation 2."""
     members = plan.groups[group]
-    shares = plan.shares(group)
     orders = plan.permutations[group] if plan.permutations is not None else (None,) * len(members)
     out: dict[str, Tensor] = {}
-    for expert, share, order in zip(members, shares, orders, strict=True):
+    for expert, share, order in zip(members, plan.shares(group), orders, strict=True):
         tensors = expert_tensors(experts, expert)
         if order is not None:
-            tensors = permute_neurons(tensors, order, find.read_layout(experts))
+            tensors = permute_neurons(tensors, order, read_layout(experts))
         for name, tensor in tensors.items():
             wide = tensor if tensor.dtype == torch.float64 else tensor.float()
             out[name] = out[name].add_(wide, alpha=share) if name in out else wide * share
     return {name: tensor.to(expert_tensors(experts, members[0])[name].dtype) for name, tensor in out.items()}
 
 
-def customize(
-    model: nn.Module,
-    plans: Sequence[LayerPlan],
-    dtype: torch.dtype | None = None,
-    known: Sequence[Mapping[int, dict[str, Tensor]]] | None = None,
-) -> nn.Module:
+def customize(model: nn.Module, plans: Sequence[LayerPlan], dtype: torch.dtype | None = None) -> nn.Module:
     """Put a :class:`CompactExperts` at every MoE layer, in place, and freeze everything but the tuned slots.
 
     Args:
         model: A model of any handled layout, with its original experts.
         plans: One per MoE layer.
         dtype: Type of the tuned parameters; None takes the model's.
-        known: Per layer, merged slots that are still good; see :func:`fluxlib.merging.reusable_slots`.
 
     Returns:
         The model.
@@ -262,36 +221,19 @@ def customize(
     Raises:
         ValueError: The plans are not for this model, or its experts were replaced before. The model is then as it was.
     """
-    found = find.check_original(model)
+    found = check_original(model)
     if not isinstance(plans, Sequence) or not all(isinstance(plan, LayerPlan) for plan in plans):
         kinds = [type(plan).__name__ for plan in plans] if isinstance(plans, Sequence) else type(plans).__name__
         raise ValueError(f"plans: expected a list of LayerPlan, one per MoE layer, got {kinds}")
     if len(plans) != len(found):
         raise ValueError(f"plans: expected one per MoE layer, {len(found)}, got {len(plans)}")
-    for layer, plan in zip(found, plans, strict=True):
-        try:
-            plan.check(layer.num_experts, layer.expert_size)
-            mask.check(layer, plan.dropped)
-        except ValueError as error:
-            raise ValueError(f"plans[{layer.index}]: {error}") from error
-    with find.replacing(model, found):
+    with replacing(model, found):
         for layer, plan in zip(found, plans, strict=True):
-            compact = CompactExperts(layer.experts, plan, dtype, known[layer.index] if known else None)
-            find.replace(model, layer, compact)
-            if plan.dropped:
-                compact.on_restore.append(mask.drop(layer, plan.dropped))
-    return model
-
-
-def restore(model: nn.Module, write: bool = True) -> nn.Module:
-    """Put the original experts, routing and ``requires_grad`` flags back; see :func:`fluxlib.moe.find.restore`.
-
-    Args:
-        model: A customised (or quantized, or offloaded) model; one that is not stays as it is.
-        write: Write the tuned slots into the originals first.
-
-    Returns:
-        The model.
-    """
-    find.restore(model, write)
+            try:
+                compact = CompactExperts(layer.experts, plan, dtype)
+                replace(model, layer, compact)
+                if plan.dropped:
+                    compact.on_restore.append(mask.drop(layer, plan.dropped))
+            except ValueError as error:
+                raise ValueError(f"plans[{layer.index}]: {error}") from error
     return model

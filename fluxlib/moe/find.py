@@ -1,44 +1,59 @@
 """Finding a model's experts and reading them one at a time.
 
 Every MoE model of transformers v5 calls its experts as ``experts(hidden [N, H], top_k_index [N, k],
-top_k_weights [N, k]) -> [N, H]`` and keeps them as stacks ``[E, ...]``, stored as :mod:`fluxlib.moe.layout` says.
+top_k_weights [N, k]) -> [N, H]`` and keeps them as stacks ``[E, ...]``.
 
 - :class:`MoELayer` and :func:`layers` -- where the experts of a model are,
+- :class:`Layout` and :func:`read_layout` -- what their stacks are called and how they are stored,
 - :func:`expert_tensors` and :func:`write_expert` -- one expert, in the form in which it travels,
-- :class:`ReplacedExperts`, :func:`replace` and :func:`restore` -- another module at the experts' place,
-- :func:`replacing` -- at all of them, or at none.
+- :func:`neurons` and :func:`permute_neurons` -- one expert as interchangeable neurons,
+- :class:`ReplacedExperts` -- base of what this project puts at the experts' place (:mod:`fluxlib.moe.replace`).
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layout import Layout, neurons, permute_neurons, read_layout
-from .product import freeze_linears, thaw_linears
+STACK_NAMES = ("gate_up_proj", "up_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj", "down_proj_bias")
 
-__all__ = [
-    "Layout",
-    "MoELayer",
-    "ReplacedExperts",
-    "expert_tensors",
-    "layers",
-    "freeze",
-    "neurons",
-    "permute_neurons",
-    "read_layout",
-    "replace",
-    "replaced",
-    "replacing",
-    "restore",
-    "write_expert",
-]
+# Classes of transformers that keep fused stacks without declaring their layout through the decorator:
+# class name -> (gated, transposed, the gate weight is multiplied into the input and the call is one dense block).
+_UNDECLARED = {"Llama4TextExperts": (True, True, True)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one experts module stores its experts.
+
+    Attributes:
+        names: Stacked parameters, each ``[E, ...]``.
+        has_gate: ``gate_up_proj`` (gate and up in one matrix) rather than ``up_proj``.
+        has_bias: A bias after both projections.
+        is_transposed: Matrices are ``[in, out]`` rather than ``[out, in]``.
+        is_concatenated: Gate first, then up; otherwise the two are interleaved.
+        has_post_norm: A norm follows every expert, before the gate weight is applied.
+        is_dense: Called as ``experts(scaled [E * N, H]) -> [E * N, H]``; rows of experts that were not chosen are
+            zero (Llama-4).
+    """
+
+    names: tuple[str, ...]
+    has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    is_concatenated: bool = True
+    has_post_norm: bool = False
+    is_dense: bool = False
+
+    @property
+    def up_name(self) -> str:
+        """Name of the stack that is applied first."""
+        return "gate_up_proj" if self.has_gate else "up_proj"
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,7 @@ class ReplacedExperts(nn.Module):
 
     Attributes:
         place: Empty; goes where the model goes and takes its type, for the original to follow.
+        on_restore: Called when the original comes back.
     """
 
     place: Tensor
@@ -100,13 +116,6 @@ class ReplacedExperts(nn.Module):
         """Tensors of one expert, in the canonical form; see :func:`expert_tensors`."""
         return expert_tensors(self.original, expert)
 
-    def bring_back(self) -> nn.Module:
-        """The original, moved to where the model is by now and to the type it was given."""
-        self.original.to(self.device)
-        if expert_tensors(self.original, 0)["down_proj"].dtype != self.place.dtype:
-            self.original.to(self.place.dtype)
-        return self.original
-
     def write_back(self) -> None:
         """Write what was learned into the original; nothing by default."""
 
@@ -127,25 +136,48 @@ def layers(model: nn.Module) -> list[MoELayer]:
         if name.rpartition(".")[2] != "experts" and not isinstance(module, ReplacedExperts):
             continue
         try:
-            layout = read_layout(module)
+            sizes = _sizes(module, read_layout(module))
         except ValueError as error:
             unknown.setdefault(str(error), []).append(name)
             continue
-        sizes = _sizes(module, layout)
         block = modules[name.rpartition(".")[0]]
         found.append(MoELayer(len(found), name, module, block, sizes[0], _top_k(model, block, name), *sizes[1:]))
-    kind = type(model).__name__
+    if not found and not unknown:
+        mixtures = [name for name, module in modules.items() if name and _is_mixture(module)]
+        if not mixtures:
+            kind = type(model).__name__
+            raise ValueError(
+                f"model: {kind} has no MoE layer (no fused 'experts' module); a dense model cannot be used"
+            )
+        unknown[f"no fused 'experts' module: {type(modules[mixtures[0]]).__name__}"] = mixtures
     if unknown:
-        what = "; ".join(
-            f"{error}, at {', '.join(names[:2])} ({len(names)} in all)" for error, names in unknown.items()
-        )
+        what = "; ".join(f"{error}, at {', '.join(at[:2])} ({len(at)} in all)" for error, at in unknown.items())
+        kind = type(model).__name__
         raise ValueError(f"model: {kind} has experts in a form that is not handled ({len(found)} are): {what}")
-    if not found and (others := [name for name, module in modules.items() if name and _is_mixture(module)]):
-        what = f"{type(modules[others[0]]).__name__}, at {', '.join(others[:2])} ({len(others)} in all)"
-        raise ValueError(f"model: {kind} has experts in a form that is not handled (no fused 'experts' module): {what}")
-    if not found:
-        raise ValueError(f"model: {kind} has no MoE layer (no fused 'experts' module); a dense model cannot be used")
     return found
+
+
+def read_layout(experts: nn.Module) -> Layout:
+    """Layout of an experts module, original or replaced.
+
+    Raises:
+        ValueError: The module does not hold stacked experts, or does not say how.
+    """
+    if isinstance(experts, ReplacedExperts):
+        return experts.layout
+    kind = type(experts).__name__
+    stacks = {name: stack for name in STACK_NAMES if isinstance(stack := getattr(experts, name, None), Tensor)}
+    names = tuple(name for name, stack in stacks.items() if stack.dim() > 1)
+    if "down_proj" not in names or not {"gate_up_proj", "up_proj"} & set(names):
+        raise ValueError(f"experts: {kind} holds no stacks gate_up_proj or up_proj, and down_proj; found {names}")
+    if kind in _UNDECLARED:
+        gated, transposed, dense = _UNDECLARED[kind]
+        return Layout(names, has_gate=gated, is_transposed=transposed, is_dense=dense)
+    if not hasattr(experts, "is_transposed"):
+        raise ValueError(f"experts: {kind} holds stacks {names} but does not declare their layout (is_transposed, ...)")
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    declared = {flag: bool(getattr(experts, flag)) for flag in flags}
+    return Layout(names, **declared, has_post_norm=bool(getattr(experts, "has_post_expert_norm", False)))
 
 
 def expert_tensors(experts: nn.Module, expert: int) -> dict[str, Tensor]:
@@ -176,107 +208,51 @@ def write_expert(experts: nn.Module, expert: int, tensors: Mapping[str, Tensor])
         target[name].copy_(tensor)
 
 
-def replace(model: nn.Module, layer: MoELayer, new: nn.Module) -> None:
-    """Put another module at the experts' place.
-
-    On an accelerator the original of a :class:`ReplacedExperts` moves to host memory: holding both would defeat the
-    purpose. It comes back with :func:`restore`. Until then ``model.save_pretrained``, which would write a checkpoint
-    without experts, is refused.
-    """
-    setattr(layer.block, layer.name.rpartition(".")[2], new)
-    if isinstance(new, ReplacedExperts) and "save_pretrained" not in model.__dict__:
-        model.__dict__["save_pretrained"] = types.MethodType(_refuse_saving, model)
-    if isinstance(new, ReplacedExperts) and new.device.type != "cpu":
-        new.original.to("cpu")
-
-
-@contextmanager
-def replacing(model: nn.Module, found: Sequence[MoELayer]) -> Iterator[None]:
-    """Freeze a model whose layers are replaced in the ``with`` block; an error there leaves it as it was.
-
-    Args:
-        model: A model with its original experts.
-        found: Its layers.
-    """
-    devices = [next(layer.experts.parameters()).device for layer in found]
-    try:
-        freeze(model)
-        yield
-    except BaseException:
-        restore(model, write=False)
-        for layer, device in zip(found, devices, strict=True):
-            layer.experts.to(device)
-        raise
-
-
-def replaced(model: nn.Module) -> Iterator[tuple[MoELayer, ReplacedExperts]]:
-    """Layers whose experts were replaced, with the module that stands there."""
-    for layer in layers(model):
-        if isinstance(layer.experts, ReplacedExperts):
-            yield layer, layer.experts
-
-
-def check_original(model: nn.Module) -> list[MoELayer]:
-    """MoE layers of a model whose experts are its own.
-
-    Raises:
-        ValueError: Some experts were replaced before.
-    """
-    found = layers(model)
-    for layer in found:
-        if isinstance(layer.experts, ReplacedExperts):
-            raise ValueError(f"model: experts of {layer.name} were replaced before; call restore(model) first")
-    return found
-
-
-def restore(model: nn.Module, write: bool = True) -> None:
-    """Put the original experts, routing and ``requires_grad`` flags back; nothing happens to an original model.
-
-    Args:
-        model: A customised, quantized or offloaded model.
-        write: Write what was learned into the originals first.
-    """
-    for layer, module in list(replaced(model)):
-        if not write:
-            module.discard()
-        module.bring_back()
-        if write:
-            module.write_back()
-        for undo in module.on_restore:
-            undo()
-        replace(model, layer, module.original)
-    for parameter in model.__dict__.pop("_frozen_parameters", []):
-        parameter.requires_grad_(True)
-    if getattr(model.__dict__.get("save_pretrained"), "__func__", None) is _refuse_saving:
-        del model.__dict__["save_pretrained"]
-    thaw_linears(model)
-
-
-def freeze(model: nn.Module) -> None:
-    """Turn ``requires_grad`` off everywhere, remembering for :func:`restore` where it was on.
-
-    What does not learn, routers apart, is multiplied by the faster library from here on
-    (:func:`fluxlib.moe.product.freeze_linears`).
-    """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.__dict__.setdefault("_frozen_parameters", []).extend(trainable)
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    freeze_linears(model, wider_than=max(layer.num_experts for layer in layers(model)))
-
-
 def check_expert(expert: int, num_experts: int) -> None:
     """Raise ValueError for the number of an expert that does not exist."""
     if not 0 <= expert < num_experts:
         raise ValueError(f"expert: expected 0..{num_experts - 1}, got {expert}")
 
 
-def _refuse_saving(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Stands at ``save_pretrained`` while experts are replaced."""
-    raise ValueError(
-        f"model: experts of this {type(model).__name__} are replaced, its checkpoint would lack them; put them back"
-        " first (fluxlib.moe.compact.restore), or write a customised model as it is (fluxlib.models.save_compact)"
-    )
+def neurons(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """One expert as rows ``[I, 3H]`` (``[I, 2H]`` without a gate): gate, up and down weights of each neuron.
+
+    The order of the rows is arbitrary: an expert computes the same under any permutation of them.
+    """
+    up = tensors[layout.up_name]
+    up = up.T if layout.is_transposed else up
+    down = tensors["down_proj"] if layout.is_transposed else tensors["down_proj"].T
+    parts = [up[rows] for rows in _gate_up_rows(down.shape[0], layout, up.device)]
+    return torch.cat([*parts, down], dim=1)
+
+
+def permute_neurons(tensors: Mapping[str, Tensor], order: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """The same expert with its neurons in another order (``order [I]``, a permutation); a copy."""
+    size = tensors["down_proj"].shape[0 if layout.is_transposed else 1]
+    order = order.to(tensors["down_proj"].device)
+    if not torch.equal(order.sort().values, torch.arange(size, device=order.device)):
+        raise ValueError(f"order: expected a permutation of 0..{size - 1}, got {order.tolist()}")
+    parts = _gate_up_rows(size, layout, order.device)
+    rows = torch.empty(size * len(parts), dtype=torch.long, device=order.device)
+    for part in parts:
+        rows[part] = part[order]
+    out = {}
+    for name, tensor in tensors.items():
+        if name == "down_proj":
+            out[name] = tensor.index_select(0 if layout.is_transposed else 1, order)
+        elif name == "down_proj_bias":
+            out[name] = tensor.clone()
+        else:
+            out[name] = tensor.index_select(tensor.dim() - 1 if layout.is_transposed else 0, rows)
+    return out
+
+
+def _gate_up_rows(size: int, layout: Layout, device: torch.device) -> list[Tensor]:
+    """Rows of the first matrix that belong to neurons 0..I-1: gate and up, or up alone."""
+    one = torch.arange(size, device=device)
+    if not layout.has_gate:
+        return [one]
+    return [one, one + size] if layout.is_concatenated else [2 * one, 2 * one + 1]
 
 
 def _is_mixture(module: nn.Module) -> bool:
@@ -294,13 +270,13 @@ def _sizes(experts: Any, layout: Layout) -> tuple[int, int, int]:
 
 def _top_k(model: nn.Module, block: nn.Module, name: str) -> int:
     """Experts per token, from the router, the block or the configuration."""
-    for module in (*block.children(), block):
-        for key in ("top_k", "num_experts_per_tok", "num_selects"):
-            if isinstance(value := getattr(module, key, None), int):
-                return value
     config: Any = getattr(model, "config", None)
-    for part in (config, getattr(config, "text_config", None)):
-        for key in ("num_experts_per_tok", "num_selects", "moe_topk", "top_k_experts"):
-            if isinstance(value := getattr(part, key, None), int):
-                return value
+    of_modules = itertools.product((*block.children(), block), ("top_k", "num_experts_per_tok", "num_selects"))
+    of_configs = itertools.product(  # whose top_k is that of sampling
+        (config, getattr(config, "text_config", None)),
+        ("num_experts_per_tok", "num_selects", "moe_topk", "top_k_experts"),
+    )
+    for place, key in (*of_modules, *of_configs):
+        if isinstance(value := getattr(place, key, None), int):
+            return value
     raise ValueError(f"model: no number of experts per token found for {name} (router, block, configuration)")

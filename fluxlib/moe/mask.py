@@ -35,13 +35,6 @@ def find_router(layer: MoELayer) -> nn.Module:
     raise ValueError(f"layer {layer.name}: no router among {ROUTER_NAMES}; its block has {children}")
 
 
-def check(layer: MoELayer, dropped: Iterable[int]) -> None:
-    """Raise ValueError unless at least k experts of the layer stay."""
-    stay = layer.num_experts - len(set(dropped))
-    if stay < layer.top_k:
-        raise ValueError(f"dropped: at least {layer.top_k} experts (top-k) must stay in {layer.name}, {stay} would")
-
-
 def drop(layer: MoELayer, dropped: Iterable[int]) -> Callable[[], None]:
     """Take experts out of a layer's routing, in place.
 
@@ -56,7 +49,9 @@ def drop(layer: MoELayer, dropped: Iterable[int]) -> Callable[[], None]:
         ValueError: Fewer than k experts would stay, or the router's logits cannot be found.
     """
     experts = sorted(set(dropped))
-    check(layer, experts)
+    stay = layer.num_experts - len(experts)
+    if stay < layer.top_k:
+        raise ValueError(f"dropped: at least {layer.top_k} experts (top-k) must stay in {layer.name}, {stay} would")
     router = find_router(layer)
     weight = getattr(router, "weight", None)
     if isinstance(weight, Tensor) and weight.shape[0] == layer.num_experts:

@@ -11,7 +11,7 @@ gradients travel back the same way. On a CPU nothing is copied and the accountin
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import find
 from .dispatch import SlotExperts
 from .expert import Matrices, to_matrices
+from .find import check_expert
+from .replace import check_original, replace, replacing
 
 Key = tuple[int, int]
+"""Layer and expert."""
 
 
 @dataclass
@@ -83,12 +85,10 @@ class DeviceSet:
         """Tensors of an expert on the device, current with the host's."""
         entry = self._current(key, host)
         if entry is None:
-            self.traffic.misses += 1
             entry = self._load(key, host, device)
-        elif entry.is_ahead:
-            entry.is_ahead = False
-        else:
+        elif not entry.is_ahead:
             self.traffic.hits += 1
+        entry.is_ahead = False
         self._entries.move_to_end(key)
         if entry.ready is not None:
             torch.cuda.current_stream(device).wait_event(entry.ready)
@@ -97,7 +97,6 @@ class DeviceSet:
     def ahead(self, key: Key, host: Mapping[str, Tensor], device: torch.device) -> None:
         """Start copying an expert that will be used next, unless it is there or would push out the one in use."""
         if self.capacity > 1 and self._current(key, host) is None:
-            self.traffic.misses += 1
             self._load(key, host, device).is_ahead = True
 
     def stream(self, device: torch.device) -> Any:
@@ -114,6 +113,7 @@ class DeviceSet:
         stale = self._entries.pop(key, None)
         while len(self._entries) >= self.capacity:
             stale = self._entries.popitem(last=False)[1]
+        self.traffic.misses += 1
         self.traffic.to_device_bytes += sum(tensor.numel() * tensor.element_size() for tensor in host.values())
         entry = _Entry({name: tensor.detach() for name, tensor in host.items()}, _version(host))
         if device.type == "cuda":
@@ -159,31 +159,21 @@ class OffloadedExperts(SlotExperts):
         self.host = _HostParameters(
             {f"{n}_{e}": nn.Parameter(s.data[e].data) for n, s in stacks.items() for e in range(self.num_experts)}
         )
-        self._versions = [_version(self.tuned_tensors(expert)) for expert in range(self.num_experts)]
-        self._returning: deque[Callable[[], None]] = deque()
+        self._versions = self._now()
+        self._finish_return: Callable[[], None] = lambda: None
 
     def parameters_of(self, expert: int) -> dict[str, nn.Parameter]:
         """Host parameters of one expert, by stack name."""
-        find.check_expert(expert, self.num_experts)
+        check_expert(expert, self.num_experts)
         return {name: self.host.get_parameter(f"{name}_{expert}") for name in self.layout.names}
-
-    def tuned_tensors(self, expert: int) -> dict[str, Tensor]:
-        """Tensors of an expert, on the host."""
-        return {name: parameter.detach() for name, parameter in self.parameters_of(expert).items()}
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """Tensors of an expert, on the host."""
-        return self.tuned_tensors(expert)
-
-    def grads(self, expert: int) -> dict[str, Tensor]:
-        """Gradients of an expert, on the host; zeros where it saw no token."""
-        parameters = self.parameters_of(expert).items()
-        return {name: torch.zeros_like(p).detach() if p.grad is None else p.grad for name, p in parameters}
+        return {name: parameter.detach() for name, parameter in self.parameters_of(expert).items()}
 
     def discard(self) -> None:
         """Refuse to forget what was trained, for the original's memory was written to."""
-        now = [_version(self.tuned_tensors(expert)) for expert in range(self.num_experts)]
-        changed = [expert for expert, (a, b) in enumerate(zip(now, self._versions, strict=True)) if a != b]
+        changed = [e for e, (now, before) in enumerate(zip(self._now(), self._versions, strict=True)) if now != before]
         if changed:
             raise ValueError(f"write: offloaded experts are trained in place, expected True; changed were {changed}")
 
@@ -200,16 +190,15 @@ class OffloadedExperts(SlotExperts):
         gradients = {name: gradient.to(parameters[name].dtype) for name, gradient in gradients.items()}
         self.device_set.traffic.to_host_bytes += sum(g.numel() * g.element_size() for g in gradients.values())
         if self.device.type == "cuda":
-            self._returning.append(self._send_back(parameters, gradients))
-            while len(self._returning) > 1:
-                self._returning.popleft()()
+            before, self._finish_return = self._finish_return, self._send_back(parameters, gradients)
+            before()
         else:
             _accumulate(parameters, gradients)
 
     def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
-        while self._returning:
-            self._returning.popleft()()
+        self._finish_return()
+        self._finish_return = lambda: None
         return super().end_gradients(counts)
 
     def _send_back(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Callable[[], None]:
@@ -230,6 +219,9 @@ class OffloadedExperts(SlotExperts):
 
         return finish
 
+    def _now(self) -> list[int]:
+        return [_version(self.parameters_of(expert)) for expert in range(self.num_experts)]
+
 
 def offload(model: nn.Module, capacity: int) -> DeviceSet:
     """Put an :class:`OffloadedExperts` at every MoE layer, in place, and freeze everything but the experts.
@@ -244,10 +236,10 @@ def offload(model: nn.Module, capacity: int) -> DeviceSet:
     Raises:
         ValueError: No capacity, or experts that were replaced before.
     """
-    found, device_set = find.check_original(model), DeviceSet(capacity)
-    with find.replacing(model, found):
+    found, device_set = check_original(model), DeviceSet(capacity)
+    with replacing(model, found):
         for layer in found:
-            find.replace(model, layer, OffloadedExperts(layer.experts, device_set, layer.index))
+            replace(model, layer, OffloadedExperts(layer.experts, device_set, layer.index))
     return device_set
 
 

@@ -4,18 +4,21 @@ Values are coded in blocks of one expert's matrix: a code per value, a scale per
 between minus and plus the block's largest value; 2, 3 and 4 bits use the levels that are best for normally distributed
 values (Lloyd and Max), with a scale fitted to the block by least squares.
 
+- :func:`quantize_tensor` -- a stack, with the code that suits its device,
 - :class:`Packed` -- one quantized stack, read and written one expert at a time,
-- :func:`quantize_tensor`, :func:`dequantize` -- the same as functions,
+- :class:`PackedNF4` -- the same with bitsandbytes' kernels: 4 bits on CUDA,
 - :func:`levels` -- the levels of a code.
 
-bitsandbytes' NF4 needs about 3 times as long to quantise on a CPU, its error on normal values is 8 % larger at more
-memory (a float32 scale per block), and it dequantises 2 to 3 times as fast there; see ``make bench``.
+On a CPU bitsandbytes needs 1.4 to 3 times as long to quantise, errs by 8 % more, and dequantises 3 to 4 times as fast:
+the better tool where experts are quantised once and read many times, which no participant does (``make bench``).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,8 @@ BITS = (2, 3, 4, 8)
 # Codes that are looked up together: one byte of 2 or 4-bit codes, half of the 3 bytes of 3-bit codes.
 WORD_CODES = {2: 4, 3: 4, 4: 2}
 CACHE_VALUES = 1 << 17
+NF4_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+"""Values per scale that bitsandbytes' kernels know."""
 
 
 class Packed(nn.Module):
@@ -81,12 +86,7 @@ class Packed(nn.Module):
         if not torch.isfinite(values.sum()):
             self.unit[expert] = math.nan
             return
-        codes, scales = self.codes[expert].view(len(values), -1), []
-        for start in range(0, len(values), rows := self._rows):
-            coded, scale = _encode(values[start : start + rows], self.bits)
-            codes[start : start + rows] = _pack(coded, self.bits).view(len(coded), -1)
-            scales.append(scale)
-        scale = torch.cat(scales)
+        scale = self._encode(values, self.codes[expert].view(len(values), -1))
         self.unit[expert] = scale.amax().clamp(min=1e-30)
         self.scales[expert] = (scale / self.unit[expert]).to(torch.float16)
 
@@ -95,17 +95,66 @@ class Packed(nn.Module):
         """One expert's tensor, in the type it had or in ``dtype``."""
         codes = self.codes[expert].view(self.scales.shape[1], -1)
         scales = self.scales[expert].float() * self.unit[expert]
-        out = torch.empty(len(codes), self.block, device=codes.device, dtype=dtype or self.dtype)
+        return self._decode(codes, scales, dtype or self.dtype).flatten()[: math.prod(self.shape)].view(self.shape)
+
+    def _encode(self, values: Tensor, codes: Tensor) -> Tensor:
+        """Fill ``codes [blocks, bytes]`` for ``values [blocks, block]`` float32; gives the scales ``[blocks]``."""
+        scales = []
+        for start in range(0, len(values), rows := self._rows):
+            coded, scale = _encode(values[start : start + rows], self.bits)
+            codes[start : start + rows] = _pack(coded, self.bits).view(len(coded), -1)
+            scales.append(scale)
+        return torch.cat(scales)
+
+    def _decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values ``[blocks, block]``."""
+        out = torch.empty(len(codes), self.block, device=codes.device, dtype=dtype)
         for start in range(0, len(codes), rows := self._rows):
             part = slice(start, start + rows)
             values = _decode(codes[part].flatten(), self.bits).view(-1, self.block)
             out[part] = values.mul_(scales[part, None])
-        return out.flatten()[: math.prod(self.shape)].view(self.shape)
+        return out
 
     @property
     def _rows(self) -> int:
         """Blocks worked on at a time: what fits a core's cache; all of them on an accelerator."""
         return max(1, CACHE_VALUES // self.block) if self.codes.device.type == "cpu" else len(self.scale_bits[0])
+
+
+class PackedNF4(Packed):
+    """4 bits by bitsandbytes' own kernels, with its levels (NF4) and each block's largest value as scale."""
+
+    def __init__(self, stack: Tensor, bits: int = 4, block: int = 64) -> None:
+        if bits != 4 or block not in NF4_BLOCKS:
+            raise ValueError(f"bits, block: expected 4 and one of {NF4_BLOCKS}, got {bits} and {block}")
+        super().__init__(stack, bits, block)
+
+    def _encode(self, values: Tensor, codes: Tensor) -> Tensor:
+        from bitsandbytes import functional
+
+        coded, state = functional.quantize_4bit(values, blocksize=self.block, quant_type="nf4")
+        codes.view(-1).copy_(coded.view(-1))
+        return state.absmax
+
+    def _decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes import functional
+
+        wide = torch.float32 if dtype == torch.float64 else dtype
+        state = functional.QuantState(
+            scales, torch.Size((len(codes), self.block)), functional.get_4bit_type("nf4", codes.device), self.block,
+            "nf4", wide,
+        )  # fmt: skip
+        return functional.dequantize_4bit(codes.view(-1, 1), state).to(dtype)
+
+
+def quantize_tensor(stack: Tensor, bits: int, block: int = 64) -> Packed:
+    """Quantize a stack ``[E, ...]``, each expert by itself: 4 bits on CUDA by bitsandbytes, where it is installed."""
+    if stack.device.type == "cuda" and bits == 4 and block in NF4_BLOCKS:
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            return PackedNF4(stack, bits, block)
+        warnings.warn("4-bit experts: bitsandbytes is not installed (pip install 'fluxlib[quantization]'), which is"
+                      " faster on CUDA; the library's own code is used", stacklevel=2)  # fmt: skip
+    return Packed(stack, bits, block)
 
 
 def check_code(bits: int, block: int) -> None:
@@ -114,16 +163,6 @@ def check_code(bits: int, block: int) -> None:
         raise ValueError(f"bits: expected one of {BITS}, got {bits}")
     if block < 8 or block % 8:
         raise ValueError(f"block: expected a positive multiple of 8, got {block}")
-
-
-def quantize_tensor(stack: Tensor, bits: int, block: int = 64) -> Packed:
-    """Quantize a stack ``[E, ...]``, each expert by itself; see :class:`Packed`."""
-    return Packed(stack, bits, block)
-
-
-def dequantize(packed: Packed, expert: int, dtype: torch.dtype | None = None) -> Tensor:
-    """One expert's tensor, in the type it had or in ``dtype``."""
-    return packed.read(expert, dtype)
 
 
 @functools.cache

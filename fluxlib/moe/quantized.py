@@ -15,12 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import find
 from .dispatch import SlotExperts
 from .expert import Matrices, to_matrices
-from .packing import BITS, Packed, check_code, dequantize, levels, quantize_tensor
-
-__all__ = ["BITS", "Packed", "QuantizedExperts", "dequantize", "levels", "quantize", "quantize_tensor", "quantized"]
+from .find import check_expert
+from .packing import Packed, check_code, quantize_tensor
+from .replace import check_original, replace, replacing, restore
 
 
 class QuantizedExperts(SlotExperts):
@@ -28,19 +27,20 @@ class QuantizedExperts(SlotExperts):
 
     No weight gets a gradient unless :attr:`collects_gradients` is set: then :meth:`grads` holds those of the
     dequantized weights (straight-through, for FMQ), per expert that saw tokens.
+
+    Args:
+        original: An experts module of any handled layout.
+        bits: 2, 3, 4 or 8; biases take 8.
+        block: Values per scale.
     """
 
-    def __init__(self, original: nn.Module, packed: Mapping[str, Packed]) -> None:
+    def __init__(self, original: nn.Module, bits: int = 4, block: int = 64) -> None:
         super().__init__(original)
+        widths = {name: 8 if name.endswith("_bias") else bits for name in self.layout.names}
+        packed = {name: quantize_tensor(getattr(original, name), widths[name], block) for name in widths}
         self.packed = cast("dict[str, Packed]", nn.ModuleDict(packed))
         self.collects_gradients = False
         self._gradients: dict[int, dict[str, Tensor]] = {}
-
-    @classmethod
-    def from_experts(cls, experts: nn.Module, bits: int = 4, block: int = 64) -> QuantizedExperts:
-        """Quantize an experts module of any handled layout; biases take 8 bits."""
-        names = find.read_layout(experts).names
-        return cls(experts, {n: quantize_tensor(getattr(experts, n), _bits(n, bits), block) for n in names})
 
     @property
     def num_bytes(self) -> int:
@@ -49,10 +49,9 @@ class QuantizedExperts(SlotExperts):
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """One expert dequantized; a copy."""
-        find.check_expert(expert, self.num_experts)
-        return {name: dequantize(packed, expert) for name, packed in self.packed.items()}
+        check_expert(expert, self.num_experts)
+        return {name: packed.read(expert) for name, packed in self.packed.items()}
 
-    @torch.no_grad()
     def requantize(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
         """Quantize one expert anew from full-precision tensors."""
         for name, tensor in tensors.items():
@@ -62,7 +61,7 @@ class QuantizedExperts(SlotExperts):
         """Gradients collected for an expert, zeros where it saw no token."""
         if expert in self._gradients:
             return self._gradients[expert]
-        return {name: torch.zeros_like(tensor) for name, tensor in self.expert_tensors(expert).items()}
+        return {n: torch.zeros(p.shape, dtype=p.dtype, device=p.codes.device) for n, p in self.packed.items()}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients collected."""
@@ -74,7 +73,7 @@ class QuantizedExperts(SlotExperts):
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
-        return to_matrices({n: dequantize(p, slot, dtype) for n, p in self.packed.items()}, self.layout, dtype)
+        return to_matrices({name: packed.read(slot, dtype) for name, packed in self.packed.items()}, self.layout, dtype)
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
@@ -90,10 +89,10 @@ def quantize(model: nn.Module, bits: int = 4, block: int = 64) -> nn.Module:
         ValueError: The experts were replaced before, or the number of bits is none of 2, 3, 4, 8.
     """
     check_code(bits, block)
-    found = find.check_original(model)
-    with find.replacing(model, found):
+    found = check_original(model)
+    with replacing(model, found):
         for layer in found:
-            find.replace(model, layer, QuantizedExperts.from_experts(layer.experts, bits, block))
+            replace(model, layer, QuantizedExperts(layer.experts, bits, block))
     return model
 
 
@@ -104,8 +103,4 @@ def quantized(model: nn.Module, bits: int = 4, block: int = 64) -> Iterator[nn.M
     try:
         yield model
     finally:
-        find.restore(model, write=False)
-
-
-def _bits(name: str, bits: int) -> int:
-    return 8 if name.endswith("_bias") else bits
+        restore(model, write=False)

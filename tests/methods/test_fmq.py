@@ -11,7 +11,8 @@ from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState
 from fluxlib.methods.fmq import QuantizedLearner
 from fluxlib.methods.local import run_steps
 from fluxlib.moe import find
-from fluxlib.moe.quantized import dequantize, quantize_tensor, quantized
+from fluxlib.moe.packing import quantize_tensor
+from fluxlib.moe.quantized import quantized
 from fluxlib.roles import Roles
 
 from .conftest import CONFIG
@@ -29,7 +30,7 @@ def train(name: str, model: nn.Module, data: LocalData, changes: dict[str, objec
 
 def rounded(stack: torch.Tensor, bits: int) -> torch.Tensor:
     packed = quantize_tensor(stack, bits)
-    return torch.stack([dequantize(packed, expert) for expert in range(len(stack))])
+    return torch.stack([packed.read(expert) for expert in range(len(stack))])
 
 
 def test_a_step_quantises_the_moved_weights_and_passes_through_the_quantised_ones(

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fluxlib.moe import compact, find
 from fluxlib.moe.compact import LayerPlan
+from fluxlib.moe.replace import replace
 
 # With their default configurations. Why: what the message must say.
 REFUSED = {
@@ -123,10 +124,10 @@ def test_output_and_gradients_equal_the_reference(tiny: SimpleNamespace, model_t
         plans.append(LayerPlan((0, 1), (tuple(rest[:2]), tuple(rest[2:])), ((3.0, 1.0), (1.0,) * len(rest[2:]))))
     references = [tiny.PlainExperts(layer.experts, plan) for layer, plan in zip(found, plans, strict=True)]
     for layer, reference in zip(found, references, strict=True):
-        find.replace(model, layer, reference)
+        replace(model, layer, reference)
     expected = _step(model, batch)
     for layer in found:
-        find.replace(model, layer, layer.experts)
+        replace(model, layer, layer.experts)
     compact.customize(model, plans)
     for ours, theirs in zip(_step(model, batch), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)

@@ -38,7 +38,8 @@ def test_training_equals_the_resident_model_bit_by_bit(tiny: SimpleNamespace, ar
         for ours, theirs in zip(find.layers(model), find.layers(resident), strict=True):
             for expert in range(ours.num_experts):
                 for name, gradient in theirs.experts.grads(expert).items():
-                    assert torch.equal(ours.experts.grads(expert)[name], gradient)
+                    found = ours.experts.parameters_of(expert)[name].grad
+                    assert torch.equal(torch.zeros_like(gradient) if found is None else found, gradient)
     assert device_set.traffic.misses > 0
     compact.restore(resident)
     compact.restore(model)
@@ -51,12 +52,12 @@ def test_every_expert_has_its_own_gradient_and_state(tiny: SimpleNamespace) -> N
     offloaded.offload(model, capacity=4)
     experts = find.layers(model)[0].experts
     optimizer = torch.optim.AdamW(experts.parameters(), lr=0.1)
-    before = {name: tensor.clone() for name, tensor in experts.tuned_tensors(0).items()}
+    before = {name: tensor.clone() for name, tensor in experts.expert_tensors(0).items()}
     experts(torch.randn(4, 16), torch.tensor([[1, 6]] * 4), torch.ones(4, 2)).sum().backward()
     optimizer.step()
     assert sum(p.grad is not None for p in experts.parameters()) == len(optimizer.state) == 2 * 2
-    assert not experts.grads(0)["down_proj"].any()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in experts.tuned_tensors(0).items())
+    assert experts.parameters_of(0)["down_proj"].grad is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in experts.expert_tensors(0).items())
     assert len(list(experts.parameters())) == 2 * 8
 
 
@@ -114,7 +115,7 @@ def test_moving_the_model_leaves_experts_on_the_host_as_they_are(tiny: SimpleNam
     model.to(torch.bfloat16)
     experts = find.layers(model)[0].experts
     assert isinstance(experts, OffloadedExperts)
-    assert experts.tuned_tensors(0)["down_proj"].dtype == torch.float32
+    assert experts.expert_tensors(0)["down_proj"].dtype == torch.float32
     assert experts(torch.randn(2, 16).bfloat16(), torch.tensor([[0]] * 2), torch.ones(2, 1)).dtype == torch.bfloat16
 
 
@@ -123,10 +124,10 @@ def test_what_cannot_be_is_named(tiny: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="room for at least 1 expert, got 0"):
         offloaded.offload(model, capacity=0)
     offloaded.offload(model, capacity=2)
-    find.restore(model, write=False)
+    compact.restore(model, write=False)
     offloaded.offload(model, capacity=2)
-    find.layers(model)[0].experts.tuned_tensors(3)["down_proj"].zero_()
+    find.layers(model)[0].experts.expert_tensors(3)["down_proj"].zero_()
     with pytest.raises(ValueError, match=r"trained in place, expected True; changed were \[3\]"):
-        find.restore(model, write=False)
-    find.restore(model)
+        compact.restore(model, write=False)
+    compact.restore(model)
     assert not find.layers(model)[0].experts.down_proj[3].any()

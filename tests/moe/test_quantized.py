@@ -9,7 +9,7 @@ import torch
 
 from fluxlib.moe import compact, find, quantized
 from fluxlib.moe.compact import LayerPlan
-from fluxlib.moe.packing import Packed, _decode, _pack, dequantize, levels, quantize_tensor
+from fluxlib.moe.packing import BITS, Packed, _decode, _pack, levels, quantize_tensor
 from fluxlib.moe.quantized import QuantizedExperts
 
 # Relative error on normally distributed values, at most.
@@ -20,16 +20,16 @@ def _normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("bits", quantized.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_error_and_memory_per_width(bits: int) -> None:
     stack = _normal(3, 96, 40) * torch.tensor([1.0, 1e-6, 1e4])[:, None, None]
     packed = quantize_tensor(stack, bits)
     blocks = 96 * 40 // 64
     assert packed.num_bytes == 3 * (96 * 40 * bits // 8 + 2 * blocks + 4)
     for expert in range(3):
-        restored = dequantize(packed, expert)
+        restored = packed.read(expert)
         assert (restored - stack[expert]).norm() < ERROR[bits] * stack[expert].norm()
-        assert dequantize(packed, expert, torch.bfloat16).dtype == torch.bfloat16
+        assert packed.read(expert, torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -53,18 +53,18 @@ def test_levels_are_the_known_ones_for_a_normal_variable() -> None:
 
 def test_an_outlier_costs_its_own_block_only() -> None:
     stack = _normal(1, 1, 640)
-    plain = dequantize(quantize_tensor(stack, 4), 0)
+    plain = quantize_tensor(stack, 4).read(0)
     stack[0, 0, 3] = 30.0
-    restored = dequantize(quantize_tensor(stack, 4), 0)
+    restored = quantize_tensor(stack, 4).read(0)
     assert abs(restored[0, 3] - 30) < 2.0
     torch.testing.assert_close(restored[0, 64:], plain[0, 64:], rtol=2e-3, atol=2e-3)
 
 
 def test_zeros_short_blocks_and_bad_values() -> None:
     packed = quantize_tensor(torch.zeros(2, 3, 7), 4)
-    assert (dequantize(packed, 1) == 0).all()
+    assert (packed.read(1) == 0).all()
     odd = _normal(1, 3, 7)
-    assert dequantize(quantize_tensor(odd, 8), 0).shape == (3, 7)
+    assert quantize_tensor(odd, 8).read(0).shape == (3, 7)
     odd[0, 0, 0] = float("nan")
     assert torch.isnan(quantize_tensor(odd, 4).unit).all()
     with pytest.raises(ValueError, match=r"bits: expected one of \(2, 3, 4, 8\), got 5"):
@@ -76,15 +76,15 @@ def test_zeros_short_blocks_and_bad_values() -> None:
 def test_experts_do_not_share_blocks() -> None:
     stack = _normal(2, 5, 9)
     packed = quantize_tensor(stack, 4, block=8)
-    before = dequantize(packed, 0)
+    before = packed.read(0)
     packed.write(1, stack[1] * 100)
-    assert torch.equal(dequantize(packed, 0), before)
+    assert torch.equal(packed.read(0), before)
 
 
 def test_a_quantized_model_equals_one_with_dequantized_weights(tiny: SimpleNamespace, architecture: str) -> None:
     model, twin, batch = tiny.build(architecture), tiny.build(architecture), tiny.batch()
     for layer in find.layers(twin):
-        module = QuantizedExperts.from_experts(layer.experts, 4, block=16)
+        module = QuantizedExperts(layer.experts, 4, block=16)
         for expert in range(layer.num_experts):
             find.write_expert(layer.experts, expert, module.expert_tensors(expert))
     expected = model(**batch).logits
@@ -125,7 +125,7 @@ def test_straight_through_gradients_are_those_of_the_dequantized_weights(tiny: S
                 torch.testing.assert_close(gradient, theirs.experts.grads(expert)[name], rtol=1e-4, atol=1e-6)
     experts = find.layers(model)[0].experts
     stepped = {n: t - 0.5 * experts.grads(3)[n] for n, t in experts.expert_tensors(3).items()}
-    other, expected = experts.expert_tensors(2), QuantizedExperts.from_experts(experts.original, 4)
+    other, expected = experts.expert_tensors(2), QuantizedExperts(experts.original, 4)
     experts.requantize(3, stepped)
     expected.requantize(3, stepped)
     for name in stepped:

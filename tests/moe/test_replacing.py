@@ -73,12 +73,12 @@ def test_a_router_that_cannot_be_masked_leaves_the_model_as_it_was(tiny: SimpleN
     assert _state(model) == before
 
 
-def test_an_order_of_the_wrong_neurons_is_refused_before_anything_happens(tiny: SimpleNamespace) -> None:
+def test_an_order_of_the_wrong_neurons_is_refused(tiny: SimpleNamespace) -> None:
     model = tiny.build("mixtral")
     before = _state(model)
     for order in (torch.arange(5), torch.zeros(12, dtype=torch.long)):
         bad = LayerPlan((0,), ((1, 2, 3, 4, 5),), None, ((order, None, None, None, None),))
-        with pytest.raises(ValueError, match=r"plans\[1\]: permutations: expected the neurons 0\.\.11"):
+        with pytest.raises(ValueError, match=r"plans\[1\]: order: expected a permutation of 0\.\.11"):
             compact.customize(model, [PLANS[0], bad])
     assert _state(model) == before
 

@@ -1,0 +1,109 @@
+"""Another module at the experts' place, and the model's own back again; all layers or none.
+
+- :func:`replacing` and :func:`replace` -- at every layer, inside a ``with`` block that undoes what failed,
+- :func:`restore` -- the original experts, routing and ``requires_grad`` flags.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .find import MoELayer, ReplacedExperts, expert_tensors, layers
+from .product import freeze_linears, thaw_linears
+
+
+def check_original(model: nn.Module) -> list[MoELayer]:
+    """MoE layers of a model whose experts are its own.
+
+    Raises:
+        ValueError: Some experts were replaced before.
+    """
+    found = layers(model)
+    for layer in found:
+        if isinstance(layer.experts, ReplacedExperts):
+            raise ValueError(f"model: experts of {layer.name} were replaced before; call restore(model) first")
+    return found
+
+
+@contextmanager
+def replacing(model: nn.Module, found: Sequence[MoELayer]) -> Iterator[None]:
+    """Freeze a model whose layers are replaced in the ``with`` block; an error there leaves it as it was.
+
+    What does not learn, routers apart, is multiplied by the faster library (:func:`~fluxlib.moe.product.freeze_linears`).
+
+    Args:
+        model: A model with its original experts.
+        found: Its layers.
+    """
+    devices = [next(layer.experts.parameters()).device for layer in found]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.__dict__["_frozen_parameters"] = trainable
+        model.requires_grad_(False)
+        freeze_linears(model, wider_than=max(layer.num_experts for layer in found))
+        yield
+    except BaseException:
+        restore(model, write=False)
+        for layer, device in zip(found, devices, strict=True):
+            layer.experts.to(device)
+        raise
+
+
+def replace(model: nn.Module, layer: MoELayer, new: nn.Module) -> None:
+    """Put another module at the experts' place.
+
+    On an accelerator the original of a :class:`ReplacedExperts` moves to host memory: holding both would defeat the
+    purpose. It comes back with :func:`restore`. Until then ``model.save_pretrained``, which would write a checkpoint
+    without experts, is refused.
+    """
+    setattr(layer.block, layer.name.rpartition(".")[2], new)
+    if isinstance(new, ReplacedExperts):
+        if "save_pretrained" not in model.__dict__:
+            model.__dict__["save_pretrained"] = types.MethodType(_refuse_saving, model)
+        if new.place.device.type != "cpu":
+            new.original.to("cpu")
+
+
+def restore(model: nn.Module, write: bool = True) -> nn.Module:
+    """Put the original experts, routing and ``requires_grad`` flags back; nothing happens to an original model.
+
+    Args:
+        model: A customised, quantized or offloaded model.
+        write: Write what was learned into the originals first.
+
+    Returns:
+        The model.
+    """
+    for layer in layers(model):
+        module = layer.experts
+        if not isinstance(module, ReplacedExperts):
+            continue
+        if not write:
+            module.discard()
+        module.original.to(module.place.device)
+        if expert_tensors(module.original, 0)["down_proj"].dtype != module.place.dtype:
+            module.original.to(module.place.dtype)
+        if write:
+            module.write_back()
+        for undo in module.on_restore:
+            undo()
+        replace(model, layer, module.original)
+    for parameter in model.__dict__.pop("_frozen_parameters", []):
+        parameter.requires_grad_(True)
+    if getattr(model.__dict__.get("save_pretrained"), "__func__", None) is _refuse_saving:
+        del model.__dict__["save_pretrained"]
+    thaw_linears(model)
+    return model
+
+
+def _refuse_saving(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Stands at ``save_pretrained`` while experts are replaced."""
+    raise ValueError(
+        f"model: experts of this {type(model).__name__} are replaced, its checkpoint would lack them; put them back"
+        " first (fluxlib.moe.compact.restore), or write a customised model as it is (fluxlib.models.save_compact)"
+    )
