@@ -68,38 +68,6 @@ def test_true_norms_are_those_of_autograd(kind: str) -> None:
     torch.testing.assert_close(found, by_autograd(model, data), rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])
-def test_sample_norms_are_those_of_batches_of_one(kind: str) -> None:
-    """The last sample has two tokens, none of them scored: it does not count."""
-    model, data = build(kind), batch()
-    experts = all_experts(model)
-    alone = torch.stack([by_autograd(model, {n: rows[i : i + 1] for n, rows in data.items()}) for i in range(3)])
-    reached = []
-    with torch.no_grad():
-        for i in range(3):
-            length = int(data["attention_mask"][i].sum())
-            reached.append(used(model, {n: rows[i : i + 1, :length] for n, rows in data.items()}, experts))
-    expected = alone.sum(dim=0) / torch.stack(reached).sum(dim=0).clamp(min=1)
-    found = gradients.true_norms(model, data, experts, unit="sample")
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-12)
-
-
-def used(model: nn.Module, data: dict[str, Tensor], experts: list[tuple[int, int]]) -> Tensor:
-    from fluxlib.moe.capture import capture
-
-    with capture(model) as seen:
-        model(**data)
-    return torch.tensor([bool((seen.layers[layer].top_k_index[0] == e).any()) for layer, e in experts])
-
-
-def test_a_callers_own_backward_pass_gives_the_norms_too() -> None:
-    model, data = build(), batch()
-    experts = all_experts(model)[3:9]
-    with gradients.watch(model, data, experts) as norms:
-        model(**data).loss.backward()
-    torch.testing.assert_close(norms, by_autograd(model, data)[3:9], rtol=1e-5, atol=1e-12)
-
-
 def customized(model: nn.Module) -> nn.Module:
     """Per layer: experts 0 and 1 tuned, 2 frozen alone, the others in two groups."""
     plan = compact.LayerPlan(tuned=(0, 1), groups=((2,), (3, 4), (5, 6, 7)))
@@ -130,12 +98,12 @@ def assert_unbiased(estimates: Tensor, truth: Tensor) -> None:
     assert ((estimates.mean(dim=0) - truth).abs() <= 3 * truth * (2 / len(estimates)) ** 0.5).all()
 
 
-@pytest.mark.parametrize("options", [{"guided": False}, {}, {"unit": "sample"}, {"unit": "sample", "guided": False}])
+@pytest.mark.parametrize("options", [{"guided": False}, {}])
 def test_probes_are_unbiased(options: dict) -> None:
     """Mean of many probes within three standard errors of the truth, for twelve experts in three layers."""
     model, data = build(), batch((14, 12, 13, 10))
     experts = [(layer, e) for layer in range(3) for e in (0, 2, 5, 7)]
-    truth = gradients.true_norms(model, data, experts, options.get("unit", "batch"))
+    truth = gradients.true_norms(model, data, experts)
     estimates = torch.stack([gradients.probe_norms(model, data, experts, 1, s, **options) for s in range(30)])
     assert_unbiased(estimates, truth)
 
@@ -165,8 +133,7 @@ def test_probes_of_a_customised_model_are_unbiased() -> None:
 def test_a_probe_is_the_derivative_along_its_direction(kind: str) -> None:
     """Against autograd: the gradient times the very direction the probe drew, at every depth."""
     from fluxlib import seeding
-    from fluxlib.gradients import expert as local
-    from fluxlib.gradients import probes
+    from fluxlib.gradients import local, probes
 
     model, data = build(kind, scale=0.2), batch()
     for layer in find.layers(model):
@@ -185,24 +152,6 @@ def test_the_guide_leaves_nothing_to_chance_in_the_last_layer() -> None:
     experts = [(2, e) for e in range(8)]
     truth = gradients.true_norms(model, data, experts)
     torch.testing.assert_close(gradients.probe_norms(model, data, experts), truth, rtol=1e-2, atol=1e-6)
-
-
-def test_the_guide_leaves_nothing_to_chance_in_the_last_layer_by_sample() -> None:
-    model, data = build(), batch()
-    experts = [(2, e) for e in range(8)]
-    truth = gradients.true_norms(model, data, experts, unit="sample")
-    found = gradients.probe_norms(model, data, experts, unit="sample")
-    torch.testing.assert_close(found, truth, rtol=1e-2, atol=1e-6)
-
-
-@pytest.mark.parametrize("options", [{}, {"unit": "sample"}, {"sides": 1, "guided": False}])
-def test_several_probes_in_a_pass_are_those_of_one_pass_each(options: dict) -> None:
-    model, data = build(), batch()
-    experts = [(layer, e) for layer in range(3) for e in range(8)]
-    alone, together = (
-        gradients.probe_norms(model, data, experts, 2, max_tokens=size, **options) for size in (1, 10_000)
-    )
-    torch.testing.assert_close(alone, together, rtol=1e-2, atol=1e-7)
 
 
 def test_the_cost_counts_the_layers_above() -> None:
@@ -248,30 +197,30 @@ def test_after_probing_every_weight_is_bit_identical(custom: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replay_of_the_same_output_is_the_same_loss(kind: str) -> None:
-    from fluxlib.gradients.replay import Replay, scored_tokens
+def test_patching_in_the_same_output_is_the_same_loss(kind: str) -> None:
+    from fluxlib.gradients.patching import CachedForward, scored_tokens
 
     model, data = build(kind, dtype=torch.float32, scale=0.2), batch()
     found = find.layers(model)
-    replay = Replay(model, data, found)
+    cached = CachedForward(model, data, found)
     with torch.no_grad():
         loss = float(model(**data).loss)
     for layer in found:
-        again = replay.losses(layer, torch.arange(4), replay.output_of(layer, torch.arange(4)))
+        again = cached.losses(layer, torch.arange(4), cached.output_of(layer, torch.arange(4)))
         assert float(again.sum() / scored_tokens(data["labels"]).sum()) == pytest.approx(loss, rel=1e-6)
 
 
-def test_a_replay_computes_only_the_layers_above() -> None:
-    from fluxlib.gradients.replay import Replay
+def test_a_patched_pass_computes_only_the_layers_above() -> None:
+    from fluxlib.gradients.patching import CachedForward
 
     model, data = build(), batch()
     found = find.layers(model)
-    replay = Replay(model, data, found)
+    cached = CachedForward(model, data, found)
     ran: list[str] = []
     for name, module in model.named_modules():
         if name.endswith(("q_proj", "lm_head")):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    replay.losses(found[1], torch.arange(4), replay.output_of(found[1], torch.arange(4)))
+    cached.losses(found[1], torch.arange(4), cached.output_of(found[1], torch.arange(4)))
     assert ran == ["model.layers.2.self_attn.q_proj", "lm_head"]
 
 
@@ -296,8 +245,6 @@ def test_wrong_input_is_named(function) -> None:
         function(model, data, [(3, 0)])
     with pytest.raises(ValueError, match=r"layer 1 has 0..7, got 8"):
         function(model, data, [(1, 8)])
-    with pytest.raises(ValueError, match="unit must be 'batch' or 'sample', got 'token'"):
-        function(model, data, [(0, 0)], unit="token")
     with pytest.raises(ValueError, match="at least one scored token, got 4 samples"):
         function(model, {**data, "labels": torch.full_like(data["labels"], -100)}, [(0, 0)])
     with pytest.raises(ValueError, match=r"4 of layer 0 is merged with others: \[3, 4\]"):

@@ -1,7 +1,7 @@
 """How strongly an expert wants to change: squared gradient norms, with and without backpropagation (section 6)."""
 
-from fluxlib.gradients.exact import true_norms, watch
+from fluxlib.gradients.exact import true_norms
 from fluxlib.gradients.probes import probe_cost, probe_norms
 from fluxlib.gradients.quality import Quality, quality
 
-__all__ = ["Quality", "probe_cost", "probe_norms", "quality", "true_norms", "watch"]
+__all__ = ["Quality", "probe_cost", "probe_norms", "quality", "true_norms"]

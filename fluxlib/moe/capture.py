@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import find, mask
+from . import find
 from .find import MoELayer
+from .mask import find_router
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
 
@@ -28,15 +29,11 @@ class LayerCapture:
         top_k_index: ``[N, k]`` long, the experts chosen; N = B * T in row-major order, padding included.
         top_k_weights: ``[N, k]`` gate weights.
         attention: ``[B, T]`` float32, attention received; empty unless asked for. 0 at padding.
-        inputs: ``[N, H]``, hidden states given to the experts; empty unless asked for.
-        outputs: ``[N, H]``, what the experts returned; empty unless asked for.
     """
 
     top_k_index: list[Tensor] = field(default_factory=list)
     top_k_weights: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
-    inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -60,9 +57,7 @@ class Capture:
 
 
 @contextmanager
-def capture(
-    model: nn.Module, attention: bool = False, inputs: bool = False, outputs: bool = False
-) -> Iterator[Capture]:
+def capture(model: nn.Module, attention: bool = False) -> Iterator[Capture]:
     """Record the routing of every MoE layer while the context is open.
 
     Attention received by a token: the mean over heads and over the queries that can see it (itself and later ones,
@@ -71,26 +66,22 @@ def capture(
     Args:
         model: A transformers causal LM; its experts may be original or replaced.
         attention: Also record attention received. The model runs with eager attention meanwhile.
-        inputs: Also keep what the experts were given.
-        outputs: Also keep what the experts returned.
 
     Raises:
         ValueError: The model has no MoE layer, or a layer's attention module cannot be found.
     """
     found = find.layers(model)
     result = Capture([LayerCapture() for _ in found])
+    modules = [find_attention(model, layer) for layer in found] if attention else []
     with ExitStack() as stack:
-        handle = model.register_forward_pre_hook(_record_mask(result), with_kwargs=True)
-        stack.callback(handle.remove)
-        for layer, record in zip(found, result.layers, strict=True):
-            for handle in _watch_experts(layer, record, inputs, outputs):
-                stack.callback(handle.remove)
         if attention:
-            modules = [find_attention(model, layer) for layer in found]
             stack.enter_context(_eager(model))
-            for module, record in zip(modules, result.layers, strict=True):
-                for handle in _watch_attention(module, record, result):
-                    stack.callback(handle.remove)
+        handles = [model.register_forward_pre_hook(_record_mask(result), with_kwargs=True)]
+        handles += [_watch_experts(*pair) for pair in zip(found, result.layers, strict=True)]
+        for module, record in zip(modules, result.layers, strict=False):
+            handles += _watch_attention(module, record, result)
+        for handle in handles:
+            stack.callback(handle.remove)
         yield result
 
 
@@ -142,40 +133,33 @@ def _record_mask(result: Capture) -> Any:
     return hook
 
 
-def _watch_experts(layer: MoELayer, record: LayerCapture, inputs: bool, outputs: bool) -> Iterator[Any]:
-    """Hooks on one experts module; Llama-4's choices are read from its router's scores."""
+def _watch_experts(layer: MoELayer, record: LayerCapture) -> Any:
+    """Hook that records what an experts module is called with; Llama-4's choices are read from its router's scores."""
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = [*args, *kwargs.values()]
-        if inputs:
-            record.inputs.append(values[0].detach())
-        if len(values) > 1:
-            index, weights = values[1:3] if not values[1].is_floating_point() else (values[2], values[1])
-            record.top_k_index.append(index.detach())
-            record.top_k_weights.append(weights.detach())
-
-    def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        record.outputs.append(output.detach())
+        index, weights = [*args, *kwargs.values()][1:3]
+        if index.is_floating_point():
+            index, weights = weights, index
+        record.top_k_index.append(index.detach())
+        record.top_k_weights.append(weights.detach())
 
     def scores(_module: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         weights, index = output[0].detach().topk(layer.top_k, dim=-1)
         record.top_k_index.append(index)
         record.top_k_weights.append(weights)
 
-    yield layer.experts.register_forward_pre_hook(before, with_kwargs=True)
-    if outputs:
-        yield layer.experts.register_forward_hook(after)
     if find.read_layout(layer.experts).is_dense:
-        yield mask.find_router(layer).register_forward_hook(scores)
+        return find_router(layer).register_forward_hook(scores)
+    return layer.experts.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _watch_attention(module: nn.Module, record: LayerCapture, result: Capture) -> Iterator[Any]:
+def _watch_attention(module: nn.Module, record: LayerCapture, result: Capture) -> list[Any]:
     """Hooks on one attention module: the mask it is given, then its weights, reduced and let go."""
     seen: list[Tensor | None] = []
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
         candidates = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
+        mask = kwargs.get("attention_mask")
         seen[:] = [mask if mask is not None else (candidates[-1] if candidates else None)]
 
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
@@ -186,8 +170,10 @@ def _watch_attention(module: nn.Module, record: LayerCapture, result: Capture) -
         record.attention.append(received(weights.detach(), _visible(seen[0], token, weights)))
         return tuple(None if o is weights else o for o in output)
 
-    yield module.register_forward_pre_hook(before, with_kwargs=True)
-    yield module.register_forward_hook(after)
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after),
+    ]
 
 
 def _visible(mask: Tensor | None, token: Tensor, weights: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def test_routing_and_attention_of_every_layer(tiny: SimpleNamespace, architectur
     model, batch = tiny.build(architecture), tiny.batch()
     found, before = find.layers(model), model.config._attn_implementation
     expected = model(**batch).logits
-    with capture(model, attention=True, inputs=True, outputs=True) as seen:
+    with capture(model, attention=True) as seen:
         output = model(**batch)
         model(**batch)
     token = batch["attention_mask"] == 1  # at padding eager and sdpa may differ
@@ -41,7 +41,6 @@ def test_routing_and_attention_of_every_layer(tiny: SimpleNamespace, architectur
         assert attention.shape == (2, 12)
         assert (attention[batch["attention_mask"] == 1] > 0).all()
         assert (attention[batch["attention_mask"] == 0] == 0).all()
-        assert record.outputs[0].shape == record.inputs[0].shape
     seen.clear()
     assert not seen.layers[0].top_k_index
     assert not seen.attention_mask

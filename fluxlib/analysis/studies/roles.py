@@ -14,7 +14,7 @@ from torch import Tensor
 from fluxlib import gradients, records, roles, seeding
 from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row
 from fluxlib.config import RunConfig
-from fluxlib.gradients.exact import ExpertKey
+from fluxlib.gradients.local import ExpertKey
 from fluxlib.methods.local import routed_tokens
 from fluxlib.moe import find
 from fluxlib.moe.capture import capture
@@ -90,14 +90,12 @@ def _utilities(bench: Bench, setting: str, keys: list[ExpertKey], norms: Tensor,
 
 
 def probe_seconds(benches: Iterable[Bench], num_experts: int, repeats: int) -> Iterator[Row]:
-    """Measured seconds per expert: one probe each, packed into few passes and one at a time, beside one backward pass
-    for all of them and, as the paper has it, two forward passes of the whole model each."""
+    """Measured seconds per expert: one probe each, beside one backward pass for all of them and, as the paper has it,
+    two forward passes of the whole model each."""
     for bench in benches:
         batch, keys, _, _ = truth(bench, num_experts)
-        probe = partial(gradients.probe_norms, bench.model, batch, keys)
         works: dict[str, Callable[[], Any]] = {
-            "several probes per pass": probe,
-            "one probe per pass": partial(probe, max_tokens=1),
+            "one probe per pass": partial(gradients.probe_norms, bench.model, batch, keys),
             "backward pass for all": partial(gradients.true_norms, bench.model, batch, keys),
             "two whole passes each": partial(_two_passes, bench, batch),
         }

@@ -1,0 +1,144 @@
+"""One expert by itself, on the tokens that were routed to it: its output under changed weights, its gradients.
+
+Everything about an expert's gradient except the gradient of the layer's output is local: with that one ``[N,
+H]`` tensor, :meth:`ExpertCall.gradients` gives the gradient of any expert of the layer. Without it,
+:meth:`ExpertCall.output` gives the layer's change under changed weights, and no weight of the model is ever
+written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluxlib.moe import find
+from fluxlib.moe.compact import CompactExperts
+from fluxlib.moe.dispatch import dense_choices
+from fluxlib.moe.expert import Activation, Matrices, to_matrices
+
+ExpertKey = tuple[int, int]
+"""``(layer, expert)``, counted over MoE layers."""
+
+
+@dataclass(frozen=True)
+class ExpertCall:
+    """An expert and the n real tokens routed to it, in float32 (float64 in a float64 model).
+
+    Attributes:
+        states: ``[n, H]`` inputs.
+        weight: ``[n, 1]`` gate weights.
+        rows: ``[n]`` rows of the layer's output that the expert adds to.
+        samples: ``[n]`` sequence of the batch each token belongs to.
+        matrices: weights in computing order.
+        activation: the model's own gate and norm.
+    """
+
+    states: Tensor
+    weight: Tensor
+    rows: Tensor
+    samples: Tensor
+    matrices: Matrices
+    activation: Activation
+
+    def output(self, change: Matrices | None = None, size: float = 0.0) -> Tensor:
+        """``[n, H]`` weighted output with weights ``W + size * change``."""
+        projected = _affine(self.states, self.matrices.up, self.matrices.up_bias)
+        if change is not None:
+            projected = projected + size * _affine(self.states, change.up, change.up_bias)
+        act = self.activation.function(projected)
+        result = _affine(act, self.matrices.down, self.matrices.down_bias)
+        if change is not None:
+            result = result + size * _affine(act, change.down, change.down_bias)
+        if self.activation.post_norm is not None:
+            result = self.activation.post_norm(result)
+        return result * self.weight
+
+    def gradients(self, output_gradient: Tensor) -> Matrices:
+        """Weight gradients from the gradient of the layer's output, ``[N, H]``."""
+        own = self.matrices
+        incoming = output_gradient[self.rows].to(self.states) * self.weight
+        act, pull = self.activation.backward(_affine(self.states, own.up, own.up_bias))
+        if self.activation.post_norm is not None:
+            incoming = self.activation.norm_backward(_affine(act, own.down, own.down_bias), incoming)[1]
+        projected = pull(incoming @ own.down.T)
+        return Matrices(
+            up=self.states.T @ projected,
+            down=act.T @ incoming,
+            up_bias=None if own.up_bias is None else projected.sum(dim=0),
+            down_bias=None if own.down_bias is None else incoming.sum(dim=0),
+        )
+
+
+def by_layer(
+    model: torch.nn.Module, experts: Sequence[ExpertKey]
+) -> list[tuple[find.MoELayer, dict[int, list[int]]]]:
+    """The layers that ``experts`` names, first to last, each with the places of its experts in the list.
+
+    Raises:
+        ValueError: a layer or an expert that does not exist, or an expert that is merged with others, so that it has
+            no gradient of its own.
+    """
+    found = find.layers(model)
+    places: dict[int, dict[int, list[int]]] = {}
+    for place, (index, expert) in enumerate(experts):
+        if not 0 <= index < len(found):
+            raise ValueError(f"experts: the model has MoE layers 0..{len(found) - 1}, got {(index, expert)}")
+        layer = found[index]
+        if not 0 <= expert < layer.num_experts:
+            raise ValueError(f"experts: layer {index} has 0..{layer.num_experts - 1}, got {expert}")
+        for group in layer.experts.plan.groups if isinstance(layer.experts, CompactExperts) else ():
+            if expert in group and len(group) > 1:
+                raise ValueError(f"experts: {expert} of layer {index} is merged with others: {list(group)}")
+        places.setdefault(index, {}).setdefault(expert, []).append(place)
+    return [(found[index], places[index]) for index in sorted(places)]
+
+
+def calls(
+    layer: find.MoELayer, arguments: Sequence[Tensor], experts: Sequence[int], mask: Tensor
+) -> dict[int, ExpertCall]:
+    """Calls of some experts of a layer.
+
+    Args:
+        layer: of which the experts are.
+        arguments: what the experts module was called with.
+        experts: their numbers.
+        mask: bool ``[B, T]``, real tokens.
+    """
+    module, hidden = layer.experts, arguments[0]
+    layout = find.read_layout(module)
+    held = getattr(module, "activation", None)
+    activation = held if isinstance(held, Activation) else Activation(module)
+    if layout.is_dense:
+        index, weights = dense_choices(hidden, layer.num_experts)
+    else:  # in whichever order the model passes them
+        index, weights = sorted(arguments[1:3], key=torch.is_floating_point)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    tokens = mask.flatten().to(hidden.device)
+    found = {}
+    for expert in experts:
+        rows, position = torch.where((index == expert) & tokens.repeat(len(index) // len(tokens))[:, None])
+        found[expert] = ExpertCall(
+            states=hidden[rows].to(wide),
+            weight=weights[rows, position, None].to(wide),
+            rows=rows,
+            samples=rows % len(tokens) // mask.shape[1],
+            matrices=to_matrices(find.expert_tensors(module, expert), layout, wide),
+            activation=activation,
+        )
+    return found
+
+
+def dot(first: Matrices, second: Matrices) -> Tensor:
+    """Scalar product of two sets of weights."""
+    total = (first.up * second.up).sum() + (first.down * second.down).sum()
+    for one, other in ((first.up_bias, second.up_bias), (first.down_bias, second.down_bias)):
+        if one is not None and other is not None:
+            total = total + (one * other).sum()
+    return total
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight if bias is None else x @ weight + bias
