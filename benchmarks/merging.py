@@ -239,19 +239,18 @@ def enough(known: profiling.Profile, tuned: Tensor, work: Work) -> Tensor:
 
 def utilities(names: Sequence[str], seeds: int) -> list[Row]:
     """One probe of two forward passes for each expert, against backpropagation: cosine distance, rank correlation."""
-    found: dict[tuple[str, str, bool], list[tuple[float, float]]] = {}
+    found: dict[tuple[str, bool], list[tuple[float, float]]] = {}
     for name, work in cases(names, seeds):
         tokens = routed(work)
-        for unit in ("batch", "sample"):
-            truth = tokens * gradients.true_norms(work.model, work.probed, work.experts, unit).sqrt()
-            for guided in (False, True):
-                norms = gradients.probe_norms(work.model, work.probed, work.experts, unit=unit, guided=guided)
-                found.setdefault((name, unit, guided), []).append(compare(tokens * norms.sqrt(), truth))
+        truth = tokens * gradients.true_norms(work.model, work.probed, work.experts).sqrt()
+        for guided in (False, True):
+            norms = gradients.probe_norms(work.model, work.probed, work.experts, guided=guided)
+            found.setdefault((name, guided), []).append(compare(tokens * norms.sqrt(), truth))
     rows = []
-    for (name, unit, guided), values in found.items():
+    for (name, guided), values in found.items():
         distances, ranks = zip(*values, strict=True)
         rows.append({
-            "model": name, "unit": unit, "guided": guided, "cosine_distance": statistics.mean(distances),
+            "model": name, "guided": guided, "cosine_distance": statistics.mean(distances),
             "worst": max(distances), "rank_correlation": statistics.mean(ranks),
         })  # fmt: skip
     return rows
@@ -295,7 +294,7 @@ def verdict(result: Row) -> list[Row]:
         for better, worse, least in COMPARISONS:
             gain = 1 - error_of[better] / error_of[worse]
             rows.append(line(f"{name}: error of '{better}' below '{worse}'", f">= {least}", gain, gain >= least))
-        for row in (r for r in result["utilities"] if r["model"] == name and r["unit"] == "batch"):
+        for row in (r for r in result["utilities"] if r["model"] == name):
             label = f"{name}: utilities, {'guided' if row['guided'] else 'plain'} probes, cosine distance"
             rows.append(line(label, "<= 0.20 [0.29]", row["cosine_distance"], row["cosine_distance"] <= 0.2))
     return rows

@@ -72,9 +72,7 @@ class ExpertCall:
         )
 
 
-def by_layer(
-    model: torch.nn.Module, experts: Sequence[ExpertKey]
-) -> list[tuple[find.MoELayer, dict[int, list[int]]]]:
+def by_layer(model: torch.nn.Module, experts: Sequence[ExpertKey]) -> list[tuple[find.MoELayer, dict[int, list[int]]]]:
     """The layers that ``experts`` names, first to last, each with the places of its experts in the list.
 
     Raises:

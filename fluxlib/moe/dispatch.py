@@ -6,9 +6,9 @@
 4. :class:`_Pass`: how, forward and backward.
 
 A pass works on runs of pairs: slot by slot, so that what a slot needs stays in the cache and its weights may come from
-anywhere; or, for many or small slots, on all pairs at once by grouped products. It keeps the pre-activations ``[P, 2I]``
-alone for the backward pass, and makes weight gradients for slots that learn only. The gate weight's gradient needs no
-output of the experts: with u the gradient of the down projection's input it is ``<u, act>`` (plus ``<g, bias>``).
+anywhere; or, for many or small slots, on all pairs at once by grouped products. Only the pre-activations ``[P, 2I]`` are
+kept for the backward pass, which makes weight gradients for slots that learn. The gate weight's gradient needs no output
+of the experts: with u the gradient of the down projection's input it is ``<u, act>`` (plus ``<g, bias>``).
 """
 
 from __future__ import annotations

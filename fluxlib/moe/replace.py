@@ -34,7 +34,7 @@ def check_original(model: nn.Module) -> list[MoELayer]:
 def replacing(model: nn.Module, found: Sequence[MoELayer]) -> Iterator[None]:
     """Freeze a model whose layers are replaced in the ``with`` block; an error there leaves it as it was.
 
-    What does not learn, routers apart, is multiplied by the faster library (:func:`~fluxlib.moe.product.freeze_linears`).
+    What does not learn, routers apart, is multiplied by :func:`fluxlib.moe.product.matmul` meanwhile.
 
     Args:
         model: A model with its original experts.
