@@ -12,14 +12,16 @@ L MoE layers, E experts per layer, N tokens (padding is never counted).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe import find, quantized, replace
+from fluxlib.moe import find
 from fluxlib.moe.capture import LayerCapture, capture
+from fluxlib.moe.quantized import QuantizedExperts, quantized
 
 BITS = (2, 3, 4, 8, 16)
 
@@ -69,61 +71,44 @@ def check_fits(known: Profile, model: nn.Module) -> None:
     if known.fingerprint != expected:
         raise ValueError(
             "profile is of another model: its layers (experts, top-k, hidden, width) are "
-            f"{_short(known.fingerprint)}, this model's are {_short(expected)}"
+            f"{sorted(set(known.fingerprint))}, this model's are {sorted(set(expected))}"
         )
 
 
 @torch.no_grad()
-def profile(
-    model: nn.Module,
-    batches: Iterable[dict[str, Tensor]],
-    bits: int = 4,
-    *,
-    max_samples: int | None = None,
-    attention: bool = True,
-    block: int = 64,
-) -> Profile:
+def profile(model: nn.Module, batches: Iterable[dict[str, Tensor]], bits: int = 4, attention: bool = True) -> Profile:
     """Profile a model on local batches.
 
     Args:
         model: with its own experts; it is quantised in place meanwhile and bit-identical afterwards.
         batches: ``input_ids`` and ``attention_mask`` ``[B, T]``; only tokens with mask 1 count.
         bits: of the experts: 2, 3, 4, 8; 16: not quantised.
-        max_samples: stop after so many sequences; None: all.
-        attention: also measure attention received; else it is 0 everywhere. It needs the weights, O(T^2), of
-            one layer at a time.
-        block: values per scale of the quantisation.
+        attention: also measure attention received, from the weights, O(T^2), of one layer at a time; else it is 0.
 
     Raises:
-        ValueError: other ``bits``, less than one sample; no token in any batch; NaN in an expert.
+        ValueError: other ``bits``, no token in any batch, NaN in an expert.
     """
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples must be at least 1, or None for all, got {max_samples}")
     training = model.training
-    if bits < 16:
-        quantized.quantize(model, bits, block)
-    try:
-        model.eval()
-        _check_finite(model)
-        counts = _count(model, batches, max_samples, attention)
-    finally:
-        if bits < 16:
-            replace.restore(model, write=False)
-        model.train(training)
-    received, gate, counts_of, num_tokens = counts
-    tokens = counts_of.sum(dim=0)
+    with quantized(model, bits) if bits < 16 else nullcontext():
+        try:
+            model.eval()
+            _check_finite(model)
+            received, gate, counts, num_tokens = _count(model, batches, attention)
+        finally:
+            model.train(training)
+    tokens = counts.sum(dim=0)
     return Profile(
         frequency=tokens / tokens.sum(dim=1, keepdim=True),
         tokens=tokens,
         attention=(received / tokens.clamp(min=1)).float(),
         gate=(gate / gate.sum(dim=1, keepdim=True)).float(),
-        samples=counts_of > 0,
+        samples=counts > 0,
         bits=bits,
         num_tokens=num_tokens,
         fingerprint=fingerprint(model),
-        sampling_error=expected_error(counts_of),
+        sampling_error=expected_error(counts),
     )
 
 
@@ -161,8 +146,9 @@ def frequency_error(estimate: Profile, truth: Profile) -> float:
 
 def rank_correlation(estimate: Profile, truth: Profile) -> float:
     """Spearman's correlation of the experts' frequencies, mean over layers; ties share their mean rank."""
-    first, second = _ranks(estimate.frequency), _ranks(truth.frequency)
-    first, second = (ranks - ranks.mean(dim=1, keepdim=True) for ranks in (first, second))
+    first, second = (
+        ranks(each.frequency) - ranks(each.frequency).mean(dim=1, keepdim=True) for each in (estimate, truth)
+    )
     norm = first.norm(dim=1) * second.norm(dim=1)
     return float(((first * second).sum(dim=1) / norm.clamp(min=1e-12)).mean())
 
@@ -180,7 +166,7 @@ def _check_finite(model: nn.Module) -> None:
     """NaN would be routed like any other value."""
     for layer in find.layers(model):
         experts = layer.experts
-        if isinstance(experts, quantized.QuantizedExperts):
+        if isinstance(experts, QuantizedExperts):
             sums = [packed.unit for packed in experts.packed.values()]
         else:
             sums = [getattr(experts, name).flatten(1).sum(dim=1) for name in find.read_layout(experts).names]
@@ -190,7 +176,7 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def _count(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], max_samples: int | None, attention: bool
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], attention: bool
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Attention and squared gate weights ``[L, E]`` over the tokens, tokens ``[S, L, E]``, number of tokens."""
     sizes = [layer.num_experts for layer in find.layers(model)]
@@ -200,10 +186,6 @@ def _count(
     body = getattr(model, "base_model", model)
     with capture(body, attention=attention) as seen:
         for batch in batches:
-            if max_samples is not None:
-                batch = {name: rows[: max_samples - num_samples] for name, rows in batch.items()}
-            if num_samples == max_samples:
-                break
             body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             mask = batch["attention_mask"].bool()
             found = [_count_layer(layer, mask, max(sizes)) for layer in seen.layers]
@@ -231,12 +213,8 @@ def _count_layer(layer: LayerCapture, mask: Tensor, num_experts: int) -> tuple[T
     return hits.sum(dim=1).long(), attended, (squares * mask[:, :, None]).sum(dim=(0, 1))
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """Rank of each value in its row, equal values share the mean of theirs."""
-    below = (values[:, None, :] < values[:, :, None]).sum(dim=2)
-    equal = (values[:, None, :] == values[:, :, None]).sum(dim=2)
+def ranks(values: Tensor) -> Tensor:
+    """Rank of each value in its row ``[..., N]``, from 0; equal values share the mean of theirs."""
+    below = (values[..., None, :] < values[..., :, None]).sum(dim=-1)
+    equal = (values[..., None, :] == values[..., :, None]).sum(dim=-1)
     return below.double() + (equal - 1) / 2
-
-
-def _short(shapes: Sequence[tuple[int, ...]]) -> str:
-    return f"{len(shapes)} x {sorted(set(shapes))}"

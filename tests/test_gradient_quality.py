@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from fluxlib.gradients.quality import quality, ranks
+from fluxlib.gradients.quality import quality
+from fluxlib.profiling import ranks
 
 
 def test_a_perfect_estimate_has_no_error() -> None:

@@ -101,11 +101,6 @@ def test_gate_is_the_share_of_squared_gate_weights() -> None:
         assert torch.allclose(found.gate[layer], squares / squares.sum(), atol=1e-6)
 
 
-def test_attention_can_be_left_out() -> None:
-    found = profiling.profile(build(), [batch()], bits=16, attention=False)
-    assert (found.attention == 0).all()
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_model_is_bit_identical_afterwards(bits: int) -> None:
     model = build().train()
@@ -124,16 +119,6 @@ def test_more_bits_are_closer_to_the_truth() -> None:
     error = {b: profiling.frequency_error(profiling.profile(model, data, bits=b), truth) for b in (2, 4, 8)}
     assert error[2] > error[4] > error[8] >= 0
     assert profiling.frequency_error(truth, truth) == 0
-
-
-def test_a_sample_of_the_data_can_be_profiled() -> None:
-    model, data = build(), batch()
-    first = profiling.profile(model, [{name: rows[:2] for name, rows in data.items()}], bits=16)
-    found = profiling.profile(model, [data, data], bits=16, max_samples=2)
-    assert torch.equal(first.tokens, found.tokens)
-    assert found.num_samples == 2
-    with pytest.raises(ValueError, match="max_samples must be at least 1, or None for all, got -1"):
-        profiling.profile(model, [data], max_samples=-1)
 
 
 def profile_of(frequency: list[list[float]]) -> Profile:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fluxlib.profiling import ranks
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -61,13 +63,6 @@ def quality(estimated: Tensor, true: Tensor, tokens: Tensor, floor: float = 3e-8
         bias_error=float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("inf"),
         spread=float((ratio - 1).square().mean().sqrt()),
     )
-
-
-def ranks(values: Tensor) -> Tensor:
-    """``[N]`` ranks counted from 0; equal values share the mean of theirs."""
-    _, group, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    return (last - (counts + 1) / 2)[group].double()
 
 
 def _correlation(first: Tensor, second: Tensor) -> Tensor:
