@@ -1,50 +1,65 @@
-"""Devices, links and fleets that participants may stand for; every number with its source.
+"""Devices, links and fleets that participants may stand for, read from ``catalogue.yaml``.
 
-Peaks are what the maker states, per second and for dense arithmetic. How much of a peak is achieved is a separate
-field, so that the two are not confused. Where a maker states none, the number follows from unit counts and clock,
-and the source says so.
-
-Compared on 2026-11-20 with independent listings: the L20's memory, bandwidth, 368 tensor cores and 2.52 GHz
-(topcpu.net, technical.city), the RTX 4090's 1008 GB/s and 165.15 TFLOPS (waredb.com). The makers' own sheets named
-below, and the other devices, could not be looked up again there.
+Every number there has its source beside it; :func:`read` checks a file of that form.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
 
-GB = 10**9
-GIB = 2**30
-TERA = 10**12
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-PCIE4_X16 = 32 * GB
-"""Bytes per second and direction: 16 lanes of 16 GT/s, 128b/130b coding (PCI-SIG, PCI Express 4.0)."""
+UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}}
+UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
 
 
-@dataclass(frozen=True)
+def parse_bytes(size: Any) -> Any:
+    """``"24GiB"``, ``"24 GB"``, ``"512MiB"`` or ``"1000000"`` in bytes; what is no text stays as it is.
+
+    Raises:
+        ValueError: a text that is no size.
+    """
+    if not isinstance(size, str):
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
+    if not match or match[2].lower() not in UNITS:
+        raise ValueError(f"memory: expected a size such as 24GiB, 24GB or 512MiB, got {size!r}")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+Bytes = Annotated[int | float, Field(gt=0), BeforeValidator(parse_bytes)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Device:
-    """One kind of participant.
+    """One kind of participant; rates are per second and what the maker states.
 
-    ``bus_*`` is the way to where experts wait that do not fit: host memory over PCIe for a discrete GPU, the SSD
-    where processor and GPU share one memory (``unified``). ``host_*`` is that place itself; an optimizer whose
-    state lives there streams it at ``host_bytes_per_s``.
+    ``bus_*`` is the way to where experts wait that do not fit, ``host_*`` that place: host memory over PCIe for a
+    discrete GPU, the SSD where processor and GPU share one memory (``unified``).
     """
 
     name: str
     title: str
-    memory_bytes: int
     unified: bool
-    peak_flops: float
+    memory_bytes: Bytes
+    peak_flops: Annotated[float, Field(gt=0)]
     """Dense 16-bit matrix arithmetic with 32-bit accumulation (32-bit where the device has nothing faster)."""
-    memory_bytes_per_s: float
-    bus_bytes_per_s: float
-    host_bytes_per_s: float
-    host_memory_bytes: int
-    compute_frac: float = 0.4
+    memory_bytes_per_s: Bytes
+    bus_bytes_per_s: Bytes
+    host_bytes_per_s: Bytes
+    host_memory_bytes: Bytes
+    compute_frac: Fraction
     """Achieved share of ``peak_flops`` when fine-tuning with batches of a few thousand tokens."""
-    bandwidth_frac: float = 0.8
+    bandwidth_frac: Fraction
     """Achieved share of the memory, bus and host bandwidths (large contiguous copies)."""
-    sources: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
+    sources: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
 
     @property
     def flops_per_s(self) -> float:
@@ -67,158 +82,45 @@ class Device:
         return self.host_bytes_per_s * self.bandwidth_frac
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Link:
     """A participant's connection to the server; ``latency_s`` is charged once per message."""
 
     name: str
     title: str
-    up_bytes_per_s: float
-    down_bytes_per_s: float
-    latency_s: float
+    up_bytes_per_s: Bytes
+    down_bytes_per_s: Bytes
+    latency_s: Annotated[float, Field(ge=0)]
     source: str = ""
 
 
-_FRACTIONS = (
-    "compute_frac 0.4: model FLOPs utilisation of 0.3 to 0.5 is what public 16-bit fine-tuning reports; "
-    "bandwidth_frac 0.8: STREAM-like copies reach 75 to 90 % of the stated bandwidth. Both are assumptions."
-)
-_ADA_AND_AMPERE = "128 FLOPs per tensor core and clock (16-bit input, 32-bit accumulation, dense)"
+def read(path: Path) -> tuple[dict[str, Device], dict[str, Link], dict[str, tuple[str, ...]], Device]:
+    """Devices, links and fleets of a file by name, and the server's device.
 
-DEVICES: dict[str, Device] = {
-    device.name: device
-    for device in (
-        Device(
-            name="l20",
-            title="NVIDIA L20 48 GB",
-            memory_bytes=48 * GIB,
-            unified=False,
-            peak_flops=119.5 * TERA,
-            memory_bytes_per_s=864 * GB,
-            bus_bytes_per_s=PCIE4_X16,
-            host_bytes_per_s=204.8 * GB,
-            host_memory_bytes=512 * GIB,
-            sources={
-                "memory": "NVIDIA L20 product brief: 48 GB GDDR6, 384 bit, 864 GB/s, PCIe Gen4 x16",
-                "peak_flops": f"NVIDIA L20 product brief, BF16 dense; 368 cores x 2.52 GHz x {_ADA_AND_AMPERE} = 118.7",
-                "host": "assumed server: 8 channels of DDR4-3200 (8 x 25.6 GB/s), 512 GiB",
-                "fractions": _FRACTIONS,
-            },
-        ),
-        Device(
-            name="rtx-4090",
-            title="NVIDIA GeForce RTX 4090 24 GB",
-            memory_bytes=24 * GIB,
-            unified=False,
-            peak_flops=165.2 * TERA,
-            memory_bytes_per_s=1008 * GB,
-            bus_bytes_per_s=PCIE4_X16,
-            host_bytes_per_s=89.6 * GB,
-            host_memory_bytes=128 * GIB,
-            sources={
-                "memory": "NVIDIA Ada GPU architecture whitepaper, appendix A: 24 GB GDDR6X, 1008 GB/s, PCIe Gen4 x16",
-                "peak_flops": "the same: FP16/BF16 tensor with FP32 accumulate, dense, 165.2 TFLOPS",
-                "host": "assumed desktop: 2 channels of DDR5-5600 (2 x 44.8 GB/s), 128 GiB",
-                "fractions": _FRACTIONS,
-            },
-        ),
-        Device(
-            name="rtx-3060",
-            title="NVIDIA GeForce RTX 3060 12 GB",
-            memory_bytes=12 * GIB,
-            unified=False,
-            peak_flops=25.5 * TERA,
-            memory_bytes_per_s=360 * GB,
-            bus_bytes_per_s=PCIE4_X16,
-            host_bytes_per_s=51.2 * GB,
-            host_memory_bytes=64 * GIB,
-            sources={
-                "memory": "NVIDIA GeForce RTX 3060 specification: 12 GB GDDR6, 192 bit at 15 Gb/s, PCIe 4.0 x16",
-                "peak_flops": f"112 tensor cores x 1.777 GHz x {_ADA_AND_AMPERE}",
-                "host": "assumed desktop: 2 channels of DDR4-3200 (2 x 25.6 GB/s), 64 GiB",
-                "fractions": _FRACTIONS,
-            },
-        ),
-        Device(
-            name="jetson-agx-orin",
-            title="NVIDIA Jetson AGX Orin 64 GB",
-            memory_bytes=64 * GIB,
-            unified=True,
-            peak_flops=42.5 * TERA,
-            memory_bytes_per_s=204.8 * GB,
-            bus_bytes_per_s=7 * GB,
-            host_bytes_per_s=7 * GB,
-            host_memory_bytes=1024 * GIB,
-            sources={
-                "memory": "NVIDIA Jetson AGX Orin technical brief: 64 GB LPDDR5, 256 bit, 204.8 GB/s, shared",
-                "peak_flops": "the same: 170 sparse INT8 TOPS of the GPU = 85 dense INT8 = 42.5 dense FP16",
-                "bus": "assumed NVMe SSD on M.2 PCIe Gen4 x4: 7 GB/s sequential, 1 TiB",
-                "fractions": _FRACTIONS,
-            },
-        ),
-        Device(
-            name="macbook-m1-max",
-            title="Apple MacBook Pro, M1 Max, 64 GB",
-            memory_bytes=64 * GIB,
-            unified=True,
-            peak_flops=10.4 * TERA,
-            memory_bytes_per_s=400 * GB,
-            bus_bytes_per_s=7.4 * GB,
-            host_bytes_per_s=7.4 * GB,
-            host_memory_bytes=1024 * GIB,
-            sources={
-                "memory": "Apple newsroom, 18 October 2021: up to 64 GB unified memory, 400 GB/s",
-                "peak_flops": "the same: 32-core GPU, 10.4 teraflops (FP32; FP16 is not faster on this GPU)",
-                "bus": "the same: SSD up to 7.4 GB/s, 1 TiB",
-                "fractions": _FRACTIONS,
-            },
-        ),
-        Device(
-            name="cpu-laptop",
-            title="Laptop without a GPU (8 cores, 32 GB)",
-            memory_bytes=32 * GIB,
-            unified=True,
-            peak_flops=0.845 * TERA,
-            memory_bytes_per_s=89.6 * GB,
-            bus_bytes_per_s=5 * GB,
-            host_bytes_per_s=5 * GB,
-            host_memory_bytes=512 * GIB,
-            sources={
-                "memory": "2 channels of DDR5-5600 (2 x 44.8 GB/s), 32 GB, as in laptops with an AMD Ryzen 7 7840U",
-                "peak_flops": "8 cores x 3.3 GHz base clock x 32 FP32 FLOPs per clock (two 256-bit FMA units)",
-                "bus": "assumed NVMe SSD on PCIe Gen4 x4: 5 GB/s sequential, 512 GiB",
-                "fractions": _FRACTIONS,
-            },
-        ),
-    )
-}
+    Raises:
+        ValueError: a field that is missing, unknown or impossible, a number without a source, or a fleet with an
+            unknown device; the message names the file, the entry and the field.
+    """
+    content = yaml.safe_load(path.read_text())
+    named = {part: {name: {"name": name, **of} for name, of in content[part].items()} for part in ("devices", "links")}
+    try:
+        devices = TypeAdapter(dict[str, Device]).validate_python(named["devices"])
+        links = TypeAdapter(dict[str, Link]).validate_python(named["links"])
+        fleets = TypeAdapter(dict[str, tuple[str, ...]]).validate_python(content["fleets"])
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ValueError(f"{path}: {wrong}") from None
+    for device in devices.values():
+        asked = ("memory", "peak_flops", "fractions", "bus" if device.unified else "host")
+        if missing := [what for what in asked if what not in device.sources]:
+            raise ValueError(f"{path}: {device.name}.sources: lacks {', '.join(missing)}")
+    for fleet, names in {**fleets, "server": (content["server"],)}.items():
+        if unknown := [name for name in names if name not in devices]:
+            raise ValueError(f"{path}: {fleet}: unknown device {unknown[0]!r}; known are {', '.join(devices)}")
+    return devices, links, fleets, devices[content["server"]]
 
-LINKS: dict[str, Link] = {
-    link.name: link
-    for link in (
-        Link("1gbps", "1 Gb/s", 1e9 / 8, 1e9 / 8, 0.001, "Gigabit Ethernet line rate, both directions; 1 ms on site"),
-        Link("100mbps", "100 Mb/s", 1e8 / 8, 1e8 / 8, 0.010, "Fast Ethernet or a fibre contract; 10 ms, assumed"),
-        Link(
-            "lte",
-            "LTE",
-            10e6 / 8,
-            30e6 / 8,
-            0.050,
-            "10 Mb/s up, 30 Mb/s down, 50 ms: of the order of national medians in public speed tests; category 4 "
-            "(3GPP TS 36.306) allows 50 and 150. An assumption.",
-        ),
-    )
-}
 
-FLEETS: dict[str, tuple[str, ...]] = {
-    "paper": ("l20",),
-    "mixed": ("l20", "rtx-4090", "rtx-3060", "jetson-agx-orin", "macbook-m1-max"),
-    "weak": ("rtx-3060", "jetson-agx-orin", "macbook-m1-max", "cpu-laptop"),
-}
-"""Names of devices; participants take them in turn."""
-
-SERVER = DEVICES["l20"]
-"""The server's machine. Its network is taken to be wide enough for all participants at once."""
+DEVICES, LINKS, FLEETS, SERVER = read(Path(__file__).with_suffix(".yaml"))
 
 
 def fleet(name: str, num_participants: int) -> list[Device]:
