@@ -28,7 +28,7 @@ from _measure import Row, interleaved, machine, seconds, summary, table, use_clo
 from torch import Tensor, nn
 
 from fluxlib.devices import memory
-from fluxlib.devices.live_bytes import LiveBytes
+from fluxlib.devices.dry_run import MemoryTracker
 from fluxlib.moe import compact, find, product
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan
@@ -350,10 +350,8 @@ def peak_memory(shape: Shape, full: Step) -> list[Row]:
     tuned, merged = shape.num_layers * shape.num_tuned, shape.num_layers * shape.num_merged
     for method, num_tuned, num_merged in (("flux", tuned, merged), ("fmes", tuned, 0), ("fmq", total, 0)):
         model = build(shape)
-        planned = memory.plan_memory(
-            model.config, method, None, num_tuned, num_merged, batch=4, tokens=shape.tokens // 4, dtype=torch.float32,
-            kernel="slots",
-        )  # fmt: skip
+        step = memory.Step(4, shape.tokens // 4, torch.float32, kernel="slots")
+        planned = memory.plan_memory(model.config, method, None, num_tuned, num_merged, step)
         if method == "fmq":
             _drop_originals(quantize(model))
             for layer in find.layers(model):
@@ -392,7 +390,7 @@ def _compared(what: str, measured: int, predicted: int) -> Row:
 
 def _measured_peak(model: Any, batch: dict[str, Tensor], trains: bool = True) -> int:
     """Bytes alive at the peak of a step, AdamW's moments of what has parameters included."""
-    live = LiveBytes()
+    live = MemoryTracker()
     for tensor in [*model.parameters(), *model.buffers()]:
         live.mark(tensor, "weights")
     with live:

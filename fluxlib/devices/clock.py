@@ -35,15 +35,13 @@ from transformers import PreTrainedModel
 
 from fluxlib import models
 from fluxlib.devices.catalogue import SERVER, Device, Link
-from fluxlib.devices.memory import RESERVE_FRAC, STATE_BYTES, TUNED_DTYPE
+from fluxlib.devices.memory import MOMENT_BYTES, RESERVE_FRAC, TUNED_DTYPE
 from fluxlib.methods.base import Work
 from fluxlib.moe import find
 from fluxlib.records import PHASES
 
 WEIGHT_BYTES = 2
 """Frozen and working weights and activations: 16 bit."""
-MOMENT_BYTES = STATE_BYTES["adamw"]
-"""AdamW's two moments, per tuned parameter."""
 ACTIVATION_BYTES = 34
 """Per token, layer and unit of width: Korthikanti et al. 2022, table 2, without the attention scores."""
 BACKWARD_SHARE = 2 / 3

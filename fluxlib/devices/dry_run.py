@@ -1,40 +1,210 @@
 """A training step without weights: what would be in memory, and when, from a configuration alone.
 
-The model is built on the meta device, where a tensor has a shape and a size but no contents, its experts are replaced
-by stand-ins of the planned shape, and one real forward and backward pass of it is run: the model's own code, autograd's
-own decisions about what to keep, the pass of :mod:`fluxlib.moe.dispatch`, with :class:`LiveBytes` adding up what is
-alive. Only two things are made up, because they depend on contents: tokens are spread evenly over the slots, and
-attention keeps what a fused kernel keeps.
+The model is built on the meta device, where a tensor has a shape and a size but no contents, and one real forward and
+backward pass is run there: the model's own code, autograd's own decisions about what to keep, the pass of
+:mod:`fluxlib.moe.dispatch`, with :class:`MemoryTracker` adding up what is alive. Only two things are made up, because
+they depend on contents: tokens are spread evenly over the slots, and attention keeps what a fused kernel keeps.
+
+Decoder layers of one make and one plan do the same, so one of them is run and counted as often as it occurs
+(:func:`_peak_of_all`).
 
 - :func:`meta_model` -- the model,
-- :func:`train_peak` -- the peak of a training step, :func:`forward_peak` -- of a forward pass without gradients.
+- :class:`Slots` -- what stands at the place of one layer's experts,
+- :func:`peak` -- the peak of a training step, or of a forward pass without gradients.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from fluxlib.devices.live_bytes import LiveBytes
-from fluxlib.devices.stand_ins import DryCompact, DryUnpacked, Slots
+from fluxlib.models.parameters import layer_number
 from fluxlib.moe import find
+from fluxlib.moe.compact import CompactExperts, LayerPlan
+from fluxlib.moe.dispatch import Pairs, SlotExperts, dispatch
+from fluxlib.moe.expert import Matrices, to_matrices
 
 DRY_ATTENTION = "fluxlib_dry_run"
+SCALE_BYTES, SCALE_BLOCK = 2, 64
+"""Of a quantised block's scale, and the values that share it."""
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Bytes of tensors alive inside the ``with`` block, by kind, and their state at the moment of the peak.
+
+    On real tensors a measurement, on meta tensors a prediction. A tensor made inside counts as ``activations`` until
+    :meth:`mark` gives it another kind; one made outside counts from its first :meth:`mark`. What a kernel allocates and
+    frees inside one operation is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_kind: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self.stretches: list[Stretch] = []
+        self._known: dict[int, tuple[str, int]] = {}
+        self._now = self._peak = 0
+        self._start: Counter[str] = Counter()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # Asking torch.compile costs a second at the first operation, and nothing is compiled here.
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the peak since the beginning, or since the last :meth:`cut`."""
+        return self._peak
+
+    def mark(self, tensor: Tensor, kind: str) -> None:
+        """Count the tensor's memory as ``kind`` from now on; views share the memory of what they view."""
+        storage = tensor.untyped_storage()
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._known:
+            self.by_kind[self._known[key][0]] -= num_bytes
+        else:
+            self._now += num_bytes
+            weakref.finalize(storage, self._drop, key)
+        self._known[key] = (kind, num_bytes)
+        self.by_kind[kind] += num_bytes
+        if self._now > self._peak:
+            self._peak, self.at_peak = self._now, self.by_kind.copy()
+
+    def cut(self) -> None:
+        """End a stretch of the run: what was alive at its start, at its peak and now is appended to ``stretches``."""
+        self.stretches.append(Stretch(self._start, self.at_peak, self.by_kind.copy()))
+        self._start, self.at_peak, self._peak = self.by_kind.copy(), self.by_kind.copy(), self._now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, then count what it made."""
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return args[0].dtype == torch.bool or 1
+        result = func(*args, **(kwargs or {}))
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                self.mark(tensor, "activations")
+        return result
+
+    def _drop(self, key: int) -> None:
+        kind, num_bytes = self._known.pop(key)
+        self.by_kind[kind] -= num_bytes
+        self._now -= num_bytes
 
 
 @dataclass(frozen=True)
-class Peak:
-    """Bytes at the moment of the peak: their sum, and by kind."""
+class Stretch:
+    """Bytes by kind at the start, the peak and the end of a part of a run."""
 
-    num_bytes: int
-    by_kind: dict[str, int]
+    start: Counter[str]
+    peak: Counter[str]
+    end: Counter[str]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What one layer's experts are replaced by.
+
+    Attributes:
+        num_tuned: slots with a weight, a gradient and an optimizer state.
+        num_frozen: merged slots, read only.
+        num_experts_in_frozen: experts that the merged slots stand for; the router may choose several of one slot.
+        bits: 16 or more: weights are stored as they are; fewer: every slot is stored quantised and unpacked alone.
+        offloaded: weights and states lie elsewhere, two working copies are here, gradients are sent away at once.
+    """
+
+    num_tuned: int
+    num_frozen: int = 0
+    num_experts_in_frozen: int = 0
+    bits: int = 16
+    offloaded: bool = False
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Experts of each merged slot."""
+        size, more = divmod(self.num_experts_in_frozen, max(1, self.num_frozen))
+        return [size + (i < more) for i in range(self.num_frozen)]
+
+    def num_pairs(self, num_tokens: int, top_k: int) -> list[int]:
+        """(token, slot) pairs of each slot, tuned ones first, when every expert is chosen equally often.
+
+        A token's choices that fall on one merged slot are one pair there.
+        """
+        reachable = self.num_tuned + self.num_experts_in_frozen
+        top_k = min(top_k, reachable)
+        counts = [round(num_tokens * top_k / reachable)] * self.num_tuned
+        for group in self.group_sizes:
+            missed = math.comb(reachable - group, top_k) / math.comb(reachable, top_k)
+            counts.append(round(num_tokens * (1 - missed)))
+        return counts
+
+
+class _CompactOnMeta(CompactExperts):
+    """The real customised layer on the meta device, with evenly spread tokens in the place of the router's choice."""
+
+    def __init__(self, layer: find.MoELayer, slots: Slots, step: Step) -> None:
+        experts = iter(range(layer.num_experts))
+        tuned = tuple(islice(experts, slots.num_tuned))
+        groups = tuple(tuple(islice(experts, size)) for size in slots.group_sizes)
+        super().__init__(layer.experts, LayerPlan(tuned, groups, dropped=tuple(experts)), step.tuned_dtype)
+        self.slots, self.top_k, self.method = slots, layer.top_k, step.kernel
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """``hidden [N, H]`` to ``[N, H]``; Llama-4 gives ``[E * N, H]``."""
+        return self.compute(hidden, _pairs(self, hidden, weights))
+
+
+class _UnpackedOnMeta(SlotExperts):
+    """Experts that lie elsewhere, or quantised, and are unpacked one at a time, on the meta device."""
+
+    def __init__(self, layer: find.MoELayer, slots: Slots, on_gradient: Callable[[Tensor], None]) -> None:
+        super().__init__(layer.experts)
+        self.slots, self.top_k, self.on_gradient = slots, layer.top_k, on_gradient
+        self.one = {name: getattr(layer.experts, name)[0].detach() for name in self.layout.names}
+        self.collected: list[Tensor] = []
+
+    def packed_bytes(self) -> int:
+        """Memory at rest, on the device."""
+        if self.slots.offloaded:
+            return 0
+        values = sum(tensor.numel() for tensor in self.one.values())
+        num_bytes = self.slots.bits / 8 + SCALE_BYTES / SCALE_BLOCK
+        return int((self.slots.num_tuned + self.slots.num_frozen) * values * num_bytes)
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """``hidden [N, H]`` to ``[N, H]``; Llama-4 gives ``[E * N, H]``."""
+        return dispatch(hidden, _pairs(self, hidden, weights), self)
+
+    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
+        """One expert fetched or unpacked: a copy of its own."""
+        return to_matrices({name: torch.empty_like(t) for name, t in self.one.items()}, self.layout, dtype)
+
+    def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
+        """Keep a tuned slot's gradients, unless they are sent away at once."""
+        if not self.slots.offloaded and slot < self.slots.num_tuned:
+            self.collected.extend(gradients.values())
+            for gradient in gradients.values():
+                self.on_gradient(gradient)
+
+
+def _pairs(experts: Any, hidden: Tensor, weights: Tensor | None) -> Pairs:
+    """What sorting the router's choices by slot would give."""
+    num_tokens = hidden.shape[0] // experts.num_experts if experts.layout.is_dense else hidden.shape[0]
+    counts = experts.slots.num_pairs(num_tokens, experts.top_k)
+    weight = hidden.new_empty(sum(counts), dtype=torch.float32)
+    if weights is not None:
+        weight = weight + weights.float().sum()
+    return Pairs(hidden.new_empty(sum(counts), dtype=torch.long), weight, counts)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -53,6 +223,16 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _dry_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    if not query.is_meta:
+        raise ValueError(f"{DRY_ATTENTION} computes nothing: it is for models on the meta device")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        # As transformers does for a batch with padding.
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
 def meta_model(config: Any, dtype: torch.dtype) -> Any:
@@ -82,119 +262,153 @@ def meta_model(config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _dry_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    if not query.is_meta:
-        raise ValueError(f"{DRY_ATTENTION} computes nothing: it is for models on the meta device")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        # As transformers does for a batch with padding.
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
+@dataclass(frozen=True)
+class Step:
+    """A step as far as its memory goes.
+
+    Attributes:
+        batch: sequences.
+        tokens: tokens per sequence, padding included.
+        tuned_dtype: type of tuned weights and their gradients.
+        state_bytes: optimizer state per tuned parameter, there from before (AdamW: 8).
+        checkpointing: layers keep their input only and are run again in the backward pass.
+        kernel: how slots in stacks are computed, see :class:`fluxlib.moe.dispatch.StackedSlots`.
+    """
+
+    batch: int
+    tokens: int
+    tuned_dtype: torch.dtype = torch.float32
+    state_bytes: int = 8
+    checkpointing: bool = False
+    kernel: str = "slots"
 
 
-def train_peak(
-    model: Any,
-    slots: Sequence[Slots],
-    batch: int,
-    tokens: int,
-    tuned_dtype: torch.dtype,
-    state_bytes: int,
-    checkpointing: bool = False,
-    method: str = "slots",
-) -> Peak:
-    """Peak of one training step in which only the tuned slots learn; the optimizer's state is there from before.
+def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) -> Counter[str]:
+    """Bytes by kind at the peak of one training step in which only the tuned slots learn.
 
     Args:
         model: from :func:`meta_model`; left as it was found.
         slots: one per MoE layer.
-        batch: sequences per step.
-        tokens: tokens per sequence, padding included.
-        tuned_dtype: type of tuned weights and their gradients.
-        state_bytes: optimizer state per tuned parameter (AdamW: 8).
-        checkpointing: layers keep their input only and are run again in the backward pass.
-        method: of computing slots in stacks, see :class:`fluxlib.moe.dispatch.StackedSlots`.
+        step: its sizes.
+        learns: False: of a forward pass without gradients (profiling, probing).
+
+    Raises:
+        ValueError: not as many ``slots`` as MoE layers.
     """
-    live = LiveBytes()
-    with _dry(model, slots, tuned_dtype, live, state_bytes, method) as inputs:
-        model.train()
-        if checkpointing:
-            _checkpointing(model, "enable", {"use_reentrant": False})
-        with live:
-            ids = inputs(batch, tokens)
-            model(input_ids=ids, labels=ids).loss.backward()
-        if checkpointing:
-            _checkpointing(model, "disable")
-    return Peak(live.peak_bytes, live.at_peak)
-
-
-def forward_peak(model: Any, slots: Sequence[Slots], batch: int, tokens: int) -> Peak:
-    """Peak of one forward pass without gradients (profiling, probing); arguments as in :func:`train_peak`."""
-    live = LiveBytes()
-    with _dry(model, slots, model.dtype, live, 0, "slots") as inputs:
-        model.eval()
-        with live, torch.no_grad():
-            model(input_ids=inputs(batch, tokens))
-    return Peak(live.peak_bytes, live.at_peak)
-
-
-@contextmanager
-def _dry(
-    model: Any,
-    slots: Sequence[Slots],
-    tuned_dtype: torch.dtype,
-    live: LiveBytes,
-    state_bytes: int,
-    method: str,
-) -> Iterator[Callable[[int, int], Tensor]]:
-    """The model with :class:`DryExperts` in it and everything that lies still marked; yields a maker of token ids."""
     found = find.layers(model)
     if len(slots) != len(found):
         raise ValueError(f"slots: expected one per MoE layer, {len(found)}, got {len(slots)}")
+    decoder = model.get_submodule(found[0].name.partition(".layers.")[0])
+    every = list(decoder.layers)
+    planned = {layer_number(layer.name): (layer, here) for layer, here in zip(found, slots, strict=True)}
+    # Before the first tuned slot nothing has a gradient.
+    first = min(number for number, (_, here) in planned.items() if here.num_tuned) if learns else 0
+    kinds = [
+        (min(number, first + 1), number == len(every) - 1, planned.get(number, (None, None))[1], *_make(layer))
+        for number, layer in enumerate(every)
+    ]
+    chosen = [number for number, kind in enumerate(kinds) if kind not in kinds[:number]]
+    stands_for = [chosen.index(kinds.index(kind)) for kind in kinds]
+    tracker, held, repeated = MemoryTracker(), list[Tensor](), Counter[str]()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inside = {id(tensor) for layer in found for tensor in layer.experts.parameters()}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in inside:
+            tracker.mark(tensor, "others")
+    model.requires_grad_(False)
+    try:
+        for number in (number for number in chosen if number in planned):
+            before = tracker.by_kind.copy()
+            held += _replace(*planned[number], step, tracker)
+            for kind, num_bytes in tracker.by_kind.items():
+                times = stands_for.count(chosen.index(number)) - 1
+                repeated[kind] += times * (num_bytes - before[kind])
+        decoder.layers = nn.ModuleList([every[number] for number in chosen])
+        _run(model, step, tracker, learns, list(decoder.layers))
+    finally:
+        decoder.layers = nn.ModuleList(every)
+        for layer in found:
+            setattr(layer.block, layer.name.rpartition(".")[2], layer.experts)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    forward = [0, *(1 + place for place in stands_for), 1 + len(chosen)]
+    backward = [1 + 2 * len(chosen) - place for place in reversed(stands_for[first:])] if learns else []
+    return _peak_of_all([tracker.stretches[index] for index in forward + backward], repeated)
+
+
+def _make(layer: nn.Module) -> tuple[Any, ...]:
+    """What two layers have in common that do the same."""
+    return repr(layer), tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
+
+
+def _replace(layer: find.MoELayer, slots: Slots, step: Step, tracker: MemoryTracker) -> list[Tensor]:
+    """Put what is planned at the experts' place and mark all that lies still; gives what has to be kept alive."""
     held: list[Tensor] = []
 
     def hold(num_bytes: int, kind: str) -> None:
         held.append(torch.empty(num_bytes, dtype=torch.uint8, device="meta"))
-        live.mark(held[-1], kind)
+        tracker.mark(held[-1], kind)
 
-    def mark_gradient(gradient: Tensor) -> None:
-        live.mark(gradient, "gradients")
+    experts: _UnpackedOnMeta | _CompactOnMeta
+    parameters = sum(stack[0].numel() for stack in layer.experts.parameters())
+    hold(0 if slots.offloaded else step.state_bytes * slots.num_tuned * parameters, "optimizer")
+    if slots.offloaded or slots.bits < 16:
+        experts = _UnpackedOnMeta(layer, slots, lambda gradient: tracker.mark(gradient, "gradients"))
+        hold(experts.packed_bytes(), "frozen")
+    else:
+        experts = _CompactOnMeta(layer, slots, step)
+        for stack in experts.merged_stacks().values():
+            tracker.mark(stack, "frozen")
+        for parameter in experts.tuned_stacks().values():
+            tracker.mark(parameter, "tuned")
+            parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, "gradients"))
+    setattr(layer.block, layer.name.rpartition(".")[2], experts)
+    return held
 
-    inside = {id(tensor) for layer in found for tensor in layer.experts.parameters()}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if id(tensor) not in inside:
-            live.mark(tensor, "others")
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
-        for layer, here in zip(found, slots, strict=True):
-            parameters = sum(stack[0].numel() for stack in layer.experts.parameters())
-            hold(0 if here.offloaded else state_bytes * here.num_tuned * parameters, "optimizer")
-            if here.offloaded or here.bits < 16:
-                unpacked = DryUnpacked(layer.experts, here, layer.top_k)
-                unpacked.on_gradient = mark_gradient
-                hold(unpacked.packed_bytes(), "frozen")
-                _put(layer, unpacked)
-            else:
-                compact = DryCompact(layer.experts, here, layer.top_k, tuned_dtype, method)
-                for stack in compact.merged_stacks().values():
-                    live.mark(stack, "frozen")
-                for parameter in compact.tuned_stacks().values():
-                    live.mark(parameter, "tuned")
-                    parameter.register_post_accumulate_grad_hook(lambda p: mark_gradient(p.grad))
-                _put(layer, compact)
-        yield lambda batch, tokens: torch.zeros((batch, tokens), dtype=torch.long, device="meta")
-    finally:
-        for layer in found:
-            _put(layer, layer.experts)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+
+def _run(model: Any, step: Step, tracker: MemoryTracker, learns: bool, decoder: list[nn.Module]) -> None:
+    """The step itself, cut at each decoder layer's input: forward, and again when that has got its gradient."""
+
+    def cut(hidden: Any) -> None:
+        hidden = hidden if isinstance(hidden, Tensor) else hidden[0]
+        tracker.cut()
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: tracker.cut())
+
+    hooks = [layer.register_forward_pre_hook(lambda _, inputs: cut(inputs)) for layer in decoder]
+    hooks.append(decoder[-1].register_forward_hook(lambda _, inputs, output: cut(output)))
+    model.train(learns)
+    if step.checkpointing and learns:
+        _checkpointing(model, "enable", {"use_reentrant": False})
+    with tracker, torch.set_grad_enabled(learns):
+        ids = torch.zeros((step.batch, step.tokens), dtype=torch.long, device="meta")
+        out = model(input_ids=ids, labels=ids if learns else None)
+        for hook in hooks:
+            hook.remove()
+        if learns:
+            loss = out.loss
+            del out
+            loss.backward()
+        tracker.cut()
+    if step.checkpointing and learns:
+        _checkpointing(model, "disable")
+
+
+def _peak_of_all(stretches: Sequence[Stretch], start: Counter[str]) -> Counter[str]:
+    """The peak of stretches that follow one another, each as it was measured but for what is alive at its start."""
+    state, highest = start.copy(), start
+    for stretch in stretches:
+        at_peak = state.copy()
+        at_peak.update(stretch.peak)
+        at_peak.subtract(stretch.start)
+        if at_peak.total() > highest.total():
+            highest = at_peak
+        state.update(stretch.end)
+        state.subtract(stretch.start)
+    return highest
 
 
 def _checkpointing(model: Any, what: str, *arguments: Any) -> None:
     """Switch it by the name that this version of transformers has for it."""
     prefix = "activation" if hasattr(model, f"activation_checkpointing_{what}") else "gradient"
     getattr(model, f"{prefix}_checkpointing_{what}")(*arguments)
-
-
-def _put(layer: find.MoELayer, experts: nn.Module) -> None:
-    setattr(layer.block, layer.name.rpartition(".")[2], experts)

@@ -1,40 +1,163 @@
 """The memory planner: what a method needs, and what fits on a device, from a configuration alone.
 
 No weight is read or allocated: parameters are counted on the meta device, and what a step keeps besides them comes
-from a dry run of it there (:mod:`fluxlib.devices.census`, :mod:`fluxlib.devices.dry_run`).
+from a dry run of it there (:mod:`fluxlib.devices.dry_run`).
 
 - :func:`plan_memory` -- the peak of a method with given numbers of experts, or the numbers that fit into a memory,
 - :class:`MemoryPlan` -- the result: rows by kind, as a table or as JSON,
 - :func:`plan` -- the same from a model's name and sizes in words, for the command line.
 
 Paper: participants hold ``B_tune`` tuned and ``B_non`` merged experts, "by resources". Deviation: the paper gives no
-rule; here both follow from bytes, in a fixed ratio.
+rule; here both follow from bytes, as many merged experts as tuned ones.
 """
 
 from __future__ import annotations
 
-import re
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from fluxlib import models
-from fluxlib.devices.memory_plan import MemoryPlan
-from fluxlib.devices.planner import Planner
+from fluxlib.devices import dry_run
+from fluxlib.devices.catalogue import parse_bytes
+from fluxlib.devices.dry_run import Slots
+from fluxlib.models.parameters import KINDS, LayerParameters, count_parameters
+from fluxlib.moe import find
 from fluxlib.moe.packing import BITS
 
 METHODS = ("flux", "fmd", "fmq", "fmes")
 KERNELS = ("auto", "grouped", "slots")
 TUNED_DTYPE = torch.float32
-"""Type of tuned weights and of their gradients, unless one is given."""
-STATE_BYTES = {"adamw": 8, "sgd": 0}
-"""Optimizer state per tuned parameter."""
+"""Type of tuned weights and of their gradients."""
+MOMENT_BYTES = 8
+"""AdamW's two moments, per tuned parameter."""
 RESERVE_FRAC = 0.1
 """Share of a device's memory that is left to runtime, fragmentation and workspaces."""
+MIN_RESIDENT = 2
+"""Offloaded experts on the device: the one that computes and the one that is copied ahead."""
 MAX_COUNT, MAX_SQUARES = 2**20, 2**50
 """Sequences and tokens of a step, and its pairs of tokens, at most: beyond them sizes no longer fit into 64 bits."""
-UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}}
-UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as far as its memory goes.
+
+    Attributes:
+        batch: sequences.
+        tokens: tokens per sequence, padding included.
+        dtype: type of frozen weights and activations.
+        bits: of the profile model (``flux``) or of the experts (``fmq``).
+        checkpointing: run layers again in the backward pass instead of keeping what they made.
+        kernel: how slots are computed: ``grouped``, ``slots``, or ``auto``, as
+            :class:`fluxlib.moe.dispatch.StackedSlots` does on CUDA (``slots`` is its way on a CPU).
+
+    Raises:
+        ValueError: a value outside what is allowed, by name.
+    """
+
+    batch: int = 16
+    tokens: int = 512
+    dtype: torch.dtype = torch.bfloat16
+    bits: int = 4
+    checkpointing: bool = False
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, count in (("batch", self.batch), ("tokens", self.tokens)):
+            if not 1 <= count <= MAX_COUNT:
+                raise ValueError(f"{name}: expected 1 to {MAX_COUNT}, got {count}")
+        if self.batch * self.tokens**2 > MAX_SQUARES:
+            found = f"{self.batch}, {self.tokens}"
+            raise ValueError(f"batch, tokens: expected batch times squared tokens up to {MAX_SQUARES}, got {found}")
+        for name, value, allowed in (("bits", self.bits, BITS), ("kernel", self.kernel, KERNELS)):
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes of one kind of memory at the moment of the peak."""
+
+    kind: str
+    num_bytes: int
+    parameters: int = 0
+    """How many parameters that is; 0 for what is no parameter."""
+    where: str = "device"
+    """``device``, or ``host`` for what waits in host memory."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one participant needs to train with one method.
+
+    ``num_tuned`` and ``num_merged`` count experts over all layers: B_tune and B_non of the paper. For ``fmd`` all
+    experts are tuned and ``num_resident`` of them lie on the device with their training state.
+    """
+
+    model: str
+    method: str
+    step: Step
+    num_experts: int
+    num_tuned: int
+    num_merged: int
+    num_resident: int
+    rows: tuple[Row, ...]
+    peak_bytes: int
+    """Device memory of a training step."""
+    profile_bytes: int
+    """Device memory of a profiling pass, after the step; 0 where the method does not profile."""
+    host_bytes: int
+    memory_bytes: int | None
+    usable_bytes: int | None
+    """``memory_bytes`` without the reserve."""
+    layers: tuple[LayerParameters, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether both peaks stay within the usable memory; None without one."""
+        return None if self.usable_bytes is None else max(self.peak_bytes, self.profile_bytes) <= self.usable_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        found = asdict(self)
+        step = found.pop("step") | {"dtype": str(self.step.dtype).removeprefix("torch.")}
+        return found | step | {"fits": self.fits}
+
+    def table(self) -> str:
+        """The plan as text: what is planned, layers by kind, and where the bytes go."""
+        step = self.step
+        lines = [
+            f"{self.model or 'model'}: {self.method}, {str(step.dtype).removeprefix('torch.')},"
+            f" {step.batch} x {step.tokens} tokens a step{', checkpointing' if step.checkpointing else ''}",
+            f"experts: {self.num_experts} in {sum(layer.num_experts > 0 for layer in self.layers)} layers;"
+            f" tuned (B_tune) {self.num_tuned}, merged (B_non) {self.num_merged}, on the device {self.num_resident}",
+            "",
+        ]
+        same = Counter((layer.num_experts, layer.top_k, tuple(layer.parameters.items())) for layer in self.layers)
+        for (num_experts, top_k, parameters), count in same.items():
+            what = f"top-{top_k} of {num_experts} experts" if num_experts else "dense"
+            parts = ", ".join(f"{kind} {number / 1e6:.2f} M" for kind, number in parameters)
+            lines.append(f"{count} layer{'s' if count > 1 else ''}, {what}: {parts}")
+        lines.append("")
+        for row in (row for row in self.rows if row.num_bytes >= 1024):
+            number = f"{row.parameters / 1e6:12.2f} M parameters" if row.parameters else ""
+            lines.append(f"{row.kind:<22}{_gib(row.num_bytes)}  {row.where:<7}{number}".rstrip())
+        lines.append(f"{'peak of a step':<22}{_gib(self.peak_bytes)}  device")
+        if self.profile_bytes:
+            lines.append(f"{f'{step.bits}-bit profile':<22}{_gib(self.profile_bytes)}  device (after the step)")
+        if self.usable_bytes is not None:
+            verdict = "fits" if self.fits else "does NOT fit"
+            whole = _gib(self.memory_bytes or 0).strip()
+            lines.append(f"{'usable':<22}{_gib(self.usable_bytes)}  of {whole}: {verdict}")
+        return "\n".join(lines)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:9.3f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:9.3f} MiB"
 
 
 def plan_memory(
@@ -43,40 +166,20 @@ def plan_memory(
     memory_bytes: int | None = None,
     num_tuned: int | None = None,
     num_merged: int | None = None,
-    batch: int = 16,
-    tokens: int = 512,
-    dtype: torch.dtype = torch.bfloat16,
-    tuned_dtype: torch.dtype = TUNED_DTYPE,
-    optimizer: str = "adamw",
-    bits: int = 4,
-    merged_per_tuned: float = 1.0,
-    checkpointing: bool = False,
-    kernel: str = "auto",
-    reserve_frac: float = RESERVE_FRAC,
-    name: str = "",
+    step: Step = Step(),  # noqa: B008
 ) -> MemoryPlan:
     """Plan one participant's memory, from a configuration alone.
 
     With ``num_tuned`` (and ``num_merged`` for ``flux``) given: what they need. With ``memory_bytes`` alone: the most
-    tuned experts that fit, merged ones in proportion. With neither: a quarter of all experts tuned and merged.
+    tuned experts that fit, with as many merged ones. With neither: a quarter of all experts tuned and merged.
 
     Args:
         config: of any MoE model of transformers, or of the project's two.
         method: ``flux`` (tuned and merged slots; a quantised profile model after the step), ``fmd`` (all experts
-            tuned, those that do not fit offloaded), ``fmq`` (all experts at rest in ``bits``, tuned ones with
+            tuned, those that do not fit offloaded), ``fmq`` (all experts at rest in few bits, tuned ones with
             gradient and state), ``fmes`` (tuned experts, the others dropped).
         memory_bytes: of the device, reserve included.
-        batch: sequences per step.
-        tokens: tokens per sequence, padding included.
-        dtype: type of frozen weights and activations.
-        tuned_dtype: type of tuned weights and gradients (``fmd`` with offloading too).
-        bits: of the profile model (``flux``) or of the experts (``fmq``).
-        merged_per_tuned: B_non / B_tune when both follow from the memory.
-        checkpointing: run layers again in the backward pass instead of keeping what they made.
-        kernel: how slots are computed: ``grouped``, ``slots``, or ``auto``, as :class:`fluxlib.moe.dispatch.StackedSlots`
-            does on CUDA (``slots`` is its way on a CPU).
-        reserve_frac: share of ``memory_bytes`` that is not planned with.
-        name: of the model, for the table.
+        step: sizes of a training step.
 
     Raises:
         ValueError: an argument outside what is allowed, a model that generates no text, numbers of experts that the
@@ -84,52 +187,184 @@ def plan_memory(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if optimizer not in STATE_BYTES:
-        raise ValueError(f"optimizer: expected one of {', '.join(STATE_BYTES)}, got {optimizer!r}")
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
-    for argument, count in (("batch", batch), ("tokens", tokens)):
-        if not 1 <= count <= MAX_COUNT:
-            raise ValueError(f"{argument}: expected 1 to {MAX_COUNT}, got {count}")
-    if batch * tokens**2 > MAX_SQUARES:
-        raise ValueError(
-            f"batch, tokens: expected batch times squared tokens up to {MAX_SQUARES}, got {batch}, {tokens}"
-        )
-    if bits not in BITS:
-        raise ValueError(f"bits: expected one of {', '.join(map(str, BITS))}, got {bits}")
-    if not 0 <= merged_per_tuned < float("inf"):
-        raise ValueError(f"merged_per_tuned: expected a finite number that is not negative, got {merged_per_tuned}")
-    if not 0 <= reserve_frac < 1:
-        raise ValueError(f"reserve_frac: expected 0 <= reserve_frac < 1, got {reserve_frac}")
     if memory_bytes is not None and memory_bytes < 1:
         raise ValueError(f"memory: expected at least 1 byte, got {memory_bytes}")
-    planner = Planner(
-        config, method, batch, tokens, dtype, tuned_dtype, STATE_BYTES[optimizer], bits, checkpointing, kernel, name
-    )
-    usable = None if memory_bytes is None else int(memory_bytes * (1 - reserve_frac))
-    if usable is not None and num_tuned is None:
-        num_tuned, num_merged = planner.largest(usable, merged_per_tuned)
+    planner = _Planner(config, method, step)
+    usable = None if memory_bytes is None else int(memory_bytes * (1 - RESERVE_FRAC))
+    if num_tuned is None and usable is not None:
+        num_tuned = planner.largest(usable)
     elif num_tuned is None:
-        num_tuned = planner.census.num_experts if method in ("fmd", "fmq") else planner.census.num_experts // 4
-    planner.check_tuned(num_tuned)
+        num_tuned = planner.total if method in ("fmd", "fmq") else planner.total // 4
+    if not planner.smallest <= num_tuned <= planner.total:
+        raise ValueError(f"num_tuned: expected {planner.smallest}..{planner.total} for {method}, got {num_tuned}")
+    left = planner.total - num_tuned
     if num_merged is None:
-        num_merged = planner.proportional(num_tuned, merged_per_tuned)
+        num_merged = planner.num_merged(num_tuned)
+    elif not 0 <= num_merged <= left:
+        raise ValueError(f"num_merged: expected 0..{left} beside {num_tuned} tuned, got {num_merged}")
+    elif method == "flux" and num_merged < (least := sum(rest > 0 for rest in planner.left(num_tuned))):
+        raise ValueError(
+            f"num_merged: expected at least {least}, one for each layer with experts that are not tuned,"
+            f" got {num_merged}"
+        )
     return planner.plan(num_tuned, num_merged, memory_bytes, usable)
 
 
-def plan(model: str, memory: str | int | None = None, method: str = "flux", **options: Any) -> MemoryPlan:
-    """:func:`plan_memory` for a model's name, folder or hub id and a memory in words (``"24GiB"``)."""
-    size = parse_bytes(memory) if isinstance(memory, str) else memory
-    return plan_memory(models.config(model), method, size, name=str(model), **options)
+def plan(model: str, memory: str | int | None = None, method: str = "flux", **step: Any) -> MemoryPlan:
+    """:func:`plan_memory` for a model's name, folder or hub id, a memory in words (``"24GiB"``) and a step's fields."""
+    found = plan_memory(models.config(model), method, parse_bytes(memory), step=Step(**step))
+    return replace(found, model=str(model))
 
 
-def parse_bytes(text: str) -> int:
-    """``"24GiB"``, ``"24 GB"``, ``"512MiB"`` or ``"1000000"`` in bytes.
+class _Planner:
+    """One model and one step of one method; numbers of experts in, bytes out."""
 
-    Raises:
-        ValueError: anything else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in UNITS:
-        raise ValueError(f"memory: expected a size such as 24GiB, 24GB or 512MiB, got {text!r}")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    def __init__(self, config: Any, method: str, step: Step) -> None:
+        self.method, self.step = method, step
+        self.model = dry_run.meta_model(config, step.dtype)
+        self.parameters = count_parameters(self.model)
+        found = find.layers(self.model)
+        self.per_layer = [layer.num_experts for layer in found]
+        self.total = sum(self.per_layer)
+        self.smallest = max(layer.top_k for layer in found) * len(found) if method == "fmes" else 1
+        sizes = [size for layer in found for size in (layer.hidden_size, layer.expert_size)]
+        fused = step.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
+        if step.kernel == "grouped" and not fused:
+            raise ValueError(
+                f"kernel: 'grouped' needs bfloat16 and widths of a multiple of 8, got {step.dtype}, {sizes}"
+            )
+        kernel = ("grouped" if fused else "slots") if step.kernel == "auto" else step.kernel
+        sizes_of_step = (step.batch, step.tokens, TUNED_DTYPE, MOMENT_BYTES, step.checkpointing, kernel)
+        self.dry_step = dry_run.Step(*sizes_of_step)
+        self.peak = lru_cache(maxsize=None)(self._peak)
+
+    def left(self, num_tuned: int) -> list[int]:
+        """Experts of each layer that are not tuned."""
+        return [total - tuned for total, tuned in zip(self.per_layer, _spread(num_tuned, self.per_layer), strict=True)]
+
+    def num_merged(self, num_tuned: int) -> int:
+        """As many as tuned ones: at least one where a layer has others left, never more than those."""
+        left = self.left(num_tuned)
+        return min(max(num_tuned, sum(rest > 0 for rest in left)), sum(left)) if self.method == "flux" else 0
+
+    def largest(self, usable: int) -> int:
+        """The most tuned experts whose peak stays within ``usable`` bytes.
+
+        The peak is nearly a straight line in their number, so a few dry runs close in on the answer. Each further one
+        costs at least its state, and its weight beyond that of the merged one that it may replace.
+        """
+        low, high = self.smallest, self.total
+        if self.method == "fmd":
+            needed = self._offloaded().total() + MIN_RESIDENT * self._resident_bytes
+            if needed > usable and self.peak(high, 0).total() > usable:
+                raise self._too_small(usable, needed)
+            return high
+        bottom, top = (self.peak(n, self.num_merged(n)).total() for n in (low, high))
+        if bottom > usable:
+            raise self._too_small(usable, bottom)
+        if top <= usable:
+            return high
+        weight_bytes = 0 if self.method == "fmq" else max(0, TUNED_DTYPE.itemsize - self.step.dtype.itemsize)
+        cost = self.parameters.per_expert * (MOMENT_BYTES + weight_bytes)
+        while high - low > 1 and usable - bottom >= cost:
+            guess = low + int((usable - bottom) / (top - bottom) * (high - low))
+            middle = min(max(guess, low + 1), high - 1)
+            found = self.peak(middle, self.num_merged(middle)).total()
+            if found <= usable:
+                low, bottom = middle, found
+            else:
+                high, top = middle, found
+        return low
+
+    def plan(self, num_tuned: int, num_merged: int, memory_bytes: int | None, usable: int | None) -> MemoryPlan:
+        """The plan for given numbers of experts."""
+        num_resident, host, size = num_tuned, 0, self.parameters.per_expert
+        by_kind = self.peak(num_tuned, num_merged).copy()
+        if self.method == "fmd" and usable is not None and by_kind.total() > usable:
+            by_kind = self._offloaded()
+            fitting = (usable - by_kind.total()) // self._resident_bytes
+            num_resident = min(self.total, max(MIN_RESIDENT, fitting))
+            by_kind["tuned"] += num_resident * self._resident_bytes
+            host = self.total * size * (2 * TUNED_DTYPE.itemsize + MOMENT_BYTES)
+        if self.method in ("flux", "fmes"):
+            host = self.parameters.total * self.step.dtype.itemsize
+        return MemoryPlan(
+            model="",
+            method=self.method,
+            step=self.step,
+            num_experts=self.total,
+            num_tuned=num_tuned,
+            num_merged=num_merged,
+            num_resident=num_resident,
+            rows=tuple(self._rows(by_kind, num_resident, num_merged, host)),
+            peak_bytes=by_kind.total(),
+            profile_bytes=self._profile_bytes() if self.method == "flux" else 0,
+            host_bytes=host,
+            memory_bytes=memory_bytes,
+            usable_bytes=usable,
+            layers=self.parameters.layers,
+        )
+
+    def _peak(self, num_tuned: int, num_merged: int) -> Counter[str]:
+        tuned, left = _spread(num_tuned, self.per_layer), self.left(num_tuned)
+        if self.method == "flux":
+            slots = [Slots(*numbers) for numbers in zip(tuned, _spread(num_merged, left), left, strict=True)]
+        elif self.method == "fmq":
+            slots = [Slots(t, rest, rest, bits=self.step.bits) for t, rest in zip(tuned, left, strict=True)]
+        else:
+            slots = [Slots(number) for number in tuned]
+        return dry_run.peak(self.model, slots, self.dry_step)
+
+    def _offloaded(self) -> Counter[str]:
+        return dry_run.peak(self.model, [Slots(n, offloaded=True) for n in self.per_layer], self.dry_step)
+
+    def _profile_bytes(self) -> int:
+        slots = [Slots(0, n, n, bits=self.step.bits) for n in self.per_layer]
+        return dry_run.peak(self.model, slots, replace(self.dry_step, kernel="slots"), learns=False).total()
+
+    @property
+    def _resident_bytes(self) -> int:
+        """An offloaded expert's copy on the device."""
+        return self.parameters.per_expert * TUNED_DTYPE.itemsize
+
+    def _rows(self, by_kind: Counter[str], num_tuned: int, num_merged: int, host: int) -> list[Row]:
+        size, rest, rows = self.parameters.per_expert, by_kind["others"], []
+        for kind in KINDS:
+            number = self.parameters.by_kind.get(kind, 0)
+            if number and kind != "routed experts":
+                rows.append(Row(kind, number * self.step.dtype.itemsize, number))
+                rest -= rows[-1].num_bytes
+        frozen = (
+            ("merged experts", num_merged)
+            if self.method == "flux"
+            else (f"experts in {self.step.bits} bit", self.total)
+        )
+        rows += [
+            Row("buffers", rest),
+            Row("tuned experts", by_kind["tuned"], num_tuned * size),
+            Row(frozen[0], by_kind["frozen"], frozen[1] * size),
+            Row("gradients", by_kind["gradients"]),
+            Row("optimizer state", by_kind["optimizer"]),
+            Row("activations", by_kind["activations"]),
+            Row("experts and state" if self.method == "fmd" else "whole model", host, where="host"),
+        ]
+        return [row for row in rows if row.num_bytes]
+
+    def _too_small(self, usable: int, needed: int) -> ValueError:
+        hint = "" if self.step.checkpointing else ", or checkpointing"
+        return ValueError(
+            f"memory: {usable / 2**30:.2f} GiB usable, but {self.method} needs at least {needed / 2**30:.2f} GiB for"
+            f" batches of {self.step.batch} x {self.step.tokens} tokens; take a smaller batch or fewer tokens{hint}"
+        )
+
+
+def _spread(count: int, most: list[int]) -> list[int]:
+    """``count`` over the layers, at most ``most`` of each; the first ones get more."""
+    given = [0] * len(most)
+    while count:
+        wanting = [i for i, limit in enumerate(most) if given[i] < limit]
+        for i in wanting[:count]:
+            added = min(max(1, count // len(wanting)), most[i] - given[i], count)
+            given[i] += added
+            count -= added
+    return given

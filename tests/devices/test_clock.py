@@ -164,7 +164,7 @@ def test_what_stays_on_the_device_is_what_the_planner_says():
         num_experts=8, num_selects=2, pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     device = replace(DEVICE, memory_bytes=4_000_000)
-    plan = memory.plan_memory(config, "fmd", device.memory_bytes, batch=1, tokens=4)
+    plan = memory.plan_memory(config, "fmd", device.memory_bytes, step=memory.Step(1, 4))
     with torch.device("meta"):
         shapes = clock.shapes_of("tiny", models.LlamaMoeForCausalLM(config))
     work = Work(num_experts=100, num_tuned=100, train_steps=1, train_samples=1, train_tokens=4, offloaded=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from fluxlib import models
 from fluxlib.analysis.studies.bench import Row, row, typical_round
 from fluxlib.devices import catalogue, clock
-from fluxlib.devices.memory import plan_memory
+from fluxlib.devices.memory import Step, plan_memory
 from fluxlib.methods.base import Work
 
 METHODS = ("flux", "fmd", "fmq", "fmes")
@@ -104,7 +104,7 @@ def memory(model: str, batch: int = 16, tokens: int = 256) -> Iterator[Row]:
     """
     config = models.config(model)
     for method in METHODS:
-        plan = plan_memory(config, method, batch=batch, tokens=tokens)
+        plan = plan_memory(config, method, step=Step(batch, tokens))
         for kind in plan.rows:
             if kind.where == "device":
                 yield row("real_memory", f"{method}, {kind.kind}", kind.num_bytes, model=model, unit="B")
@@ -116,7 +116,8 @@ def fitting(model: str, devices: Iterable[str], batch: int = 16, tokens: int = 2
     config = models.config(model)
     for device in devices:
         try:
-            plan = plan_memory(config, "flux", catalogue.DEVICES[device].memory_bytes, batch=batch, tokens=tokens)
+            memory_bytes = catalogue.DEVICES[device].memory_bytes
+            plan = plan_memory(config, "flux", memory_bytes, step=Step(batch, tokens))
             found = (plan.num_tuned, plan.num_merged)
         except ValueError:
             found = (0, 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fluxlib import models, profiling, roles
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.devices import catalogue, clock, memory
-from fluxlib.devices.memory_plan import MemoryPlan
+from fluxlib.devices.memory import MemoryPlan, Step
 from fluxlib.federation.protocol.wire import bits_per_weight
 from fluxlib.methods import flux, fmq
 from fluxlib.methods.base import Budget, Work
@@ -78,10 +78,8 @@ def _cached_memory(
     num_tuned = max(1, round(shares[0] * shapes.num_experts))
     num_merged = round(shares[1] * shapes.num_experts) if method == "flux" else 0
     try:
-        return memory.plan_memory(
-            models.config(name), method, limit, num_tuned, num_merged, batch=batch, tokens=tokens,
-            bits=bits, name=name,
-        )  # fmt: skip
+        step = Step(batch, tokens, bits=bits)
+        return memory.plan_memory(models.config(name), method, limit, num_tuned, num_merged, step)
     except ValueError as error:
         share = f"budget.tune_frac is {shares[0]:.3g}, {num_tuned} of {shapes.num_experts} experts of {Path(name).name}"
         raise ConfigError(f"{share}: {error}") from None

@@ -19,7 +19,7 @@ from fluxlib import methods, models, profiling, roles, seeding
 from fluxlib.app.widgets.forecast import expected_work, predict_memory, predict_seconds, shapes_name, what_fits
 from fluxlib.config import ConfigError, RunConfig, make_config
 from fluxlib.devices import catalogue, memory
-from fluxlib.devices.memory_plan import MemoryPlan
+from fluxlib.devices.memory import MemoryPlan
 from fluxlib.federation import load_task
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.figures import Picture, overview
