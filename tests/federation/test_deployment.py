@@ -141,7 +141,7 @@ def test_a_killed_node_and_one_that_hangs_cost_their_replies(
 
     def strike(row: dict[str, Any]) -> None:
         if row["round"] == 1:
-            nodes.kill("node-1")
+            os.killpg(nodes.processes["node-1"].pid, signal.SIGKILL)
             os.killpg(nodes.processes["node-2"].pid, signal.SIGSTOP)
 
     result = federation.run(config, on_round=strike, out=tmp_path, superlink=CONNECTION)

@@ -16,10 +16,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, flatten, make_config
-from fluxlib.federation import progress
 from fluxlib.federation.results import Output, Row, RunResult
 from fluxlib.federation.server.rounds import serve
 from fluxlib.federation.store import lock
+from fluxlib.federation.store.progress import Progress
 from fluxlib.records import describe_round
 
 
@@ -35,25 +35,29 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run what Flower's run configuration says, with nobody here to take the result: all of it goes into ``out``."""
-    config, out = from_run_config(context.run_config)
+    """Run what Flower's run configuration says, with nobody in this process to take the result."""
+    serve_alone(grid, *from_run_config(context.run_config))
+
+
+def serve_alone(grid: Grid, config: RunConfig, out: Path | None) -> None:
+    """Run with all results in ``out``, where whoever follows the run sees rows as they come."""
     if out is None:
         serve(grid, config, Output())
         return
-    write = progress.writer(out, config.run_id)
+    progress = Progress(out, config.run_id)
 
     def on_round(row: Row) -> bool:
         print(describe_round(row), flush=True)
-        return write(row)
+        return progress.add(row)
 
     try:
         serve(grid, config, Output(out, on_round, keep_experts=True))
     except lock.RunInUse:
         raise  # whoever follows the run that is there must not take this for its end
     except Exception as error:
-        progress.say_over(out, config.run_id, str(error) or type(error).__name__)
+        progress.end(str(error) or type(error).__name__)
         raise
-    progress.say_over(out, config.run_id)
+    progress.end()
 
 
 def from_run_config(values: dict[str, Any]) -> tuple[RunConfig, Path | None]:

@@ -5,11 +5,9 @@ The SuperLink itself and the registration of nodes are Flower's commands as they
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,33 +67,23 @@ def node(
     superlink: Annotated[str, typer.Option(help="host:port of the SuperLink")],
     port: Annotated[int, typer.Option(help="of this machine, between the SuperNode and its work")] = 9094,
 ) -> None:
-    """Take part: a SuperNode and the process that does its work. Runs until it is ended."""
-    from fluxlib.federation.engines.deployment import executor, processes
+    """Take part: Flower's SuperNode with what the folder says. Runs until it is ended."""
+    from fluxlib.federation.engines.deployment import processes
 
-    os.environ.update(processes.environment())
-    command, ended = processes.supernode_command(folder, superlink, port), threading.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: ended.set())
+    command, env = processes.supernode_command(folder, superlink, port), processes.environment()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     begin = time.monotonic()
     while True:
-        supernode = subprocess.Popen(command, preexec_fn=processes.end_with_parent)
-        executor.serve([f"{processes.HOST}:{port}"], lambda: supernode.poll() is None and not ended.is_set())  # noqa: B023
-        supernode.terminate()
-        code = supernode.wait()
+        supernode = subprocess.Popen(command, env=env, preexec_fn=processes.end_with_parent)
+        try:
+            code = supernode.wait()
+        finally:
+            supernode.terminate()
         # A SuperLink takes a minute to notice that a node was killed, and lets nobody in with its key until then.
-        if code == 0 or ended.is_set() or time.monotonic() - begin > PATIENCE_S:
-            raise SystemExit(0 if ended.is_set() else code)
+        if code == 0 or time.monotonic() - begin > PATIENCE_S:
+            raise SystemExit(code)
         print(f"not let in; trying again for {PATIENCE_S:g} s after the start", flush=True)
-        ended.wait(RETRY_S)
-
-
-@app.command(name="executor", hidden=True)
-def run_executor(addresses: list[str]) -> None:
-    """Do the work of SuperNodes of this machine."""
-    from fluxlib.federation.engines.deployment import executor
-
-    parent = os.getppid()
-    executor.serve(addresses, lambda: os.getppid() == parent)
+        time.sleep(RETRY_S)
 
 
 @app.command()

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 
-import pandas as pd
-
-from fluxlib.config import ConfigError, RunConfig, make_config
-from fluxlib.federation import run
+from fluxlib.config import ConfigError, make_config
 from fluxlib.federation.checks import check
 from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation
-from fluxlib.federation.results import Row
+from fluxlib.federation.run import run
 from fluxlib.records import describe_round
 
 MARK = ".flux-demonstration"
@@ -26,22 +22,26 @@ def run_demo(folder: Path, participants: int, num_rounds: int, method: str) -> N
     Raises:
         ConfigError, RunFailed: as :func:`fluxlib.federation.run`; a folder with anything else in it.
     """
-    config = make_config(
-        {
-            "method": method, "task": "mini-mmlu", "federation.rounds": num_rounds, "federation.participants": participants,
-            "evaluation.samples": 64, "clock.fleet": "mixed", "engine": "deployment", "federation.join_timeout_s": 300.0,
-        }
-    )  # fmt: skip
+    config = make_config({
+        "method": method, "task": "mini-mmlu", "federation.rounds": num_rounds, "clock.fleet": "mixed",
+        "federation.participants": participants, "evaluation.samples": 64, "engine": "deployment",
+        "federation.join_timeout_s": 300.0,
+    })  # fmt: skip
     check(config)
     _clear(folder)
-    start = time.monotonic()
     print(f"starting a SuperLink and {participants} SuperNodes; logs are in {folder / 'logs'}", flush=True)
-    with LocalFederation(folder, config, shared=False) as federation:
+    with LocalFederation(folder, config) as federation:
         os.environ["FLWR_HOME"] = str(federation.home)
-        print(f"SuperLink at https://{federation.address}, ready after {time.monotonic() - start:.0f} s", flush=True)
-        result = run(config, on_round=_print, out=folder / "results", superlink=CONNECTION)
-    print(f"done after {time.monotonic() - start:.0f} s")
-    print(_summary(config, result.participants, folder))
+        print(f"SuperLink at https://{federation.address}", flush=True)
+        out = folder / "results"
+        result = run(config, lambda row: print(describe_round(row), flush=True), out=out, superlink=CONNECTION)
+    print("in the last round:")
+    for row in result.participants.query(f"round == {num_rounds}").to_dict(orient="records"):
+        print(
+            f"  participant {row['participant']} ({row['device']}): {row['num_samples']} samples, "
+            f"sent {row['uplink_bytes']:,} bytes, got {row['downlink_bytes']:,} {row['rejected']}"
+        )
+    print(f"participants' folders: {folder}/node-*   tables and tuned experts: {out}")
 
 
 def _clear(folder: Path) -> None:
@@ -51,20 +51,3 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / MARK).touch()
-
-
-def _print(row: Row) -> None:
-    print(describe_round(row), flush=True)
-
-
-def _summary(config: RunConfig, people: pd.DataFrame, folder: Path) -> str:
-    last = people[people["round"] == config.federation.rounds].to_dict(orient="records")
-    lines = [
-        f"  participant {row['participant']} ({row['device']}): {row['num_samples']} samples, "
-        f"sent {row['uplink_bytes']:,} bytes, got {row['downlink_bytes']:,} {row['rejected']}"
-        for row in last
-    ]
-    return "\n".join([
-        "in the last round:", *lines,
-        f"participants' folders: {folder}/node-*   tables and tuned experts: {folder / 'results'}",
-    ])  # fmt: skip

@@ -15,13 +15,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from fluxlib.config import ConfigError, RunConfig, check_writable, make_config
 from fluxlib.devices import catalogue
-from fluxlib.federation.client import disk, later
 from fluxlib.federation.client.own_data import write_examples
 from fluxlib.federation.client.participant import load_task
 
@@ -50,40 +48,31 @@ def read_participant(folder: Path) -> Participant:
         ConfigError: no such file, or a wrong entry in it; the message names what is allowed.
     """
     path = folder / SETTINGS
-    if not path.is_file():
-        raise ConfigError(f"{folder} has no {SETTINGS}, which says: participant (a number), device, torch_device")
-    values: Any = yaml.safe_load(path.read_text())
-    if not isinstance(values, dict) or not {"participant", "device"} <= set(values):
-        raise ConfigError(f"{path} must say participant and device, it says {values!r}")
     try:
-        found = Participant(**values)
-    except TypeError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    is_number = isinstance(found.participant, int) and not isinstance(found.participant, bool)
-    if found.device not in catalogue.DEVICES or not is_number:
-        raise ConfigError(f"{path}: participant is a number, device one of {', '.join(catalogue.DEVICES)}")
-    try:
+        found = Participant(**yaml.safe_load(path.read_text()))
+        if type(found.participant) is not int or found.device not in catalogue.DEVICES:
+            raise ValueError(f"it says {found.participant!r} and {found.device!r}")
         make_config({"torch_device": found.torch_device})
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        devices = ", ".join(catalogue.DEVICES)
+        raise ConfigError(
+            f"{path} must say participant (a number) and device (one of {devices}), and may say torch_device and "
+            f"background_profile: {error}"
+        ) from None
     return found
 
 
 def node_config(folder: Path) -> dict[str, str | int | bool]:
     """A SuperNode's configuration: what the client app finds in ``context.node_config``."""
-    about = read_participant(folder)
-    values: dict[str, str | int | bool] = {
+    about, samples = read_participant(folder), folder / SAMPLES
+    return {
         "partition-id": about.participant,
         "device": about.device,
         "torch-device": about.torch_device,
-        disk.STATE_DIR: str((folder / STATE).resolve()),
+        "state-dir": str((folder / STATE).resolve()),
+        **({"background-profile": True} if about.background_profile else {}),
+        **({"data": str(samples.resolve())} if samples.is_file() else {}),
     }
-    if about.background_profile:
-        values[later.BACKGROUND] = True
-    samples = folder / SAMPLES
-    if samples.is_file():
-        values["data"] = str(samples.resolve())
-    return values
 
 
 def as_argument(values: dict[str, str | int | bool]) -> str:
@@ -98,11 +87,10 @@ def make_folders(root: Path, config: RunConfig) -> list[Path]:
     run.
     """
     task, parts = load_task(config)
-    fleet = catalogue.fleet(config.clock.fleet, config.federation.participants)
     folders = []
-    for number, (part, device) in enumerate(zip(parts, fleet, strict=True)):
+    for number, device in enumerate(catalogue.fleet(config.clock.fleet, config.federation.participants)):
         folder = check_writable(root / f"node-{number}")
-        write_examples(folder / SAMPLES, [task.train[index] for index in part])
+        write_examples(folder / SAMPLES, [task.train[index] for index in parts[number]])
         (folder / SETTINGS).write_text(yaml.safe_dump(asdict(Participant(number, device.name)), sort_keys=False))
         folders.append(folder)
     return folders

@@ -14,9 +14,9 @@ import ssl
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from fluxlib.config import RunConfig
@@ -56,19 +56,14 @@ def end_with_parent() -> None:
 
 def stop(process: subprocess.Popen[bytes], patience_s: float = 5.0) -> None:
     """End a process and what it started: asked first, killed after ``patience_s``."""
-    for name, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, 10.0)):
+    for name in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, name)
-            process.wait(wait_s)
-        except ProcessLookupError:
-            process.wait()
-            return
+            process.wait(patience_s)
         except subprocess.TimeoutExpired:
             continue
-    try:  # the head ended in time, what it started may not have
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        except ProcessLookupError:  # the whole group is gone
+            process.wait()
 
 
 def superlink_command(folder: Path, host: str, port: int) -> list[str]:
@@ -85,52 +80,34 @@ def superlink_command(folder: Path, host: str, port: int) -> list[str]:
     ]  # fmt: skip
 
 
-def supernode_command(folder: Path, superlink: str, port: int, resident: bool = True) -> list[str]:
-    """A SuperNode for the participant of ``folder``; ``resident``: its work is done by an executor of ours."""
+def supernode_command(folder: Path, superlink: str, port: int) -> list[str]:
+    """A SuperNode for the participant of ``folder``; ``port`` is between it and the process of each message."""
     return [
         "flower-supernode",
         "--superlink", superlink,
         "--root-certificates", str(folder / credentials.CA_CERTIFICATE),
         "--auth-supernode-private-key", str(folder / credentials.NODE_KEY),
         "--host", HOST, "--port", str(port),
-        "--isolation", "process" if resident else "subprocess",
         "--node-config", folders.as_argument(folders.node_config(folder)),
     ]  # fmt: skip
 
 
-def executor_command(addresses: Sequence[str]) -> list[str]:
-    """A resident executor for SuperNodes at ``addresses``."""
-    return [sys.executable, "-m", "fluxlib.federation.engines.deployment.commands", "executor", *addresses]
-
-
-def flwr(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def flwr(home: Path | None, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Flower's command line with its configuration in ``home``; one that never answers counts as failed."""
-    env = environment(FLWR_HOME=str(home))
-    command = ["flwr", *arguments]
+    env, command = environment(**({"FLWR_HOME": str(home)} if home else {})), ["flwr", *arguments]
     try:
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=COMMAND_S, check=False)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"flwr {arguments[0]} did not answer within {COMMAND_S:g} s")
 
 
-def write_connection(home: Path, address: str, root_certificates: Path) -> None:
-    """Say in Flower's configuration where the SuperLink is and who signed its certificate."""
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{address}"\n'
-        f'root-certificates = "{root_certificates.resolve()}"\n'
-    )
-
-
 def free_ports(count: int) -> list[int]:
     """Ports that nothing listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    for found in sockets:
-        found.bind((HOST, 0))
-    ports = [int(found.getsockname()[1]) for found in sockets]
-    for found in sockets:
-        found.close()
-    return ports
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for found in sockets:
+            found.bind((HOST, 0))
+        return [int(found.getsockname()[1]) for found in sockets]
 
 
 class LocalFederation:
@@ -139,21 +116,15 @@ class LocalFederation:
     Args:
         folder: certificates, keys, participants' folders, logs; made if it is not there.
         config: how many participants, and which samples and devices they have.
-        shared: one executor for all nodes (less memory, quicker); otherwise each node has its own, as on machines of
-            its own.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, shared: bool = True) -> None:
-        self.folder, self.config, self.shared = folder.resolve(), config, shared
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self.folder, self.config = folder.resolve(), config
         self.home = self.folder / "flwr"
         self.port, *self.node_ports = free_ports(1 + config.federation.participants)
+        self.address = f"{HOST}:{self.port}"
         self.node_folders: list[Path] = []
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    @property
-    def address(self) -> str:
-        """Where the SuperLink is."""
-        return f"{HOST}:{self.port}"
 
     def __enter__(self) -> LocalFederation:
         try:
@@ -168,55 +139,33 @@ class LocalFederation:
 
     def _start(self) -> None:
         server = self.folder / "server"
+        authority = server / credentials.CA_CERTIFICATE
         if not (server / credentials.CA_KEY).exists():
             credentials.make_certificates(server, [HOST, "localhost"])
         self.node_folders = folders.make_folders(self.folder, self.config)
-        for folder in self.node_folders:
-            credentials.make_node_key(folder)
-            (folder / credentials.CA_CERTIFICATE).write_bytes((server / credentials.CA_CERTIFICATE).read_bytes())
         self.spawn("superlink", superlink_command(server, HOST, self.port))
-        write_connection(self.home, self.address, server / credentials.CA_CERTIFICATE)
-        if self.shared:
-            self.spawn("executor", executor_command([f"{HOST}:{port}" for port in self.node_ports]))
-        self._await_superlink(server / credentials.CA_CERTIFICATE)
-        for number in range(len(self.node_folders)):
-            self.register(self.node_folders[number])
-            self.start_node(number)
+        self.home.mkdir(parents=True, exist_ok=True)
+        (self.home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self.address}"\n'
+            f'root-certificates = "{authority}"\n'
+        )
+        self._await_superlink(authority)
+        for folder, port in zip(self.node_folders, self.node_ports, strict=True):
+            credentials.make_node_key(folder)
+            (folder / credentials.CA_CERTIFICATE).write_bytes(authority.read_bytes())
+            done = flwr(self.home, "supernode", "register", str(folder / credentials.NODE_PUBLIC_KEY), CONNECTION)
+            if done.returncode and "already" not in done.stdout + done.stderr:
+                raise RunFailed(f"the SuperLink did not register {folder.name}: {done.stdout}{done.stderr}")
+            self.spawn(folder.name, supernode_command(folder, self.address, port))
 
-    def start_node(self, number: int) -> None:
-        """Start the SuperNode of participant ``number`` (again)."""
-        folder, port = self.node_folders[number], self.node_ports[number]
-        if self.shared:
-            command = supernode_command(folder, self.address, port)
-        else:
-            command = node_command(folder, self.address, port)
-        self.spawn(f"node-{number}", command)
-
-    def register(self, folder: Path) -> None:
-        """Let the node with the key in ``folder`` take part.
-
-        Raises:
-            RunFailed: the SuperLink refused it.
-        """
-        done = flwr(self.home, "supernode", "register", str(folder / credentials.NODE_PUBLIC_KEY), CONNECTION)
-        if done.returncode and "already" not in done.stdout + done.stderr:
-            raise RunFailed(f"the SuperLink did not register {folder.name}: {done.stdout}{done.stderr}")
-
-    def spawn(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def spawn(self, name: str, command: Sequence[str]) -> None:
         """Start one of the federation's processes; its log is ``logs/<name>.log``."""
         env = environment(FLWR_HOME=str(self.folder / "home" / name))
         self.processes[name] = start(command, self.log(name), env)
-        return self.processes[name]
 
     def log(self, name: str) -> Path:
         """The log of one of the processes."""
         return self.folder / "logs" / f"{name}.log"
-
-    def kill(self, name: str) -> None:
-        """``kill -9`` for a process and what it started."""
-        process = self.processes.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
     def stop(self) -> None:
         """End every process; nodes first."""
@@ -227,19 +176,10 @@ class LocalFederation:
     def _await_superlink(self, authority: Path) -> None:
         context = ssl.create_default_context(cafile=str(authority))
         deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            process = self.processes["superlink"]
-            if process.poll() is not None:
-                break
+        while time.monotonic() < deadline and self.processes["superlink"].poll() is None:
             try:
                 with urllib.request.urlopen(f"https://{self.address}/health", context=context, timeout=5):
                     return
-            except (urllib.error.URLError, OSError):
+            except OSError:
                 time.sleep(0.2)
         raise RunFailed(f"the SuperLink did not start; {self.log('superlink')} says why")
-
-
-def node_command(folder: Path, superlink: str, port: int) -> list[str]:
-    """A SuperNode and its executor in one command."""
-    arguments = ["node", str(folder), "--superlink", superlink, "--port", str(port)]
-    return [sys.executable, "-m", "fluxlib.federation.engines.deployment.commands", *arguments]
