@@ -21,7 +21,7 @@ from fluxlib.tasks import load as load_task
 from fluxlib.tasks import mini
 from fluxlib.tasks.batches import make_batch, sample_batches
 from fluxlib.tasks.evaluate import evaluate
-from fluxlib.tasks.mini.world import KNOWN_FRACTION
+from fluxlib.tasks.mini import KNOWN_FRACTION
 
 FINE_TUNING = RunConfig(method="fmd", training=TrainingConfig(batch_size=32, learning_rate=4e-3))
 FINE_TUNING_STEPS = 300

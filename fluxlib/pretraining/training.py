@@ -19,7 +19,7 @@ from fluxlib import seeding
 from fluxlib.pretraining.bases import NAMES, build_model, build_tokenizer
 from fluxlib.tasks import FORMATS, mini
 from fluxlib.tasks.batches import IGNORED, collate, encode
-from fluxlib.tasks.mini.generate import pretraining_row
+from fluxlib.tasks.mini import pretraining_row
 
 MAX_TOKENS = 96
 
@@ -52,10 +52,10 @@ def pretraining_batch(
     family: str, count: int, chance: random.Random, tokenizer: Any
 ) -> tuple[dict[str, Tensor], list[str]]:
     """``count`` samples of one family with every real token scored, and their labels."""
-    data_set = FORMATS[family.removeprefix("mini-")]
+    form = FORMATS[family.removeprefix("mini-")]
     drawn = [pretraining_row(family, chance) for _ in range(count)]
     batch = collate(
-        [encode(data_set.to_example(row), tokenizer, MAX_TOKENS) for _, row in drawn], tokenizer.pad_token_id
+        [encode(form.to_example(row), tokenizer, MAX_TOKENS) for _, row in drawn], tokenizer.pad_token_id
     )
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     return batch, [label for label, _ in drawn]

@@ -13,14 +13,11 @@ from pathlib import Path
 import torch
 
 from fluxlib import seeding
-from fluxlib.tasks import dolly, files, gsm8k, mini, mmlu, piqa
+from fluxlib.tasks import files, mini
 from fluxlib.tasks.base import Example, Metric, Task, split
-from fluxlib.tasks.clusters import cluster_labels
+from fluxlib.tasks.formats import FORMATS
 
 __all__ = ["Example", "FORMATS", "Metric", "TASKS", "Task", "load", "split"]
-
-FORMATS = {"dolly": dolly, "gsm8k": gsm8k, "mmlu": mmlu, "piqa": piqa}
-"""Prompt format and metric by data set."""
 
 TASKS = (*mini.FAMILIES, *FORMATS)
 """Names that :func:`load` knows: generated tasks, and the public data sets."""
@@ -42,24 +39,24 @@ def load(name: str, seed: int = 0, size: int | None = None, path: str | Path | N
     """
     if name not in TASKS:
         raise ValueError(f"task is {name!r}, allowed are {', '.join(TASKS)}")
-    data_set = FORMATS[name.removeprefix("mini-")]
+    form = FORMATS[name.removeprefix("mini-")]
     if name in FORMATS:
         examples = _public(name, seed, size, path)
     elif path is not None:
         raise ValueError(f"data_path is {str(path)!r}, but {name} is generated; it is for {', '.join(FORMATS)}")
     else:
-        examples = [data_set.to_example(row) for row in mini.rows(name, size or mini.DEFAULT_SIZE, seed)]
+        examples = [form.to_example(row) for row in mini.rows(name, size or mini.DEFAULT_SIZE, seed)]
     train, test = split(examples, seed)
-    return Task(name, data_set.METRIC, train, test)
+    return Task(name, form.metric, train, test)
 
 
 def _public(name: str, seed: int, size: int | None, path: str | Path | None) -> list[Example]:
     """Samples of a public data set, with labels; ``size`` of them drawn at random."""
-    examples = files.read(name, FORMATS[name], files.fetch(name) if path is None else path)
+    examples = files.read(name, files.fetch(name) if path is None else path)
     if len(examples) < 2:
         raise ValueError(f"{name} has {len(examples)} sample, at least 2 are needed for a training and a test split")
     if len({example.label for example in examples}) == 1:
-        labels = cluster_labels(tuple(example.prompt for example in examples))
+        labels = files.cluster_labels(tuple(example.prompt for example in examples))
         examples = [replace(example, label=label) for example, label in zip(examples, labels, strict=True)]
     if size is None:
         return examples

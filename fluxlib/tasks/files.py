@@ -1,7 +1,8 @@
 """Rows of the public data sets, from local files or from the hub.
 
 - :func:`read` -- every row below a file or folder, checked against the columns of its data set,
-- :func:`fetch` -- the hub's own Parquet copy of a data set, as a folder for :func:`read`.
+- :func:`fetch` -- the hub's own Parquet copy of a data set, as a folder for :func:`read`,
+- :func:`cluster_labels` -- labels for those that have none.
 
 Files may be JSON lines, JSON lists, CSV or Parquet. All of them are read together and split anew (section 7 of the
 paper's set-up: 80 % to 20 %), since the public splits differ in size and PIQA's test labels are secret.
@@ -11,11 +12,14 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
+from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 
 from fluxlib.tasks.base import Example, Row
+from fluxlib.tasks.formats import FORMATS
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 LEFT_OUT = ("auxiliary_train", "socratic")
@@ -29,13 +33,13 @@ HUB = {
 """Hub id of each data set, and its files in the branch :data:`REVISION`."""
 REVISION = "refs/convert/parquet"
 """The hub's own copy of every data set; no script of the data set's is run."""
+NUM_CLUSTERS, DIMENSIONS = 5, 50
 
 
-def read(name: str, data_set: ModuleType, path: str | Path) -> list[Example]:
+def read(name: str, path: str | Path) -> list[Example]:
     """All samples of the data set ``name`` below ``path``, in the order of the files' names.
 
     Args:
-        data_set: the module of its format, with ``COLUMNS`` and ``to_example``.
         path: a file, a folder of files, or a folder with a folder called ``name``.
 
     Raises:
@@ -43,16 +47,14 @@ def read(name: str, data_set: ModuleType, path: str | Path) -> list[Example]:
         ValueError: a file that is not what its suffix says, or a row without the columns or values it needs; the
             message names the file, the row, and what is missing.
     """
-    examples = []
+    found = []
     for file in find(name, path):
         try:
             rows = list(_rows(file))
-        except (ValueError, csv.Error, UnicodeDecodeError) as error:
+        except (ValueError, csv.Error) as error:
             raise ValueError(f"{file} is no {file.suffix[1:]} file: {error}") from None
-        for number, row in enumerate(rows, start=1):
-            example = _example(name, data_set, row, file, number)
-            if example is not None:
-                examples.append(example)
+        found += [_example(name, row, file, number) for number, row in enumerate(rows, start=1)]
+    examples = [example for example in found if example is not None]
     if not examples:
         raise ValueError(f"{path} holds no labelled row of {name}")
     return examples
@@ -91,8 +93,12 @@ def fetch(name: str) -> Path:
     try:
         return Path(
             snapshot_download(
-                hub_id, repo_type="dataset", revision=REVISION, allow_patterns=pattern, ignore_patterns=LEFT_OUT_FILES
-            )
+                hub_id,
+                repo_type="dataset",
+                revision=REVISION,
+                allow_patterns=pattern,
+                ignore_patterns=[f"*{part}*" for part in LEFT_OUT],
+            )  # fmt: skip
         )
     except Exception as error:  # the hub's client raises errors of several libraries
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -102,24 +108,20 @@ def fetch(name: str) -> Path:
         ) from None
 
 
-LEFT_OUT_FILES = [f"*{part}*" for part in LEFT_OUT]
-
-
-def _example(name: str, data_set: ModuleType, row: Row, file: Path, number: int) -> Example | None:
+def _example(name: str, row: Row, file: Path, number: int) -> Example | None:
     """One row as an example; None for a row without an answer."""
-    normalize = getattr(data_set, "normalize", None)
+    form = FORMATS[name]
     try:
-        known = row if normalize is None else normalize(row, file)
+        known = form.normalize(row, file)
         if known is None:
             return None
-        missing = [column for column in data_set.COLUMNS if column not in known]
-        if missing:
+        if missing := [column for column in form.columns if column not in known]:
             raise ValueError(f"lacks {', '.join(missing)}")
-        return data_set.to_example(known)  # type: ignore[no-any-return]
+        return form.to_example(known)
     except (ValueError, TypeError, IndexError, AttributeError) as error:
-        columns = ", ".join(data_set.COLUMNS)
         raise ValueError(
-            f"{file}, row {number}: {error}; {name} has the columns {columns}, this row {', '.join(map(str, row))}"
+            f"{file}, row {number}: {error}; {name} has the columns {', '.join(form.columns)},"
+            f" this row {', '.join(map(str, row))}"
         ) from None
 
 
@@ -142,3 +144,31 @@ def _object(value: object) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"expected an object per row, got {str(value)[:40]!r}")
     return value
+
+
+@lru_cache(maxsize=2)
+def cluster_labels(texts: tuple[str, ...], num_clusters: int = NUM_CLUSTERS) -> tuple[str, ...]:
+    """Labels of data sets that have none: clusters of similar prompts, the largest first; always the same ones.
+
+    Paper: non-IID "following the FedNLP benchmark", which clusters sentence embeddings into 5 groups by K-Means and
+    deals those out by a Dirichlet. Deviation: the embedding is TF-IDF reduced to 50 dimensions (latent semantic
+    analysis), which needs no further model and gives the same labels on every machine of the same architecture.
+    """
+    import numpy as np
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.preprocessing import normalize
+
+    if len(texts) <= num_clusters:
+        return ("cluster0",) * len(texts)
+    counts = TfidfVectorizer(sublinear_tf=True, stop_words="english", token_pattern=r"(?u)\b\w+\b").fit_transform(texts)
+    size = min(DIMENSIONS, min(counts.shape) - 1)
+    points = normalize(TruncatedSVD(size, random_state=0).fit_transform(counts)) if size > 0 else counts.toarray()
+    with warnings.catch_warnings():
+        # Fewer different prompts than clusters: some stay empty.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = KMeans(num_clusters, n_init=4, random_state=0).fit_predict(np.asarray(points))
+    by_size = {cluster: rank for rank, (cluster, _) in enumerate(Counter(found.tolist()).most_common())}
+    return tuple(f"cluster{by_size[cluster]}" for cluster in found.tolist())

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fluxlib import tasks
-from fluxlib.tasks import files, gsm8k
-from fluxlib.tasks.clusters import cluster_labels
+from fluxlib.tasks import files
+from fluxlib.tasks.files import cluster_labels
 
 DOLLY = {"instruction": "Which is a fish?", "context": "Tope or rope.", "response": "Tope", "category": "open_qa"}
 GSM8K = {"question": "Half of 48?", "answer": "48/2 = <<48/2=24>>24\n#### 24"}
@@ -61,7 +61,7 @@ def test_subjects_are_columns_or_names_of_files(tmp_path: Path) -> None:
     table(tmp_path / "dev" / "world_religions_dev.csv", *numbered(MMLU | {"answer": "B"}, "question", 2))
     hub = {"question": "Hub?", "subject": "virology", "choices": ["a", "b", "c", "d"], "answer": 3}
     pq.write_table(pa.Table.from_pylist([hub]), tmp_path / "test" / "0000.parquet")
-    examples = files.read("mmlu", tasks.FORMATS["mmlu"], tmp_path)
+    examples = files.read("mmlu", tmp_path)
     assert sorted({example.label for example in examples}) == ["anatomy", "virology", "world_religions"]
     assert {(example.label, example.response) for example in examples} == {
         ("anatomy", "c"), ("virology", "d"), ("world_religions", "b"),
@@ -71,7 +71,7 @@ def test_subjects_are_columns_or_names_of_files(tmp_path: Path) -> None:
 
 def test_rows_without_an_answer_are_left_out(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "piqa.jsonl", *numbered(PIQA, "goal", 3), PIQA | {"label": -1}, PIQA | {"label": "1"})
-    examples = files.read("piqa", tasks.FORMATS["piqa"], path)
+    examples = files.read("piqa", path)
     assert [example.answer for example in examples] == [0, 0, 0, 1]
     assert examples[0].prompt == "Goal: Open a jar. 0\nSolution:"
 
@@ -113,7 +113,7 @@ def test_a_few_samples_are_a_seeded_draw(tmp_path: Path) -> None:
 def test_wrong_files_are_named(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
-        files.read("gsm8k", gsm8k, tmp_path)
+        files.read("gsm8k", tmp_path)
 
 
 def test_wrong_values_are_named(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_wrong_values_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="row 1: answer is 7, allowed are 0 to 3"):
         tasks.load("mmlu", path=tmp_path)
     jsonl(tmp_path / "a.jsonl", PIQA | {"label": 2})
-    with pytest.raises(ValueError, match="row 1: label is 2, allowed are 0 and 1"):
+    with pytest.raises(ValueError, match="row 1: label is 2, allowed are 0 to 1"):
         tasks.load("piqa", path=tmp_path)
 
 

@@ -6,7 +6,7 @@ from fluxlib import tasks
 from fluxlib.pretraining import build_tokenizer
 from fluxlib.tasks import mini
 from fluxlib.tasks.metrics import final_number
-from fluxlib.tasks.mini.world import names
+from fluxlib.tasks.mini import names
 
 
 @pytest.mark.parametrize("name", tasks.mini.FAMILIES)
