@@ -77,8 +77,8 @@ class _Group(BaseModel):
 class FederationConfig(_Group):
     """Who takes part, for how long, and how long they are waited for."""
 
-    rounds: int = Field(10, ge=1)
-    participants: int = Field(10, ge=1, le=100_000)
+    rounds: int = Field(10, ge=1, description="rounds of the run")
+    participants: int = Field(10, ge=1, le=100_000, description="participants among whom the samples are dealt")
     participants_per_round: int | None = Field(None, ge=1, description="None: every participant, every round")
     min_replies_frac: float = Field(0.5, gt=0, le=1, description="fewer good replies than this share: the run fails")
     round_timeout_s: float | None = Field(None, gt=0, description="time a participant may take for one message")
@@ -88,9 +88,9 @@ class FederationConfig(_Group):
 class DataConfig(_Group):
     """The task's samples and how they are dealt to the participants."""
 
-    partition: Literal["dirichlet", "iid", "label"] = "dirichlet"
+    partition: Literal["dirichlet", "iid", "label"] = Field("dirichlet", description="by what samples are dealt")
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration: small = participants differ")
-    equal_sizes: bool = True
+    equal_sizes: bool = Field(True, description="every participant has equally many samples")
     task_size: int | None = Field(
         None, ge=10, le=1_000_000, description="samples of the task before the 80/20 split; None: its own default"
     )
@@ -100,11 +100,11 @@ class DataConfig(_Group):
 class TrainingConfig(_Group):
     """Local steps of a participant."""
 
-    local_steps: int = Field(4, ge=1)
-    batch_size: int = Field(16, ge=1)
-    max_tokens: int = Field(128, ge=8)
-    learning_rate: float = Field(3e-3, gt=0)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    local_steps: int = Field(4, ge=1, description="optimizer steps of a participant in a round")
+    batch_size: int = Field(16, ge=1, description="samples of a step")
+    max_tokens: int = Field(128, ge=8, description="tokens of a sample, at most; longer prompts are cut")
+    learning_rate: float = Field(3e-3, gt=0, description="of the local optimizer")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the local steps; it begins anew every round")
     fmq_bits: Literal[2, 3, 4, 8, 16] = Field(4, description="of the experts while FMQ tunes them; 16: it is FMD")
 
 
@@ -125,8 +125,8 @@ class BudgetConfig(_Group):
 class ProfilingConfig(_Group):
     """Section 4: which experts a participant's data uses."""
 
-    bits: Literal[2, 3, 4, 8, 16] = 4
-    batches: int = Field(2, ge=1)
+    bits: Literal[2, 3, 4, 8, 16] = Field(4, description="of the experts while they are profiled; 16: as they are")
+    batches: int = Field(2, ge=1, description="batches that are profiled")
     stale: bool = Field(True, description="the profile is that of the round before, made while the server works")
 
 
@@ -134,11 +134,11 @@ class MergingConfig(_Group):
     """Section 5: what becomes of experts that are not tuned."""
 
     budgets: Literal["adaptive", "uniform", "single", "joint"] = Field("adaptive", description="slots per layer, eq. 1")
-    clustering: Literal["fused", "per_layer"] = "fused"
+    clustering: Literal["fused", "per_layer"] = Field("fused", description="all layers at once, or one by one")
     weights: Literal["attention_frequency", "frequency", "uniform", "gate"] = Field(
         "attention_frequency", description="of an expert in its slot, eq. 2"
     )
-    align_neurons: bool = False
+    align_neurons: bool = Field(False, description="permute neurons to match before experts are averaged")
 
 
 class RolesConfig(_Group):
@@ -151,7 +151,7 @@ class RolesConfig(_Group):
     explore_by: Literal["probes", "backward"] = Field(
         "probes", description="utilities of explored experts: forward passes, or one backward pass for all of them"
     )
-    num_probes: int = Field(1, ge=1)
+    num_probes: int = Field(1, ge=1, description="directions that an explored expert is probed in")
     probes_per_round: int | None = Field(8, ge=0, description="explored experts probed each round; None: all of them")
 
     @property
@@ -192,8 +192,8 @@ class PrivacyConfig(_Group):
 class ClockConfig(_Group):
     """Whose seconds the device clock counts; see :mod:`fluxlib.devices.clock`."""
 
-    fleet: str = "paper"
-    link: str = "1gbps"
+    fleet: str = Field("paper", description="devices of the participants: a fleet or a device of devices/catalogue.py")
+    link: str = Field("1gbps", description="connection of each participant, by its name in devices/catalogue.py")
     model: str = Field("self", description="the model whose shapes count; self: the run's own")
     tokens_per_sample: int | None = Field(None, ge=1, description="None: the run's own token counts")
 
@@ -205,10 +205,10 @@ class RunConfig(_Group):
     model. Times are in seconds, sizes in bytes.
     """
 
-    method: str = "flux"
-    model: str = "mini-llama-moe"
-    task: str = "mini-gsm8k"
-    seed: int = Field(0, ge=0, lt=2**63)
+    method: str = Field("flux", description="what a participant does in a round; see docs/add-a-method.md")
+    model: str = Field("mini-llama-moe", description="a mini model, a folder, or a hub name")
+    task: str = Field("mini-gsm8k", description="a generated task or a public data set; see data/README.md")
+    seed: int = Field(0, ge=0, lt=2**63, description="every source of chance derives from it")
     variant: str = Field(
         "", pattern=r"^([a-z0-9]+([.-][a-z0-9]+)*)?$", description="name of a run with something changed"
     )

@@ -2,7 +2,7 @@
 
 Tables are tidy Parquet, one row per observation: ``<folder>/<table>/<run_id>.parquet``, and beside each file
 ``<run_id>.json`` with what made it (parameters, seeds, versions, commit, machine, start, end). A file appears
-whole or not at all. :func:`data_dictionary` prints the schemas as a page.
+whole or not at all. ``docs/tables.md`` shows the schemas as a page.
 """
 
 from __future__ import annotations
@@ -324,22 +324,6 @@ def _commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout.strip()
-
-
-def data_dictionary() -> str:
-    """All tables as Markdown: the page ``docs/tables.md``."""
-    parts = [
-        "# Tables",
-        "",
-        "Generated from `fluxlib.records`. `data/results/<profile>/<table>/<run_id>.parquet`, one row per observation;",
-        "`<run_id>.json` beside each file says what made it.",
-    ]
-    for table in TABLES:
-        parts += ["", f"## `{table}`", "", "| column | type | unit | meaning |", "|---|---|---|---|"]
-        for c in columns(table):
-            optional = " (may be empty)" if c.nullable else ""
-            parts.append(f"| `{c.name}` | {c.dtype} | {c.unit} | {c.description}{optional} |")
-    return "\n".join(parts)
 
 
 def write_experts(mask: Any) -> str:

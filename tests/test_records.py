@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from fluxlib import records
-from fluxlib.config import REPO_ROOT
 
 VALUES = {"string": "x", "int64": 3, "float64": 0.5, "bool": True}
 
@@ -100,17 +99,3 @@ def test_about_a_run_says_what_made_it():
     assert about["versions"]["torch"]
     assert about["start"] <= about["end"]
     json.dumps(about)
-
-
-def test_every_column_is_in_the_data_dictionary():
-    text = records.data_dictionary()
-    for table in records.TABLES:
-        for column in records.columns(table):
-            assert f"| `{column.name}` | {column.dtype} |" in text
-            assert column.description
-
-
-def test_the_page_of_tables_is_up_to_date():
-    page = (REPO_ROOT / "docs" / "tables.md").read_text()
-    command = 'python -c "from fluxlib import records; print(records.data_dictionary())" > docs/tables.md'
-    assert page.strip() == records.data_dictionary().strip(), f"run: {command}"

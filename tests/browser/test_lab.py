@@ -108,8 +108,9 @@ class Page:
         self.page.locator(f".lm-TabBar-tab:has-text('{title}')").last.click()
 
     def wait_round(self, number: int) -> None:
-        """Until the run that is shown has finished so many rounds."""
-        self.page.wait_for_function(REACHED, arg=number)
+        """Until the run that is shown has finished so many rounds, a minute for each."""
+        for each in range(1, number + 1):
+            self.page.wait_for_function(REACHED, arg=each)
 
     def wait_text(self, text: str) -> None:
         self.page.wait_for_selector(f"text={text}")
@@ -215,7 +216,7 @@ def test_closing_the_browser_loses_nothing(browser, lab, out):
         last.wait_round(kept + 1)
         last.slider("tuned").focus()
         last.page.keyboard.press("ArrowRight")
-        last.wait_round(kept + 3)
+        last.wait_round(kept + 2)
         last.button("Stop").click()
         last.wait_text("Stopped.")
         last.shot("6-gone-on")

@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "notebook": tools.notebook,
     "trials": tools.trials,
     "claims": tools.claims,
+    "pages": tools.pages,
     "doctor": tools.doctor,
 }
 for name, command in COMMANDS.items():

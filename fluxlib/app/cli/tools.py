@@ -211,6 +211,19 @@ def claims(
     print(table.to_json(orient="records") if as_json else judged.to_markdown(table))
 
 
+def pages() -> None:
+    """Write the generated pages of docs/ anew: claims, races, gallery, settings, tables.
+
+    \b
+    Example:
+        fluxlib pages
+    """
+    from fluxlib.app.pages import write_all
+
+    changed = write_all()
+    print("\n".join(f"written: {page}" for page in changed) or "all pages are up to date")
+
+
 def doctor(as_json: JsonOption = False) -> None:
     """Check Python, packages, memory, disk, devices, folders, models; say what to do about problems.
 
