@@ -11,7 +11,7 @@
 This is the only part of the library that needs flwr.
 """
 
-from fluxlib.federation.client.participant import load_task
+from fluxlib.federation.client.local_data import load_task
 from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.results import Output, RunFailed, RunResult
 from fluxlib.federation.run import run

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from fluxlib.federation.protocol.sync import Delta, Holding
+from fluxlib.federation.protocol.sync import Delta, ModelVersion
 from fluxlib.federation.protocol.wire import Form, bits_per_weight
 from fluxlib.methods.base import Budget, Update, Work
 from fluxlib.roles import Roles
@@ -32,7 +32,7 @@ class Download:
     num_bytes: int = 0
     num_experts: int = 0
     weight_bits: float = 0.0
-    after: Holding = field(default_factory=Holding)
+    after: ModelVersion = ModelVersion()
 
     def plus(self, delta: Delta, wire: Form) -> Download:
         """With one more message; its arrays are not kept."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 
 from fluxlib.config import ConfigError, RunConfig
-from fluxlib.federation.client import client_app, participant
+from fluxlib.federation.client import client_app, local_copy
 from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.results import Output, RoundResult, Row, RunResult
 from fluxlib.federation.server import server_app
@@ -55,7 +55,7 @@ def run(
 def run_local(config: RunConfig, output: Output) -> RunResult:
     """The in-process engine: the server app against a :class:`LocalGrid` of the client app."""
     results: list[RunResult] = []
-    participant.forget_workspace()  # the base model on disk may be another by now
-    grid = LocalGrid(client_app.app, config.federation.participants, on_given_up=participant.forget_workspace)
+    local_copy.forget_workspace()  # the base model on disk may be another by now
+    grid = LocalGrid(client_app.app, config.federation.participants, on_given_up=local_copy.forget_workspace)
     server_app.make_app(config, output, results.append)(grid, Context(1, 0, {}, RecordDict(), {}))
     return results[0]

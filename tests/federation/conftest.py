@@ -16,7 +16,7 @@ from torch import nn
 from fluxlib import methods, roles
 from fluxlib.config import RunConfig
 from fluxlib.config import make_config as validated
-from fluxlib.federation.client import participant
+from fluxlib.federation.client import local_copy
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.methods.base import Budget, LocalRound, Method, ParticipantState, Update, Work
 from fluxlib.moe import find
@@ -99,7 +99,7 @@ def fake_methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for method in (FAKE, FAKE_PROFILING):
         monkeypatch.setitem(methods.METHODS, method.name, method)
     yield
-    participant.forget_workspace()
+    local_copy.forget_workspace()
 
 
 @pytest.fixture

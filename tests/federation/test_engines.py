@@ -24,7 +24,7 @@ import fluxlib
 from fluxlib import federation
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
 from fluxlib.federation import LocalGrid
-from fluxlib.federation.client import client_app, own_data, participant
+from fluxlib.federation.client import client_app, local_copy, local_data, participant
 from fluxlib.federation.engines import grid as engine_grid
 from fluxlib.federation.engines.deployment import credentials, folders
 from fluxlib.federation.protocol import messages, wire
@@ -121,7 +121,7 @@ def test_what_is_lent_in_process_is_an_array_anywhere_else() -> None:
 
 
 def request(config: RunConfig, store: Any, node: int = 2) -> Message:
-    content = messages.Instruction(config.model_dump_json(), 1, 0, "float32", store.delta()).to_records()
+    content = messages.Instruction(config, 1, 0, store.delta()).to_records()
     return federation.LocalGrid(client_app.app, 1).create_message(content, "query.profile", node, "1")
 
 
@@ -130,10 +130,10 @@ def test_what_hangs_or_fails_leaves_the_state_of_its_node(
 ) -> None:
     import time
 
-    def hang(message: Message, context: Context) -> Message:
+    def hang(instruction: messages.Instruction, context: Context) -> RecordDict:
         context.state["half"] = ConfigRecord({"done": 1})
         time.sleep(1.0)
-        return Message(RecordDict(), reply_to=message)
+        return RecordDict()
 
     monkeypatch.setattr(participant, "profile", hang)
     context = Context(1, 2, {"partition-id": 0}, RecordDict(), {})
@@ -175,9 +175,9 @@ def test_a_round_that_is_asked_for_again_gives_the_same_reply(
 def test_a_participant_trains_on_the_samples_of_its_folder(make_config: Make, tmp_path: Path) -> None:
     config = make_config()
     made = folders.make_folders(tmp_path, config)
-    task, parts = participant.load_task(config)
+    task, parts = local_data.load_task(config)
     for folder, part in zip(made, parts, strict=True):
-        assert own_data.read_examples(folder / "train.jsonl") == [task.train[index] for index in part]
+        assert local_data.read_examples(folder / "train.jsonl") == [task.train[index] for index in part]
     settings = folders.node_config(made[1])
     assert (settings["partition-id"], settings["device"], settings["torch-device"]) == (1, "l20", "cpu")
     assert settings["data"] == str(made[1] / "train.jsonl") and settings["state-dir"] == str(made[1] / "state")
@@ -201,17 +201,17 @@ def test_wrong_settings_are_named(tmp_path: Path, text: str, message: str) -> No
 
 def test_damaged_samples_are_named_and_not_quoted(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    with pytest.raises(own_data.DataError, match="cannot be read: No such file"):
-        own_data.read_examples(path)
-    own_data.write_examples(path, [Example("q", "a", "l", ("a", "b"), 0)])
-    assert own_data.read_examples(path) == [Example("q", "a", "l", ("a", "b"), 0)]
+    with pytest.raises(local_data.DataError, match="cannot be read: No such file"):
+        local_data.read_examples(path)
+    local_data.write_examples(path, [Example("q", "a", "l", ("a", "b"), 0)])
+    assert local_data.read_examples(path) == [Example("q", "a", "l", ("a", "b"), 0)]
     path.write_text(path.read_text() + '{"prompt": "a secret"}\n')
-    with pytest.raises(own_data.DataError, match="line 2") as error:
-        own_data.read_examples(path)
+    with pytest.raises(local_data.DataError, match="line 2") as error:
+        local_data.read_examples(path)
     assert "secret" not in str(error.value)
     path.write_text("\n")
-    with pytest.raises(own_data.DataError, match="empty"):
-        own_data.read_examples(path)
+    with pytest.raises(local_data.DataError, match="empty"):
+        local_data.read_examples(path)
 
 
 def test_a_device_that_a_participant_names_is_the_one_in_the_tables(
@@ -250,9 +250,9 @@ def test_nothing_of_a_participants_samples_is_in_any_message(
     monkeypatch.setattr(federation.LocalGrid, "_work", watched)
     config = make_config({"method": "flux", "federation.rounds": 2})
     federation.run(config)
-    task, parts = participant.load_task(config)
+    task, parts = local_data.load_task(config)
     samples = [task.train[index] for part in parts for index in part]
-    tokenizer = participant.workspace(config.model, "float32").tokenizer
+    tokenizer = local_copy.workspace(config.model, "float32").tokenizer
     secrets = {text.encode() for sample in samples for text in (sample.prompt, sample.response) if len(text) > 8}
     for sample in samples:
         numbers = tokenizer(sample.prompt)["input_ids"]

@@ -15,7 +15,8 @@ from fluxlib.federation import LocalGrid
 from fluxlib.federation.client import client_app
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import TrainReport
-from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
+from fluxlib.federation.protocol.wire import encode_changes
 from fluxlib.federation.server.validation import REASONS, Expected, Rejected, believable, read_reply
 from fluxlib.methods.base import Update, Work
 
@@ -26,7 +27,7 @@ Change = Callable[[RecordDict], Any]
 def expected(store: ExpertStore) -> Expected:
     assigned = torch.zeros(2, 4, dtype=torch.bool)
     assigned[0, 1] = assigned[1, 2] = True
-    return Expected(1, 3, store.version, store.digest, "float32", assigned, store.shapes)
+    return Expected(1, 3, ModelVersion(store.version, store.digest), "float32", assigned, store.shapes)
 
 
 def good(expected: Expected, **changes: Any) -> Update:
@@ -37,8 +38,8 @@ def good(expected: Expected, **changes: Any) -> Update:
 
 
 def content_of(expected: Expected, update: Update, **header: Any) -> RecordDict:
-    report = TrainReport(expected.participant, expected.round, expected.version, expected.digest, update=update)
-    return replace(report, **header).to_records("float32")
+    report = TrainReport(expected.participant, expected.round, expected.held, update=update)
+    return replace(report, **header).to_records(encode_changes(update.changes, "float32", {})[0])
 
 
 def reply_with(content: RecordDict | Error) -> Message:
@@ -69,8 +70,8 @@ def test_an_error_is_named_with_its_reason(expected: Expected) -> None:
     ("header", "reason"),
     [
         ({"round": 2}, "stale"),
-        ({"version": 5}, "stale"),
-        ({"digest": "0" * 64}, "stale"),
+        ({"held": ModelVersion(5)}, "stale"),
+        ({"held": ModelVersion(0, "0" * 64)}, "stale"),
         ({"participant": 0}, "unknown"),
     ],
 )
@@ -79,7 +80,7 @@ def test_who_when_and_on_what_must_be_as_asked(expected: Expected, header: dict[
 
 
 def test_asking_for_everything_twice_is_stale(expected: Expected) -> None:
-    assert refused(messages.resync_request(1, 3, 0, ""), expected) == "stale"
+    assert refused(messages.resync_request(), expected) == "stale"
 
 
 def _drop(name: str) -> Change:

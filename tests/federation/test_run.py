@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from fluxlib import federation, records, seeding
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
 from fluxlib.federation import RunFailed
-from fluxlib.federation.client import client_app, participant
+from fluxlib.federation.client import client_app
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.server.server_app import from_run_config
 
@@ -46,12 +46,12 @@ def same_models(first: Any, second: Any) -> bool:
 def wrapped(change: Callable[[Message, Message, Context], Message]) -> ClientApp:
     """The client app, its training replies passed through ``change(request, reply, context)``."""
     app = ClientApp()
-    app.query("join")(participant.join)
-    app.query("profile")(participant.profile)
+    app.query("join")(client_app.join)
+    app.query("profile")(client_app.profile)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return change(message, participant.train(message, context), context)
+        return change(message, client_app.train(message, context), context)
 
     return app
 
@@ -327,7 +327,7 @@ def test_a_participant_that_lost_its_state_gets_everything_in_the_same_round(
 
 def test_a_participant_with_another_base_model_is_refused(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(message: Message, context: Context) -> Message:
-        reply = participant.join(message, context)
+        reply = client_app.join(message, context)
         if context.node_id == NODE:
             reply.content["config"]["frozen_digest"] = "0" * 64
         return reply

@@ -65,7 +65,7 @@ def test_a_reply_of_the_round_before_is_stale_and_gets_everything_next(strategy:
     assert not torch.equal(weights(strategy), before)
     assert [part.rejected for part in result.participants] == ["stale", "", ""]
     (first, *_) = strategy.requests(2, strategy.sample(2))
-    assert first.content["config"]["from_version"] == -1
+    assert first.content["config"]["since"] == -1
 
 
 def test_the_server_holds_one_reply_at_a_time(strategy: FluxStrategy) -> None:

@@ -1,104 +1,99 @@
-"""The Flower app of every participant, on every engine; what it does is in :mod:`fluxlib.federation.client.participant`."""
+"""The Flower app of every participant, on every engine: a message in, a reply out.
+
+What the work is stands in :mod:`fluxlib.federation.client.participant`; what is around it, here in :func:`answer`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fluxlib.federation.client import disk, participant, time_limit
+from fluxlib.federation.client import background_profile, local_copy, node_state, participant, time_limit
 from fluxlib.federation.protocol import messages
+from fluxlib.federation.protocol.messages import Instruction
 
 app = ClientApp()
+
+Work = Callable[[Instruction, Context], RecordDict]
 
 
 @app.query("join")
 def join(message: Message, context: Context) -> Message:
     """Say which participant this is and what it holds."""
-    return participant.kept_on_disk(participant.join)(message, context)
+    return answer(participant.join, message, context)
 
 
 @app.query("profile")
 def profile(message: Message, context: Context) -> Message:
     """Profile the model before the first round, for first utilities."""
-    return participant.kept_on_disk(_repeatable(_in_time(participant.profile)))(message, context)
+    return answer(participant.profile, message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round of local work."""
-    return participant.kept_on_disk(_repeatable(_in_time(participant.train)))(message, context)
+    return answer(participant.train, message, context)
 
 
-_DONE, _BEFORE = "round-done", "before-"
-_SHARED = ("held", "experts", "run", _DONE)
+def answer(work: Work, message: Message, context: Context) -> Message:
+    """The reply to a message; with a ``state-dir``, what it changes is kept there.
 
-
-def _repeatable(work: Callable[[Message, Context], Message]) -> Callable[[Message, Context], Message]:
-    """``work`` that gives the same reply when a server that was killed asks for the same round once more.
-
-    What a participant keeps on disk outlives the server's last round. So it also keeps what it had before that round
-    (its profile, and what it owes by rounding), and goes back to it. The experts it holds need no going back: a delta
-    that starts earlier than needed leads to the same.
+    A participant's folder outlives a server that is killed. When the server asks for the same round once more, the
+    participant gives the same reply again, and its state stays as it was after the first one.
     """
-
-    def repeatable(message: Message, context: Context) -> Message:
-        if not context.node_config.get(disk.STATE_DIR):  # elsewhere nothing outlives the server
-            return work(message, context)
-        number = int(message.content["config"]["round"])
-        run = messages.parse_config(str(message.content["config"]["run"])).numbers
-        before = _go_back(context.state, number, run)
-        reply = work(message, context)
-        if message.metadata.message_type == messages.TRAIN:
-            for name, record in before.items():
-                context.state[_BEFORE + name] = record
-            context.state[_DONE] = ConfigRecord({"number": number, "run": run})
-        return reply
-
-    return repeatable
-
-
-def _go_back(state: RecordDict, number: int, run: str) -> dict[str, Any]:
-    """Make ``state`` what it was before that round of that run, and give its records that are the participant's own."""
-    done: Mapping[str, Any] = state[_DONE] if _DONE in state else {"number": 0, "run": ""}
-    earlier = {name.removeprefix(_BEFORE): state[name] for name in list(state) if name.startswith(_BEFORE)}
-    for name in [_DONE, *(_BEFORE + name for name in earlier)]:
-        if name in state:
-            del state[name]
-    if done["run"] == run and int(done["number"]) >= number:
-        _replace_own(state, earlier)
-    return {name: state[name] for name in state if _is_own(name)}
+    instruction, kind = Instruction.from_records(message.content), message.metadata.message_type
+    limit_s = None  # who joins loads the base model first
+    if kind != messages.JOIN:
+        participant.check(instruction, context)
+        limit_s = instruction.config.federation.round_timeout_s
+    folder = participant.state_folder(context)
+    if folder is None:
+        return Message(_in_time(limit_s, work, instruction, context), reply_to=message)
+    if "held" not in context.state:
+        node_state.restore(folder, context.state)
+    content = _given_before(folder / "reply", instruction) if kind == messages.TRAIN else None
+    if content is None:
+        content = _in_time(limit_s, work, instruction, context)
+        node_state.keep(folder, context.state)
+        if kind == messages.TRAIN and not messages.asks_for_resync(content):
+            node_state.keep(folder / "reply", RecordDict({**content, "asked": _asked(instruction)}))
+            background_profile.start(folder, context.state)
+    return Message(content, reply_to=message)
 
 
-def _is_own(name: str) -> bool:
-    return name not in _SHARED and not name.startswith(_BEFORE)
+def _asked(instruction: Instruction) -> ConfigRecord:
+    return ConfigRecord({"run": instruction.config.numbers, "round": instruction.round})
 
 
-def _replace_own(state: RecordDict, records: Mapping[str, Any]) -> None:
-    for name in [name for name in state if _is_own(name)]:
-        del state[name]
-    for name, record in records.items():
-        state[name] = record
+def _given_before(folder: Path, instruction: Instruction) -> RecordDict | None:
+    kept = RecordDict()
+    if node_state.restore(folder, kept) and kept.pop("asked") == _asked(instruction):
+        return kept
+    return None
 
 
-def _in_time(work: Callable[[Message, Context], Message]) -> Callable[[Message, Context], Message]:
-    """``work``, unless it takes longer than the run allows; what fails or hangs leaves the node's state as it was.
+def _in_time(limit_s: float | None, work: Work, instruction: Instruction, context: Context) -> RecordDict:
+    """What ``work`` gives, unless it takes longer than ``limit_s``; what fails or hangs leaves the state as it was.
 
     A SuperNode does one message after another: without a limit here, one that hangs would block all that follow.
     """
+    state = RecordDict({name: record.copy() for name, record in context.state.items()})
+    own = Context(context.run_id, context.node_id, context.node_config, state, context.run_config)
+    try:
+        content = time_limit.call(limit_s, _or_resync, work, instruction, own)
+    except BaseException:
+        local_copy.forget_workspace()  # the model may be half customised, or a call that hangs still at work there
+        raise
+    context.state = own.state
+    return content
 
-    def limited(message: Message, context: Context) -> Message:
-        limit_s = messages.parse_config(str(message.content["config"]["run"])).federation.round_timeout_s
-        state = RecordDict({name: record.copy() for name, record in context.state.items()})
-        own = Context(context.run_id, context.node_id, context.node_config, state, context.run_config)
-        try:
-            reply = time_limit.call(limit_s, work, message, own)
-        except time_limit.TimeLimitExceeded:
-            participant.forget_workspace()  # it may still be at work there
-            raise
-        context.state = own.state
-        return reply
 
-    return limited
+def _or_resync(work: Work, instruction: Instruction, context: Context) -> RecordDict:
+    try:
+        return work(instruction, context)
+    except local_copy.ResyncNeeded:
+        local_copy.LocalCopy.forget(context.state)
+        return messages.resync_request()

@@ -12,6 +12,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -36,35 +37,25 @@ def call(limit_s: float | None, function: Callable[..., Result], *arguments: Any
     """
     if limit_s is None:
         return function(*arguments)
-    results: list[Result] = []
-    errors: list[BaseException] = []
-    start = time.monotonic()
-    end = start
+    outcome: Future[Result] = Future()
+    start = end = time.monotonic()
 
     def work() -> None:
         nonlocal end
         try:
-            results.append(function(*arguments))
+            outcome.set_result(function(*arguments))
         except BaseException as error:  # given to the caller, who decides
-            errors.append(error)
+            outcome.set_exception(error)
         end = time.monotonic()
 
     thread = threading.Thread(target=work, name="limited", daemon=True)
     thread.start()
     try:
         thread.join(limit_s)
-    except BaseException:  # who waits was interrupted
-        _end(thread)
-        raise
-    if thread.is_alive():
-        _end(thread)
-    if thread.is_alive() or end - start > limit_s:  # also what came back too late on a busy machine
+    finally:  # also when who waits is interrupted
+        late = thread.is_alive()
+        if late:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Abandoned))
+    if late or end - start > limit_s:  # also what came back too late on a busy machine
         raise TimeLimitExceeded(f"it took longer than the {limit_s:g} s it may take")
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
-def _end(thread: threading.Thread) -> None:
-    assert thread.ident is not None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Abandoned))
+    return outcome.result()

@@ -1,4 +1,4 @@
-"""Clipping and noise on what participants send (options of the run; what they cover is in ``docs/security.md``).
+"""Clipping and noise on what participants send; what they cover, and who needs them, is in ``docs/security.md``.
 
 The unit of protection is one participant's whole change in one round: all tensors of all experts it tuned, as one
 vector. :func:`clip` bounds its norm; noise of ``noise_multiplier`` times that bound on every coordinate hides it, added
@@ -6,36 +6,34 @@ by the server to the sum (central) or by the participant to its own change (loca
 tune is the server's own choice and is not hidden by either. With noise every tuner of an expert counts alike, since a
 weight by tokens has no bounded influence.
 
-Flower's mods (``fixedclipping_mod``, ``adaptiveclipping_mod``, ``LocalDpMod``) do the same for whole models: they need
-a reply with the arrays of the request, and weights instead of their change. Each of them refuses a reply with the
-changes of some experts, so the mechanism stands here, on changes.
-
-* :func:`clip`             one change, bounded
-* :func:`add_noise`        Gaussian noise on changes
-* :class:`AdaptiveClip`    a bound that follows a quantile of the norms (Andrew et al. 2021)
-* :class:`Guard`          the server's side of all three
-* :func:`flip_probability` what hides whether one participant was within the bound, where nobody is to be trusted
+* :func:`protect`          the participant's side
+* :class:`Guard`           the server's side, with a bound that may follow a quantile of the norms (Andrew et al. 2021)
 * :func:`spent_epsilon`    what a number of rounds has cost
+
+Flower's mods do the same for whole models and refuse a reply with the changes of some experts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fluxlib import seeding
 from fluxlib.config import RunConfig
-from fluxlib.federation.protocol.sync import Experts
+from fluxlib.federation.protocol.wire import Experts
 from fluxlib.methods.base import ExpertKey, Update
 
 Changes = dict[ExpertKey, dict[str, Tensor]]
 
 ADAPT_RATE = 0.2
 """How fast an adaptive bound follows: the learning rate of Andrew et al."""
+
+BIT_SHARE = 0.1
+"""With noise by the participants and an adaptive bound: what the bit "within" takes of a round's privacy cost."""
 
 
 def norm(changes: Experts) -> float:
@@ -66,16 +64,17 @@ def add_noise(changes: Experts, deviation: float, generator: torch.Generator) ->
 
 def protect(update: Update, config: RunConfig, bound: float | None, generator: torch.Generator) -> tuple[Update, bool]:
     """What a participant sends of ``update`` under the run's options, and whether its norm was within ``bound``."""
-    within = True
+    chosen, within = config.privacy, True
+    adaptive = chosen.clip_quantile is not None
     if bound is not None:
         changes, within = clip(update.changes, bound)
-        if config.privacy.noise == "participant" and config.privacy.noise_multiplier:
-            multiplier = local_multiplier(config.privacy.noise_multiplier, config.privacy.clip_quantile is not None)
-            changes = add_noise(changes, multiplier * bound, generator)
-            if config.privacy.clip_quantile is not None and flips(config.privacy.noise_multiplier, generator):
-                within = not within
+        if chosen.noise == "participant" and chosen.noise_multiplier:
+            changes = add_noise(changes, local_multiplier(chosen.noise_multiplier, adaptive) * bound, generator)
+            if adaptive:
+                chance = torch.rand((), generator=generator, dtype=torch.float64)
+                within ^= float(chance) < flip_probability(chosen.noise_multiplier)
         update = replace(update, changes=changes)
-    if config.privacy.withhold_reports:
+    if chosen.withhold_reports:
         unknown = torch.full_like(update.utilities, math.nan)
         update = replace(update, utilities=unknown, tokens=torch.zeros_like(update.tokens))
     return update, within
@@ -90,66 +89,55 @@ def noise_generator(config: RunConfig, *names: str | int) -> torch.Generator:
     return seeding.generator(config.seed, *names)
 
 
-@dataclass(frozen=True)
-class AdaptiveClip:
-    """A bound and the quantile of the norms that it follows; ``None``: it stays."""
-
-    bound: float
-    quantile: float | None = None
-
-    def after(self, num_within: float, num_replies: int, noise: float = 0.0) -> AdaptiveClip:
-        """The bound for the next round; ``noise`` was drawn for the count of those within."""
-        if self.quantile is None or not num_replies:
-            return self
-        share = (num_within + noise) / num_replies
-        return replace(self, bound=self.bound * math.exp(-ADAPT_RATE * (share - self.quantile)))
-
-
 class Guard:
-    """The server's side: no change above the bound gets in, noise gets out, and an adaptive bound moves."""
+    """The server's side: no change above the bound gets in, noise gets out, and an adaptive bound moves.
+
+    ``bound`` is that of this round; None: there is none.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.clip = (
-            AdaptiveClip(config.privacy.clip_norm, config.privacy.clip_quantile) if config.privacy.clip_norm else None
-        )
+        self.bound = config.privacy.clip_norm
         self._num_within = 0
-
-    @property
-    def bound(self) -> float | None:
-        """The bound of this round; None: there is none."""
-        return self.clip.bound if self.clip else None
 
     def admit(self, changes: Experts, tokens: Tensor, within: bool | None) -> tuple[Experts, Tensor]:
         """A reply's changes and weights as they may be aggregated: a participant may have clipped nothing."""
-        if self.clip is None:
+        if self.bound is None:
             return changes, tokens
         self._num_within += bool(within)
-        return clip(changes, self.clip.bound)[0], torch.ones_like(
-            tokens
-        ) if self.config.privacy.noise_multiplier else tokens
+        weights = torch.ones_like(tokens) if self.config.privacy.noise_multiplier else tokens
+        return clip(changes, self.bound)[0], weights
 
     def finish(
         self, round_number: int, changes: Changes, num_tuners: Callable[[ExpertKey], int], num_replies: int
     ) -> Changes:
         """The round's combined changes, with central noise on them; the bound moves on."""
-        if self.clip is None:
+        if self.bound is None:
             return changes
-        config, adaptive = self.config, self.clip.quantile is not None
-        if config.privacy.noise == "server" and config.privacy.noise_multiplier:
-            deviation = self.clip.bound * change_multiplier(config.privacy.noise_multiplier, num_replies, adaptive)
+        config, chosen = self.config, self.config.privacy
+        central = chosen.noise == "server" and chosen.noise_multiplier > 0
+        if central:
+            multiplier = change_multiplier(chosen.noise_multiplier, num_replies, chosen.clip_quantile is not None)
             chance = noise_generator(config, "noise", round_number)
-            parts = ({key: tensors} for key, tensors in sorted(changes.items()))
-            noisy = [add_noise(part, deviation / num_tuners(next(iter(part))), chance) for part in parts]
-            changes = {key: tensors for part in noisy for key, tensors in part.items()}
-        num_within, noise = float(self._num_within), 0.0
-        if config.privacy.noise_multiplier and adaptive and config.privacy.noise == "participant":
-            num_within = likely_count(self._num_within, num_replies, config.privacy.noise_multiplier)
-        elif config.privacy.noise_multiplier and adaptive:
-            chance = noise_generator(config, "count", round_number)
-            noise = count_deviation(num_replies) * float(torch.randn((), generator=chance))
-        self.clip, self._num_within = self.clip.after(num_within, num_replies, noise), 0
+            noisy: Changes = {}
+            for key, tensors in sorted(changes.items()):
+                noisy |= add_noise({key: tensors}, self.bound * multiplier / num_tuners(key), chance)
+            changes = noisy
+        if chosen.clip_quantile is not None and num_replies:
+            count, noise = float(self._num_within), 0.0
+            if central:
+                chance = noise_generator(config, "count", round_number)
+                noise = count_deviation(num_replies) * float(torch.randn((), generator=chance))
+            elif chosen.noise_multiplier:
+                count = likely_count(self._num_within, num_replies, chosen.noise_multiplier)
+            self.bound = moved_bound(self.bound, (count + noise) / num_replies, chosen.clip_quantile)
+        self._num_within = 0
         return changes
+
+
+def moved_bound(bound: float, share_within: float, quantile: float) -> float:
+    """An adaptive bound for the next round: lower where more than ``quantile`` of the changes were within it."""
+    return bound * math.exp(-ADAPT_RATE * (share_within - quantile))
 
 
 def count_deviation(num_replies: int) -> float:
@@ -165,7 +153,7 @@ def change_multiplier(noise_multiplier: float, num_replies: int, adaptive: bool)
     Raises:
         ValueError: too much noise for so few replies.
     """
-    if not adaptive or not noise_multiplier:
+    if not adaptive:
         return noise_multiplier
     rest = noise_multiplier**-2 - (2 * count_deviation(num_replies)) ** -2
     if rest <= 0:
@@ -174,10 +162,6 @@ def change_multiplier(noise_multiplier: float, num_replies: int, adaptive: bool)
             f"{2 * count_deviation(num_replies):g} for {num_replies} replies"
         )
     return float(rest**-0.5)
-
-
-BIT_SHARE = 0.1
-"""With noise by the participants and an adaptive bound: what the bit "within" takes of a round's privacy cost."""
 
 
 def flip_probability(noise_multiplier: float) -> float:
@@ -194,11 +178,6 @@ def flip_probability(noise_multiplier: float) -> float:
 def local_multiplier(noise_multiplier: float, adaptive: bool) -> float:
     """Noise of a participant on its change such that it and the bit together cost what ``noise_multiplier`` would."""
     return noise_multiplier / math.sqrt(1 - BIT_SHARE) if adaptive else noise_multiplier
-
-
-def flips(noise_multiplier: float, generator: torch.Generator) -> bool:
-    """Whether this participant says the opposite this time."""
-    return float(torch.rand((), generator=generator, dtype=torch.float64)) < flip_probability(noise_multiplier)
 
 
 def likely_count(num_said: float, num_replies: int, noise_multiplier: float) -> float:

@@ -4,39 +4,35 @@ The server's model has a version number, raised once per aggregated round; versi
 participant loads by itself. What changed since then travels as whole experts, never as differences of differences,
 so applying a message twice, or one that starts earlier than needed, gives the same model.
 
-Exact types (``float32``) carry an expert's weights. All others carry its difference from the base, which is small, so
-rounding it costs little, and rounding errors of earlier rounds are not carried on: no error feedback is needed. The
-server's model stays exact.
+``float32`` carries an expert's weights. All other forms carry its difference from the base, which is small, so rounding
+it costs little and does not add up over rounds. The server's model stays exact.
 
 Experts that a participant will only merge may come in 4 bits (``wire.merged: 4bit``). Their arrays have names of their
 own (:data:`APPROXIMATE`), so a digest tells exact from approximate; the server remembers which experts each participant
 holds approximately and sends them exactly when that participant is to tune them.
 
-* :class:`ExpertStore`   the server's side: the global experts, when each last changed, and messages for a version
-* :class:`Delta`         one such message
+* :class:`ModelVersion`  what a copy of the global model is: number, digest, experts held approximately
+* :class:`Delta`         a message that leads from one version to another
+* :class:`ExpertStore`   the server's side: the global experts, when each last changed, and the deltas
 
-A participant's side of it is in :mod:`fluxlib.federation.client.held`.
-
-Both sides name a state by a digest: SHA-256 over the SHA-256 of each expert in its wire form. An expert is hashed
-once when it changes. A participant whose digest is not the expected one gets every expert anew.
+A participant's side is :class:`fluxlib.federation.client.local_copy.LocalCopy`. Both name a version by its digest:
+SHA-256 over the SHA-256 of each expert as it travels. Where the digests differ, every expert is sent anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from torch import Tensor, nn
 
 from fluxlib.federation.protocol import wire as wires
-from fluxlib.federation.protocol.wire import Form, WireError
+from fluxlib.federation.protocol.wire import Experts, Form, WireError
 from fluxlib.methods.base import ExpertKey
 from fluxlib.moe import find
-
-Experts = Mapping[ExpertKey, Mapping[str, Tensor]]
 
 NOTHING = -1
 """Version of a participant of whom nothing is known: it gets everything."""
@@ -46,51 +42,72 @@ APPROXIMATE = ":4bit"
 
 
 @dataclass(frozen=True)
-class Holding:
-    """What a participant holds: a version, its digest, and which experts it holds only approximately."""
+class ModelVersion:
+    """A version of the global model as a participant holds it, some experts perhaps only approximately."""
 
-    version: int = NOTHING
+    number: int = NOTHING
     digest: str = ""
     approximate: frozenset[ExpertKey] = frozenset()
+
+    def values(self) -> dict[str, int | str | list[int]]:
+        """As entries of a Flower record."""
+        flat = [number for key in sorted(self.approximate) for number in key]
+        return {"version": self.number, "digest": self.digest, "approximate": flat}
+
+    @classmethod
+    def read(cls, record: ConfigRecord) -> ModelVersion:
+        """Inverse of :meth:`values`."""
+        flat: list[int] = record["approximate"]  # type: ignore[assignment]
+        pairs = frozenset(zip(flat[::2], flat[1::2], strict=True))
+        return cls(int(record["version"]), str(record["digest"]), pairs)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Experts that changed after ``from_version``, as they are in ``version``; ``from_version`` -1: all of them.
+    """Experts that changed after version ``since``, and what a participant holds ``after`` it has them.
 
-    ``digest`` and ``approximate`` are what the participant holds afterwards, ``num_experts`` and ``num_approximate``
-    how many experts travel in the usual form and in 4 bits.
+    ``since`` -1: whatever the participant holds is replaced.
     """
 
-    arrays: ArrayRecord
-    from_version: int
-    version: int
-    digest: str
-    num_experts: int
-    num_bytes: int
-    num_approximate: int = 0
-    approximate: frozenset[ExpertKey] = frozenset()
+    arrays: ArrayRecord = field(default_factory=ArrayRecord)
+    since: int = NOTHING
+    after: ModelVersion = ModelVersion()
 
     @property
-    def after(self) -> Holding:
-        """What the participant holds once it has applied this."""
-        return Holding(self.version, self.digest, self.approximate)
+    def num_bytes(self) -> int:
+        """Payload, without headers and names."""
+        return wires.record_bytes(self.arrays)
+
+    @property
+    def num_approximate(self) -> int:
+        """Experts that travel in 4 bits."""
+        return len(approximate_keys(self.arrays))
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that travel in the usual form."""
+        return len({wires.parse_name(name)[0] for name in self.arrays}) - self.num_approximate
 
 
-class Digests:
-    """One digest per expert of a model, and their digest; an expert is hashed again only when it changes."""
+def approximate_keys(names: Iterable[str]) -> frozenset[ExpertKey]:
+    """The experts among the arrays of these names that are in 4 bits."""
+    return frozenset(wires.parse_name(name)[0] for name in names if name.endswith(APPROXIMATE))
 
-    def __init__(self, parts: Mapping[ExpertKey, bytes]) -> None:
-        self.parts = dict(parts)
-        self._order = sorted(self.parts)
 
-    def with_changes(self, changes: Mapping[ExpertKey, bytes]) -> Digests:
-        """A copy with some experts' digests replaced."""
-        return Digests({**self.parts, **changes})
+def model_digest(experts: Mapping[ExpertKey, bytes]) -> str:
+    """Digest of all experts' digests in order of layer and expert, as 64 hexadecimal digits."""
+    return hashlib.sha256(b"".join(experts[key] for key in sorted(experts))).hexdigest()
 
-    def total(self) -> str:
-        """Digest of all experts in order of layer and expert, as 64 hexadecimal digits."""
-        return hashlib.sha256(b"".join(self.parts[key] for key in self._order)).hexdigest()
+
+def base_digests(model: nn.Module) -> dict[ExpertKey, bytes]:
+    """Digest of every expert of ``model``, exactly as it is."""
+    return {
+        (layer.index, expert): wires.digest(
+            {name: wires.encode(tensor) for name, tensor in find.expert_tensors(layer.experts, expert).items()}
+        )
+        for layer in find.layers(model)
+        for expert in range(layer.num_experts)
+    }
 
 
 def frozen_digest(model: nn.Module) -> str:
@@ -109,7 +126,7 @@ class ExpertStore:
 
     Args:
         model: the full model, at version 0.
-        wire: type in which experts travel; the model itself keeps its own type.
+        wire: form in which experts travel; the model itself keeps its own type.
         approximates: whether some are to travel in 4 bits.
     """
 
@@ -120,17 +137,17 @@ class ExpertStore:
         self._base: dict[ExpertKey, dict[str, Tensor]] = {}
         self._keeps_base = approximates or wire != "float32"
         self._layers = find.layers(model)
-        self.keys = [(layer.index, expert) for layer in self._layers for expert in range(layer.num_experts)]
+        self._digests = base_digests(model)
+        self.keys = list(self._digests)
         self.shapes = {
             key: {name: tuple(tensor.shape) for name, tensor in self.tensors(key).items()} for key in self.keys
         }
         self.changed_at = dict.fromkeys(self.keys, 0)
-        self._digests = Digests({key: wires.tensors_digest(self.tensors(key)) for key in self.keys})
-        self.digest_of_version = [self._digests.total()]
+        self.digest_of_version = [model_digest(self._digests)]
+        self.frozen_digest = frozen_digest(model)
         self._arrays: dict[ExpertKey, dict[str, Array]] = {}
         self._approximations: dict[ExpertKey, dict[str, Array]] = {}
         self._deltas: dict[int, Delta] = {}
-        self.frozen_digest = frozen_digest(model)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -154,7 +171,7 @@ class ExpertStore:
             target = self.tensors(key)
             for name, change in tensors.items():
                 target[name].add_(change.to(target[name]))
-        self._record(list(changes))
+        self._raise_version(list(changes))
 
     @torch.no_grad()
     def set(self, experts: Experts, changed_at: Mapping[ExpertKey, int], digests: list[str]) -> None:
@@ -168,59 +185,47 @@ class ExpertStore:
         self._remember_base(experts)
         for key, tensors in experts.items():
             find.write_expert(self._layers[key[0]].experts, key[1], tensors)
-        self._record(list(experts))
+        self._raise_version(list(experts))
         if self.digest != digests[-1]:
             raise WireError(f"it is damaged (digest is {self.digest[:12]}, it should be {digests[-1][:12]})")
-        self._deltas.clear()
         self.version, self.digest_of_version = len(digests) - 1, list(digests)
         self.changed_at |= changed_at
 
-    def delta(
-        self,
-        version: int = NOTHING,
-        digest: str = "",
-        held: frozenset[ExpertKey] = frozenset(),
-        merged: frozenset[ExpertKey] = frozenset(),
-    ) -> Delta:
-        """What a participant that holds ``version`` with ``digest`` lacks; everything if that is not a known state.
+    def delta(self, held: ModelVersion = ModelVersion(), merged: frozenset[ExpertKey] = frozenset()) -> Delta:
+        """What a participant lacks that holds ``held``; everything if that is not a known version.
+
+        The digest of a copy with approximate experts is not remembered; the participant finds out whether it is right
+        when it has applied the delta.
 
         Args:
-            held: experts that it holds only approximately. The digest of such a state is not kept; the participant
-                finds out whether it is right when it has applied the delta.
             merged: experts that may come in 4 bits, or stay approximate.
         """
-        known = 0 <= version <= self.version and (bool(held) or self.digest_of_version[version] == digest)
-        since = version if known else NOTHING
-        if held or merged:
-            return self._mixed_delta(since, held if known else frozenset(), merged)
-        if since not in self._deltas:
-            # A difference from another base would go unnoticed if unchanged experts were sent as well.
-            keys = [key for key in self.keys if self.changed_at[key] > (max(since, 0) if self._keeps_base else since)]
-            record = self.record(keys)
-            found = Delta(record, since, self.version, self.digest, len(keys), wires.record_bytes(record))
-            if since == NOTHING:  # rare, and a second copy of the whole model
-                return found
-            self._deltas[since] = found
-        return self._deltas[since]
-
-    def _mixed_delta(self, since: int, held: frozenset[ExpertKey], merged: frozenset[ExpertKey]) -> Delta:
-        changed = [key for key in self.keys if self.changed_at[key] > max(since, 0)]
-        rounded = [key for key in changed if key in merged]
-        exact = [
-            key for key in self.keys if key not in merged and (self.changed_at[key] > max(since, 0) or key in held)
-        ]
-        arrays = {wires.key_name(key, name): array for key in exact for name, array in self.arrays(key).items()}
-        after = (held & merged) | frozenset(rounded)
-        for key in rounded:
+        known = 0 <= held.number <= self.version
+        known = known and (bool(held.approximate) or self.digest_of_version[held.number] == held.digest)
+        since, approximate = (held.number, held.approximate) if known else (NOTHING, frozenset[ExpertKey]())
+        plain = not (approximate or merged)
+        if plain and since in self._deltas:
+            return self._deltas[since]
+        # A difference from another base would go unnoticed if unchanged experts were sent as well.
+        floor = max(since, 0) if self._keeps_base else since
+        changed = {key for key in self.keys if self.changed_at[key] > floor}
+        rounded = changed & merged
+        exact = (changed | approximate) - merged
+        after = (approximate & merged) | rounded
+        record = self.record(key for key in self.keys if key in exact)
+        for key in sorted(rounded):
             for name, array in self.approximation(key).items():
-                arrays[wires.key_name(key, name)] = array
-        digest = self._digests.with_changes({key: wires.digest(self.approximation(key)) for key in after}).total()
-        record = wires.make_record(arrays)
-        size = wires.record_bytes(record)
-        return Delta(record, since, self.version, digest, len(exact), size, len(rounded), after)
+                record[wires.key_name(key, name)] = array
+        digest = self.digest
+        if after:
+            digest = model_digest(self._digests | {key: wires.digest(self.approximation(key)) for key in after})
+        found = Delta(record, since, ModelVersion(self.version, digest, after))
+        if plain and since != NOTHING:  # that would be a second copy of the whole model, and is rarely asked for
+            self._deltas[since] = found
+        return found
 
     def arrays(self, key: ExpertKey) -> dict[str, Array]:
-        """One expert in wire form; kept until it changes, unless it is still the base's."""
+        """One expert as it travels; kept until it changes, unless it is still the base's."""
         if key in self._arrays:
             return self._arrays[key]
         tensors = self.tensors(key) if self.wire == "float32" else self._difference(key)
@@ -237,18 +242,8 @@ class ExpertStore:
             }
         return self._approximations[key]
 
-    def _difference(self, key: ExpertKey) -> dict[str, Tensor]:
-        base = self._base.get(key, self.tensors(key))
-        return {name: tensor.float() - base[name].float() for name, tensor in self.tensors(key).items()}
-
-    def _remember_base(self, keys: Iterable[ExpertKey]) -> None:
-        if self._keeps_base:
-            for key in keys:
-                if key not in self._base:
-                    self._base[key] = {name: tensor.clone() for name, tensor in self.tensors(key).items()}
-
     def record(self, keys: Iterable[ExpertKey]) -> ArrayRecord:
-        """Some experts in wire form."""
+        """Some experts as they travel."""
         return wires.make_record(
             {wires.key_name(key, name): array for key in keys for name, array in self.arrays(key).items()}
         )
@@ -257,13 +252,21 @@ class ExpertStore:
         """Experts that are no longer the base's."""
         return [key for key in self.keys if self.changed_at[key] > 0]
 
-    def _record(self, keys: list[ExpertKey]) -> None:
+    def _difference(self, key: ExpertKey) -> dict[str, Tensor]:
+        base = self._base.get(key, self.tensors(key))
+        return {name: tensor.float() - base[name].float() for name, tensor in self.tensors(key).items()}
+
+    def _remember_base(self, keys: Iterable[ExpertKey]) -> None:
+        if self._keeps_base:
+            for key in set(keys) - self._base.keys():
+                self._base[key] = {name: tensor.clone() for name, tensor in self.tensors(key).items()}
+
+    def _raise_version(self, keys: list[ExpertKey]) -> None:
         self.version += 1
         self._deltas.clear()
         for key in keys:
             self.changed_at[key] = self.version
             self._arrays.pop(key, None)
             self._approximations.pop(key, None)
-        changed = {key: wires.digest(self.arrays(key)) for key in keys}
-        self._digests = self._digests.with_changes(changed)
-        self.digest_of_version.append(self._digests.total())
+            self._digests[key] = wires.digest(self.arrays(key))
+        self.digest_of_version.append(model_digest(self._digests))

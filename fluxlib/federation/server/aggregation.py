@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fluxlib.config import RunConfig
-from fluxlib.federation.protocol.sync import Experts
+from fluxlib.federation.protocol.wire import Experts
 from fluxlib.methods.base import ExpertKey
 
 RULES = ("trimmed_mean", "median", "krum")

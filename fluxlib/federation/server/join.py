@@ -6,14 +6,14 @@ import logging
 import time
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction, JoinReport
-from fluxlib.federation.protocol.sync import Delta, ExpertStore, Holding
+from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.results import RunFailed
 from fluxlib.federation.server.validation import DAMAGED
 
@@ -27,7 +27,7 @@ class Member:
     """A participant's node, what the server believes it to hold, and its device if it said so."""
 
     node_id: int
-    held: Holding = Holding()
+    held: ModelVersion = ModelVersion()
     device: str = ""
 
 
@@ -40,8 +40,7 @@ def join(grid: Grid, config: RunConfig, store: ExpertStore) -> dict[int, Member]
         RunFailed: a participant is missing after ``federation.join_timeout_s``, two nodes claim the same part of the
             data, or a node has another base model.
     """
-    nothing = Delta(ArrayRecord(), 0, 0, store.digest_of_version[0], 0, 0)
-    invitation = Instruction(config.model_dump_json(), 0, -1, store.wire, nothing)
+    invitation = Instruction(config, 0, -1)
     wanted, limit_s = config.federation.participants, config.federation.join_timeout_s
     found: dict[int, Member] = {}
     problems: list[str] = []
@@ -95,4 +94,4 @@ def _read(reply: Message, store: ExpertStore) -> tuple[int, Member]:
     if report.device and report.device not in catalogue.DEVICES:
         allowed = ", ".join(catalogue.DEVICES)
         raise ValueError(f"participant {report.participant}: device is {report.device!r}, allowed are {allowed}")
-    return report.participant, Member(reply.metadata.src_node_id, report.holding, report.device)
+    return report.participant, Member(reply.metadata.src_node_id, report.held, report.device)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from fluxlib import models, records
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation.checks import check
-from fluxlib.federation.client.participant import load_task
+from fluxlib.federation.client.local_data import load_task
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.results import Output, RunFailed, RunResult, experts_path
 from fluxlib.federation.server.join import join
@@ -98,7 +98,7 @@ class _Run:
         last = {row["participant"]: row["round"] for row in self.tables.rows["participants"] if not row["rejected"]}
         forgetful, members = self.config.engine == "simulation", self.strategy.members
         # A participant holds the version that its last round began with: one less than that round's number.
-        lost = [one for one, when in last.items() if forgetful or members[one].held.version < when - 1]
+        lost = [one for one, when in last.items() if forgetful or members[one].held.number < when - 1]
         if lost:
             log.warning(
                 "%s: %d participants no longer have what they kept after round %d (experts, profile, what rounding "

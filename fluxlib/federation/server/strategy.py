@@ -26,7 +26,7 @@ from fluxlib.federation.engines.grid import send_and_receive
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction, ProfileReport
 from fluxlib.federation.protocol.privacy import Guard
-from fluxlib.federation.protocol.sync import ExpertStore, Holding
+from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.results import Participation, RoundResult
 from fluxlib.federation.server.aggregation import ExpertMean, RobustAggregate, make_aggregate
 from fluxlib.federation.server.join import Member
@@ -65,7 +65,6 @@ class FluxStrategy:
         """When its last reply was in, seconds since 1970."""
         self._senders: dict[int, int] = {}
         self._again: list[int] = []
-        self._config_text = config.model_dump_json()
 
     def run_round(self, number: int) -> RoundResult:
         """One round, counted from 1.
@@ -109,7 +108,7 @@ class FluxStrategy:
                 if reply.has_error():
                     raise ValueError(reply.error.reason)
                 if messages.asks_for_resync(reply.content):
-                    self.members[sender].held = Holding()
+                    self.members[sender].held = ModelVersion()
                     continue
                 report = ProfileReport.from_records(reply.content)
                 first[sender] = roles.first_utilities(report.frequency.reshape(self.store.shape))
@@ -117,7 +116,7 @@ class FluxStrategy:
                 log.warning("profile of participant %d refused: %s", sender, error)
                 continue
             after = self.current[sender].download.after
-            if (report.version, report.digest) == (after.version, after.digest):
+            if report.held == after:
                 self.members[sender].held = after
             self.current[sender].profile_work = report.work
             self.current[sender].phases_s["profile"] = sum(report.phases_s.values())
@@ -167,7 +166,7 @@ class FluxStrategy:
             everything = sender != NOBODY and reply.has_content() and messages.asks_for_resync(reply.content)
             if everything and sender not in asked_again:
                 asked_again.add(sender)
-                self.members[sender].held = Holding()
+                self.members[sender].held = ModelVersion()
                 self._again.append(sender)
             elif reason := self._accept(number, reply, sender, mean, utilities):
                 extra.append((sender, reason))
@@ -191,9 +190,9 @@ class FluxStrategy:
         if wire.merged == "4bit":  # of experts that it neither tunes nor probes an approximation will do
             kept = part.roles.exploit | part.roles.explore
             merged = frozenset((layer, expert) for layer, expert in (~kept).nonzero().tolist())
-        delta = self.store.delta(member.held.version, member.held.digest, member.held.approximate, merged)
+        delta = self.store.delta(member.held, merged)
         part.download = part.download.plus(delta, wire.downlink)
-        instruction = Instruction(self._config_text, number, part.participant, self.store.wire, delta)
+        instruction = Instruction(self.config, number, part.participant, delta)
         if kind == messages.TRAIN:
             instruction = replace(instruction, roles=part.roles, budget=part.budget, clip_norm=self.guard.bound)
         return self.grid.create_message(instruction.to_records(), kind, member.node_id, str(number))
@@ -213,7 +212,7 @@ class FluxStrategy:
             part.rejected, part.detail = error.reason, error.detail
             part.uplink_bytes += _payload(reply)
             if error.reason == "stale":
-                self.members[sender].held = Holding()
+                self.members[sender].held = ModelVersion()
             log.warning("round %d: reply of participant %d refused: %s", number, sender, error)
             return ""
         part.accept(report.update, report.num_bytes)
@@ -224,9 +223,9 @@ class FluxStrategy:
         return ""
 
     def _expected(self, number: int, part: Participation) -> Expected:
-        held, training = part.download.after, self.config.training
+        training = self.config.training
         return Expected(
-            part.participant, number, held.version, held.digest, self.config.wire.uplink, part.roles.exploit,
+            part.participant, number, part.download.after, self.config.wire.uplink, part.roles.exploit,
             self.store.shapes, training.local_steps * training.batch_size * training.max_tokens,
         )  # fmt: skip
 

@@ -10,8 +10,9 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fluxlib.federation.protocol.messages import MOST, Shapes, TrainReport, asks_for_resync
-from fluxlib.federation.protocol.wire import Form
+from fluxlib.federation.protocol.messages import MOST, TrainReport, asks_for_resync
+from fluxlib.federation.protocol.sync import ModelVersion
+from fluxlib.federation.protocol.wire import Form, Shapes
 from fluxlib.methods.base import ExpertKey, Update
 
 # What reading damaged or hostile records may raise; anything else is a fault of this library and is not hidden.
@@ -56,8 +57,7 @@ class Expected:
 
     participant: int
     round: int
-    version: int
-    digest: str
+    held: ModelVersion
     wire: Form
     assigned: Tensor
     """Bool ``[layers, experts]``: experts this participant was to tune."""
@@ -83,11 +83,11 @@ def read_reply(reply: Message, expected: Expected) -> TrainReport:
         raise Rejected("malformed", f"{type(error).__name__}: {error}") from None
     if report.participant != expected.participant:
         raise Rejected("unknown", f"participant {expected.participant} answered as {report.participant}")
-    if (report.round, report.version, report.digest) != (expected.round, expected.version, expected.digest):
+    if (report.round, report.held) != (expected.round, expected.held):
         raise Rejected(
             "stale",
-            f"trained on version {report.version} in round {report.round}, asked for version "
-            f"{expected.version} in round {expected.round}",
+            f"trained on version {report.held.number} in round {report.round}, asked for version "
+            f"{expected.held.number} in round {expected.round}",
         )
     check_numbers(report.update, expected)
     for key, tensors in report.update.changes.items():

@@ -21,7 +21,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ from torch import Tensor
 
 from fluxlib import records
 from fluxlib.config import RunConfig
-from fluxlib.federation.client.disk import records_from_json, records_to_json
-from fluxlib.federation.client.held import Held
+from fluxlib.federation.client.local_copy import LocalCopy
+from fluxlib.federation.client.node_state import record_from_json, record_to_json
 from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.protocol import wire as wires
-from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.results import TABLES
 from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store.tables import Tables, Totals
@@ -131,8 +131,7 @@ class Checkpoints:
         roles = {name: tensor.numpy() for name, tensor in load_file(self.folder / files["roles"]).items()}
         strategy.role_state = RoleState.from_arrays(roles)
         strategy.profiled = set(manifest["profiled"])
-        if strategy.guard.clip is not None:
-            strategy.guard.clip = replace(strategy.guard.clip, bound=manifest["clip_norm"])
+        strategy.guard.bound = manifest["clip_norm"]
         self._nodes = {name: list(nodes) for name, nodes in manifest["nodes"].items()}
         if isinstance(strategy.grid, LocalGrid):
             for name, nodes in self._nodes.items():
@@ -228,7 +227,7 @@ def node_tensors(grid: LocalGrid, nodes: Iterable[str]) -> dict[str, Tensor]:
             if isinstance(record, ArrayRecord) and name != "experts":
                 tensors |= {f"{node}/{name}/{key}": torch.from_numpy(a.numpy()) for key, a in record.items()}
             elif name != "experts":
-                plain[name] = records_to_json(record)
+                plain[name] = record_to_json(record)
         text = np.frombuffer(json.dumps(plain).encode(), np.uint8)
         tensors[f"{node}/{_RECORDS}"] = torch.from_numpy(text.copy())
     return tensors
@@ -243,20 +242,18 @@ def restore_nodes(tensors: Mapping[str, Tensor], nodes: Iterable[str], grid: Loc
             continue
         if record == _RECORDS:
             plain = json.loads(tensor.numpy().tobytes())
-            states[node].update({name: records_from_json(value) for name, value in plain.items()})
+            states[node].update({name: record_from_json(value) for name, value in plain.items()})
         else:
             states[node].setdefault(record, ArrayRecord())[key[0]] = Array(tensor.numpy())
     for node, state in states.items():
         if "held" in state:
-            held = Held(int(state["held"]["version"]), str(state["held"]["digest"]), _held_experts(state, store))
-            held.save(state)
+            version = ModelVersion.read(state["held"])
+            LocalCopy(version, _held_experts(version, store)).save(state)
         grid.context(int(node)).state = state
 
 
-def _held_experts(state: RecordDict, store: ExpertStore) -> ArrayRecord:
+def _held_experts(held: ModelVersion, store: ExpertStore) -> ArrayRecord:
     """Experts that had changed by the held version and not since; the others come with the next delta."""
-    version, flat = int(state["held"]["version"]), state["held"]["approximate"]
-    approximate = set(zip(flat[::2], flat[1::2], strict=True))
-    keys = [key for key in store.changed() if store.changed_at[key] <= version]
-    arrays = {key: store.approximation(key) if key in approximate else store.arrays(key) for key in keys}
+    keys = [key for key in store.changed() if store.changed_at[key] <= held.number]
+    arrays = {key: store.approximation(key) if key in held.approximate else store.arrays(key) for key in keys}
     return wires.make_record({wires.key_name(key, name): a for key in keys for name, a in arrays[key].items()})

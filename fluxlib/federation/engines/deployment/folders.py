@@ -20,8 +20,7 @@ import yaml
 
 from fluxlib.config import ConfigError, RunConfig, check_writable, make_config
 from fluxlib.devices import catalogue
-from fluxlib.federation.client.own_data import write_examples
-from fluxlib.federation.client.participant import load_task
+from fluxlib.federation.client.local_data import load_task, write_examples
 
 SETTINGS, SAMPLES, STATE = "participant.yaml", "train.jsonl", "state"
 

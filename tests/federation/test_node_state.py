@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from fluxlib.config import RunConfig
 from fluxlib.federation import LocalGrid, Output, RunResult
-from fluxlib.federation.client import client_app, disk, later, participant
+from fluxlib.federation.client import background_profile, client_app, local_copy, node_state
 from fluxlib.federation.protocol import wire
 from fluxlib.federation.server import server_app
 
@@ -33,28 +32,24 @@ def state() -> RecordDict:
 
 
 def test_what_is_kept_comes_back(state: RecordDict, tmp_path: Path) -> None:
-    disk.keep(tmp_path, state)
+    node_state.keep(tmp_path, state)
     found = RecordDict()
-    assert disk.restore(tmp_path, found) and found == state
-    assert not disk.restore(tmp_path / "nothing", RecordDict())
+    assert node_state.restore(tmp_path, found) and found == state
+    assert not node_state.restore(tmp_path / "nothing", RecordDict())
 
 
 def test_only_what_changed_is_written_and_what_is_gone_is_swept_up(state: RecordDict, tmp_path: Path) -> None:
-    disk.keep(tmp_path, state)
-    first = {path.name for path in tmp_path.iterdir()}
+    node_state.keep(tmp_path, state)
+    first = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
     state["experts"] = arrays(a=1.0, b=7.0)
-    disk.keep(tmp_path, state)
-    entries = json.loads((tmp_path / "manifest.json").read_text())["arrays"]
-    assert entries["experts/a"]["file"] in first and entries["experts/b"]["file"] not in first
+    node_state.keep(tmp_path, state)
+    second = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
+    assert len(first) == len(second) == 2 and len(first.items() & second.items()) == 1
     state["experts"] = arrays(b=7.0)
-    disk.keep(tmp_path, state)
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", entries["experts/b"]["file"]}
-    for value in range(2 * disk.MAX_FILES):
-        state["experts"] = arrays(**{f"k{i}": float(i) for i in range(value + 1)})
-        disk.keep(tmp_path, state)
-    assert len(list(tmp_path.iterdir())) <= disk.MAX_FILES + 1
+    node_state.keep(tmp_path, state)
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *(second.keys() - first.keys())}
     found = RecordDict()
-    assert disk.restore(tmp_path, found) and found == state
+    assert node_state.restore(tmp_path, found) and found == state
 
 
 def _flip(path: Path) -> None:
@@ -64,12 +59,12 @@ def _flip(path: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "bit": lambda folder: _flip(next(folder.glob("arrays-*"))),
-    "missing": lambda folder: next(folder.glob("arrays-*")).unlink(),
-    "truncated": lambda folder: next(folder.glob("arrays-*")).write_bytes(b"12"),
+    "bit": lambda folder: _flip(next(folder.glob("*.npy"))),
+    "missing": lambda folder: next(folder.glob("*.npy")).unlink(),
+    "truncated": lambda folder: next(folder.glob("*.npy")).write_bytes(b"12"),
     "manifest": lambda folder: (folder / "manifest.json").write_text("{"),
     "list": lambda folder: (folder / "manifest.json").write_text("[]"),
-    "format": lambda folder: (folder / "manifest.json").write_text('{"format": 99}'),
+    "other": lambda folder: (folder / "manifest.json").write_text('{"experts": 99}'),
 }
 
 
@@ -77,45 +72,44 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_damage_is_noticed_and_the_folder_is_usable_again(
     state: RecordDict, tmp_path: Path, damage: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    disk.keep(tmp_path, state)
+    node_state.keep(tmp_path, state)
     damage(tmp_path)
     with caplog.at_level(logging.WARNING):
-        assert not disk.restore(tmp_path, RecordDict())
+        assert not node_state.restore(tmp_path, RecordDict())
     assert "starts anew" in caplog.text
     found = RecordDict()
-    (tmp_path / "manifest.json").unlink()
-    disk.keep(tmp_path, state)
-    assert disk.restore(tmp_path, found) and found == state
+    node_state.keep(tmp_path, state)
+    assert node_state.restore(tmp_path, found) and found == state
 
 
 def test_a_full_disk_costs_a_warning(
     state: RecordDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    disk.keep(tmp_path, state)
+    node_state.keep(tmp_path, state)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk, "save_file", full)
+    monkeypatch.setattr(node_state, "_write", full)
     changed = RecordDict({"experts": arrays(a=9.0)})
     with caplog.at_level(logging.WARNING):
-        disk.keep(tmp_path, changed)
+        node_state.keep(tmp_path, changed)
     assert "No space left" in caplog.text
     found = RecordDict()
-    assert disk.restore(tmp_path, found) and found == state
+    assert node_state.restore(tmp_path, found) and found == state
 
 
 def run(config: RunConfig, app: ClientApp | None = None, **node: Any) -> RunResult:
     results: list[RunResult] = []
     server = server_app.make_app(config, Output(), results.append)
-    participant.forget_workspace()
+    local_copy.forget_workspace()
     grid = LocalGrid(app or client_app.app, config.federation.participants, node_config=lambda _: node)
     server(grid, Context(1, 0, {}, RecordDict(), {}))
     return results[0]
 
 
 def restarting(after_round: int, damage: Callable[[Path], Any] | None = None, folder: Path | None = None) -> ClientApp:
-    """A client app whose nodes lose what is in their memory after one round, and perhaps some of their disk."""
+    """A client app whose nodes lose what is in their memory after one round, and perhaps some of their node_state."""
 
     def handle(message: Message, context: Context) -> Message:
         reply = client_app.app(message, context)
@@ -148,7 +142,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_a_restarted_node_goes_on_from_its_disk(make_config: Make, tmp_path: Path, options: dict[str, Any]) -> None:
     config = make_config({"method": "flux"} | options)
-    folder = {disk.STATE_DIR: str(tmp_path)}
+    folder = {node_state.STATE_DIR: str(tmp_path)}
     found = run(config, restarting(1), **folder)
     same(found, run(config), "downlink_bytes", "device_s")
     assert (found.participants["rejected"] == "").all()
@@ -156,14 +150,14 @@ def test_a_restarted_node_goes_on_from_its_disk(make_config: Make, tmp_path: Pat
 
 def test_a_damaged_disk_costs_a_full_download(make_config: Make, tmp_path: Path) -> None:
     config = make_config()
-    found = run(config, restarting(2, DAMAGE["bit"], tmp_path), **{disk.STATE_DIR: str(tmp_path)})
+    found = run(config, restarting(2, DAMAGE["bit"], tmp_path), **{node_state.STATE_DIR: str(tmp_path)})
     plain = run(config)
     assert (found.participants["rejected"] == "").all()
     assert found.rounds["downlink_bytes"].iloc[3] > plain.rounds["downlink_bytes"].iloc[3]
 
 
 def test_another_run_on_the_same_disk_starts_from_the_base(make_config: Make, tmp_path: Path) -> None:
-    folder = {disk.STATE_DIR: str(tmp_path)}
+    folder = {node_state.STATE_DIR: str(tmp_path)}
     run(make_config({"method": "flux", "seed": 1}), **folder)
     config = make_config({"method": "flux", "wire.uplink": "int8"})
     run(config, **folder)
@@ -176,25 +170,28 @@ def test_a_profile_after_the_reply_gives_the_same_numbers(
     made: list[Path] = []
 
     def at_once(folder: Path, state: RecordDict) -> None:
-        if later.PENDING in state:
+        if background_profile.PENDING in state:
             made.append(folder)
-            later.main(folder)
+            background_profile.main(folder)
 
-    monkeypatch.setattr(later, "start", at_once)
+    monkeypatch.setattr(background_profile, "start", at_once)
     config = make_config({"method": "flux"})
-    node = {disk.STATE_DIR: str(tmp_path), later.BACKGROUND: True}
+    node = {node_state.STATE_DIR: str(tmp_path), background_profile.BACKGROUND: True}
     same(run(config, **node), run(config), "downlink_bytes", "device_s")
     assert len(made) == 9
-    monkeypatch.setattr(later, "start", lambda folder, state: None)  # the process died at once
-    node[disk.STATE_DIR] = str(tmp_path / "other")
+    monkeypatch.setattr(background_profile, "start", lambda folder, state: None)  # the process died at once
+    node[node_state.STATE_DIR] = str(tmp_path / "other")
     same(run(config, **node), run(config), "downlink_bytes", "device_s")
 
 
 def test_a_real_process_profiles_while_the_others_work(make_config: Make, tmp_path: Path) -> None:
     config = make_config({"method": "flux", "federation.participants": 2, "federation.rounds": 2})
-    node = {disk.STATE_DIR: str(tmp_path), later.BACKGROUND: True}
+    node = {node_state.STATE_DIR: str(tmp_path), background_profile.BACKGROUND: True}
     same(run(config, **node), run(config), "downlink_bytes", "device_s")
-    logs = [path.read_text() for path in tmp_path.glob("participant-*/later.log")]
+    logs = [path.read_text() for path in tmp_path.glob("participant-*/profile.log")]
     assert len(logs) == 2 and not any("Traceback" in text for text in logs)
     result = RecordDict()
-    assert disk.restore(tmp_path / "participant-0" / later.PENDING, result) and result["done"]["round"] >= 1
+    assert (
+        node_state.restore(tmp_path / "participant-0" / background_profile.PENDING, result)
+        and result["done"]["round"] >= 1
+    )

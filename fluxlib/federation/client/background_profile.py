@@ -1,0 +1,108 @@
+"""The profile for the next round, made after the reply: while the server waits for others, aggregates and evaluates.
+
+A node whose configuration has a ``state-dir`` and ``background-profile = true`` answers first. Then a process of its
+own reads what the participant holds from that folder, profiles it, and leaves the result there; the next message
+picks it up, or waits for it. The process is not Flower's: a client app's own process is ended soon after its reply. If
+it is gone without a result (killed, out of memory), the profile is made when it is needed, from the same model and
+samples, so the numbers are the same however a profile came about.
+
+Everywhere else the participant profiles before it answers, in the same order as ever: one process can do one thing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fluxlib import methods
+from fluxlib.federation.client import node_state
+from fluxlib.federation.client.local_copy import LocalCopy, workspace
+from fluxlib.federation.client.local_data import local_data
+from fluxlib.federation.protocol import messages
+from fluxlib.federation.protocol.messages import Instruction, Span
+from fluxlib.methods.base import ParticipantState
+
+log = logging.getLogger(__name__)
+
+BACKGROUND = "background-profile"
+"""Entry of a node's configuration: profile after the reply. It needs a ``state-dir``."""
+
+PENDING = "pending-profile"
+"""Record of a participant's state: a profile that is still to be made, or being made. Also the folder of its result."""
+
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def note(state: RecordDict, instruction: Instruction, device: str, samples: Path | None) -> None:
+    """Write down that the model held now is to be profiled, and all that is needed for it."""
+    run = {"run": instruction.config.model_dump_json(), "round": instruction.round}
+    who = {"participant": instruction.participant, "device": device, "samples": str(samples or "")}
+    state[PENDING] = ConfigRecord(run | who)  # type: ignore[arg-type]
+
+
+def start(folder: Path, state: RecordDict) -> None:
+    """Start the process if there is something to do; ``folder`` must hold ``state`` already."""
+    if PENDING not in state:
+        return
+    with _open_lock(folder) as lock, (folder / "profile.log").open("ab") as output:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # passed on: it is held until the process ends, however it ends
+        command = [sys.executable, "-m", __name__, str(folder)]
+        _started[:] = [process for process in _started if process.poll() is None]  # reaps those that have ended
+        settings: dict[str, Any] = {"stdout": output, "stderr": output, "start_new_session": True}
+        _started.append(subprocess.Popen(command, pass_fds=[lock.fileno()], **settings))
+
+
+def finish(folder: Path | None, state: RecordDict) -> list[Span]:
+    """Put a pending profile into ``state``, from the process or made now; when it was made."""
+    if PENDING not in state:
+        return []
+    number, result = int(state[PENDING]["round"]), RecordDict()
+    if folder is not None:
+        with _open_lock(folder) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the process
+        node_state.restore(folder / PENDING, result)
+    if "done" not in result or result["done"]["round"] != number:
+        log.warning("no profile of round %d was left in %s; it is made now", number, folder)
+        result = _make(state)
+    node_state.save_state(state, node_state.load_state(result))
+    del state[PENDING]
+    return [("profile", float(result["done"]["start"]), float(result["done"]["end"]), number)]
+
+
+def _make(state: RecordDict) -> RecordDict:
+    """The pending profile of ``state``, of the model and the samples of that round."""
+    note: Any = state[PENDING]
+    begin, number, config = time.time(), note["round"], messages.parse_config(note["run"])
+    space = workspace(config.model, config.wire.downlink, note["device"])
+    space.load(LocalCopy.load(state, space.base_digest))
+    samples = Path(note["samples"]) if note["samples"] else None
+    data = local_data(config, space.tokenizer, note["participant"], number, samples)
+    result, made = RecordDict(), methods.get(config.method).afterwards
+    assert made is not None
+    node_state.save_state(result, ParticipantState(made(space.model, data, config), number))
+    result["done"] = ConfigRecord({"round": number, "start": begin, "end": time.time()})
+    return result
+
+
+def _open_lock(folder: Path) -> Any:
+    return (folder / "profile.lock").open("ab")
+
+
+def main(folder: Path) -> None:
+    """What the process does."""
+    state = RecordDict()
+    if node_state.restore(folder, state) and PENDING in state:
+        node_state.keep(folder / PENDING, _make(state))
+
+
+if __name__ == "__main__":
+    os.nice(5)  # what the participant is asked for next comes first
+    main(Path(sys.argv[1]))

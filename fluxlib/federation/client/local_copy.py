@@ -1,0 +1,161 @@
+"""A participant's copy of the global model, and the one model in memory that stands for all participants of a process.
+
+* :class:`LocalCopy`  version, and the experts that differ from the base; kept in the node's context
+* :class:`Workspace`  a model that becomes any participant's, writing only the experts that differ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor, nn
+
+from fluxlib import models
+from fluxlib.federation.protocol import wire as wires
+from fluxlib.federation.protocol.sync import (
+    APPROXIMATE,
+    NOTHING,
+    Delta,
+    ModelVersion,
+    approximate_keys,
+    base_digests,
+    frozen_digest,
+    model_digest,
+)
+from fluxlib.federation.protocol.wire import Form, WireError
+from fluxlib.methods.base import ExpertKey
+from fluxlib.models.hardware import torch_device
+from fluxlib.moe import find
+
+
+class ResyncNeeded(WireError):
+    """A delta does not lead from what a participant holds to what it should hold."""
+
+
+@dataclass(frozen=True)
+class LocalCopy:
+    """The experts a participant holds: those of the base, except ``arrays`` (keys ``"<layer>.<expert>.<name>"``).
+
+    It lives in the participant's Flower context as two records, so every engine carries it between rounds.
+    """
+
+    version: ModelVersion
+    arrays: ArrayRecord = field(default_factory=ArrayRecord)
+
+    @classmethod
+    def load(cls, state: RecordDict, base_digest: str) -> LocalCopy:
+        """What ``state`` holds; the base model when it holds nothing."""
+        if "held" not in state:
+            return cls(ModelVersion(0, base_digest))
+        return cls(ModelVersion.read(state["held"]), state["experts"])
+
+    def save(self, state: RecordDict) -> None:
+        """Write into ``state``."""
+        state["held"], state["experts"] = ConfigRecord(dict(self.version.values())), self.arrays
+
+    @staticmethod
+    def forget(state: RecordDict) -> None:
+        """Take it out of ``state``: the participant then holds the base, and accepts a full delta of any version."""
+        for name in state.keys() & {"held", "experts"}:
+            del state[name]
+
+    def updated(self, delta: Delta, base: Mapping[ExpertKey, bytes]) -> LocalCopy:
+        """What is held after ``delta``; ``base`` are the digests of the base model's experts.
+
+        Raises:
+            ResyncNeeded: ``delta`` starts later than, or ends before, what is held, or the result's digest is wrong.
+        """
+        number, wanted = self.version.number, delta.after
+        if delta.since != NOTHING and not delta.since <= number <= wanted.number:
+            raise ResyncNeeded(f"holds version {number}, the delta is {delta.since} to {wanted.number}")
+        arrays = ArrayRecord() if delta.since == NOTHING else self.arrays.copy()
+        for name in delta.arrays if delta.num_approximate or self.version.approximate else ():
+            # exact and approximate replace each other
+            arrays.pop(name.removesuffix(APPROXIMATE) if name.endswith(APPROXIMATE) else name + APPROXIMATE, None)
+        arrays.update(delta.arrays)
+        held = LocalCopy(ModelVersion(wanted.number, wanted.digest, approximate_keys(arrays)), arrays)
+        found = model_digest({**base, **held.digests()})
+        if found != wanted.digest:
+            raise ResyncNeeded(f"digest is {found[:12]} after the delta, it should be {wanted.digest[:12]}")
+        return held
+
+    def experts(self) -> dict[ExpertKey, dict[str, Array]]:
+        """The held arrays by expert."""
+        grouped: dict[ExpertKey, dict[str, Array]] = {}
+        for name, array in self.arrays.items():
+            key, tensor = wires.parse_name(name)
+            grouped.setdefault(key, {})[tensor] = array
+        return grouped
+
+    def digests(self) -> dict[ExpertKey, bytes]:
+        """Digest of each expert that differs from the base."""
+        return {key: wires.digest(arrays) for key, arrays in self.experts().items()}
+
+
+class Workspace:
+    """A model in memory that stands for whichever participant is at work.
+
+    The base is loaded once. :meth:`load` writes the experts that differ between what the model holds and what the
+    participant holds; participants at the same version cost no write at all.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, wire: Form = "float32") -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.wire = wire
+        self.base = base_digests(model)
+        self.base_digest = model_digest(self.base)
+        self.frozen_digest = frozen_digest(model)
+        self._layers = find.layers(model)
+        self._base_tensors: dict[ExpertKey, dict[str, Tensor]] = {}
+        self._loaded: dict[ExpertKey, bytes] = {}
+        self._digest = self.base_digest
+
+    def load(self, held: LocalCopy) -> int:
+        """Make the model that of ``held``; number of experts that had to be written."""
+        if held.version.digest == self._digest:
+            return 0
+        wanted, digests, written = held.experts(), held.digests(), 0
+        self._digest = ""  # stays so if writing fails half-way
+        for key in self._loaded.keys() | digests.keys():
+            target = digests.get(key, self.base[key])
+            if self._loaded.get(key, self.base[key]) != target:
+                self._write(key, wanted.get(key, {}))
+                self._loaded[key] = target
+                written += 1
+        self._digest = held.version.digest
+        return written
+
+    def _write(self, key: ExpertKey, arrays: Mapping[str, Array]) -> None:
+        """One expert's tensors: those of the base, replaced by ``arrays``."""
+        experts = self._layers[key[0]].experts
+        if key not in self._base_tensors:
+            current = find.expert_tensors(experts, key[1])
+            self._base_tensors[key] = {name: tensor.clone() for name, tensor in current.items()}
+        base = self._base_tensors[key]
+        tensors = dict(base)
+        for name, array in arrays.items():
+            plain = name.removesuffix(APPROXIMATE)
+            if plain not in base:
+                raise WireError(f"an expert has no tensor {plain!r}, it has {', '.join(base)}")
+            form = self.wire if plain == name else "int4"
+            tensor = wires.decode(array, form, base[plain].shape)
+            if form != "float32":
+                tensor = base[plain].float() + tensor.float().to(base[plain].device)
+            tensors[plain] = tensor
+        find.write_expert(experts, key[1], tensors)
+
+
+@lru_cache(maxsize=1)
+def workspace(model: str, wire: Form, device: str = "cpu") -> Workspace:
+    """The process's one model in memory, shared by all participants that run in it."""
+    return Workspace(*models.load(model, device=torch_device(device)), wire)
+
+
+def forget_workspace() -> None:
+    """Drop the model in memory; the next message loads the base anew."""
+    workspace.cache_clear()
