@@ -103,7 +103,7 @@ def test_a_killed_server_app_goes_on_after_its_last_complete_round(
     base: RunConfig, nodes: LocalFederation, tmp_path: Path
 ) -> None:
     """Nothing is lost: participants kept their state on disk, the server its checkpoint. The result is the same."""
-    config = base.updated({"federation.rounds": 3})  # the seed decides who holds what, which lies in folders
+    config = base  # the seed decides who holds what, which lies in folders
     engine.submit(config, tmp_path, nodes.home, CONNECTION)
     path = tmp_path / "checkpoints" / config.run_id / "manifest.json"
     wait_for(lambda: path.is_file() and json.loads(path.read_text())["round"] >= 1)
@@ -113,8 +113,8 @@ def test_a_killed_server_app_goes_on_after_its_last_complete_round(
     wait_for(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
     rows: list[dict[str, Any]] = []
     result = federation.run(config, on_round=rows.append, out=tmp_path, superlink=CONNECTION)
-    assert rows[0]["round"] in (2, 3)
-    assert result.rounds["round"].tolist() == [0, 1, 2, 3]
+    assert [row["round"] for row in rows] == [2]
+    assert result.rounds["round"].tolist() == [0, 1, 2]
     assert (result.participants["rejected"] == "").all()
     for a, b in zip(result.model.parameters(), local(config).model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -126,7 +126,7 @@ def server_app_of(nodes: LocalFederation) -> psutil.Process:
     return found
 
 
-def wait_for(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], limit_s: float = 300.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
