@@ -37,11 +37,12 @@ def folder_of(config: RunConfig, out: Path) -> Path:
     return out / "checkpoints" / config.run_id
 
 
-@pytest.fixture(
-    params=[{}, {"federation.participants": 5, "federation.participants_per_round": 2}], ids=["all", "sampled"]
-)
-def config(request: pytest.FixtureRequest, make_config: Make) -> RunConfig:
-    return make_config({"method": "fake-profiling", "federation.rounds": 5} | request.param)
+SAMPLED = {"federation.participants": 5, "federation.participants_per_round": 2}
+
+
+@pytest.fixture
+def config(make_config: Make) -> RunConfig:
+    return make_config({"method": "fake-profiling", "federation.rounds": 5} | SAMPLED)
 
 
 UNINTERRUPTED: dict[str, federation.RunResult] = {}
@@ -59,8 +60,11 @@ def as_uninterrupted(first: federation.RunResult, config: RunConfig) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("number", [1, 3, 4])
-def test_a_killed_run_ends_as_an_uninterrupted_one(config: RunConfig, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(("number", "people"), [(1, {}), (3, SAMPLED), (4, {})], ids=["1", "3 sampled", "4"])
+def test_a_killed_run_ends_as_an_uninterrupted_one(
+    make_config: Make, tmp_path: Path, number: int, people: dict[str, Any]
+) -> None:
+    config = make_config({"method": "fake-profiling", "federation.rounds": 5} | people)
     with pytest.raises(Killed):
         federation.run(config, on_round=kill_after(number), out=tmp_path)
     assert folder_of(config, tmp_path).is_dir()
