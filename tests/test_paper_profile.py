@@ -18,7 +18,7 @@ from fluxlib import federation, methods, models
 from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig
-from fluxlib.models.exporting import export
+from fluxlib.models.saving import export
 from fluxlib.models.llama_moe import LlamaMoeConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?+-*/=#<>$()' \n"

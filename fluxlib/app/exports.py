@@ -21,7 +21,7 @@ from fluxlib import federation, merging, models, profiling, records
 from fluxlib.analysis.studies.bench import interleaved
 from fluxlib.config import ConfigError, MergingConfig, RunConfig, make_config
 from fluxlib.federation.checks import make_budgets
-from fluxlib.models.compacted import WEIGHTS, load_compact, save_compact
+from fluxlib.models.saving import WEIGHTS, load_compact, save_compact
 from fluxlib.moe.compact import customize, restore
 from fluxlib.tasks.batches import make_batch
 from fluxlib.tasks.evaluate import evaluate

@@ -11,7 +11,7 @@ from fluxlib import methods, models, tasks
 from fluxlib.config import ConfigError, RunConfig, check_writable
 from fluxlib.devices import catalogue
 from fluxlib.methods.base import Budget
-from fluxlib.models.hardware import torch_device
+from fluxlib.models.loading import torch_device
 from fluxlib.moe import find
 
 

@@ -6,11 +6,10 @@ Importing this package makes the two models and the keys of their public checkpo
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from fluxlib.models.checkpoints import register_conversions, write_checksums
-from fluxlib.models.compacted import load_compact, save_compact
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM, DeepseekMoeModel
-from fluxlib.models.exporting import export
 from fluxlib.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel
-from fluxlib.models.registry import config, data_folder, known, load, resolve
+from fluxlib.models.loading import config, known, load, resolve, torch_device
+from fluxlib.models.saving import export, load_compact, save_compact
 
 
 def register() -> None:
@@ -35,7 +34,6 @@ __all__ = [
     "LlamaMoeForCausalLM",
     "LlamaMoeModel",
     "config",
-    "data_folder",
     "export",
     "known",
     "load",
@@ -43,5 +41,6 @@ __all__ = [
     "register",
     "resolve",
     "save_compact",
+    "torch_device",
     "write_checksums",
 ]

@@ -50,36 +50,11 @@ WEIGHT_FILES = (
 CHECKSUMS = "checksums.json"
 
 
-@dataclass(frozen=True)
-class ExpertKeys:
-    """Names of one expert's matrices within a layer; ``*`` stands for the expert's number."""
-
-    gate: str
-    up: str
-    down: str
-
-    def of(self, expert: int) -> tuple[str, str, str]:
-        """Return the three names for one expert."""
-        number = str(expert)
-        return (
-            self.gate.replace("*", number),
-            self.up.replace("*", number),
-            self.down.replace("*", number),
-        )
-
-
-FORMATS: dict[str, ExpertKeys] = {
-    "llama_moe": ExpertKeys(
-        gate="mlp.calculator.experts.weight_gate.*",
-        up="mlp.calculator.experts.weight_up.*",
-        down="mlp.calculator.experts.weight_down.*",
-    ),
-    "deepseek": ExpertKeys(
-        gate="mlp.experts.*.gate_proj.weight",
-        up="mlp.experts.*.up_proj.weight",
-        down="mlp.experts.*.down_proj.weight",
-    ),
+FORMATS = {
+    "llama_moe": tuple(f"mlp.calculator.experts.weight_{matrix}.*" for matrix in ("gate", "up", "down")),
+    "deepseek": tuple(f"mlp.experts.*.{matrix}_proj.weight" for matrix in ("gate", "up", "down")),
 }
+"""By model type: names of one expert's gate, up and down matrix within a layer; ``*`` is the expert's number."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +103,10 @@ class SplitExperts(SplitModulelist):
 
 def register_conversions() -> None:
     """Teach transformers the public keys of both models; calling it again changes nothing."""
-    for model_type, keys in FORMATS.items():
-        fuse = [MergeExperts(dim=0), Concatenate(dim=1)]
+    for model_type, (gate, up, down) in FORMATS.items():
         conversions = [
-            WeightConverter([keys.gate, keys.up], GATE_UP, operations=fuse),
-            WeightConverter(keys.down, DOWN, operations=[MergeExperts(dim=0)]),
+            WeightConverter([gate, up], GATE_UP, operations=[MergeExperts(dim=0), Concatenate(dim=1)]),
+            WeightConverter(down, DOWN, operations=[MergeExperts(dim=0)]),
         ]
         register_checkpoint_conversion_mapping(model_type, conversions, overwrite=True)
 
@@ -147,15 +121,12 @@ def original_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """
     keys = FORMATS[model.config.model_type]
     for name, tensor in model.state_dict().items():
-        if name.endswith(GATE_UP):
-            layer = name.removesuffix(GATE_UP)
+        stack = next((stack for stack in (GATE_UP, DOWN) if name.endswith(stack)), None)
+        if stack is not None:
+            layer, names = name.removesuffix(stack), keys[:2] if stack == GATE_UP else keys[2:]
             for expert, matrix in enumerate(tensor):
-                gate, up = matrix.chunk(2, dim=0)
-                yield layer + keys.of(expert)[0], gate
-                yield layer + keys.of(expert)[1], up
-        elif name.endswith(DOWN):
-            for expert, matrix in enumerate(tensor):
-                yield name.removesuffix(DOWN) + keys.of(expert)[2], matrix
+                for key, part in zip(names, matrix.chunk(len(names), dim=0), strict=True):
+                    yield layer + key.replace("*", str(expert)), part
         elif not (model.config.tie_word_embeddings and name == "lm_head.weight"):
             yield name, tensor
 

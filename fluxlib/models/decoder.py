@@ -7,7 +7,8 @@ dense MLP are transformers' classes, imported; what is here is the rest:
   interface (``eager``, ``grouped_mm``, ...), called ``experts(hidden_states, top_k_index, top_k_weights)``;
 - :class:`MoeDecoderLayer`: attention, then whatever block it is given;
 - :class:`MoePreTrainedModel`, :class:`MoeModel`, :class:`MoeForCausalLM`: the three classes of a transformers
-  model, abstract in one point: ``build_block(config, layer_idx)``, which the two models define.
+  model, abstract in one point: ``build_block(config, layer_idx)``, which the two models define;
+- :func:`check_fields`: what fields of a configuration must be before they are compared or looked up.
 """
 
 from __future__ import annotations
@@ -236,3 +237,19 @@ class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+
+def check_fields(kind: str, config: Any, *whole: str) -> None:
+    """Raise ValueError unless the fields ``whole`` are whole numbers and ``hidden_act`` is one that is known.
+
+    Args:
+        kind: of the model, for the message.
+        config: a configuration that is being made.
+        whole: names of fields.
+    """
+    for name in whole:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{kind}: {name} must be a whole number, got {value!r}")
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"{kind}: hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {config.hidden_act!r}")

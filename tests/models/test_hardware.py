@@ -8,9 +8,9 @@ from flwr.app import Context, RecordDict
 
 from fluxlib import models
 from fluxlib.config import ConfigError, make_config
-from fluxlib.federation.client import participant
 from fluxlib.federation.checks import check
-from fluxlib.models.hardware import torch_device
+from fluxlib.federation.client import participant
+from fluxlib.models.loading import torch_device
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fluxlib import models, profiling, seeding, tasks
 from fluxlib.config import ConfigError
 from fluxlib.methods.base import Work
-from fluxlib.models.hardware import torch_device
+from fluxlib.models.loading import torch_device
 from fluxlib.moe import find
 from fluxlib.tasks.batches import make_batch, to_device
 from fluxlib.tasks.partition import partition
@@ -77,7 +77,7 @@ def benches(
 
     Args:
         data_path: files of the public data sets; ``None``: they come from the hub.
-        device: where the model computes, see :func:`~fluxlib.models.hardware.torch_device`.
+        device: where the model computes, see :func:`~fluxlib.models.loading.torch_device`.
         max_tokens: of a prompt with its response; longer prompts are cut.
 
     Raises:

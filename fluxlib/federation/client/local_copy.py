@@ -28,7 +28,7 @@ from fluxlib.federation.protocol.sync import (
 )
 from fluxlib.federation.protocol.wire import Form, WireError
 from fluxlib.methods.base import ExpertKey
-from fluxlib.models.hardware import torch_device
+from fluxlib.models.loading import torch_device
 from fluxlib.moe import find
 
 

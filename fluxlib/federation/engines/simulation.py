@@ -17,7 +17,7 @@ from fluxlib.federation.checks import check
 from fluxlib.federation.client import client_app
 from fluxlib.federation.results import Output, RunResult
 from fluxlib.federation.server import server_app
-from fluxlib.models.hardware import torch_device
+from fluxlib.models.loading import torch_device
 
 
 def run_simulation(config: RunConfig, output: Output) -> RunResult:

@@ -21,7 +21,7 @@ from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store import lock
 from fluxlib.federation.store.checkpoint import Checkpoints, save_tensors, store_tensors
 from fluxlib.federation.store.tables import Evaluation, Tables
-from fluxlib.models.hardware import torch_device
+from fluxlib.models.loading import torch_device
 from fluxlib.tasks.batches import encode
 from fluxlib.tasks.evaluate import evaluate
 from fluxlib.tasks.partition import histogram

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fluxlib import models
-from fluxlib.models import registry
+from fluxlib.models import loading
 from fluxlib.moe import compact, find
 from fluxlib.moe.compact import LayerPlan
 
@@ -240,7 +240,7 @@ def test_what_can_be_no_hub_id_is_refused_without_asking_the_hub(monkeypatch):
     def ask(*_, **__):
         raise AssertionError("asked")
 
-    monkeypatch.setattr(registry, "_is_offline", ask)
+    monkeypatch.setattr(loading, "_is_offline", ask)
     for ask_for in (models.config, models.load):
         for name in ("llama-moe-3.5", "./missing", "a/b/c", "/no/where"):
             with pytest.raises(OSError, match=f"{name!r} is no folder, no known name .* and no hub id"):
@@ -250,8 +250,8 @@ def test_what_can_be_no_hub_id_is_refused_without_asking_the_hub(monkeypatch):
 
 
 def test_without_an_address_of_the_hub_only_the_cache_is_asked(monkeypatch):
-    monkeypatch.setattr(registry.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(registry.socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError("no such name")))
+    monkeypatch.setattr(loading.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(loading.socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError("no such name")))
     for ask_for in (models.config, models.load):
         with pytest.raises(OSError, match=r"'nobody/nothing' .* the hub cannot be reached, and it is not in the cache"):
             ask_for("nobody/nothing")

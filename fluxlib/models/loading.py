@@ -1,61 +1,43 @@
 """Models by name: the embedded mini models, the public ones, and any folder or hub id.
 
 :func:`load` gives a model and its tokenizer, :func:`config` only the configuration (what the memory planner
-needs), :func:`resolve` the folder.
+needs), :func:`resolve` the folder, :func:`torch_device` where to compute.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
-from transformers.utils import logging as transformers_logging
 
+from fluxlib.config import data_dir
 from fluxlib.models import checkpoints
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig
 from fluxlib.models.llama_moe import LlamaMoeConfig
 
 MINI = ("mini-llama-moe", "mini-deepseek-moe")
-# Short name -> (hub id, configuration). The configurations are those of the hub, so that planning needs no
-# network.
-PUBLIC: dict[str, tuple[str, type, dict[str, Any]]] = {
+# Short name -> (hub id, configuration). They are those of the hub, so that planning needs no network.
+PUBLIC: dict[str, tuple[str, Any]] = {
     "llama-moe-3.0b": (
         "llama-moe/LLaMA-MoE-v1-3_0B-2_16",
-        LlamaMoeConfig,
-        {"num_experts": 16, "num_selects": 2, "score_scale_factor": 8.0},
+        partial(LlamaMoeConfig, num_selects=2, score_scale_factor=8.0),
     ),
-    "llama-moe-3.5b": (
-        "llama-moe/LLaMA-MoE-v1-3_5B-4_16",
-        LlamaMoeConfig,
-        {"num_experts": 16, "num_selects": 4, "score_scale_factor": 4.0},
-    ),
-    "llama-moe-3.5b-2-8": (
-        "llama-moe/LLaMA-MoE-v1-3_5B-2_8",
-        LlamaMoeConfig,
-        {"num_experts": 8, "num_selects": 2, "score_scale_factor": 4.0},
-    ),
-    "deepseek-moe-16b": ("deepseek-ai/deepseek-moe-16b-base", DeepseekMoeConfig, {}),
-    "deepseek-moe-16b-chat": ("deepseek-ai/deepseek-moe-16b-chat", DeepseekMoeConfig, {}),
+    "llama-moe-3.5b": ("llama-moe/LLaMA-MoE-v1-3_5B-4_16", LlamaMoeConfig),
+    "llama-moe-3.5b-2-8": ("llama-moe/LLaMA-MoE-v1-3_5B-2_8", partial(LlamaMoeConfig, num_experts=8, num_selects=2)),
+    "deepseek-moe-16b": ("deepseek-ai/deepseek-moe-16b-base", DeepseekMoeConfig),
+    "deepseek-moe-16b-chat": ("deepseek-ai/deepseek-moe-16b-chat", DeepseekMoeConfig),
 }
-QUIET_BELOW_BYTES = 2**30
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def data_folder() -> Path:
-    """Return the folder of embedded data: ``$FLUXLIB_DATA``, or ``data`` beside the library."""
-    given = os.environ.get("FLUXLIB_DATA")
-    return Path(given) if given else Path(__file__).resolve().parents[2] / "data"
 
 
 def known() -> list[str]:
@@ -71,9 +53,9 @@ def config(name_or_path: str | Path) -> Any:
         ValueError: a model type that needs code from the hub, which is never run.
     """
     name = str(name_or_path)
-    for short, (hub_id, config_class, fields) in PUBLIC.items():
+    for short, (hub_id, make) in PUBLIC.items():
         if name in (short, hub_id):
-            return config_class(**fields)
+            return make()
     if name in MINI or Path(name).exists():
         return _read_config(_local_folder(name))
     return _from_hub(
@@ -119,11 +101,13 @@ def load(
     if settings.model_type in checkpoints.FORMATS:
         model = _load_public_format(folder, settings, dtype, device)
     else:
-        with _quiet_if_small(folder):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, config=settings, dtype=dtype, trust_remote_code=False, output_loading_info=True
-            )
-        _check_loaded(folder, info)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=settings, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        # transformers only warns of these.
+        lists = {"missing keys": "missing_keys", "extra keys": "unexpected_keys", "misshapen": "mismatched_keys"}
+        lists |= {"errors": "error_msgs"}
+        checkpoints.refuse(folder, {kind: sorted(map(str, info.get(name, ()))) for kind, name in lists.items()})
         model.to(device)
     return model.eval(), _load_tokenizer(folder)
 
@@ -140,7 +124,7 @@ def _load_public_format(folder: Path, settings: Any, dtype: torch.dtype, device:
 
 
 def _local_folder(name: str) -> Path:
-    folder = data_folder() / "models" / name if name in MINI else Path(name)
+    folder = data_dir() / "models" / name if name in MINI else Path(name)
     if not folder.is_dir():
         hint = "; FLUXLIB_DATA must name the repository's data folder" if name in MINI else ""
         raise OSError(f"{name}: {folder} is not a folder{hint}")
@@ -213,28 +197,21 @@ def _load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
-    """Turn what transformers only warns of into an error."""
-    checkpoints.refuse(
-        folder,
-        {
-            "missing keys": sorted(info["missing_keys"]),
-            "extra keys": sorted(info["unexpected_keys"]),
-            "misshapen": [str(entry) for entry in info["mismatched_keys"]],
-            "errors": [str(error) for error in info.get("error_msgs", [])],
-        },
-    )
+def torch_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is the first GPU, else Apple's, else the CPU.
+
+    Raises:
+        ValueError: this machine has none of that name; the message lists what it has.
+    """
+    there = _there()
+    if name == "auto":
+        return torch.device(there[0])
+    if name not in there and f"{name}:0" not in there:
+        raise ValueError(f"torch_device is {name!r}, allowed on this machine are auto, {', '.join(there)}")
+    return torch.device(name)
 
 
-@contextmanager
-def _quiet_if_small(folder: Path) -> Iterator[None]:
-    """No progress bar for a load that takes a moment."""
-    size = sum(file.stat().st_size for file in checkpoints.weight_files(folder))
-    hide = size < QUIET_BELOW_BYTES and transformers_logging.is_progress_bar_enabled()
-    if hide:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hide:
-            transformers_logging.enable_progress_bar()
+def _there() -> list[str]:
+    """Names of this machine's devices, the best first."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]

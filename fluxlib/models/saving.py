@@ -1,8 +1,10 @@
-"""A customised model on disk: tuned and merged slots instead of all experts, for inference on a device.
+"""A tuned model on disk.
 
-A folder of ``config.json`` (of the whole model), ``compact.safetensors`` (everything outside the experts, and the
-slots), ``plan.json`` (which expert is in which slot) and the tokenizer. Nothing is pickled, and the whole model is
-never in memory when it is loaded.
+- :func:`export`: in the format of its public checkpoint, for its own code and for other engines,
+- :func:`save_compact` and :func:`load_compact`: a customised model with its tuned and merged slots in the place of all
+  experts, for inference on a device: ``config.json`` (of the whole model), ``compact.safetensors`` (everything outside
+  the experts, and the slots), ``plan.json`` (which expert is in which slot) and the tokenizer. Nothing is pickled, and
+  the whole model is never in memory when it is loaded.
 """
 
 from __future__ import annotations
@@ -18,9 +20,101 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 
+from fluxlib.models import checkpoints
 from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.replace import replace
+
+# The class names of the models' own code, which the exported config.json names.
+ORIGINAL_ARCHITECTURE = {"llama_moe": "LlamaMoEForCausalLM", "deepseek": "DeepseekForCausalLM"}
+
+
+def export(
+    model: Any,
+    path: str | Path,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Write ``model`` to the folder ``path`` in the keys of its public checkpoint; return ``path``.
+
+    One shard is in memory at a time, besides the model.
+
+    Args:
+        model: a causal language model with its own experts in place (customised ones restored before).
+        path: an empty or new folder.
+        tokenizer: written too where given.
+        dtype: type of the stored tensors; None keeps the model's.
+        max_shard_bytes: a file is closed before it grows past this.
+
+    Raises:
+        ValueError: experts of another class in the model, or weights in the folder already.
+    """
+    path = Path(path)
+    if any((path / name).exists() for name in checkpoints.WEIGHT_FILES):
+        raise ValueError(f"path: {path} holds model weights already; give a new folder")
+    _check_own_experts(model)
+    path.mkdir(parents=True, exist_ok=True)
+    if model.config.model_type in checkpoints.FORMATS:
+        _write_shards(model, path, dtype, max_shard_bytes)
+        fields = original_config(model.config, dtype or model.dtype)
+        (path / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        model.generation_config.save_pretrained(path)
+    else:
+        state = model.state_dict()
+        cast = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+        model.save_pretrained(path, state_dict=cast, max_shard_size=max_shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    return path
+
+
+def original_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Return ``config.json``'s fields as the models' own code of transformers 4.3x reads them."""
+    fields = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+    for name in ("dtype", "transformers_version", "head_dim", "mlp_bias"):
+        fields.pop(name, None)
+    rope = dict(fields.pop("rope_parameters", None) or {})
+    fields["rope_theta"] = rope.get("rope_theta", 10000.0)
+    scaled = rope.get("rope_type", "default") != "default"
+    fields["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]} if scaled else None
+    fields["torch_dtype"] = str(dtype).removeprefix("torch.")
+    fields["architectures"] = [ORIGINAL_ARCHITECTURE[config.model_type]]
+    return fields
+
+
+def _check_own_experts(model: Any) -> None:
+    with torch.device("meta"):
+        expected = set(AutoModelForCausalLM.from_config(model.config).state_dict())
+    foreign = sorted(set(model.state_dict()) ^ expected)
+    if foreign:
+        raise ValueError(
+            "model: its tensors are not those of its configuration; put the original experts back first"
+            f" (fluxlib.moe.compact.restore). Differing: {', '.join(foreign[:6])}"
+        )
+
+
+def _write_shards(model: Any, path: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    filled_bytes = total_bytes = 0
+    for key, tensor in checkpoints.original_tensors(model):
+        num_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if filled_bytes + num_bytes > max_shard_bytes and shards[-1]:
+            shards.append({})
+            filled_bytes = 0
+        shards[-1][key] = tensor
+        filled_bytes += num_bytes
+        total_bytes += num_bytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        part = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
+        contents = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in shard.items()}
+        save_file(contents, path / f"model{part}.safetensors", metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, f"model{part}.safetensors"))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
 
 WEIGHTS, PLAN = "compact.safetensors", "plan.json"
 FORMAT = 1
