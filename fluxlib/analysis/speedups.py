@@ -189,15 +189,22 @@ def scores_to_markdown(times: pd.DataFrame, rounds: pd.DataFrame) -> str:
         rounds: the runs, whose first rows are the base models' scores.
     """
     plain = times[times["variant"] == ""]
-    first = rounds[(rounds["round"] == 0) & (rounds["variant"] == "")].groupby(["model", "task"])["metric"].mean()
+    first = rounds[(rounds["round"] == 0) & (rounds["variant"] == "")]
+    before: dict[Any, float] = first.groupby(["model", "task"])["metric"].mean().to_dict()
     methods = methods_in_order(plain["method"])
     rows = []
     for name in models_in_order(plain["model"]):
         for (model, task), part in plain.groupby(["model", "task"], sort=False):
-            if Path(model).name == name:
+            if Path(str(model)).name == name:
                 by_method = [part[part["method"] == method] for method in methods]
                 metric, seeds = part["metric_name"].iloc[0], part["seed"].nunique()
-                cells = [f"`{name}`", f"`{task}`", METRICS.get(metric, metric), seeds, f"{first[model, task]:.3f}"]
+                cells = [
+                    f"`{name}`",
+                    f"`{task}`",
+                    METRICS.get(metric, metric),
+                    seeds,
+                    f"{before[model, task]:.3f}",
+                ]
                 for column, write in (("final_metric", "{:.3f}"), ("device_s_to_target", ""), ("round_s", "{:.0f}")):
                     cells.append(" / ".join(_mean(runs[column], write) for runs in by_method))
                 rows.append(cells)

@@ -21,9 +21,8 @@ from fluxlib.analysis.claims.judge import (
     verdict,
     weakest,
 )
-from fluxlib.analysis.runs import EQUAL_ROUNDS, EQUAL_SECONDS, WHOLE, breakdown, quality_over_seeds
+from fluxlib.analysis.runs import EQUAL_SECONDS, WHOLE, breakdown, quality_over_seeds
 from fluxlib.analysis.speedups import OURS, REFERENCE, against_all, describe, speed_ups
-from fluxlib.analysis.time_to_target import FINAL_ROUNDS
 from fluxlib.analysis.wording import clock_shapes, percent, sentence, shown, shown_interval
 
 OWN_PHASES = ("merge", "quantize", "profile", "probe")
@@ -108,8 +107,8 @@ def ahead_of(claim: Claim, tables: Tables) -> list[Reading]:
         none = [f"`{task}`" for task in rows["task"] if task not in judged]
         overall = weakest(judged.values()) if ahead > still and judged else DIFFERS
         overall = DIRECTION if overall == AGREES and (still or none) else overall
-        unsure = decided[(decided["ahead"] == decided["compared"]) & (decided["at_least_low"] <= 1)]["task"]
-        unsure = [f"`{task}`" for task in unsure if judged[task] == DIRECTION]
+        wide = decided[(decided["ahead"] == decided["compared"]) & (decided["at_least_low"] <= 1)]["task"]
+        unsure = [f"`{task}`" for task in wide if judged[task] == DIRECTION]
         parts = [few(min((number for number in rows["compared"] if number), default=0))]
         parts += [f"sooner in {ahead} of {ahead + behind} seeds and tasks" if behind else ""]
         parts += [f"{row['task']}: final score {percent(row['final_ratio'])} of the other's"
@@ -187,10 +186,10 @@ def final_quality(claim: Claim, tables: Tables) -> list[Reading]:
         early = [f"`{task}`" for task in means.index.difference(whole.index)]
         judged = [judge(rows.loc[rows["task"] == task, "ratio"], claim.size, none=claim.none) for task in whole.index]
         overall = weakest([*judged, *([DIRECTION] if early else [])]) if judged else MISSING
-        least = whole.loc[whole["ratio"].idxmin()] if judged else {"ratio": np.nan, "low": np.nan, "high": np.nan}
+        least = whole.sort_values("ratio").iloc[0] if judged else pd.Series(np.nan, ["ratio", "low", "high"])
         fewest, reached = int(means["seeds"].min()), claim.reached(least["ratio"]) if judged else None
         parts = [few(fewest) if judged else "", f"mean over tasks {shown(means['ratio'].mean(), '%')}"]
-        parts += [_trend(rounds, str(least.name)) if overall != AGREES and compared == EQUAL_ROUNDS else ""]
+        parts += [f"least on `{least.name}`" if overall != AGREES and judged else ""]
         parts += [f"FLUX's run ended too early for a final score on {', '.join(early)}" if early else ""]
         found.append(Reading(
             name, overall, "; ".join(told), least["ratio"], least["low"], least["high"], int(means["seeds"].max()),
@@ -198,15 +197,6 @@ def final_quality(claim: Claim, tables: Tables) -> list[Reading]:
             None if early and reached else reached, sentence(parts),  # not every task was seen to the end
         ))  # fmt: skip
     return found
-
-
-def _trend(rounds: pd.DataFrame, task: str) -> str:
-    """Whether FLUX is still gaining on its weakest task when the runs end."""
-    own = rounds[(rounds["method"] == OURS) & (rounds["task"] == task)].dropna(subset=["metric"]).sort_values("round")
-    runs = own.groupby("seed")["metric"]
-    before = runs.agg(lambda scores: scores.iloc[-2 * FINAL_ROUNDS : -FINAL_ROUNDS].mean())
-    gained = float((runs.agg(lambda scores: scores.tail(FINAL_ROUNDS).mean()) - before).mean())
-    return f"least on `{task}`, where FLUX gained {gained:+.3f} over the last {FINAL_ROUNDS} scored rounds"
 
 
 def oscillation(claim: Claim, tables: Tables) -> list[Reading]:
@@ -244,8 +234,8 @@ def own_share(claim: Claim, tables: Tables) -> list[Reading]:
             phases = breakdown(runs, tables.participants[tables.participants["run_id"].isin(runs["run_id"])])
             shares[seed] = phases[phases["phase"].isin(OWN_PHASES)].groupby("phase")["share"].mean()
         table = pd.DataFrame(shares)
-        largest = table.mean(axis=1).idxmax()
-        why = f"of it {largest} {shown(float(table.loc[largest].mean()), '%')}"
+        means = table.mean(axis=1)
+        why = f"of it {means.idxmax()} {shown(float(means.max()), '%')}"
         found.append(read_size(claim, name, table.sum(), tuple(ours["task"].unique()), why, _clock(ours)))
     return found
 

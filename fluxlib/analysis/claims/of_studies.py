@@ -107,8 +107,10 @@ def _marks(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFram
     high = wide > wide.groupby(layer).transform("median")
     below = wide["activation"] < wide.groupby(layer)["activation"].transform("median")
     marks = (below, below & used, below & used & high["attention"])
-    found = pd.concat([mark.unstack("seed") for mark in marks], axis=1, keys=range(3)).dropna().astype(bool)
-    return found[0], found[1], found[2]
+    by_seed = [mark.unstack("seed") for mark in marks]
+    everywhere = pd.concat(by_seed, axis=1).dropna().index
+    first, second, third = (pd.DataFrame(mark).loc[everywhere].astype(bool) for mark in by_seed)
+    return first, second, third
 
 
 def clustering(claim: Claim, tables: Tables) -> list[Reading]:

@@ -126,8 +126,9 @@ def _recount(
         whole = round_time(seconds, works, shapes) if works else None
         counted.append((whole.total_s if whole else 0.0, whole.server_s if whole else 0.0, max(shares)))
     totals, servers, largest = zip(*counted, strict=True)
-    seconds = {"round_device_s": totals, "server_device_s": servers, "device_s": list(itertools.accumulate(totals))}
-    return rounds.assign(**seconds, link=over.name, fleet=fleet or run.clock.fleet, memory_share=largest)
+    since_start = list(itertools.accumulate(totals))
+    table = rounds.assign(round_device_s=totals, server_device_s=servers, device_s=since_start, memory_share=largest)
+    return table.assign(link=over.name, fleet=fleet or run.clock.fleet)
 
 
 def this_machine(size: int = 768, repeats: int = 5) -> catalogue.Device:
