@@ -29,8 +29,8 @@ SETTINGS = {
     "participants": "federation.participants",
     "participants_per_round": "federation.participants_per_round",
     "alpha": "data.alpha",
-    "tune_frac": "budget.tune_frac",
-    "merge_frac": "budget.merge_frac",
+    "tune_fraction": "budget.tune_frac",
+    "merge_fraction": "budget.merge_frac",
 }
 """Settings that the runs of a sweep differ in, by the column that they become."""
 FLEETS = ("paper", "rtx-4090", "rtx-3060", "jetson-agx-orin", "macbook-m1-max", "cpu-laptop", "mixed", "weak")
