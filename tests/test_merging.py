@@ -13,6 +13,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from fluxlib import merging, profiling
 from fluxlib.config import MergingConfig
+from fluxlib.merging.features import from_gram, gram_of
 from fluxlib.models import LlamaMoeConfig, LlamaMoeForCausalLM
 from fluxlib.moe import compact, find
 
@@ -125,7 +126,7 @@ def test_features_keep_the_angles_between_centred_experts() -> None:
 def test_features_of_a_module_are_those_of_its_flattened_experts() -> None:
     experts = find.layers(build())[0].experts
     rows = [torch.cat([t.flatten() for t in find.expert_tensors(experts, e).values()]) for e in range(8)]
-    found, expected = merging.features(experts, 5), merging.features(rows, 5)
+    found, expected = from_gram(gram_of(experts), 5), merging.features(torch.stack(rows), 5)
     assert torch.allclose(found @ found.T, expected @ expected.T, atol=1e-4)
 
 

@@ -92,9 +92,9 @@ def test_assign_is_the_exact_solution() -> None:
 
 def test_assign_of_a_thousand_participants_is_quick() -> None:
     utilities = torch.rand(1000, 27, 64, generator=seeded())
-    start = time.perf_counter()
+    start = time.process_time()
     chosen = roles.assign(utilities, torch.full((1000,), 128), 0.5, seeded())
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
     assert (chosen.exploit.sum(dim=(1, 2)) == 64).all()
 
 

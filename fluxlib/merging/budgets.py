@@ -25,15 +25,10 @@ def layer_budgets(
         frequency: ``[L, E]`` activation frequencies; rows are normalised here.
         num_tuned: ``[L]`` experts of each layer that are not merged.
         num_merged: ``B_non``, slots of all layers together.
-        kind: ``adaptive`` (eq. 1: early layers and evenly used layers get more), ``uniform`` (all layers
-            alike) or ``single`` (one slot per layer, whatever ``num_merged``).
-        rounding: ``largest_remainder``, or ``floor``: the paper's bare floor, which leaves slots unspent and
-            layers without any.
-
-    Returns:
-        One count per layer. With ``largest_remainder`` they add up to ``num_merged`` (or to the number of
-        experts to be merged if that is less), each at least 1 and at most the number of experts to be merged
-        in its layer.
+        kind: ``adaptive`` (eq. 1: early layers and evenly used layers get more), ``uniform`` or ``single`` (one slot
+            per layer, whatever ``num_merged``).
+        rounding: ``largest_remainder``: all slots are spent, a layer gets at least one and at most one for each of its
+            experts to merge; or ``floor``: the paper's bare floor, which leaves slots unspent and layers without any.
 
     Raises:
         ValueError: fewer slots than layers with an expert to merge; frequencies that are negative or not
@@ -74,14 +69,9 @@ def layer_shares(frequency: Tensor, kind: str) -> np.ndarray:
 
 def spread(shares: np.ndarray, available: np.ndarray, num_merged: int) -> list[int]:
     """Whole slots in proportion to ``shares [L]``, at least 1 and at most ``available [L]``."""
-    least = np.minimum(available, 1)
+    check_enough(available, num_merged)
     total = min(num_merged, int(available.sum()))
-    if total < least.sum():
-        raise ValueError(
-            f"num_merged must be at least {least.sum()}, one slot for each layer with experts to merge, "
-            f"got {num_merged}"
-        )
-    ideal = _fill(shares, least, available, total)
+    ideal = _fill(shares, np.minimum(available, 1), available, total)
     slots = np.floor(ideal + 1e-9).astype(int)
     by_remainder = np.argsort(-(ideal - slots), kind="stable")
     while slots.sum() < total:
@@ -89,6 +79,15 @@ def spread(shares: np.ndarray, available: np.ndarray, num_merged: int) -> list[i
             if slots[layer] < available[layer] and slots.sum() < total:
                 slots[layer] += 1
     return slots.tolist()
+
+
+def check_enough(available: np.ndarray, num_merged: int) -> None:
+    """ValueError unless every layer with experts to merge can have a slot; ``available [L]`` counts those experts."""
+    least = int((available > 0).sum())
+    if num_merged < least:
+        raise ValueError(
+            f"num_merged must be at least {least}, one slot for each layer with experts to merge, got {num_merged}"
+        )
 
 
 def _fill(shares: np.ndarray, least: np.ndarray, most: np.ndarray, total: int) -> np.ndarray:

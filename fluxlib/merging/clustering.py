@@ -1,9 +1,4 @@
-"""Which experts of a layer are merged with one another (section 5.2).
-
-:func:`cluster` has two methods with the same objective: ``fused``, one K-Means over the experts of all layers
-at once, and ``per_layer``, scikit-learn's K-Means layer by layer, which is the reference and the slow one.
-:func:`inertia` is what both minimise.
-"""
+"""Which experts of a layer are merged with one another (section 5.2): K-Means, over all layers at once."""
 
 from __future__ import annotations
 
@@ -24,14 +19,14 @@ def cluster(features: Sequence[Tensor], budgets: Sequence[int], method: str = "f
     Args:
         features: per layer ``[n_l, dim]``; n_l may differ, dim may not.
         budgets: clusters of each layer, 1..n_l (0 where n_l is 0).
-        method: ``fused`` or ``per_layer``.
+        method: ``fused``, one K-Means over the experts of all layers at once; or ``per_layer``, scikit-learn's K-Means
+            layer by layer, the reference and the slow one. Both minimise :func:`inertia`.
 
     Returns:
         Per layer labels ``[n_l]`` long: every label of 0..budget-1 occurs, in the order of its first expert.
 
     Raises:
-        ValueError: a budget that is not allowed, features that are not finite, an unknown method; names the
-            layer.
+        ValueError: a budget that is not allowed, features that are not finite (naming the layer), an unknown method.
     """
     if method not in ("fused", "per_layer"):
         raise ValueError(f"method must be 'fused' or 'per_layer', got {method!r}")
@@ -58,14 +53,14 @@ def _padded(features: Sequence[Tensor], budgets: Sequence[int]) -> tuple[np.ndar
     """Experts of all layers as ``[L, n, dim]``, 0 where a layer has fewer than n, and which are real, ``[L, n]``."""
     if len(features) != len(budgets):
         raise ValueError(f"budgets must have one entry for each of {len(features)} layers, got {len(budgets)}")
-    counts, k = np.array([len(rows) for rows in features]), np.asarray(budgets)
-    for layer in np.nonzero((k < np.minimum(counts, 1)) | (k > counts))[0].tolist():
-        allowed = f"{min(counts[layer], 1)}..{counts[layer]}"
-        raise ValueError(f"budgets[{layer}] must be in {allowed} (experts to merge), got {budgets[layer]}")
-    even = bool((counts == counts[0]).all())
+    counts = [len(rows) for rows in features]
+    for layer, (k, most) in enumerate(zip(budgets, counts, strict=True)):
+        if not min(most, 1) <= k <= most:
+            raise ValueError(f"budgets[{layer}] must be in {min(most, 1)}..{most} (experts to merge), got {k}")
+    even = min(counts) == max(counts)
     rows = torch.stack(list(features)) if even else pad_sequence(list(features), batch_first=True)
     points = rows.detach().float().cpu().numpy()
-    real = np.arange(points.shape[1]) < counts[:, None]
+    real = np.arange(points.shape[1]) < np.array(counts)[:, None]
     if not np.isfinite(points.sum()):
         layer, expert = np.argwhere(~np.isfinite(points).all(axis=2))[0].tolist()
         raise ValueError(f"features must be finite, those of layer {layer}, expert {expert} are not")

@@ -14,10 +14,7 @@ from fluxlib.moe.compact import LayerPlan
 
 @torch.no_grad()
 def output_error(
-    model: nn.Module,
-    plans: Sequence[LayerPlan],
-    batches: Iterable[dict[str, Tensor]],
-    accumulated: bool = False,
+    model: nn.Module, plans: Sequence[LayerPlan], batches: Iterable[dict[str, Tensor]], accumulated: bool = False
 ) -> Tensor:
     """Relative error of every MoE layer's output under the plans, over real tokens.
 
@@ -30,8 +27,7 @@ def output_error(
             the errors of all layers before; the last one is the model's.
 
     Returns:
-        ``[L]``: ``|y' - y| / |y|``, Frobenius norms over all tokens; y is the block's output, or the hidden
-        state.
+        ``[L]``: ``|y' - y| / |y|``, Frobenius norms over all tokens; y is the block's output, or the hidden state.
 
     Raises:
         ValueError: no token in any batch, or plans that do not fit the model.
@@ -86,22 +82,18 @@ def _record(
     model: nn.Module, modules: Sequence[nn.Module], batch: dict[str, Tensor]
 ) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], list[Tensor]]:
     """Arguments and outputs of the modules in one forward pass."""
-    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    outputs: dict[int, Tensor] = {}
+    calls, outputs = {}, {}
 
-    def hook(number: int) -> Any:
-        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls[number], outputs[number] = (args, kwargs), _first(output)
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls[module], outputs[module] = (args, kwargs), _first(output)
 
-        return keep
-
-    handles = [module.register_forward_hook(hook(i), with_kwargs=True) for i, module in enumerate(modules)]
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
     try:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return [calls[i] for i in range(len(modules))], [outputs[i] for i in range(len(modules))]
+    return [calls[module] for module in modules], [outputs[module] for module in modules]
 
 
 def _first(output: Any) -> Tensor:

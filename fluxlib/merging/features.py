@@ -6,7 +6,7 @@ of parameters: principal components come from the n x n Gram matrix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -21,20 +21,20 @@ SLICE_VALUES = 1 << 22
 """Values that are converted to float32 at a time."""
 
 
-def features(experts: nn.Module | Tensor | Sequence[Tensor], dim: int = 32) -> Tensor:
+def features(experts: Tensor, dim: int = 32) -> Tensor:
     """First principal components of a layer's experts, at unit length.
 
     Args:
-        experts: an experts module (all of its experts), or one row of parameters per expert: ``[n, ...]``.
+        experts: one row of parameters per expert, ``[n, ...]``.
         dim: length of a feature vector; components beyond n - 1 are 0.
 
     Returns:
         ``[n, dim]`` float32, each row of length 1 (or 0 if all experts are equal).
 
     Raises:
-        ValueError: an expert holds NaN or infinity.
+        ValueError: naming experts that hold NaN or infinity.
     """
-    return from_gram(gram_of(experts) if isinstance(experts, nn.Module) else _finite(_rows_gram(experts)), dim)
+    return from_gram(_finite(_rows_gram(experts)), dim)
 
 
 def gram_of(experts: nn.Module) -> Tensor:
@@ -88,16 +88,15 @@ def match_neurons(
 
 
 def _finite(gram: Tensor) -> Tensor:
-    """The scalar products; ValueError names experts with NaN or infinity."""
     bad = (~torch.isfinite(gram.diagonal())).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"experts must be finite, {bad} hold NaN or infinity")
     return gram
 
 
-def _rows_gram(experts: Tensor | Sequence[Tensor]) -> Tensor:
+def _rows_gram(experts: Tensor) -> Tensor:
     """Scalar products of the rows, in float32, a slice of columns at a time: 16-bit stacks are never copied whole."""
-    rows = (experts if isinstance(experts, Tensor) else torch.stack(list(experts))).detach().flatten(1)
+    rows = experts.detach().flatten(1)
     total = rows.new_zeros(len(rows), len(rows), dtype=torch.float32)
     for columns in rows.split(max(1, SLICE_VALUES // max(len(rows), 1)), dim=1):
         wide = columns.float()

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fluxlib.merging.budgets import check_enough
+
 LEAST_IMPORTANCE = 1e-6
 """Of the mean importance: experts that are never used still join those they resemble."""
 
@@ -33,11 +35,7 @@ def joint_clusters(grams: Sequence[Tensor], importance: Sequence[Tensor], num_sl
         ValueError: fewer slots than layers with experts.
     """
     counts = np.array([len(gram) for gram in grams])
-    if num_slots < (counts > 0).sum():
-        raise ValueError(
-            f"num_merged must be at least {(counts > 0).sum()}, one slot for each layer with experts to merge, "
-            f"got {num_slots}"
-        )
+    check_enough(counts, num_slots)
     costs, pairs = _ward(*_padded(grams, importance))
     # Within a layer Ward's costs never fall, so the cheapest merges of all layers are the first ones of each.
     num_merges = max(0, int(counts.sum()) - num_slots)

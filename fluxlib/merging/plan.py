@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -23,13 +22,11 @@ PAPER = MergingConfig()
 
 
 def merge_weights(profile: Profile, kind: str = "attention_frequency") -> Tensor:
-    """``[L, E]`` importance of each expert in its slot, not yet normalised.
+    """``[L, E]`` importance of each expert in its slot, not yet normalised; where all are 0 the slot is a plain mean.
 
     Args:
         kind: ``attention_frequency`` (eq. 2: ``f * a``), ``frequency``, ``uniform``; or ``gate`` (beyond the
             paper): squared gate weights. An expert that is chosen often, but always last, weighs little there.
-
-    A slot whose members all weigh 0 is merged uniformly (:class:`fluxlib.moe.compact.LayerPlan`).
     """
     if kind == "attention_frequency":
         return profile.frequency * profile.attention.nan_to_num()
@@ -51,13 +48,10 @@ def plan(
 
     Args:
         model: with its own experts, as the profile saw it (or a round later).
-        profile: of the participant's data, from :func:`fluxlib.profiling.profile`.
         tuned: bool ``[L, E]``, experts that are not merged.
         num_merged: ``B_non``, slots for merged experts over all layers.
-        rules: of the layer budgets (:func:`layer_budgets`; or ``joint``: budgets and clusters from one objective, see
-            :func:`joint_clusters`, with the merge weights as importance, best ``gate``), of the clustering
-            (:func:`cluster`; not used with ``joint``), of the weights (:func:`merge_weights`), and whether neurons are
-            matched to the slot's heaviest expert before averaging (:func:`align_neurons`).
+        rules: of :func:`layer_budgets`, :func:`cluster`, :func:`merge_weights` and :func:`align_neurons`; with budgets
+            ``joint`` the first two questions have one answer, :func:`joint_clusters` with the weights as importance.
         seed: of the clustering.
 
     Returns:
@@ -91,9 +85,15 @@ def align_neurons(layer: find.MoELayer, plan: LayerPlan) -> LayerPlan:
     The order of an expert's neurons is arbitrary, so averaging two experts neuron by neuron mixes unrelated
     ones. Beyond the paper.
     """
-    weights = plan.weights or tuple((1.0,) * len(group) for group in plan.groups)
-    orders = (_orders(layer.experts, *pair) for pair in zip(plan.groups, weights, strict=True))
-    return replace(plan, permutations=tuple(orders))
+    experts, layout = layer.experts, find.read_layout(layer.experts)
+    permutations = []
+    for number, group in enumerate(plan.groups):
+        weights = plan.weights[number] if plan.weights else plan.shares(number)
+        heaviest = group[weights.index(max(weights))]
+        anchor = find.expert_tensors(experts, heaviest)
+        matched = {e: match_neurons(anchor, find.expert_tensors(experts, e), layout) for e in group if e != heaviest}
+        permutations.append(tuple(matched.get(e) for e in group))
+    return replace(plan, permutations=tuple(permutations))
 
 
 def discard(profile: Profile, tuned: Tensor) -> list[LayerPlan]:
@@ -125,16 +125,6 @@ def _layer_plan(members: Tensor, labels: Tensor, alpha: Tensor) -> LayerPlan:
         tuned=_numbers(tuned.nonzero()),
         groups=tuple(groups),
         weights=tuple(_numbers(alpha[list(group)]) for group in groups),
-    )
-
-
-def _orders(experts: nn.Module, group: Sequence[int], weights: Sequence[float]) -> tuple[Tensor | None, ...]:
-    """Order of the neurons of each member, None for the heaviest, which the others follow."""
-    anchor = group[max(range(len(group)), key=weights.__getitem__)]
-    layout, target = find.read_layout(experts), find.expert_tensors(experts, anchor)
-    return tuple(
-        None if expert == anchor else match_neurons(target, find.expert_tensors(experts, expert), layout)
-        for expert in group
     )
 
 

@@ -1,9 +1,4 @@
-"""The one type that all methods share.
-
-A :class:`Method` is two functions. ``assign`` runs on the server: which experts does each participant tune and
-explore. ``train`` runs on the participant: state in, state and :class:`Update` out. Whatever else differs between
-FLUX and its baselines follows from these two, so comparing methods is one loop.
-"""
+"""The one type that all methods share, a :class:`Method`, and what goes in and out of it."""
 
 from __future__ import annotations
 
@@ -63,9 +58,8 @@ class Work:
     num_quantized: int = 0
     """Experts quantised for the profile."""
     probe_samples: int = 0
-    """Samples per forward pass of the probes, times the number of full-model-equivalent passes."""
     probe_tokens: int = 0
-    """Tokens per forward pass of the probes, times the number of full-model-equivalent passes."""
+    """Tokens of one forward pass of the probes, times the passes, counted in those of the full model."""
     weight_bits: int = 16
     """Bits per weight of the experts while training (FMQ: 4)."""
     offloaded: bool = False
@@ -133,10 +127,10 @@ ProfileFn = Callable[[torch.nn.Module, LocalData, RunConfig], Profile]
 
 @dataclass(frozen=True)
 class Method:
-    """A federated fine-tuning method.
+    """A federated fine-tuning method: two functions, from which all that differs follows; comparing is one loop.
 
-    ``assign(role_state, budgets, epsilon, generator, config)`` gives boolean masks ``[participants, layers, experts]``.
-    ``train(model, local)`` does the :class:`LocalRound` and leaves ``model`` exactly as it found it.
+    ``assign(role_state, budgets, epsilon, generator, config)``, on the server: who tunes and who explores what.
+    ``train(model, local)``, on a participant: does the :class:`LocalRound` and leaves ``model`` exactly as it found it.
     ``profiles``: participants are asked for a profile of the model they hold before their first round, so that
     ``assign`` knows their frequencies (``role_state.first``) and ``train`` the profile (``state.profile``).
     ``utilities``: they report the utilities of what they tuned, and a missing one is a fault.

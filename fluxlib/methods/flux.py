@@ -1,8 +1,8 @@
 """FLUX: profile, merge what is not tuned, tune what is worth most, look at some of the rest.
 
-One round of one participant (section 3 of the paper): its plan follows from the profile it made in the round
-before; exploited experts are tuned, explored ones are kept unmerged and probed without backpropagation, all others
-are merged within the budget; afterwards it profiles the model it holds for the next round.
+One round of one participant (section 3 of the paper): its plan follows from the profile of the round before; exploited
+experts are tuned, explored ones are kept unmerged and probed, all others are merged within the budget; afterwards it
+profiles the model it holds for the next round.
 """
 
 from __future__ import annotations
@@ -29,14 +29,9 @@ def assign(
     ``config.roles.assignment`` puts other values in the place of utilities (:func:`fluxlib.roles.priorities`), in the
     same budget: as many experts are exploited in each round, and as many held unmerged beside them.
     """
-    values = roles.priorities(state, config.roles.assignment, generator)
-    return roles.assign(
-        values,
-        [budget.num_tuned for budget in budgets],
-        epsilon,
-        generator,
-        ages=roles.ages(state) if config.roles.assignment == "flux" else None,
-    )
+    values, counts = roles.priorities(state, config.roles.assignment, generator), [one.num_tuned for one in budgets]
+    ages = roles.ages(state) if config.roles.assignment == "flux" else None
+    return roles.assign(values, counts, epsilon, generator, ages)
 
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
@@ -122,8 +117,8 @@ def probe(model: nn.Module, local: LocalRound, probed: Sequence[ExpertKey]) -> T
         values = gradients.true_norms(model, batch, probed)
     else:
         values = gradients.probe_norms(model, batch, probed, local.config.roles.num_probes, seed)
-    for (layer, expert), value in zip(probed, values.tolist(), strict=True):
-        norms[0, layer, expert] = value
+    layer, expert = zip(*probed, strict=True)
+    norms[0, layer, expert] = values.to(norms)
     return norms
 
 

@@ -1,9 +1,4 @@
-"""Local fine-tuning, shared by all methods: a plan in, changes of the tuned experts and an account of the work out.
-
-- :func:`tune` -- local steps on the tuned slots of a customised model,
-- :func:`run_steps` -- the same loop for any :class:`Learner`: what a method may do otherwise is the step itself,
-- :func:`report` -- the update of a round from all of it; :class:`Stopwatch` for the seconds it took.
-"""
+"""Local fine-tuning, shared by all methods: a plan in, changes of the tuned experts and an account of the work out."""
 
 from __future__ import annotations
 
@@ -32,7 +27,7 @@ class Tuned:
     changes: dict[ExpertKey, dict[str, Tensor]]
     """New minus old weights."""
     squared_norms: Tensor
-    """``[K, L, E]`` squared gradient norm per step, NaN for experts that were not tuned."""
+    """``[K, L, E]`` squared gradient norm per step, NaN where it is not known."""
     tokens: Tensor
     """``[L, E]`` real tokens routed to each expert, over all steps."""
     slot_tokens: int
@@ -44,11 +39,8 @@ class Tuned:
 class Learner(Protocol):
     """What :func:`run_steps` trains: where gradients lie and what a step does to them."""
 
-    def squared_norms(self) -> Tensor:
-        """``[L, E]`` squared norm of each tuned expert's gradient, NaN for the others."""
-
-    def step(self) -> None:
-        """One optimizer step; no gradient is left."""
+    def step(self) -> Tensor:
+        """One optimizer step; ``[L, E]`` squared norm of each expert's gradient, NaN where it is not known."""
 
     def changes(self) -> dict[ExpertKey, dict[str, Tensor]]:
         """New minus old weights of every tuned expert."""
@@ -81,33 +73,26 @@ def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], conf
     found, device = find.layers(model), next(model.parameters()).device
     tokens = torch.zeros((len(found), found[0].num_experts), dtype=torch.long)
     norms, losses, slot_tokens = [], [], 0
-    for step, cpu_batch in enumerate(batches, start=1):
-        batch = to_device(cpu_batch, device)
-        with capture(model) as seen, _training_mode(model):
-            loss = model(**batch).loss
-        if not torch.isfinite(loss):
-            rate = config.training.learning_rate
-            raise FloatingPointError(f"training loss is {loss.item()} at step {step} (learning_rate {rate:g})")
-        loss.backward()
-        losses.append(loss.item())
-        norms.append(learner.squared_norms())
-        chosen = [layer.top_k_index[0] for layer in seen.layers]
-        tokens += routed_tokens(chosen, batch["attention_mask"], found[0].num_experts)
-        for layer, index in zip(found, chosen, strict=True):
-            slot_tokens += num_pairs(layer.experts, index, batch["attention_mask"])
-        learner.step()
-    return Tuned(learner.changes(), torch.stack(norms), tokens, slot_tokens, sum(losses) / len(losses))
-
-
-@contextmanager
-def _training_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout and the like are on inside the block; afterwards the model is in the mode it was in."""
-    before = model.training
+    was_training = model.training
     model.train()
     try:
-        yield
+        for step, cpu_batch in enumerate(batches, start=1):
+            batch = to_device(cpu_batch, device)
+            with capture(model) as seen:
+                loss = model(**batch).loss
+            if not torch.isfinite(loss):
+                rate = config.training.learning_rate
+                raise FloatingPointError(f"training loss is {loss.item()} at step {step} (learning_rate {rate:g})")
+            loss.backward()
+            losses.append(loss.item())
+            norms.append(learner.step())
+            chosen = [layer.top_k_index[0] for layer in seen.layers]
+            tokens += routed_tokens(chosen, batch["attention_mask"], found[0].num_experts)
+            for layer, index in zip(found, chosen, strict=True):
+                slot_tokens += num_pairs(layer.experts, index, batch["attention_mask"])
     finally:
-        model.train(before)
+        model.train(was_training)
+    return Tuned(learner.changes(), torch.stack(norms), tokens, slot_tokens, sum(losses) / len(losses))
 
 
 class _CompactLearner:
@@ -119,12 +104,11 @@ class _CompactLearner:
         parameters = [p for layer in compact for p in layer.tuned_stacks().values() if p.shape[0]]
         self.optimizer = make_optimizer(parameters, config)
 
-    def squared_norms(self) -> Tensor:
-        return squared_gradient_norms(self.compact)
-
-    def step(self) -> None:
+    def step(self) -> Tensor:
+        norms = squared_gradient_norms(self.compact)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return norms
 
     def changes(self) -> dict[ExpertKey, dict[str, Tensor]]:
         return {

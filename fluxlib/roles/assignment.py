@@ -101,9 +101,7 @@ def _checked(utilities: Tensor, budgets: Tensor | Sequence[int], epsilon: float)
     values = utilities.flatten(1)
     counts = torch.as_tensor(budgets, device=values.device).long()
     if counts.shape != values.shape[:1]:
-        raise ValueError(
-            f"budgets must have one entry for each of {len(values)} participants, got {tuple(counts.shape)}"
-        )
+        raise ValueError(f"budgets must have one entry for each of {len(values)} participants, got {len(counts)}")
     for participant in ((counts < 0) | (counts > values.shape[1])).nonzero().flatten().tolist():
         allowed = f"0..{values.shape[1]} (all experts)"
         raise ValueError(f"budgets[{participant}] must be in {allowed}, got {int(counts[participant])}")
@@ -115,6 +113,7 @@ def _checked(utilities: Tensor, budgets: Tensor | Sequence[int], epsilon: float)
 
 def _top(values: Tensor, counts: Tensor) -> Tensor:
     """Bool ``[P, N]``: the ``counts[p]`` largest of each row, the lower index first among equals."""
-    order = values.argsort(dim=1, descending=True, stable=True)
-    chosen = torch.arange(values.shape[1], device=values.device) < counts[:, None]
+    most = int(counts.max()) if len(counts) else 0
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :most]
+    chosen = torch.arange(most, device=values.device) < counts[:, None]
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, chosen)

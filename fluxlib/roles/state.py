@@ -19,9 +19,11 @@ from fluxlib.roles.utility import first_utilities
 NEVER = -1
 """Round number of something that has not happened yet."""
 
-
 MOST_UTILITY = 1e30
 """Largest utility that is believed of anybody: sums of such stay finite in 32 bits."""
+
+SAVED = ("measured", "first", "measured_round", "round")
+"""What is kept of a :class:`RoleState`."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,14 @@ class RoleState:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Numbers only, for safetensors or npz; the faults of the last update are not kept."""
-        arrays = {name: getattr(self, name).cpu().numpy() for name in ("measured", "first", "measured_round")}
-        return arrays | {"round": np.array(self.round)}
+        return {name: np.array(getattr(self, name)) for name in SAVED}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> RoleState:
         """Inverse of :meth:`to_arrays`; ValueError names a missing array."""
-        names = ("measured", "first", "measured_round", "round")
-        if missing := sorted(set(names) - set(arrays)):
-            raise ValueError(f"arrays lacks {missing}; a saved RoleState has {list(names)}")
-        measured, first, when, number = (torch.from_numpy(np.array(arrays[name])) for name in names)
+        if missing := sorted(set(SAVED) - set(arrays)):
+            raise ValueError(f"arrays lacks {missing}; a saved RoleState has {list(SAVED)}")
+        measured, first, when, number = (torch.from_numpy(np.array(arrays[name])) for name in SAVED)
         return cls(measured, first, when, int(number))
 
 
@@ -102,20 +102,15 @@ def update(
     at_least: Tensor | None = None,
     bound: float = 100.0,
 ) -> RoleState:
-    """State after one round.
+    """State after one round; its ``faults`` name what was ignored, cut or missing.
 
     Args:
-        utilities: ``[P, L, E]`` as reported, NaN = not measured. All NaN for a participant that did not
-            answer.
-        asked: bool ``[P, L, E]``: experts whose utility was to be measured; others are ignored and reported.
+        utilities: ``[P, L, E]`` as reported, NaN = not measured: the last value stays.
+        asked: bool ``[P, L, E]``: experts whose utility was to be measured; others are ignored.
         optional: bool ``[P, L, E]``, with ``asked``: experts whose utility may come too.
-        at_least: ``[P]`` how many of the optional ones are due; what lacks counts as missing.
+        at_least: ``[P]`` how many of the optional ones are due.
         bound: a utility above ``bound`` times the median of the participants' largest known ones is cut to that,
             since one lie must not outweigh everything an honest participant can ever report.
-
-    Returns:
-        The new state; its ``faults`` name what was ignored or cut. A utility that is ignored or missing keeps
-        its value.
     """
     if utilities.shape != state.measured.shape:
         raise ValueError(f"utilities must be {tuple(state.measured.shape)}, got {tuple(utilities.shape)}")
@@ -143,10 +138,7 @@ def update(
 
 
 def _cap(state: RoleState, values: Tensor, bound: float) -> float:
-    """Largest utility that is believed; infinite while there is nothing to compare with.
-
-    Utilities of one participant span many orders of magnitude, their largest differ little: hence a median of maxima.
-    """
+    """Largest utility that is believed: those of one participant span many orders, participants' largest do not."""
     known = torch.fmax(state.measured, values).nan_to_num(nan=0.0).flatten(1).amax(dim=1)
     known = known[known > 0]
     return min(bound * float(known.median()), MOST_UTILITY) if len(known) else math.inf

@@ -10,20 +10,16 @@ def utility(squared_norms: Tensor, tokens: Tensor) -> Tensor:
     """Eq. 3: ``|D| * sqrt(mean_k ||g_k||^2)``.
 
     Args:
-        squared_norms: ``[K, ...]`` squared gradient norm per mini-batch k (or per sample), NaN = not measured
-            in that batch. An unbiased estimate may be negative; the mean is cut at 0 before the root.
+        squared_norms: ``[K, ...]`` squared gradient norm per mini-batch k (or per sample, the same for all experts),
+            NaN = not measured. An unbiased estimate may be negative; the mean is cut at 0 before the root.
         tokens: ``[...]`` tokens routed to the expert, ``|D|``.
 
     Returns:
         ``[...]``, NaN where no batch measured the expert.
 
-    Deviation: with few batches or probes the root of an estimate lies below the root of its mean (Jensen): for one
-    unguided probe by a factor of sqrt(2 / pi) = 0.80. Exploited experts are measured along the steps, explored ones
-    before the first.
-
     Deviation: the paper prints a sum of gradients under the root, a vector; squared norms are what makes it
-    Oort's statistical utility. k is whatever the norms were taken of; exploited and explored experts must
-    agree on it.
+    Oort's statistical utility. With few batches or probes the root of an estimate lies below the root of its mean
+    (Jensen): for one unguided probe by a factor of sqrt(2 / pi) = 0.80.
     """
     if squared_norms.shape[1:] != tokens.shape:
         raise ValueError(f"squared_norms must be [K, {tuple(tokens.shape)}], got {tuple(squared_norms.shape)}")
@@ -48,11 +44,10 @@ def epsilon_schedule(round_index: int, num_rounds: int, kind: str | float = "dyn
     """Exploitation share of round ``round_index`` (0-based).
 
     Args:
-        kind: ``dynamic``: 0.3 to 0.8, linear over the first third; ``paper``: ``min(0.8, 0.3 + t /
-            num_rounds)``, the form in which the paper is reported, its constants are not; a number in 0..1:
-            fixed.
+        kind: ``dynamic``: 0.3 to 0.8, linear over the first third; ``paper``: ``min(0.8, 0.3 + t / num_rounds)``, the
+            form that the paper gives; a number in 0..1: fixed.
 
-    Paper: epsilon is the EXPLOITATION share and rises; its values are not given (0.3 and 0.7 are compared).
+    Paper: epsilon is the EXPLOITATION share and rises; its constants are not given (0.3 and 0.7 are compared).
     """
     if isinstance(kind, int | float) and 0 <= kind <= 1:
         return float(kind)
