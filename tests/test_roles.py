@@ -105,19 +105,18 @@ def test_exploration_rotates_to_the_oldest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("utilities", "budgets", "epsilon", "message"),
+    ("utilities", "budgets", "message"),
     [
-        (torch.ones(2, 3), [1, 1], 0.5, r"\[participants, layers, experts\]"),
-        (torch.ones(2, 1, 3), [1], 0.5, "one entry for each of 2"),
-        (torch.ones(2, 1, 3), [1, 4], 0.5, r"budgets\[1\] must be in 0..3 \(all experts\), got 4"),
-        (torch.ones(2, 1, 3), [1, -1], 0.5, r"budgets\[1\]"),
-        (torch.ones(2, 1, 3), [1, 1], 1.5, "epsilon must be in 0..1, got 1.5"),
-        (torch.tensor([[[1.0, 2]], [[math.nan, 1]]]), [1, 1], 0.5, r"participants \[1\] are not"),
+        (torch.ones(2, 3), [1, 1], r"\(2, 'layers', 'experts'\), got \(2, 3\)"),
+        (torch.ones(2, 1, 3), [1], r"\(1, 'layers', 'experts'\), got \(2, 1, 3\)"),
+        (torch.ones(2, 1, 3), [1, 4], r"budgets\[1\] must be in 0..3 \(all experts\), got 4"),
+        (torch.ones(2, 1, 3), [1, -1], r"budgets\[1\]"),
+        (torch.tensor([[[1.0, 2]], [[math.nan, 1]]]), [1, 1], r"participants \[1\] are not"),
     ],
 )
-def test_assign_names_what_is_wrong(utilities: torch.Tensor, budgets: list[int], epsilon: float, message: str) -> None:
+def test_assign_names_what_is_wrong(utilities: torch.Tensor, budgets: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        roles.assign(utilities, budgets, epsilon, seeded())
+        roles.assign(utilities, budgets, 0.5, seeded())
 
 
 def two_rounds() -> roles.RoleState:

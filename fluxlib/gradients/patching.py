@@ -56,7 +56,7 @@ class CachedForward:
         self.outputs: dict[int, Tensor] = {}
         self._kept: dict[int, dict[nn.Module, list[Any]]] = {layer.index: {} for layer in wanted}
         self._choices: dict[nn.Module, list[Tensor]] = {layer.block: [] for layer in find.layers(model)}
-        self._decoder = decoder_layers(model, wanted[0])
+        self._decoder, _ = find.decoder_layers(model, wanted[0])
         self._last: list[Any] = []
         with ExitStack() as stack, torch.no_grad():
             for handle in self._watch(wanted):
@@ -148,25 +148,10 @@ class CachedForward:
         return hook
 
 
-def decoder_layers(model: nn.Module, layer: find.MoELayer) -> list[nn.Module]:
-    """The list of decoder layers that a MoE layer is in an element of.
-
-    Raises:
-        ValueError: it is in none.
-    """
-    path = layer.name
-    while path:
-        path = path.rpartition(".")[0]
-        if isinstance(found := model.get_submodule(path), nn.ModuleList):
-            return list(found)
-    raise ValueError(f"model: {layer.name} is in no list of layers")
-
-
 def depth(model: nn.Module, layer: find.MoELayer) -> float:
     """Share of the decoder layers that is not above a MoE layer: 1 / n for the first of n, 1 for the last."""
-    stack = decoder_layers(model, layer)
-    position = next(i for i, module in enumerate(stack) if layer.block in module.modules())
-    return (position + 1) / len(stack)
+    stack, place = find.decoder_layers(model, layer)
+    return (place + 1) / len(stack)
 
 
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:

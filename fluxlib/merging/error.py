@@ -34,7 +34,9 @@ def output_error(
     """
     found, batches, training = find.layers(model), list(batches), model.training
     blocks = [layer.block for layer in found]
-    watched = [_decoder_layer(model, layer) for layer in found] if accumulated else blocks
+    watched = blocks
+    if accumulated:
+        watched = [stack[place] for stack, place in (find.decoder_layers(model, layer) for layer in found)]
     wrong, total = torch.zeros(2, len(found), dtype=torch.float64)
     model.eval()
     try:
@@ -65,17 +67,6 @@ def growth(model: nn.Module, plans: Sequence[LayerPlan], batches: Iterable[dict[
     batches, as_it_is = list(batches), [LayerPlan(tuned=tuple(sorted(plan.experts))) for plan in plans]
     alone = ([*as_it_is[:layer], plans[layer], *as_it_is[layer + 1 :]] for layer in range(len(plans)))
     return torch.stack([output_error(model, one, batches, accumulated=True) for one in alone])
-
-
-def _decoder_layer(model: nn.Module, layer: find.MoELayer) -> nn.Module:
-    """The element of the model's list of layers that a MoE layer is in."""
-    path = layer.name
-    while "." in path:
-        parent = path.rpartition(".")[0]
-        if isinstance(model.get_submodule(parent), nn.ModuleList):
-            return model.get_submodule(path)
-        path = parent
-    raise ValueError(f"model: {layer.name} is in no list of layers")
 
 
 def _record(

@@ -58,8 +58,7 @@ def plan(
         One plan per MoE layer. Layers are read one at a time; nothing as large as an expert is kept.
 
     Raises:
-        ValueError: a profile of another model, a mask of another shape, fewer slots than layers with experts to
-            merge, or an expert with NaN or infinity; names the layer.
+        ValueError: a profile or a mask of another model, or fewer slots than layers with experts to merge.
     """
     check_fits(profile, model)
     if tuned.shape != profile.frequency.shape:
@@ -67,7 +66,7 @@ def plan(
     found = find.layers(model)
     rest = [(~row).nonzero().flatten() for row in tuned.cpu().bool()]
     alpha = merge_weights(profile, rules.weights).cpu()
-    grams = [_gram(layer) for layer in found]
+    grams = [gram_of(layer.experts) for layer in found]
     if rules.budgets == "joint":
         shares = [_shares(*parts) for parts in zip(grams, alpha, rest, strict=True)]
         labels = joint_clusters(shares, [row[members] for row, members in zip(alpha, rest, strict=True)], num_merged)
@@ -101,13 +100,6 @@ def discard(profile: Profile, tuned: Tensor) -> list[LayerPlan]:
     if tuned.shape != profile.frequency.shape:
         raise ValueError(f"tuned must be {tuple(profile.frequency.shape)}, got {tuple(tuned.shape)}")
     return [LayerPlan(tuned=_numbers(row.nonzero()), dropped=_numbers((~row).nonzero())) for row in tuned.cpu().bool()]
-
-
-def _gram(layer: find.MoELayer) -> Tensor:
-    try:
-        return gram_of(layer.experts)
-    except ValueError as error:
-        raise ValueError(f"model: layer {layer.index} ({layer.name}): {error}") from error
 
 
 def _shares(gram: Tensor, alpha: Tensor, members: Tensor) -> Tensor:

@@ -76,11 +76,7 @@ def make_plans(
 
 
 def freeze(plan: LayerPlan, explored: Tensor) -> LayerPlan:
-    """Move explored experts from the tuned ones into frozen slots of their own.
-
-    Args:
-        explored: ``[E]`` bool.
-    """
+    """Move experts that are ``explored`` (``[E]`` bool) from the tuned ones into frozen slots of their own."""
     alone = tuple(e for e in plan.tuned if explored[e])
     permutations = None if plan.permutations is None else (*((None,) for _ in alone), *plan.permutations)
     return replace(

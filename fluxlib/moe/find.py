@@ -157,6 +157,20 @@ def layers(model: nn.Module) -> list[MoELayer]:
     return found
 
 
+def decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[list[nn.Module], int]:
+    """The model's list of decoder layers, and the place in it that a MoE layer is at.
+
+    Raises:
+        ValueError: The layer is in no list.
+    """
+    path, _, place = layer.name.rpartition(".")
+    while path:
+        if isinstance(found := model.get_submodule(path), nn.ModuleList):
+            return list(found), int(place)
+        path, _, place = path.rpartition(".")
+    raise ValueError(f"model: {layer.name} is in no list of layers")
+
+
 def read_layout(experts: nn.Module) -> Layout:
     """Layout of an experts module, original or replaced.
 

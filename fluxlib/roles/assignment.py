@@ -80,7 +80,16 @@ def assign(
     Raises:
         ValueError: naming the participant whose utilities or budget are not allowed.
     """
-    values, counts = _checked(utilities, budgets, epsilon)
+    if utilities.dim() != 3 or len(budgets) != len(utilities):
+        shape = (len(budgets), "layers", "experts")
+        raise ValueError(f"utilities must be {shape}, got {tuple(utilities.shape)}")
+    values, counts = utilities.flatten(1), torch.as_tensor(budgets, device=utilities.device).long()
+    for participant in ((counts < 0) | (counts > values.shape[1])).nonzero().flatten().tolist():
+        allowed = f"0..{values.shape[1]} (all experts)"
+        raise ValueError(f"budgets[{participant}] must be in {allowed}, got {int(counts[participant])}")
+    bad = (~torch.isfinite(values)).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"utilities must be finite, those of participants {bad} are not (see roles.update)")
     num_exploit = (epsilon * counts.double() + 0.5).floor().long()
     if epsilon > 0:
         num_exploit = num_exploit.maximum(counts.clamp(max=1))
@@ -90,25 +99,6 @@ def assign(
         keys = keys + ages.reshape(values.shape)
     explore = _top(keys.masked_fill(exploit, -math.inf), counts - num_exploit)
     return Roles(exploit.view(utilities.shape), explore.view(utilities.shape))
-
-
-def _checked(utilities: Tensor, budgets: Tensor | Sequence[int], epsilon: float) -> tuple[Tensor, Tensor]:
-    """Flat utilities ``[P, L*E]`` and budgets, long ``[P]``."""
-    if utilities.dim() != 3:
-        raise ValueError(f"utilities must be [participants, layers, experts], got {tuple(utilities.shape)}")
-    if not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon must be in 0..1, got {epsilon}")
-    values = utilities.flatten(1)
-    counts = torch.as_tensor(budgets, device=values.device).long()
-    if counts.shape != values.shape[:1]:
-        raise ValueError(f"budgets must have one entry for each of {len(values)} participants, got {len(counts)}")
-    for participant in ((counts < 0) | (counts > values.shape[1])).nonzero().flatten().tolist():
-        allowed = f"0..{values.shape[1]} (all experts)"
-        raise ValueError(f"budgets[{participant}] must be in {allowed}, got {int(counts[participant])}")
-    bad = (~torch.isfinite(values)).any(dim=1).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"utilities must be finite, those of participants {bad} are not (see roles.update)")
-    return values, counts
 
 
 def _top(values: Tensor, counts: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fluxlib.roles.utility import first_utilities
 
 NEVER = -1
-"""Round number of something that has not happened yet."""
+"""Round of something that has not happened yet: it is one round older than the oldest."""
 
 MOST_UTILITY = 1e30
 """Largest utility that is believed of anybody: sums of such stay finite in 32 bits."""
@@ -64,7 +64,7 @@ class RoleState:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Numbers only, for safetensors or npz; the faults of the last update are not kept."""
-        return {name: np.array(getattr(self, name)) for name in SAVED}
+        return {name: np.asarray(getattr(self, name)) for name in SAVED}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> RoleState:
@@ -91,7 +91,7 @@ def current_utilities(state: RoleState) -> Tensor:
 
 def ages(state: RoleState) -> Tensor:
     """``[P, L, E]`` rounds since each utility was measured (never = longer than all others), for rotation."""
-    return torch.where(state.measured_round == NEVER, state.round + 1, state.round - state.measured_round)
+    return state.round - state.measured_round
 
 
 def update(
