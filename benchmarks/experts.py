@@ -28,7 +28,7 @@ from _measure import Row, interleaved, machine, seconds, summary, table, use_clo
 from torch import Tensor, nn
 
 from fluxlib.devices import memory
-from fluxlib.devices.dry_run import MemoryTracker
+from fluxlib.devices.memory_tracker import MemoryTracker
 from fluxlib.moe import compact, find, product
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan

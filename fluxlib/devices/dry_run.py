@@ -2,13 +2,14 @@
 
 The model is built on the meta device, where a tensor has a shape and a size but no contents, and one real forward and
 backward pass is run there: the model's own code, autograd's own decisions about what to keep, the pass of
-:mod:`fluxlib.moe.dispatch`, with :class:`MemoryTracker` adding up what is alive. Only two things are made up, because
-they depend on contents: tokens are spread evenly over the slots, and attention keeps what a fused kernel keeps.
+:mod:`fluxlib.moe.dispatch`, while :mod:`fluxlib.devices.memory_tracker` adds up what is alive. Only two things are made
+up, because they depend on contents: tokens are spread evenly over the slots, and attention keeps what a fused kernel
+keeps.
 
 Decoder layers of one make and one plan do the same, so one of them is run and counted as often as it occurs
 (:func:`_peak_of_all`).
 
-- :func:`meta_model` -- the model,
+- :func:`meta_model` -- the model, :class:`Step` -- the sizes of a step,
 - :class:`Slots` -- what stands at the place of one layer's experts,
 - :func:`peak` -- the peak of a training step, or of a forward pass without gradients.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,89 +26,62 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import repeat_kv
 
+from fluxlib.devices.memory_tracker import MemoryTracker, Stretch
 from fluxlib.models.parameters import layer_number
 from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.dispatch import Pairs, SlotExperts, dispatch
 from fluxlib.moe.expert import Matrices, to_matrices
+from fluxlib.moe.packing import BITS
 
 DRY_ATTENTION = "fluxlib_dry_run"
 SCALE_BYTES, SCALE_BLOCK = 2, 64
 """Of a quantised block's scale, and the values that share it."""
-
-
-class MemoryTracker(TorchDispatchMode):
-    """Bytes of tensors alive inside the ``with`` block, by kind, and their state at the moment of the peak.
-
-    On real tensors a measurement, on meta tensors a prediction. A tensor made inside counts as ``activations`` until
-    :meth:`mark` gives it another kind; one made outside counts from its first :meth:`mark`. What a kernel allocates and
-    frees inside one operation is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_kind: Counter[str] = Counter()
-        self.at_peak: Counter[str] = Counter()
-        self.stretches: list[Stretch] = []
-        self._known: dict[int, tuple[str, int]] = {}
-        self._now = self._peak = 0
-        self._start: Counter[str] = Counter()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # Asking torch.compile costs a second at the first operation, and nothing is compiled here.
-
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes at the peak since the beginning, or since the last :meth:`cut`."""
-        return self._peak
-
-    def mark(self, tensor: Tensor, kind: str) -> None:
-        """Count the tensor's memory as ``kind`` from now on; views share the memory of what they view."""
-        storage = tensor.untyped_storage()
-        key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._known:
-            self.by_kind[self._known[key][0]] -= num_bytes
-        else:
-            self._now += num_bytes
-            weakref.finalize(storage, self._drop, key)
-        self._known[key] = (kind, num_bytes)
-        self.by_kind[kind] += num_bytes
-        if self._now > self._peak:
-            self._peak, self.at_peak = self._now, self.by_kind.copy()
-
-    def cut(self) -> None:
-        """End a stretch of the run: what was alive at its start, at its peak and now is appended to ``stretches``."""
-        self.stretches.append(Stretch(self._start, self.at_peak, self.by_kind.copy()))
-        self._start, self.at_peak, self._peak = self.by_kind.copy(), self.by_kind.copy(), self._now
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, then count what it made."""
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return args[0].dtype == torch.bool or 1
-        result = func(*args, **(kwargs or {}))
-        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                self.mark(tensor, "activations")
-        return result
-
-    def _drop(self, key: int) -> None:
-        kind, num_bytes = self._known.pop(key)
-        self.by_kind[kind] -= num_bytes
-        self._now -= num_bytes
+KERNELS = ("auto", "grouped", "slots")
+TUNED_DTYPE = torch.float32
+"""Type of tuned weights and of their gradients."""
+MOMENT_BYTES = 8
+"""AdamW's two moments, per tuned parameter."""
+MAX_COUNT, MAX_SQUARES = 2**20, 2**50
+"""Sequences and tokens of a step, and its pairs of tokens, at most: beyond them sizes no longer fit into 64 bits."""
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Bytes by kind at the start, the peak and the end of a part of a run."""
+class Step:
+    """A step as far as its memory goes.
 
-    start: Counter[str]
-    peak: Counter[str]
-    end: Counter[str]
+    Attributes:
+        batch: sequences.
+        tokens: tokens per sequence, padding included.
+        dtype: type of frozen weights and activations.
+        bits: of the profile model (``flux``) or of the experts (``fmq``).
+        checkpointing: run layers again in the backward pass instead of keeping what they made.
+        kernel: how slots are computed: ``grouped``, ``slots``, or ``auto``, as
+            :class:`fluxlib.moe.dispatch.StackedSlots` does on CUDA (``slots`` is its way on a CPU).
+
+    Raises:
+        ValueError: a value outside what is allowed, by name.
+    """
+
+    batch: int = 16
+    tokens: int = 512
+    dtype: torch.dtype = torch.bfloat16
+    bits: int = 4
+    checkpointing: bool = False
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, count in (("batch", self.batch), ("tokens", self.tokens)):
+            if not 1 <= count <= MAX_COUNT:
+                raise ValueError(f"{name}: expected 1 to {MAX_COUNT}, got {count}")
+        if self.batch * self.tokens**2 > MAX_SQUARES:
+            found = f"{self.batch}, {self.tokens}"
+            raise ValueError(f"batch, tokens: expected batch times squared tokens up to {MAX_SQUARES}, got {found}")
+        for name, value, allowed in (("bits", self.bits, BITS), ("kernel", self.kernel, KERNELS)):
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -156,11 +129,10 @@ class _CompactOnMeta(CompactExperts):
         experts = iter(range(layer.num_experts))
         tuned = tuple(islice(experts, slots.num_tuned))
         groups = tuple(tuple(islice(experts, size)) for size in slots.group_sizes)
-        super().__init__(layer.experts, LayerPlan(tuned, groups, dropped=tuple(experts)), step.tuned_dtype)
+        super().__init__(layer.experts, LayerPlan(tuned, groups, dropped=tuple(experts)), TUNED_DTYPE)
         self.slots, self.top_k, self.method = slots, layer.top_k, step.kernel
 
     def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """``hidden [N, H]`` to ``[N, H]``; Llama-4 gives ``[E * N, H]``."""
         return self.compute(hidden, _pairs(self, hidden, weights))
 
 
@@ -174,7 +146,6 @@ class _UnpackedOnMeta(SlotExperts):
         self.collected: list[Tensor] = []
 
     def packed_bytes(self) -> int:
-        """Memory at rest, on the device."""
         if self.slots.offloaded:
             return 0
         values = sum(tensor.numel() for tensor in self.one.values())
@@ -182,15 +153,12 @@ class _UnpackedOnMeta(SlotExperts):
         return int((self.slots.num_tuned + self.slots.num_frozen) * values * num_bytes)
 
     def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """``hidden [N, H]`` to ``[N, H]``; Llama-4 gives ``[E * N, H]``."""
         return dispatch(hidden, _pairs(self, hidden, weights), self)
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """One expert fetched or unpacked: a copy of its own."""
         return to_matrices({name: torch.empty_like(t) for name, t in self.one.items()}, self.layout, dtype)
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
-        """Keep a tuned slot's gradients, unless they are sent away at once."""
         if not self.slots.offloaded and slot < self.slots.num_tuned:
             self.collected.extend(gradients.values())
             for gradient in gradients.values():
@@ -262,27 +230,6 @@ def meta_model(config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step as far as its memory goes.
-
-    Attributes:
-        batch: sequences.
-        tokens: tokens per sequence, padding included.
-        tuned_dtype: type of tuned weights and their gradients.
-        state_bytes: optimizer state per tuned parameter, there from before (AdamW: 8).
-        checkpointing: layers keep their input only and are run again in the backward pass.
-        kernel: how slots in stacks are computed, see :class:`fluxlib.moe.dispatch.StackedSlots`.
-    """
-
-    batch: int
-    tokens: int
-    tuned_dtype: torch.dtype = torch.float32
-    state_bytes: int = 8
-    checkpointing: bool = False
-    kernel: str = "slots"
-
-
 def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) -> Counter[str]:
     """Bytes by kind at the peak of one training step in which only the tuned slots learn.
 
@@ -351,7 +298,7 @@ def _replace(layer: find.MoELayer, slots: Slots, step: Step, tracker: MemoryTrac
 
     experts: _UnpackedOnMeta | _CompactOnMeta
     parameters = sum(stack[0].numel() for stack in layer.experts.parameters())
-    hold(0 if slots.offloaded else step.state_bytes * slots.num_tuned * parameters, "optimizer")
+    hold(0 if slots.offloaded else MOMENT_BYTES * slots.num_tuned * parameters, "optimizer")
     if slots.offloaded or slots.bits < 16:
         experts = _UnpackedOnMeta(layer, slots, lambda gradient: tracker.mark(gradient, "gradients"))
         hold(experts.packed_bytes(), "frozen")

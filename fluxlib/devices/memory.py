@@ -23,59 +23,15 @@ import torch
 from fluxlib import models
 from fluxlib.devices import dry_run
 from fluxlib.devices.catalogue import parse_bytes
-from fluxlib.devices.dry_run import Slots
+from fluxlib.devices.dry_run import MOMENT_BYTES, TUNED_DTYPE, Slots, Step
 from fluxlib.models.parameters import KINDS, LayerParameters, count_parameters
 from fluxlib.moe import find
-from fluxlib.moe.packing import BITS
 
 METHODS = ("flux", "fmd", "fmq", "fmes")
-KERNELS = ("auto", "grouped", "slots")
-TUNED_DTYPE = torch.float32
-"""Type of tuned weights and of their gradients."""
-MOMENT_BYTES = 8
-"""AdamW's two moments, per tuned parameter."""
 RESERVE_FRAC = 0.1
 """Share of a device's memory that is left to runtime, fragmentation and workspaces."""
 MIN_RESIDENT = 2
 """Offloaded experts on the device: the one that computes and the one that is copied ahead."""
-MAX_COUNT, MAX_SQUARES = 2**20, 2**50
-"""Sequences and tokens of a step, and its pairs of tokens, at most: beyond them sizes no longer fit into 64 bits."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step as far as its memory goes.
-
-    Attributes:
-        batch: sequences.
-        tokens: tokens per sequence, padding included.
-        dtype: type of frozen weights and activations.
-        bits: of the profile model (``flux``) or of the experts (``fmq``).
-        checkpointing: run layers again in the backward pass instead of keeping what they made.
-        kernel: how slots are computed: ``grouped``, ``slots``, or ``auto``, as
-            :class:`fluxlib.moe.dispatch.StackedSlots` does on CUDA (``slots`` is its way on a CPU).
-
-    Raises:
-        ValueError: a value outside what is allowed, by name.
-    """
-
-    batch: int = 16
-    tokens: int = 512
-    dtype: torch.dtype = torch.bfloat16
-    bits: int = 4
-    checkpointing: bool = False
-    kernel: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, count in (("batch", self.batch), ("tokens", self.tokens)):
-            if not 1 <= count <= MAX_COUNT:
-                raise ValueError(f"{name}: expected 1 to {MAX_COUNT}, got {count}")
-        if self.batch * self.tokens**2 > MAX_SQUARES:
-            found = f"{self.batch}, {self.tokens}"
-            raise ValueError(f"batch, tokens: expected batch times squared tokens up to {MAX_SQUARES}, got {found}")
-        for name, value, allowed in (("bits", self.bits, BITS), ("kernel", self.kernel, KERNELS)):
-            if value not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -233,9 +189,7 @@ class _Planner:
             raise ValueError(
                 f"kernel: 'grouped' needs bfloat16 and widths of a multiple of 8, got {step.dtype}, {sizes}"
             )
-        kernel = ("grouped" if fused else "slots") if step.kernel == "auto" else step.kernel
-        sizes_of_step = (step.batch, step.tokens, TUNED_DTYPE, MOMENT_BYTES, step.checkpointing, kernel)
-        self.dry_step = dry_run.Step(*sizes_of_step)
+        self.on_device = replace(step, kernel="grouped" if fused and step.kernel == "auto" else step.kernel)
         self.peak = lru_cache(maxsize=None)(self._peak)
 
     def left(self, num_tuned: int) -> list[int]:
@@ -313,14 +267,14 @@ class _Planner:
             slots = [Slots(t, rest, rest, bits=self.step.bits) for t, rest in zip(tuned, left, strict=True)]
         else:
             slots = [Slots(number) for number in tuned]
-        return dry_run.peak(self.model, slots, self.dry_step)
+        return dry_run.peak(self.model, slots, self.on_device)
 
     def _offloaded(self) -> Counter[str]:
-        return dry_run.peak(self.model, [Slots(n, offloaded=True) for n in self.per_layer], self.dry_step)
+        return dry_run.peak(self.model, [Slots(n, offloaded=True) for n in self.per_layer], self.on_device)
 
     def _profile_bytes(self) -> int:
         slots = [Slots(0, n, n, bits=self.step.bits) for n in self.per_layer]
-        return dry_run.peak(self.model, slots, replace(self.dry_step, kernel="slots"), learns=False).total()
+        return dry_run.peak(self.model, slots, self.on_device, learns=False).total()
 
     @property
     def _resident_bytes(self) -> int:

@@ -16,8 +16,8 @@ from transformers import (
 
 from fluxlib import models
 from fluxlib.devices import catalogue, dry_run, memory
-from fluxlib.devices.dry_run import MemoryTracker, Slots
-from fluxlib.devices.memory import Step
+from fluxlib.devices.dry_run import Slots, Step
+from fluxlib.devices.memory_tracker import MemoryTracker
 from fluxlib.models.parameters import count_parameters
 from fluxlib.moe import find, offloaded
 from fluxlib.moe.compact import LayerPlan, customize
@@ -224,7 +224,7 @@ def test_fewer_bits_need_less():
 def test_layers_that_are_counted_again_are_as_if_they_were_run(monkeypatch, name, change):
     config = copy.deepcopy(CONFIGS[name])
     config.num_hidden_layers = 6
-    model, step = dry_run.meta_model(config, torch.bfloat16), dry_run.Step(4, 64, **change)
+    model, step = dry_run.meta_model(config, torch.bfloat16), Step(4, 64, **change)
     experts = len(find.layers(model))
     plans = [[Slots(2, 2, 3)] * experts, [Slots(1, 1, 4)] * 2 + [Slots(2, offloaded=True)] * (experts - 2)]
     short = [dry_run.peak(model, slots, step, learns) for slots in plans for learns in (True, False)]
@@ -237,7 +237,7 @@ def test_nothing_is_left_behind_in_the_configuration_or_the_model():
     before = config.to_dict()
     model = dry_run.meta_model(config, torch.float32)
     names = {name: type(module) for name, module in model.named_modules()}
-    dry_run.peak(model, [Slots(4, 2, 8)] * 3, dry_run.Step(2, 16, checkpointing=True))
+    dry_run.peak(model, [Slots(4, 2, 8)] * 3, Step(2, 16, checkpointing=True))
     assert {name: type(module) for name, module in model.named_modules()} == names
     assert all(parameter.requires_grad for parameter in model.parameters())
     memory.plan_memory(config, step=Step(1, 8))
@@ -326,4 +326,4 @@ def test_wrong_models_and_sizes():
     with pytest.raises(ValueError, match="expected a size such as 24GiB, 24GB or 512MiB, got 'big'"):
         memory.plan("llama-moe-3.5b", "big")
     with pytest.raises(ValueError, match="slots: expected one per MoE layer, 3, got 1"):
-        dry_run.peak(dry_run.meta_model(CONFIGS["llama"], torch.float32), [Slots(1)], dry_run.Step(1, 8))
+        dry_run.peak(dry_run.meta_model(CONFIGS["llama"], torch.float32), [Slots(1)], Step(1, 8))
