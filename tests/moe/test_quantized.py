@@ -9,7 +9,7 @@ import torch
 
 from fluxlib.moe import compact, find, quantized
 from fluxlib.moe.compact import LayerPlan
-from fluxlib.moe.packing import BITS, Packed, _decode, _pack, levels, quantize_tensor
+from fluxlib.moe.packing import BITS, Packed, PackedNF4, _decode, _pack, levels, quantize_tensor
 from fluxlib.moe.quantized import QuantizedExperts
 
 # Relative error on normally distributed values, at most.
@@ -30,6 +30,47 @@ def test_error_and_memory_per_width(bits: int) -> None:
         restored = packed.read(expert)
         assert (restored - stack[expert]).norm() < ERROR[bits] * stack[expert].norm()
         assert packed.read(expert, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [Packed, PackedNF4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_four_bit_codes_keep_the_same_promises(kind: type[Packed], dtype: torch.dtype) -> None:
+    """The library's own code and bitsandbytes' kernels: memory, error, blocks of one expert alone, bad values."""
+    pytest.importorskip("bitsandbytes")
+    stack = (_normal(3, 96, 50) * torch.tensor([1.0, 1e-3, 1e2])[:, None, None]).to(dtype)  # 75 blocks each
+    packed = kind(stack, 4)
+    assert packed.num_bytes == 3 * (96 * 50 // 2 + 2 * 75 + 4)
+    for expert in range(3):
+        restored = packed.read(expert)
+        assert (restored.dtype, restored.shape) == (dtype, stack.shape[1:])
+        assert (restored.float() - stack[expert].float()).norm() < 0.1 * stack[expert].float().norm()
+    before = packed.read(0)
+    packed.write(1, stack[0] * 5)
+    assert (packed.read(1) - stack[0] * 5).float().norm() < 0.1 * (stack[0] * 5).float().norm()
+    assert torch.equal(packed.read(0), before)
+    packed.to(torch.float16)
+    assert torch.equal(packed.read(0), before)
+    assert packed.read(2, torch.float16).dtype == torch.float16
+    packed.write(2, stack[2] * float("nan"))
+    assert torch.isfinite(packed.unit).tolist() == [True, True, False]
+    odd = kind(stack[:, :1, :7], 4)  # one block, not full
+    assert odd.read(1).shape == (1, 7)
+    with pytest.raises(ValueError, match="block: expected"):
+        kind(stack, 4, block=12)
+
+
+def test_a_model_computes_with_either_code(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, batch = tiny.build("mixtral"), tiny.batch()
+    expected, made = model(**batch).logits, []
+    for kind in (Packed, PackedNF4):
+        monkeypatch.setattr(
+            quantized, "quantize_tensor", lambda stack, bits, block, kind=kind: kind(stack, bits, block)
+        )
+        with quantized.quantized(model, 4):
+            made.append(model(**batch).logits)
+        assert (made[-1] - expected).norm() < 0.3 * expected.norm()
+    assert not torch.equal(*made)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
