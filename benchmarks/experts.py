@@ -16,6 +16,7 @@ model where that is faster (fluxlib.moe.product); "full, grouped_mm, linears too
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from fluxlib.moe import compact, find, product
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.dispatch import sort_pairs
-from fluxlib.moe.packing import BITS, quantize_tensor
+from fluxlib.moe.packing import BITS, Packed, PackedNF4
 from fluxlib.moe.quantized import quantize
 
 CPU = torch.device("cpu")
@@ -312,31 +313,18 @@ def quantization(hidden: int, width: int, repeats: int) -> list[Row]:
     """Rates in values per second, memory and error per width; bitsandbytes' NF4 beside 4 bits."""
     stack = torch.randn(1, 2 * width, hidden, generator=torch.Generator().manual_seed(0)) * 0.02
     num, rows = stack.numel(), []
-    for bits in BITS:
-        packed = quantize_tensor(stack, bits)
+    kinds = [(f"{bits} bits", Packed, bits) for bits in BITS]
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        kinds.append(("bitsandbytes NF4", PackedNF4, 4))
+    for what, kind, bits in kinds:
+        packed = kind(stack, bits)
         works = {"write": lambda p=packed: p.write(0, stack[0]), "read": lambda p=packed: p.read(0, torch.bfloat16)}
         times = interleaved(works, repeats, CPU)
         error = (packed.read(0) - stack[0]).norm() / stack.norm()
         rows.append({
-            "what": f"{bits} bits", "bits_per_value": packed.num_bytes * 8 / num, "relative_error": float(error),
+            "what": what, "bits_per_value": packed.num_bytes * 8 / num, "relative_error": float(error),
             "quantize_values_per_s": num / min(times["write"]), "dequantize_values_per_s": num / min(times["read"]),
         })  # fmt: skip
-    try:
-        import bitsandbytes.functional as bnb
-    except ImportError:
-        return rows
-    code, state = bnb.quantize_4bit(stack[0], blocksize=64, quant_type="nf4")
-    works = {
-        "write": lambda: bnb.quantize_4bit(stack[0], blocksize=64, quant_type="nf4"),
-        "read": lambda: bnb.dequantize_4bit(code, state),
-    }
-    times = interleaved(works, max(3, repeats // 3), CPU)
-    error = (bnb.dequantize_4bit(code, state) - stack[0]).norm() / stack.norm()
-    rows.append({
-        "what": "bitsandbytes NF4", "bits_per_value": 8 * (code.numel() + 4 * state.absmax.numel()) / num,
-        "relative_error": float(error), "quantize_values_per_s": num / min(times["write"]),
-        "dequantize_values_per_s": num / min(times["read"]),
-    })  # fmt: skip
     return rows
 
 

@@ -1,8 +1,7 @@
 """What a participant's own data activate, seen cheaply (section 4 of the paper).
 
-- :func:`profile` runs a quantised copy of the model forward over some local batches and counts; the model
-  itself is left as it was,
-- :class:`Profile` is the result, frozen,
+- :func:`profile` runs a quantised copy of the model forward over some local batches and counts,
+- :class:`Profile` is the result,
 - :func:`frequency_error`, :func:`rank_correlation` and :func:`top_overlap` say how far a profile is from
   another: fewer bits, fewer samples, or one round older; :func:`expected_error` says it of the samples without another.
 

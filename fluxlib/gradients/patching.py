@@ -1,13 +1,12 @@
 """Running a model again from the experts of one layer on, with another output patched in.
 
-Whatever was computed before those experts were called does not depend on them. So it is computed once, kept,
-and answered from memory: earlier decoder layers, and of the layer itself its attention and its router. A pass
-then costs the layers above. It works by module, not by architecture: nothing needs to be known of a model but
-where its experts are.
+What was computed before those experts were called does not depend on them. So it is computed once, kept, and answered
+from memory: earlier decoder layers, and of the layer itself its attention and its router. A pass then costs the layers
+above. It works by module, not by architecture: nothing needs to be known of a model but where its experts are.
 
-The layers above keep the experts they chose in the first pass; only the gate weights follow. The gradient
-knows nothing of a token's next best expert, but a difference of two losses does: one token that changes its
-mind would outweigh the slope of all others.
+The layers above keep the experts they chose in the first pass; only the gate weights follow. The gradient knows nothing
+of a token's next best expert, but a difference of two losses does: one token that changes its mind would outweigh the
+slope of all others.
 
 - :class:`CachedForward` -- the first pass, and the loss of another,
 - :func:`sample_losses`, :func:`scored_tokens` -- the loss, sample by sample,
@@ -16,6 +15,7 @@ mind would outweigh the slope of all others.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -59,21 +59,19 @@ class CachedForward:
         self._decoder, _ = find.decoder_layers(model, wanted[0])
         self._last: list[Any] = []
         with ExitStack() as stack, torch.no_grad():
-            for handle in self._watch(wanted):
+            last = self._decoder[-1].register_forward_hook(lambda _m, _a, output: self._last.append(output))
+            for handle in (last, *itertools.chain.from_iterable(map(self._watch, wanted))):
                 stack.callback(handle.remove)
             stack.enter_context(_choosing(self._choices, again=False))
             self.base = sample_losses(self._logits(self.inputs), self.labels)
 
     def losses(self, layer: find.MoELayer, samples: Tensor, output: Tensor) -> Tensor:
-        """Losses of some samples, if the experts of a layer had put out something else.
+        """``[R]`` float64 summed token losses of some samples, if the experts of a layer had put out something else.
 
         Args:
             layer: one of those asked for.
             samples: ``[R]`` rows of the batch, in any order, repeated as needed: only these are run.
             output: what the experts put out for these, in the form of :meth:`output_of`.
-
-        Returns:
-            ``[R]`` float64, each row's summed token losses.
         """
         kept = self._kept[layer.index]
         answers = {module: [self._rows(samples, value) for value in values] for module, values in kept.items()}
@@ -119,33 +117,23 @@ class CachedForward:
             return value[samples]
         return value.view(batch, length, *value.shape[1:])[samples].flatten(0, 1)
 
-    def _watch(self, wanted: Sequence[find.MoELayer]) -> Iterator[Any]:
-        """Hooks that keep what the first pass makes."""
-        yield self._decoder[-1].register_forward_hook(lambda _m, _a, output: self._last.append(output))
-        for layer in wanted:
-            for module in _siblings(self.model, layer):
-                yield module.register_forward_hook(self._keep(layer.index))
-            yield layer.experts.register_forward_pre_hook(self._keep_arguments(layer.index), with_kwargs=True)
-            yield layer.experts.register_forward_hook(self._keep_output(layer.index))
+    def _watch(self, layer: find.MoELayer) -> Iterator[Any]:
+        """Hooks that keep what the first pass makes until a layer's experts have answered."""
 
-    def _keep(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, _args: Any, output: Any) -> None:
-            if index not in self.arguments:
-                self._kept[index].setdefault(module, []).append(output)
+        def beside(module: nn.Module, _args: Any, output: Any) -> None:
+            if layer.index not in self.arguments:
+                self._kept[layer.index].setdefault(module, []).append(output)
 
-        return hook
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.arguments[layer.index] = (*args, *kwargs.values())
 
-    def _keep_arguments(self, index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.arguments[index] = (*args, *kwargs.values())
+        def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            self.outputs[layer.index] = output
 
-        return hook
-
-    def _keep_output(self, index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            self.outputs[index] = output
-
-        return hook
+        for module in _siblings(self.model, layer):
+            yield module.register_forward_hook(beside)
+        yield layer.experts.register_forward_pre_hook(before, with_kwargs=True)
+        yield layer.experts.register_forward_hook(after)
 
 
 def depth(model: nn.Module, layer: find.MoELayer) -> float:

@@ -41,15 +41,13 @@ def probe_norms(
         experts: ``(layer, expert)`` pairs.
         num_probes: random directions per expert.
         seed: directions are drawn from it, the layer, the expert and the number of the probe.
-        guided: leave less to chance by a guess of the gradient: the one that comes straight down the residual stream
-            from the head, which costs one product with it. False: plain random directions.
+        guided: leave less to chance by a guess of the gradient, the one that comes straight down the residual stream
+            from the head; False: plain random directions.
         sides: 2, or 1 as the paper prints it: ``(L(W + sigma z) - L(W)) / sigma``.
-        sigma: length of a step in each weight. 1e-3 suits float32; a 16-bit model rounds such a step away and
-            needs more.
+        sigma: length of a step in each weight. 1e-3 suits float32; a 16-bit model rounds such a step away.
 
     Returns:
-        ``[len(experts)]`` float32 on the CPU, unbiased up to sigma^2 (one-sided: sigma); 0 where no token
-        goes.
+        ``[len(experts)]`` float32 on the CPU, unbiased up to sigma^2 (one-sided: sigma); 0 where no token goes.
 
     Raises:
         ValueError: an unknown or merged expert, a batch without a scored token, or sides other than 1 or 2.

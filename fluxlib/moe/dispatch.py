@@ -5,10 +5,10 @@
 3. :func:`dispatch`: rows of the pairs go through their slots and are summed per token,
 4. :class:`_Pass`: how, forward and backward.
 
-A pass works on runs of pairs: slot by slot, so that what a slot needs stays in the cache and its weights may come from
-anywhere; or, for many or small slots, on all pairs at once by grouped products. Only the pre-activations ``[P, 2I]`` are
-kept for the backward pass, which makes weight gradients for slots that learn. The gate weight's gradient needs no output
-of the experts: with u the gradient of the down projection's input it is ``<u, act>`` (plus ``<g, bias>``).
+A pass works on runs of pairs: slot by slot, so that what a slot needs stays in the cache and its weights may come
+from anywhere; or, for many or small slots, on all pairs at once by grouped products. It keeps the pre-activations
+``[P, 2I]`` alone for the backward pass. The gate weight's gradient needs no output of the experts: with u the gradient
+of the down projection's input it is ``<u, act>`` (plus ``<g, bias>``).
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class StackedSlots(Slots):
         method: ``"slots"``, ``"grouped"`` (slot by slot for experts with biases), or ``"auto"``: what is faster.
 
     Raises:
-        ValueError: Another method.
+        ValueError: Another method, or ``"grouped"`` for float64 or rows that are no multiple of 16 bytes.
     """
 
     def __init__(self, layout: Layout, activation: Activation, stacks: Mapping[str, Tensor], method: str) -> None:
@@ -144,11 +144,7 @@ class StackedSlots(Slots):
 
     def is_grouped(self, hidden: Tensor, counts: Sequence[int]) -> bool:
         """On CUDA: where grouped products are one kernel (bfloat16). On a CPU they are a loop in C++, which wins while
-        the work is so small that Python's own time shows, unless :mod:`fluxlib.moe.product` is faster there.
-
-        Raises:
-            ValueError: float64, or rows that are no multiple of 16 bytes, with the method ``grouped``.
-        """
+        the work is so small that Python's own time shows, unless :mod:`fluxlib.moe.product` is faster there."""
         num_pairs, sizes = sum(counts), [size for stack in self.stacks.values() for size in stack.shape[1:]]
         if self.method == "slots" or not num_pairs or self.layout.has_bias:
             return False
@@ -159,10 +155,9 @@ class StackedSlots(Slots):
             return possible
         if hidden.device.type == "cuda":
             return hidden.dtype == torch.bfloat16 and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
-        largest = max(stack[0].numel() for stack in self.stacks.values())
-        if is_wide(hidden) and num_pairs * largest >= SMALLEST * sum(count > 0 for count in counts):
-            return False
-        return hidden.device.type == "cpu" and num_pairs * max(sizes) <= SMALL_VALUES
+        per_slot = num_pairs * max(stack[0].numel() for stack in self.stacks.values()) / sum(map(bool, counts))
+        is_small = hidden.device.type == "cpu" and num_pairs * max(sizes) <= SMALL_VALUES
+        return is_small and not (is_wide(hidden) and per_slot >= SMALLEST)
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
         """Views (copies where the stacks have another type)."""
@@ -182,11 +177,10 @@ class StackedSlots(Slots):
     def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
         """The stacks of gradients, zero where a slot has no pair."""
         made, self._gradients = self._gradients, {}
-        stacks = [made[name] if name in made else torch.empty_like(stack) for name, stack in self.stacks.items()]
-        for stack, (slot, count) in itertools.product(stacks, enumerate(counts)):
+        for name, (slot, count) in itertools.product(made, enumerate(counts)):
             if not count:
-                stack[slot].zero_()
-        return [*stacks]
+                made[name][slot].zero_()
+        return [made[name] if made else torch.zeros_like(stack) for name, stack in self.stacks.items()]
 
 
 class SlotExperts(ReplacedExperts, Slots):

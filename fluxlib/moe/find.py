@@ -285,12 +285,10 @@ def _sizes(experts: Any, layout: Layout) -> tuple[int, int, int]:
 def _top_k(model: nn.Module, block: nn.Module, name: str) -> int:
     """Experts per token, from the router, the block or the configuration."""
     config: Any = getattr(model, "config", None)
-    of_modules = itertools.product((*block.children(), block), ("top_k", "num_experts_per_tok", "num_selects"))
-    of_configs = itertools.product(  # whose top_k is that of sampling
-        (config, getattr(config, "text_config", None)),
-        ("num_experts_per_tok", "num_selects", "moe_topk", "top_k_experts"),
-    )
-    for place, key in (*of_modules, *of_configs):
+    modules, configs = (*block.children(), block), (config, getattr(config, "text_config", None))
+    names = ("num_experts_per_tok", "num_selects", "moe_topk", "top_k_experts")
+    # A configuration's top_k is that of sampling.
+    for place, key in (*itertools.product(modules, ("top_k", *names)), *itertools.product(configs, names)):
         if isinstance(value := getattr(place, key, None), int):
             return value
     raise ValueError(f"model: no number of experts per token found for {name} (router, block, configuration)")

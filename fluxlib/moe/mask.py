@@ -36,14 +36,7 @@ def find_router(layer: MoELayer) -> nn.Module:
 
 
 def drop(layer: MoELayer, dropped: Iterable[int]) -> Callable[[], None]:
-    """Take experts out of a layer's routing, in place.
-
-    Args:
-        layer: The layer, from :func:`fluxlib.moe.find.layers`.
-        dropped: Experts to take out; at least k must stay.
-
-    Returns:
-        A function that undoes it.
+    """Take experts out of a layer's routing, in place; gives a function that undoes it.
 
     Raises:
         ValueError: Fewer than k experts would stay, or the router's logits cannot be found.
@@ -57,8 +50,8 @@ def drop(layer: MoELayer, dropped: Iterable[int]) -> Callable[[], None]:
     if isinstance(weight, Tensor) and weight.shape[0] == layer.num_experts:
         undo: Callable[[], None] = _MaskedForward(router, layer.num_experts, experts).undo
     else:
-        heads = [m for m in router.modules() if isinstance(m, nn.Linear) and m.out_features == layer.num_experts]
-        heads = [m for m in heads if "noise" not in _name_in(router, m)]
+        linears = [(name, m) for name, m in router.named_modules() if isinstance(m, nn.Linear) and "noise" not in name]
+        heads = [module for _, module in linears if module.out_features == layer.num_experts]
         if not heads:
             raise ValueError(f"layer {layer.name}: cannot find the logits in its router, a {type(router).__name__}")
         handle = heads[-1].register_forward_hook(lambda _m, _a, output: _fill(output, experts))
@@ -96,7 +89,7 @@ class _MaskedForward:
     def __init__(self, router: nn.Module, num_experts: int, dropped: list[int]) -> None:
         self.router, self.num_experts, self.dropped = router, num_experts, dropped
         self.override = router.__dict__.get("forward")
-        bias = self._correction()
+        bias = getattr(router, "e_score_correction_bias", None)
         self.kept = None if bias is None else bias.detach()[dropped].clone()
         if bias is not None:
             bias.data[dropped] = _NEVER
@@ -114,21 +107,14 @@ class _MaskedForward:
         del self.router.__dict__["forward"]
         if self.override is not None:
             self.router.forward = self.override  # type: ignore[method-assign]
-        bias = self._correction()
-        if bias is not None and self.kept is not None:
+        if self.kept is not None:
+            bias: Any = self.router.e_score_correction_bias
             bias.data[self.dropped] = self.kept.to(bias)
-
-    def _correction(self) -> Tensor | None:
-        return getattr(self.router, "e_score_correction_bias", None)
 
 
 def _fill(logits: Tensor, dropped: list[int]) -> Tensor:
     index = torch.tensor(dropped, device=logits.device)
     return logits.index_fill(-1, index, float("-inf"))
-
-
-def _name_in(parent: nn.Module, module: nn.Module) -> str:
-    return next(name for name, child in parent.named_modules() if child is module)
 
 
 @torch.no_grad()

@@ -35,8 +35,7 @@ class Traffic:
     Attributes:
         hits: Uses of an expert that was on the device.
         misses: Uses of one that had to be copied there (ahead of time or not).
-        to_device_bytes: Weights copied to the device.
-        to_host_bytes: Gradients copied back.
+        to_device_bytes, to_host_bytes: Weights copied to the device, gradients copied back.
     """
 
     hits: int = 0

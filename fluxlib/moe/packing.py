@@ -6,8 +6,7 @@ values (Lloyd and Max), with a scale fitted to the block by least squares.
 
 - :func:`quantize_tensor` -- a stack, with the code that suits its device,
 - :class:`Packed` -- one quantized stack, read and written one expert at a time,
-- :class:`PackedNF4` -- the same with bitsandbytes' kernels: 4 bits on CUDA,
-- :func:`levels` -- the levels of a code.
+- :class:`PackedNF4` -- the same with bitsandbytes' kernels: 4 bits on CUDA.
 
 On a CPU bitsandbytes needs 1.4 to 3 times as long to quantise, errs by 8 % more, and dequantises 3 to 4 times as fast:
 the better tool where experts are quantised once and read many times, which no participant does (``make bench``).
@@ -199,9 +198,8 @@ def _tables(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 def _encode(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes ``[blocks, block]`` int32 and scales ``[blocks]`` of float32 values.
 
-    Several first scales are tried for each block: for normal values the standard deviation is best, for a block with an
-    outlier one that reaches it. Each is followed by the scale of least squared error, ``<v, l> / <l, l>``, whose gain
-    ``<v, l>^2 / <l, l>`` says which is best.
+    Several first scales are tried: for normal values the standard deviation is best, for a block with an outlier one
+    that reaches it. Each is followed by that of least squared error, ``<v, l> / <l, l>``; gain: ``<v, l>^2 / <l, l>``.
     """
     largest = values.abs().amax(1)
     if bits == 8:
