@@ -170,10 +170,7 @@ def _watch_attention(module: nn.Module, record: LayerCapture, result: Capture) -
         record.attention.append(received(weights.detach(), _visible(seen[0], token, weights)))
         return tuple(None if o is weights else o for o in output)
 
-    return [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after),
-    ]
+    return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
 
 
 def _visible(mask: Tensor | None, token: Tensor, weights: Tensor) -> Tensor:

@@ -20,8 +20,17 @@ from torch import Tensor, nn
 from . import mask
 from .dispatch import Pairs, StackedSlots, choices, dispatch, sort_pairs
 from .expert import Activation
-from .find import ReplacedExperts, check_expert, expert_tensors, permute_neurons, read_layout, write_expert
-from .replace import check_original, replace, replacing
+from .find import (
+    MoELayer,
+    ReplacedExperts,
+    check_expert,
+    expert_tensors,
+    layers,
+    permute_neurons,
+    read_layout,
+    write_expert,
+)
+from .replace import replace_all
 from .replace import restore as restore
 
 Permutations = tuple[tuple[Tensor | None, ...], ...]
@@ -194,13 +203,13 @@ class CompactExperts(ReplacedExperts):
 @torch.no_grad()
 def merge(experts: nn.Module, plan: LayerPlan, group: int) -> dict[str, Tensor]:
     """Weighted sum of a group's experts, accumulated in float32 (float64 for a float64 model). Paper: equation 2."""
-    members = plan.groups[group]
+    members, layout = plan.groups[group], read_layout(experts)
     orders = plan.permutations[group] if plan.permutations is not None else (None,) * len(members)
     out: dict[str, Tensor] = {}
     for expert, share, order in zip(members, plan.shares(group), orders, strict=True):
         tensors = expert_tensors(experts, expert)
         if order is not None:
-            tensors = permute_neurons(tensors, order, read_layout(experts))
+            tensors = permute_neurons(tensors, order, layout)
         for name, tensor in tensors.items():
             wide = tensor if tensor.dtype == torch.float64 else tensor.float()
             out[name] = out[name].add_(wide, alpha=share) if name in out else wide * share
@@ -221,19 +230,22 @@ def customize(model: nn.Module, plans: Sequence[LayerPlan], dtype: torch.dtype |
     Raises:
         ValueError: The plans are not for this model, or its experts were replaced before. The model is then as it was.
     """
-    found = check_original(model)
+    num_layers = len(layers(model))
     if not isinstance(plans, Sequence) or not all(isinstance(plan, LayerPlan) for plan in plans):
         kinds = [type(plan).__name__ for plan in plans] if isinstance(plans, Sequence) else type(plans).__name__
         raise ValueError(f"plans: expected a list of LayerPlan, one per MoE layer, got {kinds}")
-    if len(plans) != len(found):
-        raise ValueError(f"plans: expected one per MoE layer, {len(found)}, got {len(plans)}")
-    with replacing(model, found):
-        for layer, plan in zip(found, plans, strict=True):
-            try:
-                compact = CompactExperts(layer.experts, plan, dtype)
-                replace(model, layer, compact)
-                if plan.dropped:
-                    compact.on_restore.append(mask.drop(layer, plan.dropped))
-            except ValueError as error:
-                raise ValueError(f"plans[{layer.index}]: {error}") from error
+    if len(plans) != num_layers:
+        raise ValueError(f"plans: expected one per MoE layer, {num_layers}, got {len(plans)}")
+
+    def make(layer: MoELayer) -> CompactExperts:
+        plan = plans[layer.index]
+        try:
+            compact = CompactExperts(layer.experts, plan, dtype)
+            if plan.dropped:
+                compact.on_restore.append(mask.drop(layer, plan.dropped))
+        except ValueError as error:
+            raise ValueError(f"plans[{layer.index}]: {error}") from error
+        return compact
+
+    replace_all(model, make)
     return model

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .dispatch import SlotExperts
 from .expert import Matrices, to_matrices
 from .find import check_expert
-from .replace import check_original, replace, replacing
+from .replace import replace_all
 
 Key = tuple[int, int]
 """Layer and expert."""
@@ -235,10 +235,8 @@ def offload(model: nn.Module, capacity: int) -> DeviceSet:
     Raises:
         ValueError: No capacity, or experts that were replaced before.
     """
-    found, device_set = check_original(model), DeviceSet(capacity)
-    with replacing(model, found):
-        for layer in found:
-            replace(model, layer, OffloadedExperts(layer.experts, device_set, layer.index))
+    device_set = DeviceSet(capacity)
+    replace_all(model, lambda layer: OffloadedExperts(layer.experts, device_set, layer.index))
     return device_set
 
 

@@ -19,7 +19,7 @@ from .dispatch import SlotExperts
 from .expert import Matrices, to_matrices
 from .find import check_expert
 from .packing import Packed, check_code, quantize_tensor
-from .replace import check_original, replace, replacing, restore
+from .replace import replace_all, restore
 
 
 class QuantizedExperts(SlotExperts):
@@ -89,10 +89,7 @@ def quantize(model: nn.Module, bits: int = 4, block: int = 64) -> nn.Module:
         ValueError: The experts were replaced before, or the number of bits is none of 2, 3, 4, 8.
     """
     check_code(bits, block)
-    found = check_original(model)
-    with replacing(model, found):
-        for layer in found:
-            replace(model, layer, QuantizedExperts(layer.experts, bits, block))
+    replace_all(model, lambda layer: QuantizedExperts(layer.experts, bits, block))
     return model
 
 

@@ -1,14 +1,13 @@
 """Another module at the experts' place, and the model's own back again; all layers or none.
 
-- :func:`replacing` and :func:`replace` -- at every layer, inside a ``with`` block that undoes what failed,
+- :func:`replace_all`, :func:`replace` -- at every layer, at one,
 - :func:`restore` -- the original experts, routing and ``requires_grad`` flags.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -17,8 +16,10 @@ from .find import MoELayer, ReplacedExperts, expert_tensors, layers
 from .product import freeze_linears, thaw_linears
 
 
-def check_original(model: nn.Module) -> list[MoELayer]:
-    """MoE layers of a model whose experts are its own.
+def replace_all(model: nn.Module, make: Callable[[MoELayer], ReplacedExperts]) -> None:
+    """Put what ``make`` gives at the experts' place of every layer and freeze the rest; an error leaves all as it was.
+
+    What does not learn, routers apart, is multiplied by :func:`fluxlib.moe.product.matmul` meanwhile.
 
     Raises:
         ValueError: Some experts were replaced before.
@@ -27,26 +28,13 @@ def check_original(model: nn.Module) -> list[MoELayer]:
     for layer in found:
         if isinstance(layer.experts, ReplacedExperts):
             raise ValueError(f"model: experts of {layer.name} were replaced before; call restore(model) first")
-    return found
-
-
-@contextmanager
-def replacing(model: nn.Module, found: Sequence[MoELayer]) -> Iterator[None]:
-    """Freeze a model whose layers are replaced in the ``with`` block; an error there leaves it as it was.
-
-    What does not learn, routers apart, is multiplied by :func:`fluxlib.moe.product.matmul` meanwhile.
-
-    Args:
-        model: A model with its original experts.
-        found: Its layers.
-    """
     devices = [next(layer.experts.parameters()).device for layer in found]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.__dict__["_frozen_parameters"] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.__dict__["_frozen_parameters"] = trainable
         model.requires_grad_(False)
         freeze_linears(model, wider_than=max(layer.num_experts for layer in found))
-        yield
+        for layer in found:
+            replace(model, layer, make(layer))
     except BaseException:
         restore(model, write=False)
         for layer, device in zip(found, devices, strict=True):
