@@ -1,4 +1,4 @@
-"""The tables of results: schemas declared once, checked whenever a table is written or read.
+"""The tables of results: schemas declared once (``tables.csv``), checked whenever a table is written or read.
 
 Tables are tidy Parquet, one row per observation: ``<folder>/<table>/<run_id>.parquet``, and beside each file
 ``<run_id>.json`` with what made it (parameters, seeds, versions, commit, machine, start, end). A file appears
@@ -7,6 +7,7 @@ whole or not at all. ``docs/tables.md`` shows the schemas as a page.
 
 from __future__ import annotations
 
+import csv
 import datetime
 import json
 import os
@@ -30,6 +31,10 @@ PHASES = ("download", "merge", "quantize", "profile", "train", "probe", "pcie", 
 PACKAGES = ("fluxlib", "torch", "transformers", "numpy", "flwr", "bitsandbytes", "pandas", "pyarrow")
 
 
+DECLARED = Path(__file__).with_name("tables.csv")
+"""Every column of every table: its type, unit and meaning."""
+
+
 class TableError(ValueError):
     """A table does not have the columns or types that its schema declares; the message names them."""
 
@@ -45,101 +50,18 @@ class Column:
     nullable: bool = False
 
 
-_IDENTITY = (
-    Column("run_id", "string", "", "method[-variant]-model-task-seedN: one federated run"),
-    Column("method", "string", "", "flux, fmd, fmq or fmes"),
-    Column("model", "string", "", "the model that was trained"),
-    Column("task", "string", "", "the task it was trained on"),
-    Column("seed", "int64", "", "seed that every named generator of the run derives from"),
-    Column("variant", "string", "", "what was changed against the profile's plain runs; empty: nothing"),
-    Column("engine", "string", "", "what ran the apps: local, simulation or deployment"),
-    Column("round", "int64", "", "round, counted from 1; 0 is the base model before any training"),
-)
+def _declared() -> dict[str, tuple[Column, ...]]:
+    found: dict[str, tuple[Column, ...]] = {}
+    with DECLARED.open(newline="") as file:
+        for row in csv.DictReader(file):
+            column = Column(row["column"], row["type"], row["unit"], row["meaning"], row["may_be_empty"] == "yes")
+            found[row["table"]] = (*found.get(row["table"], ()), column)
+    return found
 
-ROUNDS = (
-    *_IDENTITY,
-    Column("metric", "float64", "0..1", "score of the full global model on the server's test split", True),
-    Column("metric_name", "string", "", "accuracy, exact_match or rouge_l"),
-    Column("loss", "float64", "nats/token", "test loss of the full global model", True),
-    Column("train_loss", "float64", "nats/token", "mean of the participants' losses, weighted by samples", True),
-    Column("epsilon", "float64", "0..1", "share of the tuning budget that exploits; empty without exploration", True),
-    Column("wall_s", "float64", "s", "measured here since the start of the run, evaluation excluded"),
-    Column("device_s", "float64", "s", "device clock since the start of the run"),
-    Column("round_wall_s", "float64", "s", "measured here in this round, evaluation excluded"),
-    Column("round_device_s", "float64", "s", "device clock of this round: slowest participant, then the server"),
-    Column("server_device_s", "float64", "s", "the server's part of round_device_s"),
-    Column("evaluate_wall_s", "float64", "s", "measured time of the evaluation, in neither clock"),
-    Column("clock_model", "string", "", "model whose shapes the device clock uses"),
-    Column("link", "string", "", "link between participants and server in the device clock"),
-    Column("uplink_bytes", "int64", "B", "payload that left the participants in this round, summed"),
-    Column("downlink_bytes", "int64", "B", "payload sent to the participants in this round, summed"),
-    Column("peak_memory_bytes", "int64", "B", "highest memory of the process (or GPU) so far, measured"),
-    Column("device_memory_bytes", "int64", "B", "predicted peak on the most loaded participant", True),
-    Column("num_participants", "int64", "", "participants asked in this round"),
-    Column("num_rejected", "int64", "", "replies refused in this round (see participants.rejected)"),
-    Column("num_tuned", "int64", "", "different experts that at least one accepted reply changed"),
-    Column("num_experts", "int64", "", "routed experts of the model, over all layers"),
-)
 
-PARTICIPANTS = (
-    Column("run_id", "string", "", "as in rounds"),
-    Column("round", "int64", "", "round, counted from 1"),
-    Column("participant", "int64", "", "participant, counted from 0"),
-    Column("device", "string", "", "device of the catalogue that stands for this participant"),
-    Column("num_samples", "int64", "", "samples trained on in this round"),
-    Column("num_train_tokens", "int64", "tokens", "real tokens trained on, padding excluded"),
-    Column("num_tuned", "int64", "", "experts with gradients (exploited), over all layers"),
-    Column("num_explored", "int64", "", "experts whose utility was probed forward-only"),
-    Column("num_merged", "int64", "", "merged slots held, over all layers"),
-    Column("loss", "float64", "nats/token", "mean training loss of the local steps", True),
-    Column("uplink_bytes", "int64", "B", "payload of the reply"),
-    Column("downlink_bytes", "int64", "B", "payload of the request"),
-    Column("rejected", "string", "", "why the reply was refused; empty: it was accepted"),
-    Column("utility_faults", "string", "", "utilities not taken as they came: 2 huge, 1 missing ...; empty: none"),
-    Column("exploited", "string", "", "experts tuned, as layer.expert with spaces between"),
-    Column("explored", "string", "", "experts held unmerged beside them, to be probed or merely kept, written alike"),
-    Column(
-        "work", "string", "", "what was done, as JSON of methods.base.Work: the device clock can be read anew", True
-    ),
-    *(
-        Column(f"{phase}_{clock}_s", "float64", "s", f"{phase}: {source}", True)
-        for clock, source in (("device", "predicted by the device clock"), ("wall", "measured here"))
-        for phase in PHASES
-    ),
-)
-
-MEASUREMENTS = (
-    Column("run_id", "string", "", "notebook-model: one execution of a study notebook"),
-    Column("study", "string", "", "what was studied, e.g. profile_error: the figures are named after it"),
-    Column("model", "string", "", "the model it was measured on"),
-    Column("task", "string", "", "the task whose samples were used; empty: none"),
-    Column("seed", "int64", "", "seed of the samples and of everything drawn"),
-    Column("setting", "string", "", "what was varied, e.g. 4 bit or merging"),
-    Column("x", "float64", "", "the varied quantity where it is a number: bits, probes, samples, round", True),
-    Column("layer", "int64", "", "routed layer, counted from 0; empty: over all layers", True),
-    Column("expert", "int64", "", "expert within its layer; empty: over all experts", True),
-    Column("value", "float64", "see unit", "what was measured", True),
-    Column("unit", "string", "", "unit of value; empty: a ratio or a count"),
-)
-"""What the study notebooks measure beside federated runs: one long table for all of them."""
-
-TIMELINE = (
-    Column("run_id", "string", "", "as in rounds"),
-    Column("round", "int64", "", "round, counted from 1"),
-    Column("participant", "int64", "", "participant, counted from 0; -1: the server"),
-    Column("clock", "string", "", "wall: as measured here; device: as predicted by the device clock"),
-    Column("phase", "string", "", "a phase of participants, catch_up, or the server's aggregate and evaluate"),
-    Column("start_s", "float64", "s", "since the start of the run"),
-    Column("end_s", "float64", "s", "since the start of the run"),
-)
-"""When each phase began and ended; the wall's clock goes on during evaluation, the device's does not."""
-
-TABLES: dict[str, tuple[Column, ...]] = {
-    "rounds": ROUNDS,
-    "participants": PARTICIPANTS,
-    "timeline": TIMELINE,
-    "measurements": MEASUREMENTS,
-}
+TABLES = _declared()
+"""Columns of each table."""
+ROUNDS, PARTICIPANTS = TABLES["rounds"], TABLES["participants"]
 
 
 def columns(table: str) -> tuple[Column, ...]:
@@ -191,30 +113,11 @@ def validate(table: str, frame: pd.DataFrame) -> pa.Table:
 def _to_arrow(values: pd.Series, column: Column) -> pa.Array:
     import pyarrow as pa
 
-    found = pa.Array.from_pandas(values)
-    # pandas has no integers with gaps: they come as floats, and the cast below refuses fractions.
-    accepted = (*_ACCEPTED[column.dtype], "float") if column.nullable else _ACCEPTED[column.dtype]
-    if len(values) and not pa.types.is_null(found.type) and _kind(found.type) not in accepted:
-        raise TableError(f"got {found.type}")
+    # Numbers do not become text, fractions no integers; pandas has no integers with gaps, they come as floats.
+    found = pa.Array.from_pandas(values, type=pa.type_for_alias(column.dtype))
     if found.null_count and not column.nullable:
         raise TableError(f"{found.null_count} of {len(values)} values are missing")
-    return found.cast(column.dtype)
-
-
-def _kind(dtype: Any) -> str:
-    import pyarrow as pa
-
-    if pa.types.is_boolean(dtype):
-        return "bool"
-    if pa.types.is_integer(dtype):
-        return "int"
-    if pa.types.is_floating(dtype):
-        return "float"
-    return "string" if pa.types.is_string(dtype) or pa.types.is_large_string(dtype) else str(dtype)
-
-
-# An integer column may arrive as floats only from outside; a float column may well hold whole numbers.
-_ACCEPTED = {"string": ("string",), "int64": ("int",), "float64": ("float", "int"), "bool": ("bool",)}
+    return found
 
 
 def write(table: str, frame: pd.DataFrame, path: Path, about: dict[str, Any]) -> Path:

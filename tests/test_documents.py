@@ -35,7 +35,8 @@ HELD_ELSEWHERE = {
 }
 # What is passed instead, so that a command takes seconds.
 SMALLER = {"--rounds": "1", "--participants": "2", "--task": "mini-mmlu", "--batch": "1", "--tokens": "16"}
-TINY_RUN = ["--set", "task_size=200", "--set", "local_steps=1", "--set", "eval_samples=8", "--set", "batch_size=4"]
+TINY = ("data.task_size=200", "training.local_steps=1", "evaluation.samples=8", "training.batch_size=4")
+TINY_RUN = [word for setting in TINY for word in ("--set", setting)]
 PLAN = ["--model", "mini-llama-moe", "--memory", "2GiB", "--batch", "1", "--tokens", "16"]
 
 

@@ -90,8 +90,8 @@ def paper(tmp_path: Path, checkpoints: dict[str, Path], data: Path) -> pipeline.
     content = yaml.safe_load((REPO_ROOT / "config" / "paper.yaml").read_text())
     content["grid"]["models"] = [str(checkpoints[name]) for name in content["grid"]["models"]]
     content["run"] |= {
-        "data.path": str(data), "federation.rounds": 1, "federation.participants": 2, "training.local_steps": 1, "training.batch_size": 2, "evaluation.samples": 2,
-        "training.max_tokens": 128, "profiling.batches": 1,
+        "data.path": str(data), "federation.rounds": 1, "federation.participants": 2, "evaluation.samples": 2,
+        "training.local_steps": 1, "training.batch_size": 2, "training.max_tokens": 128, "profiling.batches": 1,
     }  # fmt: skip
     path = tmp_path / "paper.yaml"
     path.write_text(yaml.safe_dump(content))

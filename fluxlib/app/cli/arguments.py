@@ -17,7 +17,7 @@ POWER = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
 
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="any other parameter; repeat as needed"),
+    typer.Option("--set", metavar="NAME=VALUE", help="any other setting or parameter; repeat as needed"),
 ]
 PictureOption = Annotated[Path, typer.Option(help="pdf, png and csv are written under this name")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for a machine to read")]
@@ -59,7 +59,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """``["rounds=3", "epsilon=dynamic"]`` as a dictionary; a value is YAML where it can be, text otherwise.
+    """``["federation.rounds=3", "roles.epsilon=dynamic"]`` as a dictionary; a value is YAML where it can be, text otherwise.
 
     Raises:
         ConfigError: an item without ``=``, or a name given twice.

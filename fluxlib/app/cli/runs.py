@@ -20,6 +20,13 @@ from fluxlib.app.cli.arguments import (
 )
 
 
+OPTIONS = {
+    "method": "method", "model": "model", "task": "task", "federation.rounds": "rounds",
+    "federation.participants": "participants", "seed": "seed", "engine": "engine", "data.path": "data",
+}  # fmt: skip
+"""Settings that have an option of their own."""
+
+
 def run(
     method: Annotated[str, typer.Option(help="flux, fmd, ... (a wrong name lists them)")] = "flux",
     model: Annotated[str, typer.Option(help="an embedded mini model, a folder, or a hub name")] = "mini-llama-moe",
@@ -48,10 +55,8 @@ def run(
     """
     from fluxlib.config import check_writable
 
-    named = {
-        "method": method, "model": model, "task": task, "federation.rounds": rounds,
-        "federation.participants": participants, "seed": seed, "engine": engine,
-    } | ({} if data is None else {"data.path": str(data.resolve())})  # fmt: skip
+    path = None if data is None else str(data.resolve())
+    named = dict(zip(OPTIONS, (method, model, task, rounds, participants, seed, engine, path), strict=True))
     config = _configure(named, settings)
     check_writable(out)
     if save is not None:
@@ -77,11 +82,12 @@ def run(
 
 def _configure(named: dict[str, Any], settings: list[str] | None) -> Any:
     """The configuration of options that have a name of their own, and of ``--set``."""
-    from fluxlib.config import ConfigError, make_config
+    from fluxlib.config import ConfigError, flatten, make_config
 
-    more = parse_settings(settings)
-    for name in sorted(set(named) & set(more)):
-        raise ConfigError(f"{name} is an option of its own: --{name} VALUE")
+    more = flatten(parse_settings(settings))
+    for name in more:
+        if name in OPTIONS:
+            raise ConfigError(f"{name} is an option of its own: --{OPTIONS[name]} VALUE")
     return make_config(named | more)
 
 
