@@ -1,4 +1,4 @@
-"""What ``fluxlib doctor`` checks: is this machine ready, and if not, what to do. No network traffic is made.
+"""What ``fluxlib doctor`` checks: is this machine ready, and if not, what to do. Nothing is sent anywhere.
 
 Each check is a function that yields :class:`Check` records; :func:`examine` calls them all. A ``problem`` stops the
 suite from running (exit code 1), a ``warning`` stops a part of it, both say what to do.
@@ -44,7 +44,7 @@ class Check:
 
 def examine() -> list[Check]:
     """All checks, in the order in which problems are best solved."""
-    groups = (_python(), _packages(), _memory(), _disk(), _devices(), _folders(), _models(), _network())
+    groups = (_python(), _packages(), _memory(), _disk(), _devices(), _folders(), _models())
     return [check for group in groups for check in group]
 
 
@@ -155,21 +155,3 @@ def _models() -> Iterator[Check]:
             yield Check(name, "ok", str(folder))
         except OSError as error:
             yield Check(name, "problem", str(error), advice)
-
-
-def _network() -> Iterator[Check]:
-    """Only what can be known without sending anything: the hub's switch, and the default route."""
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        yield Check("network", "ok", "the hub is switched off (HF_HUB_OFFLINE); only paper needs it")
-    elif not _has_default_route():
-        yield Check("network", "ok", "no default route: offline; only paper with hub models needs one")
-    else:
-        yield Check("network", "ok", "there is a default route (nothing was sent to try it)")
-
-
-def _has_default_route(table: Path = Path("/proc/net/route")) -> bool:
-    """Whether the kernel's IPv4 routing table has a default; assumed so where there is no such file."""
-    if not table.is_file():
-        return True
-    rows = (row.split() for row in table.read_text().splitlines()[1:])
-    return any(len(row) > 1 and row[1] == "00000000" for row in rows)

@@ -59,7 +59,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """``["federation.rounds=3", "roles.epsilon=dynamic"]`` as a dictionary; a value is YAML where it can be, text otherwise.
+    """``["federation.rounds=3", "roles.epsilon=dynamic"]`` by name; a value is YAML where it can be, else text.
 
     Raises:
         ConfigError: an item without ``=``, or a name given twice.

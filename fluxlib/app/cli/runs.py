@@ -19,7 +19,6 @@ from fluxlib.app.cli.arguments import (
     parse_settings,
 )
 
-
 OPTIONS = {
     "method": "method", "model": "model", "task": "task", "federation.rounds": "rounds",
     "federation.participants": "participants", "seed": "seed", "engine": "engine", "data.path": "data",
