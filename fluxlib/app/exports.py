@@ -56,8 +56,8 @@ def model_card(config: RunConfig, rounds: pd.DataFrame, versions: Mapping[str, s
     """A model card in Markdown; every number in it is from ``rounds``."""
     first, last = rounds.iloc[0], rounds.iloc[-1]
     name = str(last["metric_name"])
-    changed = config.model_dump(mode="json", exclude_defaults=True)
-    settings = "\n".join(f"| `{key}` | `{value}` |" for key, value in changed.items())
+    changed = config.settings(changed_only=True).items()
+    settings = "\n".join(f"| `{setting}` | `{value}` |" for setting, value in changed)
     up, down = (rounds[f"{way}_bytes"].sum() / 1e6 for way in ("uplink", "downlink"))
     clock = Path(config.model).name if config.clock.model == "self" else config.clock.model
     return f"""---
@@ -68,8 +68,9 @@ tags: [mixture-of-experts, federated-learning, {config.method}]
 
 # {config.run_id}
 
-`{config.model}`, its experts tuned by {config.federation.participants} simulated participants with the method `{config.method}`
-on `{config.task}`; {int(last["round"])} of {config.federation.rounds} rounds. Router, attention and embeddings are the base's.
+`{config.model}`, its experts tuned by {config.federation.participants} simulated participants with the method
+`{config.method}` on `{config.task}`; {int(last["round"])} of {config.federation.rounds} rounds. Router, attention and
+embeddings are the base's.
 
 | | base | tuned |
 |---|---|---|
@@ -81,7 +82,7 @@ fleet `{config.clock.fleet}`, link `{config.clock.link}`). Participants sent {up
 
 ## Settings that are not the library's defaults
 
-| parameter | value |
+| setting | value |
 |---|---|
 {settings}
 
@@ -176,10 +177,6 @@ Scored on test samples with the participant's labels. Processor times on one mac
     model, tokenizer = models.load_compact("this folder")
 """
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self)
-
 
 def save_participant(
     source: Path | str,
@@ -240,7 +237,7 @@ def save_participant(
     compact = measure("compact", small, (path / WEIGHTS).stat().st_size)
     num_slots = sum(len(plan.tuned) + len(plan.groups) for plan in plans)
     report = CompactReport(str(path), participant, num_slots, known.frequency.numel(), task.metric, full, compact)
-    (path / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    (path / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     (path / "README.md").write_text(report.card(config.run_id))
     return report
 

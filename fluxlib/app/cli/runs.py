@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -209,4 +210,4 @@ def export(
     from fluxlib.app import exports
 
     report = exports.save_participant(source, folder, participant, tune, merge)
-    print(json.dumps(report.to_dict()) if as_json else report.table())
+    print(json.dumps(asdict(report)) if as_json else report.table())
