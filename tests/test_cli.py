@@ -68,20 +68,11 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
 
 def test_run_prints_a_line_per_round(call, engine, tmp_path):
     code, out, err = call(
-        "run", "--rounds", 3, "--seed", 7, "--out", tmp_path, "--set", "alpha=0.1", "--set", "epsilon=dynamic"
+        "run", "--rounds", 3, "--seed", 7, "--out", tmp_path, "--set", "data.alpha=0.1", "--set", "wire={uplink: int8}"
     )
     assert (code, err) == (0, "")
-    assert (
-        engine.config.federation.rounds,
-        engine.config.seed,
-        engine.config.data.alpha,
-        engine.config.roles.epsilon,
-    ) == (
-        3,
-        7,
-        0.1,
-        "dynamic",
-    )
+    changed = {"federation.rounds": 3, "seed": 7, "data.alpha": 0.1, "wire.uplink": "int8"}
+    assert engine.config.settings(changed_only=True) == changed
     first, second, last = out.splitlines()
     assert "round   0  not scored" in first
     assert "round   1  accuracy 0.250  loss 0.500" in second and "1 rejected" in second

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pandas as pd
@@ -85,7 +86,7 @@ def test_the_tuned_model_is_one_that_can_be_loaded_and_its_card_tells_where_it_i
     for (name, found), (_, expected) in zip(loaded.state_dict().items(), base.state_dict().items(), strict=True):
         assert torch.equal(found, expected), name
     card = (folder / "README.md").read_text()
-    assert "| accuracy, test split | 0.250 | 0.500 |" in card and "| `tune_fraction` | `0.125` |" in card
+    assert "| accuracy, test split | 0.250 | 0.500 |" in card and "| `budget.tune_frac` | `0.125` |" in card
     assert json.loads((folder / "run.json").read_text())["config"] == config.model_dump(mode="json")
     table = rounds()
     with pytest.raises(ConfigError, match="holds model weights already"):
@@ -101,7 +102,7 @@ def test_a_participants_model_is_smaller_and_measured_beside_the_full_one(tuned,
     assert report.compact.num_bytes < 0.6 * report.full.num_bytes
     assert report.full.memory_bytes >= 4 * report.full.num_parameters
     assert report.compact.memory_bytes < 0.6 * report.full.memory_bytes
-    assert json.loads((tmp_path / "compact" / "report.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+    assert json.loads((tmp_path / "compact" / "report.json").read_text()) == json.loads(json.dumps(asdict(report)))
     assert "64 experts in 24 slots" in report.table()
     for size in (report.full, report.compact):
         assert size.read_s > 0 and size.write_s > 0
@@ -118,8 +119,8 @@ def test_an_impossible_export_is_refused(tuned, tmp_path):
     folder, _ = tuned
     with pytest.raises(ConfigError, match=r"participant is 2, allowed is 0 to 1"):
         exports.save_participant(folder, tmp_path / "b", participant=2)
-    with pytest.raises(ConfigError, match=r"tune_fraction is 0\.01"):
-        exports.save_participant(folder, tmp_path / "b", tune_fraction=0.01)
+    with pytest.raises(ConfigError, match=r"tune_frac is 0\.01"):
+        exports.save_participant(folder, tmp_path / "b", tune_frac=0.01)
     with pytest.raises(ConfigError, match=r"has no run\.json"):
         exports.save_participant(tmp_path, tmp_path / "b")
     assert not (tmp_path / "b").exists()

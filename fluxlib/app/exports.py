@@ -182,8 +182,8 @@ def save_participant(
     source: Path | str,
     path: Path | str,
     participant: int = 0,
-    tune_fraction: float | None = None,
-    merge_fraction: float | None = None,
+    tune_frac: float | None = None,
+    merge_frac: float | None = None,
 ) -> CompactReport:
     """Compact a tuned model for one participant, write it, and measure it beside the full one.
 
@@ -194,14 +194,14 @@ def save_participant(
         source: a folder of :func:`save_tuned`.
         path: an empty or new folder for the compact model.
         participant: of the run, counted from 0.
-        tune_fraction: share of the experts with a slot of their own; None: the run's.
-        merge_fraction: merged slots, as a share of the experts; None: the run's.
+        tune_frac: share of the experts with a slot of their own; None: the run's.
+        merge_frac: merged slots, as a share of the experts; None: the run's.
 
     Raises:
         ConfigError: not such a folder, no such participant, an impossible budget, or a folder in use.
     """
     source, path = Path(source), Path(path)
-    config = _config(source, tune_fraction, merge_fraction)
+    config = _config(source, tune_frac, merge_frac)
     if not 0 <= participant < config.federation.participants:
         raise ConfigError(f"participant is {participant}, allowed is 0 to {config.federation.participants - 1}")
     if (path / WEIGHTS).exists():
@@ -242,14 +242,14 @@ def save_participant(
     return report
 
 
-def _config(source: Path, tune_fraction: float | None, merge_fraction: float | None) -> RunConfig:
+def _config(source: Path, tune_frac: float | None, merge_frac: float | None) -> RunConfig:
     if not (source / RUN).is_file():
         raise ConfigError(f"{source} has no {RUN}: give a folder that `fluxlib run --save` wrote")
     try:
         found = dict(json.loads((source / RUN).read_text())["config"])
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{source / RUN} does not hold the settings of a run: was it changed, or cut off?") from None
-    given = {"budget.tune_frac": tune_fraction, "budget.merge_frac": merge_fraction}
+    given = {"budget.tune_frac": tune_frac, "budget.merge_frac": merge_frac}
     return make_config(found | {name: value for name, value in given.items() if value is not None})
 
 
