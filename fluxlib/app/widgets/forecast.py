@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,58 +31,49 @@ def shapes_of(config: RunConfig) -> str:
     return config.model if config.clock.model == "self" else config.clock.model
 
 
-def _batch_of(config: RunConfig) -> tuple[int, int, int]:
-    """Batch, tokens, bits of a step, as the planner takes them."""
-    tokens = min(config.clock.tokens_per_sample or config.training.max_tokens, 512)
-    bits = config.training.fmq_bits if config.method == "fmq" else config.profiling.bits
-    return config.training.batch_size, tokens, min(bits, 8)
-
-
-def what_fits(config: RunConfig, chosen: MemoryPlan) -> tuple[float, float] | None:
-    """About the largest shares of experts, tuned and merged, that a device holds which does not hold ``chosen``.
-
-    In proportion between ``chosen`` and the smallest plan: memory is nearly a straight line in the number of experts,
-    and an exact search takes a dry run at every step. None where even the smallest plan does not fit.
-    """
-    shapes = clock.shapes(shapes_of(config))
-    total, few = shapes.num_experts, shapes.num_layers / shapes.num_experts
-    if config.method not in ("flux", "fmes") or chosen.usable_bytes is None:
+def what_fits(config: RunConfig, device: catalogue.Device) -> tuple[float, float] | None:
+    """The largest shares of experts, tuned and merged, that ``device`` holds; None: not even the smallest."""
+    if config.method not in ("flux", "fmes"):
         return None
-    smallest = _cached_memory(shapes_of(config), config.method, (few, few), *_batch_of(config), None)
-    least, most = (max(plan.peak_bytes, plan.profile_bytes) for plan in (smallest, chosen))
-    part = (chosen.usable_bytes - least) / (most - least) if most > least else 0.0
-    if part <= 0:
+    try:
+        found = _planned(shapes_of(config), config.method, device.memory_bytes, None, None, _step(config))
+    except ValueError:
         return None
-    tuned, merged = (
-        (small + part * (large - small)) / total
-        for small, large in ((smallest.num_tuned, chosen.num_tuned), (smallest.num_merged, chosen.num_merged))
-    )
-    return math.floor(100 * tuned) / 100, math.floor(100 * merged) / 100
+    total = clock.shapes(shapes_of(config)).num_experts
+    return math.floor(100 * found.num_tuned / total) / 100, math.floor(100 * found.num_merged / total) / 100
 
 
 def predict_memory(
     config: RunConfig, method: str, budget: Budget, known: profiling.Profile, device: catalogue.Device
 ) -> MemoryPlan:
-    """The planner's answer for the same shares of the experts of the clock's model."""
-    total = known.frequency.numel()
-    shares = (1.0, 0.0) if method in ("fmd", "fmq") else (budget.num_tuned / total, budget.num_merged / total)
-    limit = None if method != config.method else device.memory_bytes
-    return _cached_memory(shapes_of(config), method, shares, *_batch_of(config), limit)
+    """The planner's answer for the same shares of the experts of the clock's model.
+
+    Raises:
+        ConfigError: the model does not have as many or as few experts.
+    """
+    name, total = shapes_of(config), clock.shapes(shapes_of(config)).num_experts
+    share = 1.0 if method in ("fmd", "fmq") else budget.num_tuned / known.frequency.numel()
+    num_tuned = max(1, round(share * total))
+    num_merged = round(budget.num_merged / known.frequency.numel() * total) if method == "flux" else 0
+    limit = device.memory_bytes if method == config.method else None
+    try:
+        return _planned(name, method, limit, num_tuned, num_merged, _step(config))
+    except ValueError as error:
+        said = f"budget.tune_frac is {share:.3g}, {num_tuned} of {total} experts of {Path(name).name}"
+        raise ConfigError(f"{said}: {error}") from None
+
+
+def _step(config: RunConfig) -> Step:
+    tokens = min(config.clock.tokens_per_sample or config.training.max_tokens, 512)
+    bits = config.training.fmq_bits if config.method == "fmq" else config.profiling.bits
+    return Step(config.training.batch_size, tokens, bits=min(bits, 8))
 
 
 @lru_cache(maxsize=64)
-def _cached_memory(
-    name: str, method: str, shares: tuple[float, float], batch: int, tokens: int, bits: int, limit: int | None
+def _planned(
+    name: str, method: str, memory_bytes: int | None, num_tuned: int | None, num_merged: int | None, step: Step
 ) -> MemoryPlan:
-    shapes = clock.shapes(name)
-    num_tuned = max(1, round(shares[0] * shapes.num_experts))
-    num_merged = round(shares[1] * shapes.num_experts) if method == "flux" else 0
-    try:
-        step = Step(batch, tokens, bits=bits)
-        return memory.plan_memory(models.config(name), method, limit, num_tuned, num_merged, step)
-    except ValueError as error:
-        share = f"budget.tune_frac is {shares[0]:.3g}, {num_tuned} of {shapes.num_experts} experts of {Path(name).name}"
-        raise ConfigError(f"{share}: {error}") from None
+    return memory.plan_memory(models.config(name), method, memory_bytes, num_tuned, num_merged, step)
 
 
 def predict_seconds(config: RunConfig, work: Work, device: catalogue.Device) -> dict[str, float]:
@@ -92,15 +83,26 @@ def predict_seconds(config: RunConfig, work: Work, device: catalogue.Device) -> 
     return {phase: seconds for phase, seconds in found.items() if seconds}
 
 
-def expected_work(
-    config: RunConfig,
-    method: str,
-    assigned: roles.Roles,
-    plans: Sequence[LayerPlan],
-    frequency: Tensor,
-    top_k_sum: int,
-    tokens_per_sample: float,
-) -> Work:
+@dataclass(frozen=True)
+class Share:
+    """A participant's part in a round, before it is done.
+
+    Attributes:
+        assigned: its roles, ``[L, E]`` each.
+        plans: one per MoE layer.
+        frequency: ``[L, E]`` of its profile.
+        top_k_sum: experts that a token passes through, over all layers.
+        tokens_per_sample: mean of its data.
+    """
+
+    assigned: roles.Roles
+    plans: Sequence[LayerPlan]
+    frequency: Tensor
+    top_k_sum: int
+    tokens_per_sample: float
+
+
+def expected_work(config: RunConfig, method: str, share: Share) -> Work:
     """What one participant does in a round, by count; the account that :class:`Work` gives afterwards.
 
     Three numbers are estimates: tokens are those of mean samples, routed as the profile says; each choice of a token is
@@ -108,30 +110,28 @@ def expected_work(
     downloads are rather too many where participants tune the same ones.
 
     Args:
-        method: the one of ``config``, for which ``assigned`` and ``plans`` hold, or one that tunes every expert.
-        frequency: ``[L, E]`` of the participant's profile.
-        top_k_sum: experts that a token passes through, over all layers.
+        method: the one of ``config``, for which ``share`` holds, or one that tunes every expert.
     """
-    work = _training(config, tokens_per_sample, assigned.exploit.numel())
-    if method != config.method or bool(assigned.exploit.all()):
+    exploit, explore, tokens_per_sample = share.assigned.exploit, share.assigned.explore, share.tokens_per_sample
+    work = _training(config, tokens_per_sample, exploit.numel())
+    if method != config.method or bool(exploit.all()):
         return _tuning_everything(config, method, work)
-    exploit, explore = assigned.exploit, assigned.explore
     total, num_tuned = work.num_experts, int(exploit.sum())
     dropped = torch.zeros_like(exploit)
-    for row, plan in zip(dropped, plans, strict=True):
+    for row, plan in zip(dropped, share.plans, strict=True):
         row[list(plan.dropped)] = True
-    reached = frequency.masked_fill(dropped, 0.0)
-    routed = work.train_tokens * top_k_sum
+    reached = share.frequency.masked_fill(dropped, 0.0)
+    routed = work.train_tokens * share.top_k_sum
     samples = config.profiling.batches * config.training.batch_size
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
-    passes = flux.forward_passes(keys, len(frequency), config) if method == "flux" else 0.0
+    passes = flux.forward_passes(keys, len(share.frequency), config) if method == "flux" else 0.0
     if passes > 1 and config.roles.explore_by == "probes":
         passes = 1 + (passes - 1) * roles.num_probed(config.roles, len(keys)) / len(keys)
     return replace(
         work,
         num_tuned=num_tuned,
-        num_frozen=sum(len(plan.groups) for plan in plans),
-        num_merge_sources=sum(len(group) for plan in plans for group in plan.groups if len(group) > 1),
+        num_frozen=sum(len(plan.groups) for plan in share.plans),
+        num_merge_sources=sum(len(group) for plan in share.plans for group in plan.groups if len(group) > 1),
         routed_tokens=routed,
         slot_tokens=routed,
         tuned_tokens=round(routed * float(reached[exploit].sum() / reached.sum())),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fluxlib import methods, models, profiling, roles, seeding
-from fluxlib.app.widgets.forecast import expected_work, predict_memory, predict_seconds, shapes_name, what_fits
+from fluxlib.app.widgets.forecast import Share, expected_work, predict_memory, predict_seconds, shapes_name, what_fits
 from fluxlib.config import ConfigError, RunConfig, make_config
 from fluxlib.devices import catalogue, memory
 from fluxlib.devices.memory import MemoryPlan
@@ -68,7 +68,7 @@ class Preview:
         )
 
     def _what_fits(self) -> str:
-        found = what_fits(self.config, self.memory[self.config.method])
+        found = what_fits(self.config, self.device)
         if found is None or not found[0]:
             return f"With batches of {self.config.training.batch_size} no budget does: take another device or method."
         merged = f" with budget.merge_frac {found[1]:.2f}" if found[1] else ""
@@ -133,17 +133,12 @@ def preview(config: RunConfig, participant: int = 0) -> Preview:
     budget = make_budgets(config, *known.frequency.shape)[participant]
     plans, assigned = _plan(config, known, budget, 1)
     explores = methods.get(config.method).explores
-    late = (
-        _plan(config, known, budget, config.federation.rounds)
-        if explores and config.federation.rounds > 1
-        else (plans, assigned)
-    )
+    late = _plan(config, known, budget, config.federation.rounds) if explores else (plans, assigned)
     device = catalogue.fleet(config.clock.fleet, config.federation.participants)[participant]
     compared = list(dict.fromkeys((config.method, "fmd")))
     top_k_sum = sum(layer.top_k for layer in find.layers(_model(config.model)[0]))
-    works = {
-        name: expected_work(config, name, late[1], late[0], known.frequency, top_k_sum, num_tokens) for name in compared
-    }
+    share = Share(late[1], late[0], known.frequency, top_k_sum, num_tokens)
+    works = {name: expected_work(config, name, share) for name in compared}
     return Preview(
         config,
         participant,

@@ -85,6 +85,7 @@ class Checkpoints:
         manifest = {
             **self._identity,
             "round": number,
+            "config": strategy.config.model_dump(mode="json"),  # for people who look at unfinished runs
             "files": files,
             "nodes": self._nodes,
             "totals": asdict(tables.totals),
