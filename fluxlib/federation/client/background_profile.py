@@ -1,12 +1,9 @@
 """The profile for the next round, made after the reply: while the server waits for others, aggregates and evaluates.
 
 A node whose configuration has a ``state-dir`` and ``background-profile = true`` answers first. Then a process of its
-own reads what the participant holds from that folder, profiles it, and leaves the result there; the next message
-picks it up, or waits for it. The process is not Flower's: a client app's own process is ended soon after its reply. If
-it is gone without a result (killed, out of memory), the profile is made when it is needed, from the same model and
-samples, so the numbers are the same however a profile came about.
-
-Everywhere else the participant profiles before it answers, in the same order as ever: one process can do one thing.
+own (a client app's is ended soon after its reply) reads what the participant holds from that folder, profiles it, and
+leaves the result there; the next message picks it up, or waits for it. If there is no result, the profile is made when
+it is needed, from the same model and samples, so the numbers are the same however it came about.
 """
 
 from __future__ import annotations

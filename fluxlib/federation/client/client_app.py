@@ -47,7 +47,8 @@ def answer(work: Work, message: Message, context: Context) -> Message:
     instruction, kind = Instruction.from_records(message.content), message.metadata.message_type
     limit_s = None  # who joins loads the base model first
     if kind != messages.JOIN:
-        participant.check(instruction, context)
+        if instruction.participant != (mine := participant.number_of(context)):
+            raise participant.ParticipantError(f"message is for participant {instruction.participant}, this is {mine}")
         limit_s = instruction.config.federation.round_timeout_s
     folder = participant.state_folder(context)
     if folder is None:

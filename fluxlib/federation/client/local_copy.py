@@ -15,17 +15,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
 from fluxlib import models
+from fluxlib.federation.protocol import sync
 from fluxlib.federation.protocol import wire as wires
-from fluxlib.federation.protocol.sync import (
-    APPROXIMATE,
-    NOTHING,
-    Delta,
-    ModelVersion,
-    approximate_keys,
-    base_digests,
-    frozen_digest,
-    model_digest,
-)
+from fluxlib.federation.protocol.sync import APPROXIMATE, NOTHING, Delta, ModelVersion
 from fluxlib.federation.protocol.wire import Form, WireError
 from fluxlib.methods.base import ExpertKey
 from fluxlib.models.loading import torch_device
@@ -77,8 +69,8 @@ class LocalCopy:
             # exact and approximate replace each other
             arrays.pop(name.removesuffix(APPROXIMATE) if name.endswith(APPROXIMATE) else name + APPROXIMATE, None)
         arrays.update(delta.arrays)
-        held = LocalCopy(ModelVersion(wanted.number, wanted.digest, approximate_keys(arrays)), arrays)
-        found = model_digest({**base, **held.digests()})
+        held = LocalCopy(ModelVersion(wanted.number, wanted.digest, sync.approximate_keys(arrays)), arrays)
+        found = sync.model_digest({**base, **held.digests()})
         if found != wanted.digest:
             raise ResyncNeeded(f"digest is {found[:12]} after the delta, it should be {wanted.digest[:12]}")
         return held
@@ -107,9 +99,9 @@ class Workspace:
         self.model = model
         self.tokenizer = tokenizer
         self.wire = wire
-        self.base = base_digests(model)
-        self.base_digest = model_digest(self.base)
-        self.frozen_digest = frozen_digest(model)
+        self.base = sync.base_digests(model)
+        self.base_digest = sync.model_digest(self.base)
+        self.frozen_digest = sync.frozen_digest(model)
         self._layers = find.layers(model)
         self._base_tensors: dict[ExpertKey, dict[str, Tensor]] = {}
         self._loaded: dict[ExpertKey, bytes] = {}

@@ -73,18 +73,15 @@ def read_examples(path: Path) -> list[Example]:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise DataError(f"the samples of this participant cannot be read: {error.strerror}") from None
-    found = [_example(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                values = json.loads(line)
+                found.append(Example(**values | {"options": tuple(values.get("options") or ())}))
+            except (ValueError, TypeError, AttributeError):
+                what = "is no JSON object with prompt, response and label"
+                raise DataError(f"line {number} of this participant's samples {what}") from None
     if not found:
         raise DataError("this participant's file of samples is empty")
     return found
-
-
-def _example(line: str, number: int) -> Example:
-    try:
-        values = json.loads(line)
-        values["options"] = tuple(values.get("options") or ())
-        return Example(**values)
-    except (ValueError, TypeError, AttributeError):
-        raise DataError(
-            f"line {number} of this participant's samples is no JSON object with prompt, response and label"
-        ) from None

@@ -1,8 +1,7 @@
 """What one participant does with a message: catch up, train or profile, remember, reply.
 
-State between rounds lies in the node's Flower context, as records, so that every engine carries it: the experts
-that differ from the base (:class:`~fluxlib.federation.client.local_copy.LocalCopy`), the method's state, and what
-rounding took from its changes. The base model and the task are read once per process.
+State between rounds lies in the node's Flower context, so that every engine carries it: its copy of the global model,
+the method's state, and what rounding took from its changes.
 
 Paper: section 3, steps of a participant. The profile is made of the model that was downloaded for this round, while
 the server aggregates, and used in the next (stale by one).
@@ -28,14 +27,11 @@ from fluxlib.federation.protocol import messages, privacy
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.messages import Instruction, Span
 from fluxlib.federation.protocol.sync import NOTHING
-from fluxlib.methods.base import LocalData, LocalRound, ParticipantState, Work
+from fluxlib.methods.base import LocalRound, ParticipantState, Work
 from fluxlib.methods.local import profile_account
 
-PARTITION = "partition-id"
-"""Entry of a node's configuration that says which part of the data is its own."""
-
-DATA, DEVICE = "data", "device"
-"""Further entries: a file of samples of its own, and its device in the catalogue."""
+PARTITION, DATA, DEVICE = "partition-id", "data", "device"
+"""Entries of a node's configuration: which part of the data is its own, its own samples, its device."""
 
 RESIDUAL = "residual"
 """Record of a participant's state: what rounding took from its changes."""
@@ -58,7 +54,7 @@ def profile(instruction: Instruction, context: Context) -> RecordDict:
     """Catch up, profile the model that is held now, keep the profile, reply with the frequencies."""
     config = instruction.config
     space, held, _ = _catch_up(instruction, context)
-    data = _local_data(instruction, context, space)
+    data = local_data(config, space.tokenizer, instruction.participant, instruction.round, _own_samples(context))
     start = time.perf_counter()
     found = profiling.profile(space.model, data.profile, bits=config.profiling.bits)
     phases_s = {"profile": time.perf_counter() - start}
@@ -79,7 +75,7 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
         raise ParticipantError("a training message needs roles and a budget")
     config, number, participant = instruction.config, instruction.round, instruction.participant
     space, held, spans = _catch_up(instruction, context)
-    data = _local_data(instruction, context, space)
+    data = local_data(config, space.tokenizer, participant, number, _own_samples(context))
     ready, method = time.time(), methods.get(config.method)
     local = LocalRound(
         load_state(context.state), instruction.roles, instruction.budget, data, config, number,
@@ -87,7 +83,8 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
     )  # fmt: skip
     update, state = method.train(space.model, local)
     if method.afterwards is not None and config.profiling.stale:
-        if _profiles_in_background(context):
+        wanted = str(context.node_config.get(background_profile.BACKGROUND, "")).lower() in ("true", "1")
+        if wanted and state_folder(context) is not None:
             background_profile.note(context.state, instruction, _torch_device(config, context), _own_samples(context))
         else:
             start = time.perf_counter()
@@ -116,23 +113,10 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
 
 
 def number_of(context: Context) -> int:
-    """This participant's number."""
+    """This participant's number; it is the number of its part of the data."""
     if PARTITION not in context.node_config:
         raise ParticipantError(f"node configuration lacks {PARTITION!r}; it has {sorted(context.node_config)}")
     return int(context.node_config[PARTITION])
-
-
-def check(instruction: Instruction, context: Context) -> None:
-    """Make sure that a message is meant for this participant.
-
-    Raises:
-        ParticipantError: it is for another, or for more participants than the run has.
-    """
-    participant, count = number_of(context), instruction.config.federation.participants
-    if participant != instruction.participant:
-        raise ParticipantError(f"message is for participant {instruction.participant}, this is {participant}")
-    if participant >= count:
-        raise ParticipantError(f"{PARTITION} is {participant}, allowed is 0 to {count - 1}")
 
 
 def state_folder(context: Context) -> Path | None:
@@ -162,19 +146,9 @@ def _catch_up(instruction: Instruction, context: Context) -> tuple[Workspace, me
     return space, held.version, spans
 
 
-def _local_data(instruction: Instruction, context: Context, space: Workspace) -> LocalData:
-    own = _own_samples(context)
-    return local_data(instruction.config, space.tokenizer, instruction.participant, instruction.round, own)
-
-
 def _own_samples(context: Context) -> Path | None:
     path = context.node_config.get(DATA)
     return Path(str(path)) if path else None
-
-
-def _profiles_in_background(context: Context) -> bool:
-    wanted = str(context.node_config.get(background_profile.BACKGROUND, "")).lower() in ("true", "1")
-    return wanted and state_folder(context) is not None
 
 
 def _spans(begin: float, ready: float, phases_s: Mapping[str, float], number: int) -> list[Span]:

@@ -1,9 +1,8 @@
 """A call that takes no longer than it may: what stops a participant that hangs.
 
 A Python call cannot be interrupted from outside, so it runs in a thread of its own. When its time is over, an exception
-is raised in that thread, which ends it as soon as it is back in Python (a loop, a ``sleep`` that is over); a call that
-never comes back from C is left behind. Either way the caller goes on, and must not use anything that the call may still
-be writing to.
+ends that thread as soon as it is back in Python; a call that never comes back from C is left behind. Either way the
+caller goes on, and must not use anything that the call may still be writing to.
 """
 
 from __future__ import annotations

@@ -70,11 +70,9 @@ class Instruction:
             **self.delta.after.values(),
         }
         if self.roles is not None and self.budget is not None:
-            values["shape"] = list(self.roles.exploit.shape)
-            values["exploit"] = _pack(self.roles.exploit)
-            values["explore"] = _pack(self.roles.explore)
-            values["num_tuned"] = self.budget.num_tuned
-            values["num_merged"] = self.budget.num_merged
+            masks = torch.stack([self.roles.exploit, self.roles.explore]).cpu()
+            values["shape"], values["roles"] = list(masks.shape), np.packbits(masks.numpy()).tobytes()
+            values["budget"] = [self.budget.num_tuned, self.budget.num_merged]
         if self.clip_norm is not None:
             values["clip_norm"] = self.clip_norm
         return RecordDict({"arrays": self.delta.arrays, "config": ConfigRecord(values)})
@@ -84,10 +82,10 @@ class Instruction:
         """Inverse of :meth:`to_records`."""
         values: Any = content["config"]
         roles = budget = None
-        if "exploit" in values:
-            shape = tuple(values["shape"])
-            roles = Roles(_unpack(values["exploit"], shape), _unpack(values["explore"], shape))
-            budget = Budget(values["num_tuned"], values["num_merged"])
+        if "roles" in values:
+            bits = np.unpackbits(np.frombuffer(values["roles"], np.uint8), count=math.prod(values["shape"]))
+            roles = Roles(*torch.from_numpy(bits.astype(bool)).reshape(values["shape"]))
+            budget = Budget(*values["budget"])
         delta = Delta(content["arrays"], values["since"], ModelVersion.read(values))
         config, clip_norm = parse_config(values["run"]), values.get("clip_norm")
         return cls(config, values["round"], values["participant"], delta, roles, budget, clip_norm)
@@ -237,15 +235,6 @@ def _count(value: Any) -> Any:
     if not isinstance(value, int | float) or not 0 <= value <= MOST or not math.isfinite(value):
         raise ValueError(f"a count or time is {str(value)[:40]}, allowed is a number from 0 to {MOST:g}")
     return value
-
-
-def _pack(mask: Tensor) -> bytes:
-    return np.packbits(mask.cpu().numpy()).tobytes()
-
-
-def _unpack(data: bytes, shape: tuple[int, ...]) -> Tensor:
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=math.prod(shape))
-    return torch.from_numpy(bits.astype(bool).reshape(shape))
 
 
 def _floats(values: Tensor) -> bytes:

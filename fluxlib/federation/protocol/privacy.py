@@ -6,11 +6,8 @@ by the server to the sum (central) or by the participant to its own change (loca
 tune is the server's own choice and is not hidden by either. With noise every tuner of an expert counts alike, since a
 weight by tokens has no bounded influence.
 
-* :func:`protect`          the participant's side
-* :class:`Guard`           the server's side, with a bound that may follow a quantile of the norms (Andrew et al. 2021)
-* :func:`spent_epsilon`    what a number of rounds has cost
-
-Flower's mods do the same for whole models and refuse a reply with the changes of some experts.
+:func:`protect` is the participant's side, :class:`Guard` the server's, with a bound that may follow a quantile of the
+norms (Andrew et al. 2021). Flower's mods do the same for whole models; they refuse a reply with some experts only.
 """
 
 from __future__ import annotations

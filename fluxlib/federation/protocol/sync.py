@@ -1,22 +1,17 @@
 """Who holds which version of which expert, and the smallest message that brings a participant up to date.
 
 The server's model has a version number, raised once per aggregated round; version 0 is the base model, which every
-participant loads by itself. What changed since then travels as whole experts, never as differences of differences,
-so applying a message twice, or one that starts earlier than needed, gives the same model.
+participant loads by itself. What changed since then travels as whole experts, so applying a delta twice, or one that
+starts earlier than needed, gives the same model. ``float32`` carries weights, all other forms differences from the
+base: they are small, so rounding costs little and does not add up over rounds.
 
-``float32`` carries an expert's weights. All other forms carry its difference from the base, which is small, so rounding
-it costs little and does not add up over rounds. The server's model stays exact.
+Experts that a participant will only merge may come in 4 bits (``wire.merged: 4bit``), under names of their own
+(:data:`APPROXIMATE`). The server remembers who holds which approximately, and sends them exactly to who is to tune
+them.
 
-Experts that a participant will only merge may come in 4 bits (``wire.merged: 4bit``). Their arrays have names of their
-own (:data:`APPROXIMATE`), so a digest tells exact from approximate; the server remembers which experts each participant
-holds approximately and sends them exactly when that participant is to tune them.
-
-* :class:`ModelVersion`  what a copy of the global model is: number, digest, experts held approximately
-* :class:`Delta`         a message that leads from one version to another
-* :class:`ExpertStore`   the server's side: the global experts, when each last changed, and the deltas
-
-A participant's side is :class:`fluxlib.federation.client.local_copy.LocalCopy`. Both name a version by its digest:
-SHA-256 over the SHA-256 of each expert as it travels. Where the digests differ, every expert is sent anew.
+A version is named by its digest: SHA-256 over the SHA-256 of each expert as it travels. Where the server's
+(:class:`ExpertStore`) and a participant's (:class:`~fluxlib.federation.client.local_copy.LocalCopy`) differ, every
+expert is sent anew.
 """
 
 from __future__ import annotations
@@ -145,8 +140,7 @@ class ExpertStore:
         self.changed_at = dict.fromkeys(self.keys, 0)
         self.digest_of_version = [model_digest(self._digests)]
         self.frozen_digest = frozen_digest(model)
-        self._arrays: dict[ExpertKey, dict[str, Array]] = {}
-        self._approximations: dict[ExpertKey, dict[str, Array]] = {}
+        self._arrays: dict[tuple[ExpertKey, bool], dict[str, Array]] = {}
         self._deltas: dict[int, Delta] = {}
 
     @property
@@ -208,53 +202,42 @@ class ExpertStore:
             return self._deltas[since]
         # A difference from another base would go unnoticed if unchanged experts were sent as well.
         floor = max(since, 0) if self._keeps_base else since
-        changed = {key for key in self.keys if self.changed_at[key] > floor}
-        rounded = changed & merged
-        exact = (changed | approximate) - merged
-        after = (approximate & merged) | rounded
-        record = self.record(key for key in self.keys if key in exact)
-        for key in sorted(rounded):
-            for name, array in self.approximation(key).items():
-                record[wires.key_name(key, name)] = array
+        changed = frozenset(key for key in self.keys if self.changed_at[key] > floor)
+        after = (changed | approximate) & merged
+        exact = self.record(sorted((changed | approximate) - merged))
+        rounded = self.record(sorted(changed & merged), approximate=True)
         digest = self.digest
         if after:
-            digest = model_digest(self._digests | {key: wires.digest(self.approximation(key)) for key in after})
-        found = Delta(record, since, ModelVersion(self.version, digest, after))
+            digest = model_digest(self._digests | {key: wires.digest(self.arrays(key, True)) for key in after})
+        found = Delta(wires.make_record({**exact, **rounded}), since, ModelVersion(self.version, digest, after))
         if plain and since != NOTHING:  # that would be a second copy of the whole model, and is rarely asked for
             self._deltas[since] = found
         return found
 
-    def arrays(self, key: ExpertKey) -> dict[str, Array]:
-        """One expert as it travels; kept until it changes, unless it is still the base's."""
-        if key in self._arrays:
-            return self._arrays[key]
-        tensors = self.tensors(key) if self.wire == "float32" else self._difference(key)
-        arrays = {name: wires.encode(tensor, self.wire) for name, tensor in tensors.items()}
+    def arrays(self, key: ExpertKey, approximate: bool = False) -> dict[str, Array]:
+        """One expert as it travels, perhaps in 4 bits; kept until it changes, unless it is still the base's."""
+        if (key, approximate) in self._arrays:
+            return self._arrays[key, approximate]
+        form: Form = "int4" if approximate else self.wire
+        end = APPROXIMATE if approximate else ""
+        tensors = self.tensors(key)
+        if form != "float32":
+            base = self._base.get(key, tensors)
+            tensors = {name: tensor.float() - base[name].float() for name, tensor in tensors.items()}
+        made = {name + end: wires.encode(tensor, form) for name, tensor in tensors.items()}
         if self.changed_at[key] > 0:
-            self._arrays[key] = arrays
-        return arrays
+            self._arrays[key, approximate] = made
+        return made
 
-    def approximation(self, key: ExpertKey) -> dict[str, Array]:
-        """One expert's difference from the base in 4 bits; kept until it changes."""
-        if key not in self._approximations:
-            self._approximations[key] = {
-                name + APPROXIMATE: wires.encode(tensor, "int4") for name, tensor in self._difference(key).items()
-            }
-        return self._approximations[key]
-
-    def record(self, keys: Iterable[ExpertKey]) -> ArrayRecord:
-        """Some experts as they travel."""
-        return wires.make_record(
-            {wires.key_name(key, name): array for key in keys for name, array in self.arrays(key).items()}
-        )
+    def record(self, keys: Iterable[ExpertKey], approximate: bool = False) -> dict[str, Array]:
+        """Some experts as they travel, by the names of their arrays."""
+        return {
+            wires.key_name(key, name): array for key in keys for name, array in self.arrays(key, approximate).items()
+        }
 
     def changed(self) -> list[ExpertKey]:
         """Experts that are no longer the base's."""
         return [key for key in self.keys if self.changed_at[key] > 0]
-
-    def _difference(self, key: ExpertKey) -> dict[str, Tensor]:
-        base = self._base.get(key, self.tensors(key))
-        return {name: tensor.float() - base[name].float() for name, tensor in self.tensors(key).items()}
 
     def _remember_base(self, keys: Iterable[ExpertKey]) -> None:
         if self._keeps_base:
@@ -266,7 +249,7 @@ class ExpertStore:
         self._deltas.clear()
         for key in keys:
             self.changed_at[key] = self.version
-            self._arrays.pop(key, None)
-            self._approximations.pop(key, None)
+            self._arrays.pop((key, False), None)
+            self._arrays.pop((key, True), None)
             self._digests[key] = wires.digest(self.arrays(key))
         self.digest_of_version.append(model_digest(self._digests))

@@ -256,5 +256,5 @@ def restore_nodes(tensors: Mapping[str, Tensor], nodes: Iterable[str], grid: Loc
 def _held_experts(held: ModelVersion, store: ExpertStore) -> ArrayRecord:
     """Experts that had changed by the held version and not since; the others come with the next delta."""
     keys = [key for key in store.changed() if store.changed_at[key] <= held.number]
-    arrays = {key: store.approximation(key) if key in held.approximate else store.arrays(key) for key in keys}
+    arrays = {key: store.arrays(key, key in held.approximate) for key in keys}
     return wires.make_record({wires.key_name(key, name): a for key in keys for name, a in arrays[key].items()})
