@@ -311,7 +311,7 @@ def test_a_participant_that_lost_its_state_gets_everything_in_the_same_round(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forgetful(request: Message, reply: Message, context: Context) -> Message:
-        if context.node_id == NODE and reply.content["config"]["round"] == 2:
+        if context.node_id == NODE and request.content["config"]["round"] == 2:
             for name in ("held", "experts"):
                 del context.state[name]
         return reply

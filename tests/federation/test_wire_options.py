@@ -76,7 +76,7 @@ def test_a_participant_that_lost_its_state_recovers(
 
     def forgetful(message: Message, context: Context) -> Message:
         reply = original(message, context)
-        if context.node_id == 3 and reply.content["config"]["round"] == 2:
+        if context.node_id == 3 and message.content["config"]["round"] == 2:
             for name in ("held", "experts"):
                 del context.state[name]
         return reply
