@@ -105,6 +105,9 @@ def test_no_import_goes_in_a_circle():
     while ready := [name for name, needs in waiting.items() if not needs & waiting.keys()]:
         for name in ready:
             del waiting[name]
+    while outside := waiting.keys() - set().union(*waiting.values()):  # they import a circle, none imports them
+        for name in outside:
+            del waiting[name]
     assert not waiting, f"these import each other: {sorted(waiting)}"
 
 
