@@ -35,7 +35,8 @@ from transformers import PreTrainedModel
 
 from fluxlib import models
 from fluxlib.devices.catalogue import SERVER, Device, Link
-from fluxlib.devices.memory import MOMENT_BYTES, RESERVE_FRAC, TUNED_DTYPE
+from fluxlib.devices.dry_run import MOMENT_BYTES, TUNED_DTYPE
+from fluxlib.devices.memory import RESERVE_FRAC
 from fluxlib.methods.base import Work
 from fluxlib.moe import find
 from fluxlib.records import PHASES
@@ -205,7 +206,11 @@ def step_seconds(load: _Load, device: Device) -> tuple[float, float]:
     tuned experts. Memory: every kept weight read twice,
     weight gradients written, activations written and read. The optimizer follows and overlaps with nothing.
     """
-    return min((_step(load, device, option) for option in placements(load, device)), key=sum)
+    return _step(load, device, _fastest(load, device))
+
+
+def _fastest(load: _Load, device: Device) -> Placement:
+    return min(placements(load, device), key=lambda option: sum(_step(load, device, option)))
 
 
 def _step(load: _Load, device: Device, option: Placement) -> tuple[float, float]:
@@ -240,8 +245,7 @@ def placements(load: _Load, device: Device) -> list[Placement]:
 
 def placed(work: Work, shapes: Shapes, device: Device, tokens_per_sample: int | None = None) -> Placement:
     """Where tuned experts lie during a step: the placement that :func:`step_seconds` counts with."""
-    load = _Load(work, shapes, tokens_per_sample)
-    return min(placements(load, device), key=lambda option: sum(_step(load, device, option)))
+    return _fastest(_Load(work, shapes, tokens_per_sample), device)
 
 
 def device_bytes(work: Work, shapes: Shapes, device: Device, tokens_per_sample: int | None = None) -> int:
@@ -341,11 +345,10 @@ def _transfer(num_bytes: float, rate: float, link: Link) -> float:
 
 @dataclass(frozen=True)
 class RoundTime:
-    """A round on the device clock: ``total_s``, the server's part of it, and who was slowest."""
+    """A round on the device clock, and the server's part of it."""
 
     total_s: float
     server_s: float
-    slowest: int
 
 
 def server_seconds(works: Sequence[Work], shapes: Shapes, device: Device = SERVER) -> float:
@@ -374,5 +377,4 @@ def round_seconds(phases: Sequence[dict[str, float]], first_profile: Sequence[bo
         busy += profile if first else 0.0
         uploaded.append(busy + seconds["upload"])
         profiled.append(busy + (0.0 if first else profile))
-    arrived = max(uploaded)
-    return RoundTime(max(arrived + server_s, max(profiled)), server_s, uploaded.index(arrived))
+    return RoundTime(max(max(uploaded) + server_s, max(profiled)), server_s)

@@ -89,12 +89,9 @@ def measured_step(config, plan, dtype=torch.float32, checkpointing=False, kernel
     ("name", "method", "num_tuned", "num_merged", "batch", "tokens", "options"),
     [
         ("llama", "flux", 9, 9, 4, 64, {}),
-        ("llama", "flux", 9, 6, 2, 32, {}),
         ("llama", "flux", 9, 9, 8, 64, {"checkpointing": True}),
-        ("llama", "flux", 9, 9, 8, 64, {"dtype": torch.bfloat16}),
         ("llama", "fmd", 36, 0, 4, 64, {}),
         ("llama", "fmes", 18, 0, 4, 64, {}),
-        ("deepseek", "flux", 8, 8, 4, 64, {}),
         ("deepseek", "flux", 8, 12, 8, 96, {}),
         ("deepseek", "fmd", 32, 0, 2, 32, {}),
         ("deepseek", "fmes", 16, 0, 4, 64, {"checkpointing": True}),
@@ -140,8 +137,7 @@ def test_the_peak_with_offloading_is_within_ten_percent(monkeypatch, num_bytes):
     assert plan.peak_bytes == pytest.approx(live.peak_bytes - on_host, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek"])
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("name", "bits"), [("llama", 2), ("deepseek", 4)])
 def test_the_peak_of_quantised_training_is_within_ten_percent(name, bits):
     config = CONFIGS[name]
     plan = memory.plan_memory(config, "fmq", step=Step(4, 64, torch.float32, bits))
@@ -159,8 +155,7 @@ def test_the_peak_of_quantised_training_is_within_ten_percent(name, bits):
     assert plan.peak_bytes == pytest.approx(live.peak_bytes, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek"])
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(("name", "bits"), [("llama", 3), ("deepseek", 4)])
 def test_the_peak_of_a_quantised_profile_is_within_ten_percent(name, bits):
     config = CONFIGS[name]
     plan = memory.plan_memory(config, step=Step(4, 64, torch.float32, bits))
