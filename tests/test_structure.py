@@ -197,8 +197,8 @@ def test_every_profile_fits_the_notebook_that_runs_it():
         for run in pipeline.load(path).runs.values():
             parameters = pipeline.notebook_parameters(notebook, run)
             pipeline.check_parameters(notebook, parameters)
-            settings = parameters.pop("settings", {})
-            assert make_config(parameters | settings) == run
+            federation = {name: parameters.pop(name) for name in ("rounds", "participants")}
+            assert make_config(parameters.pop("settings", {}) | parameters | {"federation": federation}) == run
 
 
 def test_defaults_of_the_run_notebook_are_the_smoke_profile():
@@ -206,7 +206,7 @@ def test_defaults_of_the_run_notebook_are_the_smoke_profile():
     first = next(iter(pipeline.load(REPO_ROOT / "config" / "smoke.yaml").runs.values()))
     wanted = pipeline.notebook_parameters(notebook, first)
     declared = pipeline.declared_parameters(notebook)
-    wanted["settings"].pop("clock_model")
+    wanted["settings"].pop("clock.model")
     assert {name: declared[name] for name in wanted} == wanted
 
 
