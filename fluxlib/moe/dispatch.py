@@ -273,8 +273,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if weight_gradient is not None:
             weight_gradient[run.pairs] = through
         if wants_slots:
-            made = run.gradients(slots.layout, (hidden.index_select(0, rows), back), (act, incoming))
-            slots.add_gradients(run.slot, made)
+            up, down = (hidden.index_select(0, rows), back), (act, incoming)
+            slots.add_gradients(run.slot, run.gradients(slots.layout, up, down))
+            del up, down, act, incoming
         if hidden_gradient is not None:
             run.add_rows(hidden_gradient, rows, run.linear(back, weights.up.mT))
     if hidden_gradient is not None:
