@@ -109,7 +109,6 @@ def read_size(
     values: Iterable[float],
     tasks: Iterable[str] = (),
     why: str = "",
-    clock: str = "",
     none: np.ndarray | None = None,
 ) -> Reading:
     """A number per seed held against the claim's size.
@@ -126,7 +125,7 @@ def read_size(
     parts = [few(len(values)) if claim.is_measured else "", _miss(claim, values, value, low, without, found), why]
     return Reading(
         label, found, shown_interval(value, low, high, claim.unit), value, low, high, len(values), None, tuple(tasks),
-        clock, claim.reached(value), sentence(parts),
+        claim.clock, claim.reached(value), sentence(parts),
     )  # fmt: skip
 
 

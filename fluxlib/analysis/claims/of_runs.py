@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -236,7 +237,8 @@ def own_share(claim: Claim, tables: Tables) -> list[Reading]:
         table = pd.DataFrame(shares)
         means = table.mean(axis=1)
         why = f"of it {means.idxmax()} {shown(float(means.max()), '%')}"
-        found.append(read_size(claim, name, table.sum(), tuple(ours["task"].unique()), why, _clock(ours)))
+        reading = read_size(claim, name, table.sum(), tuple(ours["task"].unique()), why)
+        found.append(replace(reading, clock=_clock(ours)))
     return found
 
 

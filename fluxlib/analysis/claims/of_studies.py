@@ -29,7 +29,7 @@ def study(claim: Claim, tables: Tables) -> list[Reading]:
             numbers, none = numbers.loc[both], known.loc[both].to_numpy()
         if len(numbers) and np.isfinite(numbers).all():
             beside = sentence(_told(claim, table, text, spec) for text, spec in claim.beside.items())
-            found.append(read_size(claim, model, numbers, tasks_of(table), beside, claim.clock, none))
+            found.append(read_size(claim, model, numbers, tasks_of(table), beside, none))
     return found
 
 
