@@ -104,7 +104,7 @@ def test_probes_are_unbiased(options: dict) -> None:
     model, data = build(), batch((14, 12, 13, 10))
     experts = [(layer, e) for layer in range(3) for e in (0, 2, 5, 7)]
     truth = gradients.true_norms(model, data, experts)
-    estimates = torch.stack([gradients.probe_norms(model, data, experts, 1, s, **options) for s in range(30)])
+    estimates = torch.stack([gradients.probe_norms(model, data, experts, 1, s, **options) for s in range(20)])
     assert_unbiased(estimates, truth)
 
 
@@ -125,7 +125,7 @@ def test_probes_of_a_customised_model_are_unbiased() -> None:
     model, data = customized(build()), batch((14, 12, 13, 10))
     experts = [(layer, e) for layer in range(3) for e in (0, 2)]
     truth = gradients.true_norms(model, data, experts)
-    estimates = torch.stack([gradients.probe_norms(model, data, experts, 1, s) for s in range(30)])
+    estimates = torch.stack([gradients.probe_norms(model, data, experts, 1, s) for s in range(20)])
     assert_unbiased(estimates, truth)
 
 
