@@ -105,7 +105,7 @@ def test_neither_side_reaches_into_the_other() -> None:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        message.content["arrays"]["w"] = Array(torch.zeros(9).numpy())
+        message.content["arrays"]["w"].data = b"mine now"
         message.content["arrays"]["new"] = Array(torch.ones(1).numpy())
         answer = ArrayRecord({"w": Array(torch.zeros(2).numpy())})
         kept["answer"] = answer
@@ -115,6 +115,6 @@ def test_neither_side_reaches_into_the_other() -> None:
     grid = LocalGrid(app, 1)
     sent = ArrayRecord({"w": Array(torch.ones(2).numpy())})
     (reply,) = grid.send_and_receive([grid.create_message(RecordDict({"arrays": sent}), "train", 2, "1")])
-    kept["answer"]["w"] = Array(torch.ones(9).numpy())
+    kept["answer"]["w"].data = b"changed later"
     assert list(sent) == ["w"] and sent["w"].numpy().tolist() == [1, 1]
     assert reply.content["arrays"]["w"].numpy().tolist() == [0, 0]

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
+from flwr.app import DEFAULT_TTL, Array, Context, Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -196,7 +196,18 @@ class LocalGrid(Grid):
 
 
 def _shared(message: Message) -> Message:
-    """``message`` with records of its own around the same arrays, which nobody changes."""
-    found = copy.copy(message)
-    found.content = RecordDict({name: record.copy() for name, record in message.content.items()})
+    """``message`` with containers of its own around the same bytes, so nothing is copied and nothing is shared."""
+    found, content = copy.copy(message), RecordDict()
+    for name, record in message.content.items():
+        content[name] = record.copy()
+        content[name].update({key: _twin(value) for key, value in record.items()})
+    found.content = content
     return found
+
+
+def _twin(value: Any) -> Any:
+    if isinstance(value, Array):
+        twin = object.__new__(type(value))  # its constructor would copy the bytes
+        vars(twin).update(vars(value))
+        return twin
+    return list(value) if isinstance(value, list) else value

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -67,7 +67,7 @@ class Tables:
 
     def restore(self, frames: dict[str, pd.DataFrame], totals: Totals) -> None:
         """Go on from the tables of an interrupted run."""
-        self.rows = {table: frame.to_dict(orient="records") for table, frame in frames.items()}
+        self.rows = {table: cast("list[Row]", frame.to_dict(orient="records")) for table, frame in frames.items()}
         self.totals = totals
         walls = (row["end_s"] for row in self.rows["timeline"] if row["clock"] == "wall")
         self.epoch = time.time() - max(walls, default=0.0)
