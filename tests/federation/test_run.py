@@ -43,10 +43,13 @@ def same_models(first: Any, second: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def wrapped(change: Callable[[Message, Message, Context], Message]) -> ClientApp:
+def wrapped(
+    change: Callable[[Message, Message, Context], Message],
+    join: Callable[[Message, Context], Message] = client_app.join,
+) -> ClientApp:
     """The client app, its training replies passed through ``change(request, reply, context)``."""
     app = ClientApp()
-    app.query("join")(client_app.join)
+    app.query("join")(join)
     app.query("profile")(client_app.profile)
 
     @app.train()
@@ -332,9 +335,7 @@ def test_a_participant_with_another_base_model_is_refused(make_config: Make, mon
             reply.content["config"]["frozen_digest"] = "0" * 64
         return reply
 
-    app = wrapped(lambda request, reply, context: reply)
-    app._registered_funcs["query.join"] = other
-    monkeypatch.setattr(client_app, "app", app)
+    monkeypatch.setattr(client_app, "app", wrapped(lambda request, reply, context: reply, join=other))
     with pytest.raises(RunFailed, match="missing: 1.*participant 1 has another base model"):
         federation.run(make_config())
 
