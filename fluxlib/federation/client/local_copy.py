@@ -64,11 +64,11 @@ class LocalCopy:
         number, wanted = self.version.number, delta.after
         if delta.since != NOTHING and not delta.since <= number <= wanted.number:
             raise ResyncNeeded(f"holds version {number}, the delta is {delta.since} to {wanted.number}")
-        arrays = ArrayRecord() if delta.since == NOTHING else self.arrays.copy()
-        for name in delta.arrays if delta.num_approximate or self.version.approximate else ():
-            # exact and approximate replace each other
-            arrays.pop(name.removesuffix(APPROXIMATE) if name.endswith(APPROXIMATE) else name + APPROXIMATE, None)
-        arrays.update(delta.arrays)
+        arrays = delta.arrays.copy()
+        for name, array in self.arrays.items() if delta.since != NOTHING else ():
+            other = name.removesuffix(APPROXIMATE) if name.endswith(APPROXIMATE) else name + APPROXIMATE
+            if name not in delta.arrays and other not in delta.arrays:  # exact and approximate replace each other
+                arrays[name] = array
         held = LocalCopy(ModelVersion(wanted.number, wanted.digest, sync.approximate_keys(arrays)), arrays)
         found = sync.model_digest({**base, **held.digests()})
         if found != wanted.digest:

@@ -80,7 +80,7 @@ def encode(tensor: Tensor, wire: Form = "float32") -> Array:
         values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
     data = b"".join((_header(values.dtype.str, values.shape), values))  # type: ignore[arg-type]
     array = Array.__new__(Array)  # the constructor's checks cost more than all of the above
-    array.dtype, array.shape, array.stype, array.data = _NUMPY_NAME[wire], values.shape, _STYPE, data
+    vars(array).update(dtype=_NUMPY_NAME[wire], shape=values.shape, stype=_STYPE, data=data)
     return array
 
 
@@ -112,7 +112,7 @@ class LentArray(Array):
     """An array whose bytes are made when somebody asks for them; in process nobody does, which saves two copies."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.dtype, self.shape, self.stype = tensor, "float32", tuple(tensor.shape), _STYPE
+        self.__dict__.update(tensor=tensor, dtype="float32", shape=tuple(tensor.shape), stype=_STYPE)
 
     @cached_property
     def data(self) -> bytes:  # type: ignore[override]
