@@ -434,10 +434,10 @@ def test_numbers_in_words() -> None:
 def test_pictures_of_something_and_of_nothing(tmp_path: Path) -> None:
     found = tables(*grid({0: 10.0, 1: 10.0}), run("fmq", 0), run("fmq", 1))
     table, readings = claims.claims(tmp_path), claims.readings(found)
-    assert isinstance(figures.draw_claims(table, readings), Figure)
-    assert isinstance(figures.draw_claims(table, claims.readings(Tables())), Figure)
-    assert isinstance(figures.draw_speed_ups(speed_ups(found.times)), Figure)
-    assert isinstance(figures.draw_speed_ups(speed_ups(against_all(run("fmd", 0)))), Figure)
+    assert isinstance(figures.claims.claims(table, readings), Figure)
+    assert isinstance(figures.claims.claims(table, claims.readings(Tables())), Figure)
+    assert isinstance(figures.race.speed_ups(speed_ups(found.times)), Figure)
+    assert isinstance(figures.race.speed_ups(speed_ups(against_all(run("fmd", 0)))), Figure)
 
 
 def test_the_command_prints_and_refuses(tmp_path: Path, monkeypatch, capsys) -> None:

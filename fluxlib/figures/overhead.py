@@ -1,126 +1,92 @@
-"""What a round costs, by phase, memory and link (notebook 06), from the ``rounds`` and ``participants`` tables."""
+"""What a round costs, by phase, memory, link and device, and who is ahead elsewhere (notebook 06)."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.colors import LogNorm
 
+from fluxlib.analysis.statistics import geometric, interval
+from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_target
+from fluxlib.analysis.wording import clock_shapes, percent
 from fluxlib.devices import catalogue
-from fluxlib.figures import style
-from fluxlib.figures.canvas import Picture, axes_grid, caption, clock_shapes, drawn, interval, unique
-from fluxlib.figures.measured import HATCHES, study
-from fluxlib.figures.times import FINAL_ROUNDS, times_to_target
-from fluxlib.records import PHASES
+from fluxlib.figures import marks, style
+from fluxlib.figures.picture import Picture, caption, drawn, notice, panels, split, study, unique
 
-SERIAL = tuple(phase for phase in PHASES if phase not in ("quantize", "profile"))
-"""Phases that follow one another; a stale profile runs beside upload and server."""
 GIB = 2**30
+CELL = ["model", "task", "fleet", "link", "baseline"]
+REACHED, AT_LEAST, AT_MOST, NEITHER = "", "at least", "at most", "neither"
+"""What a speed-up is where somebody missed the target: the baseline, FLUX, or both."""
+FULL = 1 + 1e-6
+"""What offloads fills the memory to the last byte, and bytes are rounded."""
 
 
-def breakdown(rounds: pd.DataFrame, participants: pd.DataFrame) -> pd.DataFrame:
-    """Mean device seconds of each phase over rounds, of each round's slowest participant.
+# Tables
+
+
+def times_elsewhere(recounted: pd.DataFrame, fraction: float = TARGET_FRACTION) -> pd.DataFrame:
+    """Time to target of every run on other devices and links, where both FLUX and FMD ran.
+
+    Args:
+        recounted: of :func:`fluxlib.analysis.studies.scale.recounts`.
 
     Returns:
-        One row per model, task, method and phase: ``seconds``, and ``share`` of the mean round.
+        :func:`fluxlib.analysis.time_to_target.times_to_target`, with ``fleet``, ``link`` and ``fits``: whether the
+        predicted memory of a step is there on every device.
     """
-    columns = [f"{phase}_device_s" for phase in PHASES]
-    accepted = participants[participants["rejected"] == ""].copy()
-    accepted["path_s"] = accepted[[f"{phase}_device_s" for phase in SERIAL]].sum(axis=1)
-    slowest = accepted.loc[accepted.groupby(["run_id", "round"])["path_s"].idxmax()]
-    kept = rounds[["run_id", "round", "model", "task", "method", "round_device_s", "server_device_s"]]
-    found = slowest[["run_id", "round", *columns]].merge(kept, on=["run_id", "round"])
-    found = found.rename(columns={**dict(zip(columns, PHASES, strict=True)), "server_device_s": "server"})
-    means = found.groupby(["model", "task", "method"], sort=False)[[*PHASES, "server", "round_device_s"]].mean()
-    tidy = means.melt(
-        id_vars="round_device_s", var_name="phase", value_name="seconds", ignore_index=False
-    ).reset_index()
-    return tidy.assign(share=tidy["seconds"] / tidy["round_device_s"]).drop(columns="round_device_s")
+    names = recounted.groupby(["model", "task"])["method"]
+    kept = recounted[names.transform(lambda methods: {"flux", "fmd"} <= set(methods)).astype(bool)]
+    found = []
+    for (fleet, link), part in kept.groupby(["fleet", "link"], sort=False):
+        times = times_to_target(part, fraction)
+        shares = times["run_id"].map(part.groupby("run_id")["memory_share"].max())
+        found.append(times.assign(fleet=str(fleet), link=str(link), fits=shares <= FULL))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*PAIR, "method", "fleet", "link"])
 
 
-def relinked(rounds: pd.DataFrame, participants: pd.DataFrame, link: str) -> pd.DataFrame:
-    """``rounds`` as the device clock would have counted them over another link; nothing is run again.
+def elsewhere(times: pd.DataFrame) -> pd.DataFrame:
+    """How much sooner FLUX is at the target than each other method, in device seconds.
 
-    Down- and upload scale with the link's rates. A round grows by what its longest path does (all phases but the
-    profile, then the upload), which is exact while no profile outlasts the upload.
+    Args:
+        times: of :func:`times_elsewhere`.
+
+    Returns:
+        One row per model, task, fleet, link, ``baseline`` and seed that both have: ``speedup`` is the baseline's time
+        over FLUX's. A run that never reached the target took at least as long as it was followed, so ``bound`` says
+        whether the speed-up is at least or at most that; ``neither``: nothing is known.
     """
-    other, parts = catalogue.link(link), participants[participants["rejected"] == ""].copy()
-    parts["old_s"] = parts[[f"{phase}_device_s" for phase in SERIAL]].sum(axis=1)
-    parts["link"] = parts["run_id"].map(rounds.groupby("run_id")["link"].first())
-    parts["new_s"] = parts["old_s"]
-    for phase, rate in (("download", "down_bytes_per_s"), ("upload", "up_bytes_per_s")):
-        taken = parts[f"{phase}_device_s"].to_numpy()
-        before = [catalogue.link(name) for name in parts["link"]]
-        sent = (taken - [one.latency_s for one in before]) * [getattr(one, rate) for one in before]
-        parts["new_s"] += np.where(taken > 0, sent / getattr(other, rate) + other.latency_s, 0.0) - taken
-    longest = parts.groupby(["run_id", "round"])[["old_s", "new_s"]].max()
-    grown = (longest["new_s"] - longest["old_s"]).rename("grown_s").reset_index()
-    out = rounds.merge(grown, on=["run_id", "round"], how="left").fillna({"grown_s": 0.0})
-    out["round_device_s"] += out["grown_s"]
-    out = out.sort_values(["run_id", "round"], kind="stable")
-    out["device_s"] = out.groupby("run_id")["round_device_s"].cumsum()
-    return out.drop(columns="grown_s").assign(link=link)
+    if times.empty:
+        return pd.DataFrame(columns=[*CELL, "seed", "speedup", "bound"])
+    times, flux = times.assign(missed=times["device_s_to_target"].isna()), times["method"] == "flux"
+    found = times[flux].merge(
+        times[~flux].rename(columns={"method": "baseline"}),
+        on=[*PAIR, "fleet", "link"],
+        suffixes=("", "_of_baseline"),
+    )
+    bounds = {(False, False): REACHED, (False, True): AT_LEAST, (True, False): AT_MOST, (True, True): NEITHER}
+    found["bound"] = [bounds[who] for who in zip(found["missed"], found["missed_of_baseline"], strict=True)]
+    found["speedup"] = found["device_s_at_least_of_baseline"] / found["device_s_at_least"]
+    found["speedup"] = found["speedup"].where(found["bound"] != NEITHER)
+    shown = ["device_s_at_least", "device_s_at_least_of_baseline", "target", "target_fraction", "clock_model", "fits"]
+    return found[[*CELL, "seed", "speedup", "bound", *shown, "fits_of_baseline"]]
 
 
-def speedups(rounds: pd.DataFrame, participants: pd.DataFrame, target_fraction: float = 0.95) -> pd.DataFrame:
-    """Speed-up over FMD on the device clock for every link of the catalogue, one row per run and link."""
-    found = [
-        times_to_target(relinked(rounds, participants, link), target_fraction, final_rounds=FINAL_ROUNDS).assign(
-            up_bits_per_s=8 * catalogue.LINKS[link].up_bytes_per_s
-        )
-        for link in catalogue.LINKS
-    ]
-    return pd.concat(found, ignore_index=True)
-
-
-@drawn
-def draw_breakdown(table: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
-    """Stacked bars of :func:`breakdown`, one panel per model and task, one bar per method."""
-    panels = list(table.groupby(["model", "task"], sort=False))
-    figure = Picture(figsize=(max(4.4, 2.5 * len(panels) + 1.3), 2.9))
-    axes = axes_grid(figure, 1, len(panels))
-    names = [*PHASES, "server"]
-    for ax, ((model, task), part) in zip(axes[0], panels, strict=True):
-        order = style.order(part["method"])
-        bottom = np.zeros(len(order))
-        for index, phase in enumerate(names):
-            seconds = part[part["phase"] == phase].set_index("method")["seconds"].reindex(order).fillna(0).to_numpy()
-            look = {"color": style.PHASE_COLORS.get(phase, "#000000"), "hatch": HATCHES[index % len(HATCHES)]}
-            ax.bar(range(len(order)), seconds, 0.7, bottom=bottom, label=phase, edgecolor="w", linewidth=0.3, **look)
-            bottom += seconds
-        for place, top in enumerate(bottom):
-            ax.annotate(f"{top:.0f}", (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-        ax.set_xticks(range(len(order)), [style.method(method).title for method in order])
-        ax.set_title(f"{model}\n{task}")
-        ax.grid(axis="x", visible=False)
-    axes[0, 0].set_ylabel("mean round, slowest participant (s)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-    caption(figure, f"device clock: shapes of {clock_shapes(rounds)}", "mean over rounds")
-    return figure
-
-
-@drawn
-def draw_speedups(table: pd.DataFrame) -> Picture:
-    """Speed-up over FMD against the link's upload rate, one panel per model and task; a miss leaves a gap."""
-    panels = list(table.groupby(["model", "task"], sort=False))
-    figure = Picture(figsize=(max(4.4, 2.5 * len(panels) + 1.3), 2.6))
-    axes = axes_grid(figure, 1, len(panels))
-    for ax, ((model, task), part) in zip(axes[0], panels, strict=True):
-        for method in style.order(part["method"]):
-            own: Any = part[part["method"] == method].groupby("up_bits_per_s")["speedup_device_s"]
-            mean, look = own.mean(), style.method(method)
-            ax.plot(mean.index / 1e6, mean, color=look.color, marker=look.marker, ls=look.line, label=look.title)
-        ax.set_xscale("log")
-        ax.set_xlabel("upload (Mb/s)")
-        ax.set_title(f"{model}\n{task}")
-        ax.set_ylim(bottom=0)
-    axes[0, 0].set_ylabel("speed-up over FMD")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-    share = f"{table['target_fraction'].iloc[0]:.0%}".replace("%", " %")
-    shapes = ", ".join(pd.unique(table["clock_model"]))
-    caption(figure, f"time to {share} of FMD's final score", f"device clock: {shapes}")
-    return figure
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """:func:`elsewhere` over seeds: one row per cell of the map, with the geometric mean and its ``bound``."""
+    rows = []
+    for key, part in table.groupby(CELL, sort=False):
+        found = set(part["bound"]) - {REACHED}
+        # A mean of lower bounds and values is a lower bound; of lower and upper bounds it is nothing.
+        bound = found.pop() if len(found) == 1 else (NEITHER if found else REACHED)
+        mean = math.nan if bound == NEITHER else geometric(part["speedup"])[0]
+        more = {"speedup": mean, "bound": bound, "num_seeds": part["seed"].nunique(), "fits": bool(part["fits"].all())}
+        rows.append(dict(zip(CELL, key, strict=True)) | more)
+    return pd.DataFrame(rows)
 
 
 def clock_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -134,71 +100,166 @@ def clock_table(table: pd.DataFrame) -> pd.DataFrame:
         predicted, between ``low`` and ``high``), and each block's share of the whole by both. Where all factors are
         alike the clock is wrong in seconds and right in shares; where they differ, shares are wrong as well.
     """
-    rows = study(table, "clock_check")
-    parts = rows["setting"].str.split(", ", expand=True)
-    rows = rows.assign(block=parts[0], kind=parts[1])
-    keys = ["model", "task", "block", "seed"]
-    each = rows.pivot_table(index=keys, columns="kind", values="value", sort=False).reset_index()
-    whole = each.groupby(["model", "task", "seed"], sort=False)[["measured", "predicted"]].sum().reset_index()
+    rows, place = split(study(table, "clock_check"), "block", "kind"), ["model", "task"]
+    every = pd.concat([rows, rows.assign(block="together")])
+    each = every.groupby([*place, "block", "seed", "kind"], sort=False)["value"].sum().unstack().reset_index()
     found = []
-    for (model, task, block), part in pd.concat([each, whole.assign(block="together")]).groupby(keys[:3], sort=False):
-        mean, low, high = interval((part["measured"] / part["predicted"]).to_numpy())
-        of = whole[(whole["model"] == model) & (whole["task"] == task)]
-        found.append(
-            {"model": model, "task": task, "block": block, "num_seeds": part["seed"].nunique()}
-            | {f"{kind}_s": part[kind].mean() for kind in ("predicted", "measured")}
-            | {"factor": mean, "low": low, "high": high}
-            | {f"{kind}_share": part[kind].sum() / of[kind].sum() for kind in ("predicted", "measured")}
-        )
-    return pd.DataFrame(found)
+    for key, part in each.groupby([*place, "block"], sort=False):
+        factor = dict(zip(("factor", "low", "high"), interval(part["measured"] / part["predicted"]), strict=True))
+        seconds = {f"{kind}_s": part[kind].mean() for kind in ("predicted", "measured")}
+        found.append(dict(zip((*place, "block"), key, strict=True)) | {"num_seeds": len(part)} | seconds | factor)
+    out = pd.DataFrame(found)
+    whole = out[out["block"] == "together"].set_index(place)
+    for kind in ("predicted", "measured"):
+        out[f"{kind}_share"] = out[f"{kind}_s"] / out.join(whole[f"{kind}_s"].rename("whole_s"), on=place)["whole_s"]
+    return out
+
+
+# Pictures
 
 
 @drawn
-def draw_clock_check(table: pd.DataFrame) -> Picture:
+def round_phases(table: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
+    """Stacked bars, one panel per model and task, one bar per method.
+
+    Args:
+        table: of :func:`fluxlib.analysis.runs.breakdown`.
+        rounds: what it was made of, for the caption.
+    """
+    places, looks = list(table.groupby(["model", "task"], sort=False)), style.of_phases(table["phase"])
+    methods = style.of_methods(table["method"])
+    size = max(4.4, 2.5 * len(places) + 1.3), 2.9
+    figure, axes = panels(table, size, 1, len(places), squeeze=False)
+    for ax, ((model, task), part) in zip(axes[0], places, strict=True):
+        marks.stacked(ax, part, "method", "phase", "seconds", looks, methods, total="{:.0f}")
+        ax.set_title(f"{model}\n{task}")
+    axes[0, 0].set_ylabel("device clock (s per round)")
+    marks.legend(figure, looks.values(), filled=True, loc="outside right center")
+    told = "slowest participant of each round, mean over rounds", "a profile runs beside upload and server"
+    caption(figure, *told, f"shapes of {clock_shapes(rounds)}")
+    return figure
+
+
+@drawn
+def link_speed(table: pd.DataFrame) -> Picture:
+    """Speed-up over FMD against the link's upload rate, one panel per model and task; a miss leaves a gap.
+
+    Args:
+        table: of :func:`times_elsewhere`, of one fleet.
+    """
+    places, looks = list(table.groupby(["model", "task"], sort=False)), style.of_methods(table["method"])
+    size = max(4.4, 2.5 * len(places) + 1.3), 2.6
+    shown = table.drop(columns=["fleet", "fits"])
+    figure, axes = panels(shown, size, 1, len(places), squeeze=False)
+    for ax, ((model, task), part) in zip(axes[0], places, strict=True):
+        part = part.assign(mb_per_s=[8e-6 * catalogue.LINKS[name].up_bytes_per_s for name in part["link"]])
+        marks.lines(ax, part, "mb_per_s", "speedup_device_s", "method", looks, errorbar=None)
+        ax.set(xscale="log", xlabel="upload (Mb/s)", ylabel="", title=f"{model}\n{task}", ylim=(0, None))
+    axes[0, 0].set_ylabel("speed-up over FMD")
+    marks.legend(figure, looks.values(), loc="outside right center")
+    share = percent(table["target_fraction"].iloc[0])
+    shapes = ", ".join(pd.unique(table["clock_model"]))
+    caption(figure, f"time to {share} of FMD's final score, mean over seeds", f"device clock: {shapes}")
+    return figure
+
+
+@drawn
+def clock_check(table: pd.DataFrame) -> Picture:
     """Predicted beside measured seconds of each block, logarithmic; the factor between them is written.
 
     Args:
         table: ``measurements`` with the study ``clock_check``.
     """
-    rows = study(table, "clock_check")
-    parts = rows["setting"].str.split(", ", expand=True)
-    means = rows.assign(block=parts[0], kind=parts[1]).groupby(["block", "kind"], sort=False)["value"].mean().unstack()
-    figure = Picture(figsize=(4.6, 2.6))
-    ax = axes_grid(figure, 1, 1)[0, 0]
-    for index, (kind, color, hatch) in enumerate((("predicted", "#0072B2", ""), ("measured", "#E69F00", "//"))):
-        places = np.arange(len(means)) + (index - 0.5) * 0.4
-        ax.bar(places, means[kind], 0.4, color=color, hatch=hatch, edgecolor="w", label=kind)
+    rows = split(study(table, "clock_check"), "block", "kind")
+    figure, ax = panels(clock_table(table), (4.6, 2.6))
+    looks = style.of_settings(["predicted", "measured"])
+    marks.bars(ax, rows, "block", "value", looks, by="kind")
+    means = rows.groupby(["block", "kind"], sort=False)["value"].mean().unstack()
     for place, (_, pair) in enumerate(means.iterrows()):
         ratio = f"x {pair['measured'] / pair['predicted']:.1f}"
-        ax.annotate(ratio, (place, pair.max()), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+        ax.text(place, 0.93, ratio, transform=ax.get_xaxis_transform(), ha="center", fontsize=8)
     ax.set_yscale("log")
-    ax.margins(y=0.2)
-    ax.set_xticks(range(len(means)), means.index)
-    ax.set_ylabel("seconds")
-    ax.grid(axis="x", visible=False)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center")
+    ax.set(ylabel="seconds", ylim=(0.3 * means.min().min(), 10 * means.max().max()))
+    marks.legend(figure, looks.values(), filled=True, loc="outside right center")
     caption(figure, f"{unique(rows, 'model')} on one thread here", "x: measured over predicted")
     return figure
 
 
 @drawn
-def draw_memory(rounds: pd.DataFrame) -> Picture:
+def round_memory(rounds: pd.DataFrame) -> Picture:
     """Largest predicted memory of a participant, by model and method."""
-    means = rounds[rounds["round"] > 0].groupby(["model", "method"], sort=False)["device_memory_bytes"].max() / GIB
-    figure = Picture(figsize=(4.6, 2.6))
-    ax = axes_grid(figure, 1, 1)[0, 0]
-    shown, order = list(means.index.unique("model")), style.order(means.index.unique("method"))
-    for index, method in enumerate(order):
-        look, width = style.method(method), 0.8 / len(order)
-        places = [place + (index - (len(order) - 1) / 2) * width for place in range(len(shown))]
-        heights = [float(means.get((model, method), np.nan)) for model in shown]
-        ax.bar(places, heights, width, color=look.color, hatch=look.hatch, edgecolor="w", label=look.title)
-        for place, height in zip(places, heights, strict=True):
-            ax.annotate(f"{height:.0f}", (place, height), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-    ax.set_xticks(range(len(shown)), shown)
+    largest = rounds[rounds["round"] > 0].groupby(["model", "method"], sort=False)["device_memory_bytes"].max() / GIB
+    figure, ax = panels(rounds[["run_id", "round", "device_memory_bytes"]], (4.6, 2.6))
+    looks = style.of_methods(rounds["method"])
+    table = largest.rename("gib").reset_index().assign(seed=0)
+    marks.bars(ax, table, "model", "gib", looks, by="method", fmt="{:.0f}")
     ax.set_ylabel("memory of a step (GiB)")
-    ax.grid(axis="x", visible=False)
-    ax.margins(y=0.12)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center")
+    marks.legend(figure, looks.values(), filled=True, loc="outside right center")
     caption(figure, f"predicted, shapes of {clock_shapes(rounds)}", "offloading fills the device's memory")
     return figure
+
+
+@drawn
+def sensitivity(table: pd.DataFrame) -> Picture:
+    """Heat map of :func:`elsewhere`: a row of panels per baseline, a column per task; fleets down, links across.
+
+    Only what is known is coloured. A bound is written with its sign, a dash where both missed;
+    brackets: FLUX's step would not fit in the memory of every device of that fleet.
+    """
+    if table.empty:
+        return notice("No FLUX and FMD runs of this model that can be counted anew: older ones kept no works.", table)
+    cells = over_seeds(table)
+    baselines, tasks = style.of_methods(cells["baseline"]), list(pd.unique(cells["task"]))
+    fleets, links = list(pd.unique(cells["fleet"])), list(pd.unique(cells["link"]))
+    size = max(5.4, 2.2 + 1.6 * len(tasks)), 0.8 + (0.4 + 0.2 * len(fleets)) * len(baselines)
+    figure, axes = panels(table, size, len(baselines), len(tasks), sharex=True, sharey=True, squeeze=False)
+    shown = cells.loc[cells["bound"].isin([REACHED, AT_LEAST]), "speedup"].dropna()
+    low, high = min([0.5, *shown]), max([2.0, *shown])
+    norm = LogNorm(low, high)
+    for (row, baseline), (column, task) in itertools.product(enumerate(baselines), enumerate(tasks)):
+        ax, own = axes[row, column], cells[(cells["baseline"] == baseline) & (cells["task"] == task)]
+        _map(ax, own.set_index(["fleet", "link"]).reindex(pd.MultiIndex.from_product([fleets, links])), norm)
+        ax.set_title(f"{task}\n" * (row == 0) + f"over {baselines[baseline].title}")
+        ax.set_xticks(np.arange(len(links)) + 0.5, [catalogue.LINKS[name].title for name in links], fontsize=7)
+        ax.set_yticks(
+            np.arange(len(fleets)) + 0.5, [name.replace("paper", "paper (L20)") for name in fleets], fontsize=7
+        )
+    bar = figure.colorbar(mpl.cm.ScalarMappable(norm, style.SEQUENTIAL), ax=axes, fraction=0.03, pad=0.02)
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    bar.minorticks_off()
+    bar.set_label("FLUX sooner by this factor")
+    share, seeds = percent(table["target_fraction"].iloc[0]), int(cells["num_seeds"].min())
+    caption(
+        figure,
+        f"{unique(table, 'model')}: time to {share} of FMD's final score",
+        f"geometric mean of {seeds} seed(s)",
+        f"device clock, shapes of {unique(table, 'clock_model')}",
+        "below 1 without ≥: FLUX is later",
+        "( ): FLUX's step exceeds the memory",
+        "\u2265: the baseline never got there",
+        "\u2264: FLUX did not in every seed",
+        "\u2013: neither",
+    )
+    return figure
+
+
+def _map(ax: Any, cells: pd.DataFrame, norm: Any) -> None:
+    """One panel: ``cells`` by fleet and link, in the order of the axes."""
+    known = cells["speedup"].where(cells["bound"].isin([REACHED, AT_LEAST])).unstack(sort=False)
+    texts = cells.apply(_text, axis=1).unstack(sort=False)
+    look = {"cbar": False, "linewidths": 0.5, "linecolor": "#bbbbbb", "annot_kws": {"fontsize": 7}}
+    marks.heat(ax, known, "", annot=texts, fmt="", norm=norm, vmin=norm.vmin, vmax=norm.vmax, **look)
+    for y, x in np.argwhere(known.isna().to_numpy()):  # seaborn writes in coloured cells only
+        ax.text(x + 0.5, y + 0.5, texts.iloc[y, x], ha="center", va="center", fontsize=7)
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(length=0)
+
+
+def _text(cell: pd.Series) -> str:
+    """A cell's number with its sign, in brackets where the memory would not do."""
+    value, sign = cell["speedup"], {REACHED: "", AT_LEAST: "\u2265", AT_MOST: "\u2264"}.get(cell["bound"])
+    if value != value or sign is None:
+        return "\u2013" if cell["bound"] == cell["bound"] else ""
+    text = sign + (f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 9.95 else f"{value:.0f}")
+    return text if cell["fits"] else f"({text})"

@@ -1,38 +1,68 @@
-"""Figures of section 4: activation, the error of a cheap profile, and the price of an old one."""
+"""Figures of section 4: which experts are used, the error of a cheap profile, and the price of an old one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
-from fluxlib.figures import style
-from fluxlib.figures.canvas import Picture, axes_grid, drawn
-from fluxlib.figures.measured import bars, curve, footer, legend_below, lines, paper_line, study
+from fluxlib.figures import marks, style
+from fluxlib.figures.picture import Picture, caption, drawn, footer, panels, study
+
+
+@drawn
+def activation(frequency: Any) -> Picture:
+    """Share of tokens by layer and expert, as a map.
+
+    Args:
+        frequency: ``[layers, experts]``, rows sum to 1; a tensor or an array.
+    """
+    shares = pd.DataFrame(np.asarray(frequency, dtype=float))
+    num_layers, num_experts = shares.shape
+    figure, ax = panels(shares, (min(9.0, 2.2 + 0.22 * num_experts), 1.1 + 0.3 * num_layers))
+    marks.heat(ax, shares, "share of tokens")
+    ax.set(xlabel="expert", ylabel="MoE layer")
+    busiest = ", ".join(f"{share * num_experts:.1f}" for share in shares.max(axis=1))
+    caption(figure, f"even would be {1 / num_experts:.3f}", f"busiest expert of each layer: {busiest} times that")
+    return figure
+
+
+@drawn
+def activation_by_label(frequencies: Mapping[str, Any], layer: int = 0) -> Picture:
+    """Share of tokens by expert of one layer, for samples of each label side by side.
+
+    Args:
+        frequencies: label to ``[layers, experts]``.
+        layer: 0-based index of the MoE layer.
+    """
+    shares = {label: np.asarray(frequency, dtype=float)[layer] for label, frequency in frequencies.items()}
+    rows = pd.DataFrame(shares).rename_axis("expert").reset_index().melt("expert", var_name="label").assign(seed=0)
+    figure, ax = panels(rows, (7.0, 2.4))
+    looks = style.of_settings(shares)
+    marks.bars(ax, rows, "expert", "value", looks, by="label")
+    ax.set(xlabel="expert", ylabel="share of tokens")
+    marks.legend(ax, looks.values(), filled=True)
+    caption(figure, f"MoE layer {layer}")
+    return figure
 
 
 @drawn
 def activation_by_layer(table: pd.DataFrame) -> Picture:
     """Share of tokens of each layer's experts, sorted; how far the busiest and the rarest are from an even share."""
     rows = study(table, "activation")
-    rows = rows.assign(rank=rows.groupby(["task", "seed", "layer"])["value"].rank(ascending=False, method="first"))
-    shares = rows.pivot_table(index="layer", columns="rank", values="value").to_numpy(dtype=float)
-    num_layers, num_experts = shares.shape
-    figure = Picture(figsize=(7.6, 2.7))
-    left, right = axes_grid(figure, 1, 2, width_ratios=[1.35, 1])[0]
-    image = left.imshow(
-        shares, cmap=style.SEQUENTIAL, vmin=0, aspect="auto", extent=(0.5, num_experts + 0.5, num_layers - 0.5, -0.5)
-    )
-    left.set(xlabel="experts of a layer, busiest first", ylabel="MoE layer", yticks=range(num_layers))
-    left.grid(visible=False)
-    figure.colorbar(image, ax=left, label="share of tokens")
-    for name, rank, marker, line in (
-        ("busiest", 1, "o", "-"),
-        ("median", (num_experts + 1) // 2, "s", "--"),
-        ("rarest", num_experts, "^", ":"),
-    ):
-        curve(right, rows[rows["rank"] == rank], "layer", num_experts, marker=marker, linestyle=line, label=name)
-    right.axhline(1, color="#444444", linewidth=0.8)
-    right.set(xlabel="MoE layer", ylabel="times an even share", xticks=range(num_layers), ylim=(0, None))
-    right.legend()
+    figure, (left, right) = panels(rows, (7.6, 2.7), 1, 2, width_ratios=[1.35, 1])
+    rank = rows.groupby(["task", "seed", "layer"])["value"].rank(ascending=False, method="first").astype(int)
+    num_experts = rank.max()
+    ranked = rows.assign(rank=rank, layer=rows["layer"].astype(int))
+    marks.heat(left, ranked.pivot_table(index="layer", columns="rank", values="value"), "share of tokens")
+    left.set(xlabel="experts of a layer, busiest first", ylabel="MoE layer")
+    looks = style.of_settings({1: "busiest", (num_experts + 1) // 2: "median", num_experts: "rarest"})
+    marks.lines(right, ranked.assign(times=num_experts * rows["value"]), "layer", "times", "rank", looks)
+    right.axhline(1, color=style.GREY, linewidth=0.8)
+    right.set(xlabel="MoE layer", ylabel="times an even share", xticks=sorted(rows["layer"].unique()), ylim=(0, None))
+    marks.legend(right, looks.values())
     footer(figure, rows, "experts at full precision")
     return figure
 
@@ -41,22 +71,19 @@ def activation_by_layer(table: pd.DataFrame) -> Picture:
 def profile_error(table: pd.DataFrame) -> Picture:
     """Error of the frequency, rank correlation and overlap of the most used quarter, by bits, against 16 bit."""
     rows = study(table, "profile_error")
-    figure = Picture(figsize=(7.6, 2.5))
-    axes = axes_grid(figure, 1, 3)[0]
-    labels = {
+    figure, axes = panels(rows, (7.6, 2.5), 1, 3)
+    one_color = dict.fromkeys(map(int, sorted(rows["x"].unique())), style.SETTINGS[0])
+    looks = {bits: style.Style(str(bits), look.color, "", "", "") for bits, look in one_color.items()}
+    measures = {
         "frequency error": "error of the frequency",
         "rank correlation": "rank correlation",
         "top overlap": "top quarter in common",
     }
-    widths = sorted(rows["x"].unique())
-    for ax, (measure, label) in zip(axes, labels.items(), strict=True):
-        own = rows[rows["setting"] == measure].assign(setting=lambda frame: frame["x"].map("{:.0f}".format))
-        bars(ax, own, [f"{width:.0f}" for width in widths], alike=True)
-        ax.set(xlabel="bits of the experts", ylabel=label)
-    paper_line(axes[0], 0.1101, "paper, 4 bit: 0.110")
+    for ax, (measure, label) in zip(axes, measures.items(), strict=True):
+        marks.bars(ax, rows[rows["setting"] == measure].astype({"x": int}), "x", "value", looks, fmt="{:.3f}")
+        ax.set(xlabel="bits of the experts", ylabel=label, ylim=(0, 1.12))
+    marks.reference(axes[0], 0.1101, "paper, 4 bit: 0.110")
     axes[0].set_ylim(0, 0.125)
-    for ax in axes[1:]:
-        ax.set_ylim(0, 1.12)
     footer(figure, rows, "same samples at 16 bit are the truth")
     return figure
 
@@ -65,20 +92,13 @@ def profile_error(table: pd.DataFrame) -> Picture:
 def sample_size(table: pd.DataFrame) -> Picture:
     """Error of the frequency by samples profiled, as measured and as the profile itself expects it."""
     rows = study(table, "sample_size")
-    figure = Picture(figsize=(4.6, 2.8))
-    ax = axes_grid(figure, 1, 1)[0, 0]
-    lines(
-        ax,
-        rows,
-        ["16 bit", "4 bit", "estimated"],
-        labels=["16 bit, measured", "4 bit, measured", "16 bit, from the sample alone"],
-    )
-    counts = sorted(rows["x"].unique())
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(counts, [f"{count:.0f}" for count in counts])
-    ax.minorticks_off()
+    figure, ax = panels(rows, (4.6, 2.8))
+    titles = {"16 bit": "16 bit, measured", "4 bit": "4 bit, measured", "estimated": "16 bit, from the sample alone"}
+    looks = style.of_settings(titles)
+    marks.lines(ax, rows, "x", "value", "setting", looks)
+    _in_doublings(ax, sorted(rows["x"].unique()))
     ax.set(xlabel="samples profiled", ylabel="relative error of frequency", ylim=(0, None))
-    ax.legend()
+    marks.legend(ax, looks.values())
     footer(figure, rows)
     return figure
 
@@ -86,22 +106,23 @@ def sample_size(table: pd.DataFrame) -> Picture:
 @drawn
 def drift(table: pd.DataFrame) -> Picture:
     """How far activation moves from round 0, and what a 4-bit profile is worth fresh and one round old."""
-    moved, age, overlap = (study(table, name) for name in ("drift", "profile_age", "age_overlap"))
-    figure = Picture(figsize=(7.6, 2.7))
-    axes = axes_grid(figure, 1, 3)[0]
-    lines(axes[0], moved, ["a quarter tuned", "all tuned"])
-    axes[0].set(ylabel="distance from round 0", ylim=(0, None))
-    axes[0].legend(fontsize=7)
-    settings = [f"{name}, {tuned}" for tuned in ("a quarter tuned", "all tuned") for name in ("fresh", "stale")]
-    lines(axes[1], age, settings)
-    axes[1].set(ylabel="error of the 4-bit profile", ylim=(0, None))
-    lines(axes[2], overlap, settings)
-    axes[2].set(ylabel="top quarter in common", ylim=(0, 1.05))
-    axes[2].legend(fontsize=7, loc="lower left")
-    for ax in axes:
-        ax.set_xlabel("round")
+    figure, axes = panels(study(table, "drift", "profile_age", "age_overlap"), (7.6, 2.9), 1, 3)
+    tuned = ("a quarter tuned", "all tuned")
+    ages = style.of_settings([f"{age}, {what}" for what in tuned for age in ("fresh", "stale")])
+    for ax, name, looks, label in zip(
+        axes,
+        ("drift", "profile_age", "age_overlap"),
+        (style.of_settings(tuned), ages, ages),
+        ("distance from round 0", "error of the 4-bit profile", "top quarter in common"),
+        strict=True,
+    ):
+        marks.lines(ax, study(table, name), "x", "value", "setting", looks)
+        ax.set(xlabel="round", ylabel=label, ylim=(0, None))
         ax.xaxis.get_major_locator().set_params(integer=True)
-    footer(figure, age, "stale: made one round earlier")
+    axes[2].set_ylim(0, 1.05)
+    marks.legend(axes[0], style.of_settings(tuned).values(), fontsize=7)
+    marks.legend(axes[2], ages.values(), fontsize=7, loc="lower left")
+    footer(figure, study(table, "profile_age"), "stale: made one round earlier")
     return figure
 
 
@@ -109,15 +130,18 @@ def drift(table: pd.DataFrame) -> Picture:
 def round_saving(table: pd.DataFrame) -> Picture:
     """Share of a round saved by profiling beside upload and server, by samples of a round and by link."""
     rows = study(table, "round_saving")
-    figure = Picture(figsize=(5.2, 3.0))
-    ax = axes_grid(figure, 1, 1)[0, 0]
-    lines(ax, rows, list(rows["setting"].unique()))
+    figure, ax = panels(rows, (5.2, 3.0))
+    looks = style.of_settings(rows["setting"].unique())
+    marks.lines(ax, rows, "x", "value", "setting", looks)
+    _in_doublings(ax, sorted(rows["x"].unique())[::2])
+    marks.reference(ax, 0.282, "paper: 0.282")
+    ax.set(xlabel="samples trained on and profiled in a round", ylabel="share of the round saved", ylim=(0, 0.32))
+    marks.legend(figure, looks.values(), loc="outside upper center", ncols=3)
+    footer(figure, rows, "device clock: NVIDIA L20, shapes of the real model", seeds="counted, not drawn by chance")
+    return figure
+
+
+def _in_doublings(ax: Any, counts: list[float]) -> None:
     ax.set_xscale("log", base=2)
-    counts = sorted(rows["x"].unique())[::2]
     ax.set_xticks(counts, [f"{count:,.0f}" for count in counts])
     ax.minorticks_off()
-    paper_line(ax, 0.282, "paper: 0.282")
-    ax.set(xlabel="samples trained on and profiled in a round", ylabel="share of the round saved", ylim=(0, 0.32))
-    legend_below(figure, ax, 3)
-    footer(figure, rows, "device clock: NVIDIA L20, shapes of the real model", chance=False)
-    return figure

@@ -1,42 +1,51 @@
 """How figures look: one colour and one marker per method, everywhere; nothing global is touched.
 
-Colours are Okabe and Ito's, chosen so that they also differ in lightness; markers and line styles differ too, so a
+Colours are Okabe and Ito's, chosen so that they also differ in lightness; markers, dashes and hatches differ too, so a
 figure can be read in black and white. Use :data:`RC` in ``matplotlib.rc_context``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
+
+from fluxlib.analysis.wording import methods_in_order, title
 
 
 @dataclass(frozen=True)
-class MethodStyle:
-    """How one method is drawn."""
+class Style:
+    """How one method, or one setting, is drawn."""
 
     title: str
     color: str
     marker: str
-    line: str
+    dashes: Any
+    """Lengths of a line's dashes and gaps; empty: solid."""
     hatch: str
 
 
-METHODS: dict[str, MethodStyle] = {
-    "flux": MethodStyle("FLUX", "#D55E00", "o", "-", ""),
-    "fmd": MethodStyle("FMD", "#0072B2", "s", "--", "//"),
-    "fmq": MethodStyle("FMQ", "#56B4E9", "^", "-.", ".."),
-    "fmes": MethodStyle("FMES", "#E69F00", "D", ":", "xx"),
-    "flux+": MethodStyle("FLUX+", "#7A3500", "P", "-", "--"),
-    "fmd+": MethodStyle("FMD+", "#00375A", "v", "--", "++"),
-    "fmes+": MethodStyle("FMES+", "#7D5600", "X", ":", "oo"),
+METHODS: dict[str, Style] = {
+    "flux": Style("FLUX", "#D55E00", "o", "", ""),
+    "fmd": Style("FMD", "#0072B2", "s", (4, 2), "//"),
+    "fmq": Style("FMQ", "#56B4E9", "^", (4, 2, 1, 2), ".."),
+    "fmes": Style("FMES", "#E69F00", "D", (1, 1.5), "xx"),
+    "flux+": Style("FLUX+", "#7A3500", "P", "", "--"),
+    "fmd+": Style("FMD+", "#00375A", "v", (4, 2), "++"),
+    "fmes+": Style("FMES+", "#7D5600", "X", (1, 1.5), "oo"),
 }
 """A ``+`` marks a method with the options that go beyond the paper (variant ``improved``)."""
 
-_SPARE = (
-    MethodStyle("", "#009E73", "v", "-", "\\\\"),
-    MethodStyle("", "#CC79A7", "P", "--", "++"),
-    MethodStyle("", "#000000", "X", "-.", "oo"),
+SETTINGS = (
+    Style("", "#D55E00", "o", "", ""),
+    Style("", "#0072B2", "s", (4, 2), "//"),
+    Style("", "#009E73", "^", (4, 2, 1, 2), ".."),
+    Style("", "#E69F00", "D", (1, 1.5), "xx"),
+    Style("", "#CC79A7", "v", (6, 1.5), "\\\\"),
+    Style("", "#56B4E9", "P", (3, 1.5, 1, 1.5, 1, 1.5), "++"),
+    Style("", "#000000", "X", (1, 3), "oo"),
 )
+"""Looks of what is no method, in the order in which things are named; the last three also of methods of your own."""
 
 PHASE_COLORS: dict[str, str] = {
     "download": "#0072B2",
@@ -54,15 +63,14 @@ PHASE_HATCHES = dict(zip(PHASE_COLORS, ("", "//", "..", "xx", "\\\\", "++", "oo"
 
 SEQUENTIAL = "cividis"
 """Colour map for shares and counts: even in lightness, safe for colour-blind readers."""
+GREY = "#444444"
+"""Reference lines and small print."""
 
 CLOCKS = {
     "device_s": "device clock (s)",
     "wall_s": "measured here (s)",
     "round": "round",
 }
-
-METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "accuracy": "accuracy"}
-"""Titles of the metrics."""
 
 RC: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
@@ -77,6 +85,7 @@ RC: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "grid.linewidth": 0.5,
     "legend.frameon": False,
+    "legend.fontsize": 8,
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
     "hatch.linewidth": 0.6,
@@ -86,28 +95,41 @@ RC: dict[Any, Any] = {
 }
 
 
-def phase(name: str) -> dict[str, Any]:
-    """Colour, hatch and edge of a phase's bar, for matplotlib."""
-    return {"color": PHASE_COLORS[name], "hatch": PHASE_HATCHES[name], "edgecolor": "white", "linewidth": 0.4}
-
-
-def method(name: str) -> MethodStyle:
+def method(name: str) -> Style:
     """The style of ``name``; a method of your own gets one of three spare styles, always the same."""
-    if name in METHODS:
-        return METHODS[name]
-    spare = _SPARE[sum(name.encode()) % len(_SPARE)]
-    return MethodStyle(name, spare.color, spare.marker, spare.line, spare.hatch)
+    spare = SETTINGS[4 + sum(name.encode()) % 3]
+    return METHODS.get(name) or replace(spare, title=title(name))
 
 
-def order(names: Any) -> list[str]:
-    """``names`` without repeats, the known methods first, in the order of :data:`METHODS`."""
-    known = list(METHODS)
-    return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
+def of_methods(names: Iterable[str]) -> dict[str, Style]:
+    """Styles by method, without repeats: the known methods first."""
+    return {name: method(name) for name in methods_in_order(names)}
 
 
-def colormap(num_colors: int) -> list[Any]:
-    """``num_colors`` colours spread over :data:`SEQUENTIAL`, for things that are no methods."""
+def of_settings(names: Iterable[Any] | Mapping[Any, str]) -> dict[Any, Style]:
+    """Styles by setting, in the order in which settings come; a mapping gives each its title."""
+    titles = names if isinstance(names, Mapping) else {name: name for name in names}
+    return {name: replace(SETTINGS[i % 7], title=str(shown)) for i, (name, shown) in enumerate(titles.items())}
+
+
+def of_phases(names: Iterable[str]) -> dict[str, Style]:
+    """Styles of a round's phases in their order; the server, which is none, is black and comes last."""
+    known = {name: Style(name, color, "", "", PHASE_HATCHES[name]) for name, color in PHASE_COLORS.items()}
+    present = set(names)
+    return {
+        name: look
+        for name, look in (known | {"server": Style("server", "#000000", "", "", "")}).items()
+        if name in present
+    }
+
+
+def in_shades(names: Iterable[Any]) -> dict[Any, Style]:
+    """Styles of steps of one quantity, such as layers: from dark to light, without the palest."""
     import matplotlib as mpl
 
-    shades = mpl.colormaps[SEQUENTIAL]
-    return [shades((i + 0.5) / max(num_colors, 1)) for i in range(num_colors)]
+    steps = list(names)
+    shades = [mpl.colors.to_hex(mpl.colormaps[SEQUENTIAL]((i + 0.5) / (len(steps) + 1))) for i in range(len(steps))]
+    return {
+        name: replace(SETTINGS[i % 7], title=f"{name:g}" if isinstance(name, float) else str(name), color=shade)
+        for i, (name, shade) in enumerate(zip(steps, shades, strict=True))
+    }

@@ -7,7 +7,7 @@ import pytest
 
 from fluxlib import records
 from fluxlib.config import REPO_ROOT
-from fluxlib.figures import measured, merging, profiling
+from fluxlib.figures import merging, picture, profiling
 
 TABLES = REPO_ROOT / "data" / "results" / "full" / "measurements"
 FIGURES = REPO_ROOT / "figures" / "full"
@@ -34,6 +34,6 @@ def test_a_tracked_figure_is_that_of_its_table(module, figure, path):
     assert getattr(module, figure)(table).axes
     numbers = pd.read_csv(FIGURES / f"{figure}-{model}.csv")
     for name in numbers["study"].unique():
-        own, theirs = numbers[numbers["study"] == name], measured.study(table, name)
+        own, theirs = numbers[numbers["study"] == name], picture.study(table, name)
         assert own["value"].to_numpy() == pytest.approx(theirs["value"].to_numpy()), name
     assert all((FIGURES / f"{figure}-{model}.{kind}").stat().st_size > 0 for kind in ("pdf", "png"))

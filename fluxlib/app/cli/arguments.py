@@ -115,7 +115,7 @@ def check_picture(picture: Path) -> None:
         ConfigError: its name, or its folder.
     """
     from fluxlib.config import ConfigError, check_writable
-    from fluxlib.figures.canvas import check_slug
+    from fluxlib.figures.picture import check_slug
 
     check_writable(picture.parent)
     try:

@@ -88,7 +88,7 @@ def profile(
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     unknown = text_profile.unknown_frac(batches, tokenizer)
-    files = figures.save(figures.activation(found.frequency), picture.name, picture.parent, found.by_expert)
+    files = figures.save(figures.profiling.activation(found.frequency), picture.name, picture.parent, found.by_expert)
     if as_json:
         rows = json.loads(found.by_layer.to_json(orient="records"))
         answer = {"model": model, "tokens": found.num_tokens, "unknown_frac": unknown, "layers": rows}
@@ -180,7 +180,7 @@ def trials(
     if figure is not None:
         from fluxlib import figures
 
-        figures.save(figures.draw_trials(table), "trials", figure, table)
+        figures.save(figures.race.trials(table), "trials", figure)
     print(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="{:.4g}".format))
 
 

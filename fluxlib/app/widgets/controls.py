@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fluxlib import methods, models, tasks
+from fluxlib.analysis.wording import methods_in_order
+from fluxlib.analysis.wording import title as method_title
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.devices import catalogue
-from fluxlib.figures import style
 
 CLOCK_MODELS = ("self", "llama-moe-3.5b", "deepseek-moe-16b")
 """Whose shapes memory and time are predicted for."""
@@ -55,7 +56,7 @@ class Controls:
         self.widgets: dict[str, Any] = {
             "model": menu("model", [*dict.fromkeys((*models.known()[:2], base.model))]),
             "task": menu("task", list(tasks.TASKS)),
-            "method": menu("method", {name: style.method(name).title for name in style.order(methods.METHODS)}),
+            "method": menu("method", {name: method_title(name) for name in methods_in_order(methods.METHODS)}),
             "clock.fleet": menu("clock.fleet", fleets),
             "clock.link": menu("clock.link", {name: link.title for name, link in catalogue.LINKS.items()}),
             "clock.model": menu("clock.model", shapes),

@@ -46,7 +46,7 @@ class RunMonitor:
 
         from fluxlib import figures
 
-        picture = figures.convergence(pd.DataFrame(self.rows), clocks=("round", "device_s"))
+        picture = figures.race.convergence(pd.DataFrame(self.rows), clocks=("round", "device_s"))
         if self._handle is None:
             self._handle = display(picture, display_id=True)
         else:

@@ -22,7 +22,7 @@ from fluxlib.devices import catalogue, memory
 from fluxlib.devices.memory import MemoryPlan
 from fluxlib.federation import load_task
 from fluxlib.federation.checks import check, make_budgets
-from fluxlib.figures import Picture, overview
+from fluxlib.figures import Picture, dashboard
 from fluxlib.methods import flux, fmes
 from fluxlib.methods.base import Budget, Work
 from fluxlib.moe import find
@@ -105,7 +105,7 @@ class Preview:
             f"{self.config.clock.link}, last round",
         )
         limit = self.device.memory_bytes / 2**30
-        return overview(self.profile.frequency, self.plans, self.explored, space, limit, self.seconds, notes)
+        return dashboard.overview(self.profile.frequency, self.plans, self.explored, space, limit, self.seconds, notes)
 
 
 def _gib_by_kind(plan: MemoryPlan) -> dict[str, float]:

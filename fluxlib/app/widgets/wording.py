@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from fluxlib.analysis.wording import METRICS
 from fluxlib.app.widgets.background import COMPLETE, FAILED, STOPPED, BackgroundRun
 from fluxlib.app.widgets.controls import with_labels
-from fluxlib.figures import style
 
 RED, BROWN = "#b00020", "#8a5a00"
 
@@ -38,7 +38,7 @@ text-align: right; white-space: nowrap} .flux th:first-child, .flux td:first-chi
 
 def compared(times: pd.DataFrame, target_frac: float) -> str:
     """Runs side by side: a table of :func:`fluxlib.analysis.time_to_target.reach`."""
-    target, metric = times["target"].iloc[0], style.METRICS.get(times["metric_name"].iloc[0], "score")
+    target, metric = times["target"].iloc[0], METRICS.get(times["metric_name"].iloc[0], "score")
     head = "".join(f"<th>{title}</th>" for title, _ in COLUMNS.values())
     body = ""
     for row in times.to_dict(orient="records"):
@@ -88,7 +88,7 @@ def _round_line(run: BackgroundRun) -> str:
     row = run.rows[-1]
     said = [f"<b>round {row['round']}</b> of {run.config.federation.rounds}"]
     if row["metric"] == row["metric"]:
-        said.append(f"{style.METRICS.get(row['metric_name'], 'score')} {row['metric']:.3f}, loss {row['loss']:.3f}")
+        said.append(f"{METRICS.get(row['metric_name'], 'score')} {row['metric']:.3f}, loss {row['loss']:.3f}")
     said.append(f"{row['wall_s']:.1f} s here, {seconds(row['device_s'])} s on the device clock")
     said.append(f"{row['uplink_bytes'] / 1e6:.1f} MB up, {row['downlink_bytes'] / 1e6:.1f} MB down in this round")
     return " · ".join(said) + (f" · {row['num_rejected']} replies refused" if row["num_rejected"] else "")

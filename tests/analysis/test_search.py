@@ -5,10 +5,11 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from fluxlib import figures, records
+from fluxlib import records
 from fluxlib.analysis import search, store
 from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT, RunConfig, make_config
+from fluxlib.figures import race
 
 
 def run(method: str, variant: str, scores: list[float], round_s: float, seed: int = 0) -> pd.DataFrame:
@@ -108,7 +109,7 @@ def test_an_unequal_search_is_refused() -> None:
 
 def test_the_picture_has_a_line_per_method_and_amount_of_work() -> None:
     found = search.trials(ROUNDS, runs(ROUNDS))
-    (ax,) = figures.draw_trials(found).axes
+    (ax,) = race.trials(found).axes
     assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == [
         "FLUX, 4 steps", "FLUX, 8 steps", "FMD, 4 steps", "FMD, 8 steps",
     ]  # fmt: skip

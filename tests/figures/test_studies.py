@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fluxlib import figures, records
+from fluxlib import records
 from fluxlib.analysis import studies
 from fluxlib.analysis.studies.profiling import SAMPLES
-from fluxlib.figures import measured, merging, profiling
+from fluxlib.figures import Picture, merging, picture, profiling
 
 PROFILING = ("activation_by_layer", "profile_error", "sample_size", "drift", "round_saving")
 MERGING = (
@@ -90,5 +90,5 @@ def test_own_share_is_written_beside_each_bar(table: pd.DataFrame) -> None:
 
 def test_a_study_that_was_not_made_is_named(table: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="hold no study 'growth'; there are error"):
-        measured.study(table[table["study"] == "error"], "growth")
-    assert figures.Picture is type(profiling.drift(table))
+        picture.study(table[table["study"] == "error"], "growth")
+    assert Picture is type(profiling.drift(table))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from fluxlib.analysis import studies
+from fluxlib.analysis import runs, studies
 from fluxlib.analysis.studies import merging, scale
 from fluxlib.figures import overhead
 from fluxlib.records import PHASES
@@ -17,7 +17,7 @@ def tables(**seconds: float) -> tuple[pd.DataFrame, pd.DataFrame]:
     for method, slow in (("flux", 1.0), ("fmd", 2.0)):
         for number in (0, 1, 2):
             each = {phase: slow * (seconds.get(phase, 0.0)) for phase in PHASES}
-            total = sum(each[phase] for phase in overhead.SERIAL) + 0.5 if number else 0.0
+            total = sum(each[phase] for phase in runs.SERIAL) + 0.5 if number else 0.0
             rounds.append({
                 "run_id": method, "method": method, "model": "m", "task": "t", "seed": 0, "round": number,
                 "link": "1gbps", "clock_model": "m", "metric": number / 2, "metric_name": "accuracy",
@@ -32,39 +32,19 @@ def tables(**seconds: float) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def test_phases_are_the_slowest_participants_and_shares_of_the_round():
-    found = overhead.breakdown(*tables(train=2.0, upload=6.0, profile=1.0)).set_index(["method", "phase"])
+    found = runs.breakdown(*tables(train=2.0, upload=6.0, profile=1.0)).set_index(["method", "phase"])
     assert found.loc[("flux", "train"), "seconds"] == 2.0
     assert found.loc[("fmd", "upload"), "seconds"] == 12.0
     assert found.loc[("flux", "upload"), "share"] == pytest.approx(6.0 / 8.5)
     assert found.loc[("flux", "server"), "seconds"] == 0.5
 
 
-def test_another_link_changes_the_transfers_alone():
-    rounds, participants = tables(train=2.0, upload=6.001, download=1.001)
-    same = overhead.relinked(rounds, participants, "1gbps")
-    assert same["device_s"].tolist() == pytest.approx(rounds["device_s"].tolist())
-    slow = overhead.relinked(rounds, participants, "100mbps").set_index(["method", "round"])
-    # Ten times slower both ways, 10 ms instead of 1 ms of latency: 60 + 10 s and 20 ms more than before.
-    before = 2.0 + 6.001 + 1.001 + 0.5
-    assert slow.loc[("flux", 1), "round_device_s"] == pytest.approx(before + 9 * 7.0 + 2 * 0.009)
-    assert slow.loc[("flux", 2), "device_s"] == pytest.approx(2 * slow.loc[("flux", 1), "device_s"])
-    assert slow.loc[("flux", 0), "device_s"] == 0.0
-
-
-def test_speedups_follow_from_the_same_runs_at_every_link():
-    rounds, participants = tables(train=2.0, upload=6.001)
-    found = overhead.speedups(rounds, participants).set_index(["method", "link"])["speedup_device_s"]
-    assert found["fmd"].tolist() == pytest.approx([1.0] * 3)
-    assert found[("flux", "lte")] > found[("flux", "1gbps")] > 1
-    assert len(overhead.draw_speedups(overhead.speedups(rounds, participants)).axes) == 1
-
-
 def test_pictures_have_a_bar_per_method():
     rounds, participants = tables(train=2.0, upload=6.0)
-    found = overhead.breakdown(rounds, participants)
-    texts = [text.get_text() for text in overhead.draw_breakdown(found, rounds).axes[0].texts]
+    found = runs.breakdown(rounds, participants)
+    texts = [text.get_text() for text in overhead.round_phases(found, rounds).axes[0].texts]
     assert texts == ["8", "16"]  # 8.5 and 16.5, to even
-    assert [text.get_text() for text in overhead.draw_memory(rounds).axes[0].texts] == ["1", "1"]
+    assert [text.get_text() for text in overhead.round_memory(rounds).axes[0].texts] == ["1", "1"]
 
 
 def test_the_clock_is_held_against_this_machine():
@@ -74,7 +54,7 @@ def test_the_clock_is_held_against_this_machine():
     assert device.peak_flops > 0 and device.memory_rate == device.memory_bytes_per_s
     table = studies.measurements(scale.check_clock([case], 1, device), "x")
     assert (table["value"] > 0).all() and len(table) == 8
-    assert len(overhead.draw_clock_check(table).axes) == 1
+    assert len(overhead.clock_check(table).axes) == 1
     assert overhead.clock_table(table)["block"].tolist() == [*scale.BLOCKS, "together"]
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxlib import figures
 from fluxlib.analysis import studies
 from fluxlib.analysis.studies import real_models as real
 from fluxlib.devices import clock
 from fluxlib.devices.catalogue import DEVICES
+from fluxlib.figures import real_models
 from fluxlib.moe.offloaded import DeviceSet
 
 MODEL = "llama-moe-3.5b"
@@ -68,7 +68,7 @@ def test_phases_and_rounds_become_pictures():
     # One round at 1 Gb/s: FMD moves all experts up and nearly as many down as FLUX does.
     assert by_round["fmd, l20, 1gbps, 16 bit"] > by_round["flux, l20, 1gbps, 16 bit"]
     assert by_round["fmq, l20, lte, 16 bit"] == by_round["fmq, l20, lte, 4 bit"]
-    assert len(figures.real.phases(table, "1gbps").axes) == 2
-    assert len(figures.real.links(table).axes) == 4
-    labels = [text.get_text() for text in figures.real.memory(table).axes[0].texts]
+    assert len(real_models.phases(table, "1gbps").axes) == 2
+    assert len(real_models.links(table).axes) == 4
+    labels = [text.get_text() for text in real_models.memory(table).axes[0].texts]
     assert labels[:4] == ["3"] * 4

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from fluxlib import records
-from fluxlib.figures import probes, role_tables, roles
+from fluxlib.figures import roles, style
 
 DEFAULTS = {"string": "", "int64": 0, "float64": 0.0}
 
@@ -42,7 +42,8 @@ def rounds() -> pd.DataFrame:
     return table(
         "rounds",
         [
-            {"setting": s, "seed": 0, "round": i, "metric": m, "loss": 1 - m, "device_s": 10.0 * i, "num_experts": 4,
+            {"setting": s, "seed": 0, "round": i, "metric": m, "loss": 1 - m, "device_s": 10.0 * i,
+             "run_id": s, "num_experts": 4,
              "model": "mini", "task": "t", "metric_name": "accuracy", "clock_model": "self", "link": "1gbps"}
             for s, metrics in scores.items() for i, m in enumerate(metrics)
         ],
@@ -50,57 +51,57 @@ def rounds() -> pd.DataFrame:
 
 
 def test_roles_come_one_row_per_expert(participants: pd.DataFrame) -> None:
-    found = role_tables.roles_table(participants)
+    found = roles.roles_table(participants)
     assert found["role"].value_counts().to_dict() == {"exploited": 8, "explored": 4}
     flux = found.query("setting == 'FLUX' and round == 2 and participant == 1").set_index("role")["expert"]
     assert flux.to_dict() == {"exploited": 1, "explored": 0}
 
 
 def test_coverage_and_load_by_hand(participants: pd.DataFrame) -> None:
-    found = role_tables.roles_table(participants)
-    covered = role_tables.coverage(found, 4).set_index(["setting", "round"])["covered_frac"]
+    found = roles.roles_table(participants)
+    covered = roles.coverage(found, 4).set_index(["setting", "round"])["covered_frac"]
     assert covered.to_dict() == {("FLUX", 1): 0.25, ("FLUX", 2): 0.5, ("random", 1): 0.5, ("random", 2): 1.0}
-    loads = role_tables.load(found, 4).groupby("setting")["share"].apply(list)
+    loads = roles.load(found, 4).groupby("setting")["share"].apply(list)
     assert loads["FLUX"] == [0.75, 0.25, 0.0, 0.0]
     assert loads["random"] == [0.25] * 4
 
 
 def test_outcomes_of_runs(rounds: pd.DataFrame, participants: pd.DataFrame) -> None:
-    found = role_tables.outcomes(rounds, participants, "FLUX", target_fraction=0.8, last=1).set_index("setting")
-    assert found.loc["FLUX", ["target", "round", "device_s"]].tolist() == pytest.approx([0.8, 1.5, 15.0])
-    assert math.isnan(found.loc["random", "device_s"])
+    found = roles.outcomes(rounds, participants, "FLUX", fraction=1.0).set_index("setting")
+    assert found.loc["FLUX", ["target", "round_to_target", "device_s_to_target"]].tolist() == [0.6, 1.0, 10.0]
+    assert math.isnan(found.loc["random", "device_s_to_target"])
     assert found["covered_frac"].tolist() == [0.5, 1.0]
     assert found["load_cv"].tolist() == pytest.approx([math.sqrt(0.375 / 4) / 0.25, 0.0])
 
 
 def test_shares_of_a_round_add_up(participants: pd.DataFrame) -> None:
-    shares = role_tables.probe_shares(participants).set_index(["clock", "phase"])["share"]
+    shares = roles.probe_shares(participants).set_index(["clock", "phase"])["share"]
     assert shares["device", "probe"] == 0.25
     assert shares["wall", "train"] == 1.0
     assert shares.groupby("clock").sum().tolist() == pytest.approx([1.0, 1.0])
 
 
 def test_pictures_of_runs_name_settings_clock_and_seeds(rounds: pd.DataFrame, participants: pd.DataFrame) -> None:
-    found = role_tables.roles_table(participants)
+    found = roles.roles_table(participants)
     curves = roles.role_convergence(rounds)
-    assert [line.get_label() for line in curves.axes[0].lines] == ["FLUX", "random"]
+    assert [text.get_text() for text in curves.axes[2].get_legend().get_texts()] == ["FLUX", "random"]
     assert "1gbps" in curves.get_supxlabel() and "1 seed" in curves.get_supxlabel()
-    bars = roles.role_ablation(role_tables.outcomes(rounds, participants, "FLUX"), rounds)
+    bars = roles.role_ablation(roles.outcomes(rounds, participants, "FLUX"))
     assert any("not reached: 1/1" in text.get_text() for text in bars.axes[2].texts)
     assert "95 % of FLUX" in bars.get_supxlabel()
     assert roles.role_coverage(found, rounds).axes[0].get_ylabel() == "experts tuned so far (%)"
 
 
 def test_the_map_has_a_panel_per_participant_and_a_level_per_role(participants: pd.DataFrame) -> None:
-    found = role_tables.roles_table(participants)
+    found = roles.roles_table(participants)
     picture = roles.role_map(found[found["setting"] == "FLUX"], 4)
-    grid = picture.axes[1].images[0].get_array()
+    grid = picture.axes[1].collections[0].get_array()
     assert grid.tolist() == [[2, 1], [0, 2], [1, 0], [0, 0]]
 
 
 def test_settings_are_told_apart_without_colour() -> None:
-    for part in zip(*roles.LOOKS, strict=True):
-        assert len(set(part)) == len(roles.LOOKS)
+    for part in ("color", "marker", "dashes", "hatch"):
+        assert len({getattr(look, part) for look in style.SETTINGS}) == len(style.SETTINGS)
 
 
 @pytest.fixture
@@ -119,9 +120,9 @@ def measured() -> pd.DataFrame:
 
 
 def test_pictures_of_probes(measured: pd.DataFrame, participants: pd.DataFrame) -> None:
-    assert [ax.get_title() for ax in probes.role_utilities(measured).axes] == ["one-sided (paper)", "two-sided"]
-    picture = probes.role_probes(measured)
+    assert [ax.get_title() for ax in roles.role_utilities(measured).axes] == ["one-sided (paper)", "two-sided"]
+    picture = roles.role_probes(measured)
     assert {text.get_text() for text in picture.axes[0].texts} == {"paper: 0.29", "to reach: 0.20"}
     assert {text.get_text() for text in picture.axes[1].texts} == {"frequency alone, no pass: 0.50"}
-    seconds = probes.role_seconds(measured, participants, role_tables.probe_shares(participants))
+    seconds = roles.role_seconds(measured, participants)
     assert any("probe 25.0 %" in text.get_text() for text in seconds.axes[1].texts)

@@ -7,13 +7,13 @@ import math
 import pandas as pd
 import pytest
 
-from fluxlib.figures import quality
+from fluxlib.analysis import runs
 
 
 def run(method: str, scores: list[float], round_s: float, seed: int = 0, task: str = "t") -> pd.DataFrame:
     """One score per round from round 0, every round ``round_s`` long."""
     fixed = {"run_id": f"{method}{seed}", "model": "m", "task": task, "method": method, "seed": seed}
-    fixed |= {"clock.model": "m", "clock.link": "1gbps"}
+    fixed |= {"clock_model": "m", "link": "1gbps"}
     rows = [{"round": n, "metric": score, "device_s": n * round_s} for n, score in enumerate(scores)]
     return pd.DataFrame([fixed | row for row in rows])
 
@@ -24,13 +24,13 @@ LONG = run("flux", [0.0, 0.4, 0.6, 0.6, 0.6, *[0.8] * 20], 2.0)
 
 
 def test_a_score_at_a_moment_is_linear_between_scored_rounds():
-    assert quality.score_at([0, 10, 20], [0.0, math.nan, 0.8], 5.0) == pytest.approx(0.2)
-    assert quality.score_at([0, 10], [0.0, 0.4], 99.0) == 0.4
-    assert math.isnan(quality.score_at([5], [0.4], 1.0)) and math.isnan(quality.score_at([], [], 1.0))
+    assert runs.score_at([0, 10, 20], [0.0, math.nan, 0.8], 5.0) == pytest.approx(0.2)
+    assert runs.score_at([0, 10], [0.0, 0.4], 99.0) == 0.4
+    assert math.isnan(runs.score_at([5], [0.4], 1.0)) and math.isnan(runs.score_at([], [], 1.0))
 
 
 def test_equal_rounds_compare_final_scores_and_equal_seconds_the_end_of_the_shorter_run():
-    table = quality.final_quality(pd.concat([FMD, FLUX]), pd.concat([FMD, FLUX])).set_index("compared")
+    table = runs.final_quality(pd.concat([FMD, FLUX]), pd.concat([FMD, FLUX])).set_index("compared")
     assert table.loc["equal rounds", "ratio"] == pytest.approx(0.6 / 0.8)
     # FLUX is over after 8 s, when FMD is at 0.48 in the middle of its first round: a fifth of its run.
     early = table.loc["equal seconds"]
@@ -39,23 +39,16 @@ def test_equal_rounds_compare_final_scores_and_equal_seconds_the_end_of_the_shor
 
 
 def test_a_run_that_went_on_is_read_where_the_references_ends():
-    table = quality.final_quality(pd.concat([FMD, FLUX]), pd.concat([FMD, LONG])).set_index("compared")
+    table = runs.final_quality(pd.concat([FMD, FLUX]), pd.concat([FMD, LONG])).set_index("compared")
     late = table.loc["equal seconds"]
     assert (late["at_s"], late["of_reference"], late["ratio"]) == pytest.approx((40.0, 1.0, 1.0))
-    assert quality.final_quality(pd.concat([FMD, LONG]), FMD).empty  # sixty rounds are not as many as twenty
+    assert runs.final_quality(pd.concat([FMD, LONG]), FMD).empty  # sixty rounds are not as many as twenty
 
 
 def test_seeds_are_pairs_and_those_without_a_partner_are_left_out():
     better = run("fmd", [0.0, 1.0, 1.0, 1.0, 1.0], 10.0, seed=1)
     plain = pd.concat([FMD, FLUX, better, FLUX.assign(seed=1), FLUX.assign(seed=2)])
-    table = quality.final_quality(plain, plain[:0])
+    table = runs.final_quality(plain, plain[:0])
     assert table.set_index("seed")["ratio"].to_dict() == pytest.approx({0: 0.75, 1: 0.6})
-    (row,) = quality.quality_table(table).to_dict("records")
+    (row,) = runs.quality_over_seeds(table).to_dict("records")
     assert (row["seeds"], row["ratio"], row["low"], row["high"]) == pytest.approx((2, 0.675, 0.6, 0.75))
-
-
-def test_the_picture_writes_how_far_the_reference_was():
-    both = pd.concat([FMD, FLUX])
-    picture = quality.draw_quality(quality.final_quality(both, both))
-    assert [text.get_text() for text in picture.axes[0].texts] == ["20 %"]
-    assert "nothing to compare" in quality.draw_quality(quality.final_quality(FMD, FMD)).texts[0].get_text()

@@ -1,0 +1,156 @@
+"""What every figure shares: the picture and its files, rows of tables, small print."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import textwrap
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fluxlib.analysis.wording import interval_name
+from fluxlib.figures import style
+
+P = ParamSpec("P")
+
+
+class Picture(Figure):
+    """A figure that shows itself in a notebook; it lives outside pyplot, so nothing global refers to it."""
+
+    numbers: pd.DataFrame
+    """What it shows: the rows that :func:`save` writes beside it."""
+
+    def _repr_png_(self) -> bytes:
+        return _render(self, "png")
+
+
+def drawn(function: Callable[P, Picture]) -> Callable[P, Picture]:
+    """Call ``function`` within the project's style, leaving matplotlib's settings as they were."""
+
+    @wraps(function)
+    def draw(*args: P.args, **kwargs: P.kwargs) -> Picture:
+        with mpl.rc_context(style.RC):
+            return function(*args, **kwargs)
+
+    return draw
+
+
+def panels(numbers: pd.DataFrame, size: tuple[float, float], rows: int = 1, columns: int = 1, **kwargs: Any) -> Any:
+    """An empty picture of ``numbers``, ``size`` inches large, and its axes (of ``Figure.subplots``)."""
+    figure = Picture(figsize=size)
+    figure.numbers = numbers
+    return figure, figure.subplots(rows, columns, **kwargs)
+
+
+@drawn
+def notice(text: str, numbers: pd.DataFrame) -> Picture:
+    """A picture that says why there is none."""
+    figure = Picture(figsize=(5.5, 0.8))
+    figure.numbers = numbers
+    figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
+    return figure
+
+
+def save(figure: Picture, slug: str, folder: Path | str, numbers: pd.DataFrame | None = None) -> dict[str, Path]:
+    """Write ``<folder>/<slug>.{pdf,png,csv}``: the figure twice, and the numbers it shows (or those given).
+
+    The same figure gives the same bytes: no date is stored. Files appear whole or not at all.
+
+    Raises:
+        ValueError: ``slug`` is not made of letters, digits, ``_``, ``-`` and ``.`` only.
+    """
+    check_slug(slug)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = figure.numbers if numbers is None else numbers
+    contents = {
+        "pdf": _render(figure, "pdf"),
+        "png": _render(figure, "png"),
+        "csv": table.to_csv(index=False, lineterminator="\n").encode(),
+    }
+    paths = {kind: folder / f"{slug}.{kind}" for kind in contents}
+    for kind, content in contents.items():
+        temporary = folder / f".{slug}.{kind}.{os.getpid()}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, paths[kind])
+    return paths
+
+
+def check_slug(slug: str) -> None:
+    """Refuse a name that a link in a text would break on.
+
+    Raises:
+        ValueError: see :func:`save`.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
+        raise ValueError(f"slug is {slug!r}, allowed are letters, digits, '_', '-' and '.'")
+
+
+def _render(figure: Figure, kind: str) -> bytes:
+    metadata = {"CreationDate": None} if kind == "pdf" else {}
+    buffer = io.BytesIO()
+    with mpl.rc_context(style.RC):
+        figure.savefig(buffer, format=kind, metadata=metadata)
+    return buffer.getvalue()
+
+
+def study(table: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """The rows of some studies of the ``measurements`` table.
+
+    Raises:
+        ValueError: one of them has none, with the studies that there are.
+    """
+    present = table["study"].unique()
+    if missing := [name for name in names if name not in present]:
+        raise ValueError(f"measurements hold no study {missing[0]!r}; there are {', '.join(present)}")
+    return table[table["study"].isin(names)]
+
+
+def split(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """``rows`` with the parts of ``setting``, which is written ``"a, b, c"``, as columns."""
+    parts = rows["setting"].str.split(", ", n=len(names) - 1, expand=True)
+    return rows.assign(**{name: parts[i] for i, name in enumerate(names)})
+
+
+def per_seed(rows: pd.DataFrame, value: str, *keys: str) -> pd.DataFrame:
+    """One row per ``keys`` and seed: the mean of ``value`` over tasks and repeats."""
+    return rows.groupby([*dict.fromkeys(keys), "seed"], sort=False)[value].mean().reset_index()
+
+
+def caption(figure: Figure, *parts: str) -> None:
+    """Write the small print below ``figure``: clock, model, seeds. Long lines are broken."""
+    text = " · ".join(part for part in parts if part)
+    width = int(17.5 * figure.get_figwidth())
+    figure.supxlabel(textwrap.fill(text, width, break_on_hyphens=False), fontsize=7, color=style.GREY)
+
+
+def unique(rows: pd.DataFrame, column: str) -> str:
+    """The values of ``column``, joined: what a caption says of it."""
+    return ", ".join(str(value) for value in pd.unique(rows[column]))
+
+
+def seeds_name(rows: pd.DataFrame, *by: str) -> str:
+    """What bands and error bars are, where curves that differ in ``by`` may have different numbers of seeds."""
+    counts = rows.groupby(list(by))["seed"].nunique() if by else pd.Series([rows["seed"].nunique()])
+    return interval_names(counts)
+
+
+def interval_names(counts: pd.Series) -> str:
+    """:func:`fluxlib.analysis.wording.interval_name` where some curves may have more seeds than others."""
+    if counts.min() == counts.max():
+        return interval_name(int(counts.max()))
+    return f"{counts.min()} to {counts.max()} seeds: one, no band; two, min to max; three, 95 % t interval"
+
+
+def footer(figure: Figure, rows: pd.DataFrame, *parts: str, seeds: str = "") -> None:
+    """Small print of a table of measurements: model, tasks and what bands are, or ``seeds`` instead of that."""
+    names = [name for name in pd.unique(rows["task"]) if name]
+    tasks = ", ".join(names) if len(names) < 3 else f"{len(names)} tasks"
+    caption(figure, unique(rows, "model"), tasks, *parts, seeds or seeds_name(rows))
