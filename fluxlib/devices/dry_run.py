@@ -248,10 +248,10 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
     decoder = model.get_submodule(found[0].name.partition(".layers.")[0])
     every = list(decoder.layers)
     planned = {layer_number(layer.name): (layer, here) for layer, here in zip(found, slots, strict=True)}
-    # Before the first tuned slot nothing has a gradient.
+    # Before the first tuned slot nothing has a gradient; the layer after it is the last that uses what layers share.
     first = min(number for number, (_, here) in planned.items() if here.num_tuned) if learns else 0
     kinds = [
-        (min(number, first + 1), number == len(every) - 1, planned.get(number, (None, None))[1], *_make(layer))
+        (min(number, first + 2), number == len(every) - 1, planned.get(number, (None, None))[1], *_make(layer))
         for number, layer in enumerate(every)
     ]
     chosen = [number for number, kind in enumerate(kinds) if kind not in kinds[:number]]

@@ -215,11 +215,14 @@ def test_fewer_bits_need_less():
 
 
 @pytest.mark.parametrize("name", ["deepseek", "mixtral"])
-@pytest.mark.parametrize("change", [{}, {"checkpointing": True}])
-def test_layers_that_are_counted_again_are_as_if_they_were_run(monkeypatch, name, change):
+@pytest.mark.parametrize(
+    "sizes", [{"batch": 4, "tokens": 64}, {"batch": 1, "tokens": 8}, {"batch": 2, "tokens": 32, "checkpointing": True}]
+)
+def test_layers_that_are_counted_again_are_as_if_they_were_run(monkeypatch, name, sizes):
+    """With the peak at the end of the forward pass, and late in the backward pass, where gradients have piled up."""
     config = copy.deepcopy(CONFIGS[name])
     config.num_hidden_layers = 6
-    model, step = dry_run.meta_model(config, torch.bfloat16), Step(4, 64, **change)
+    model, step = dry_run.meta_model(config, torch.bfloat16), Step(**sizes)
     experts = len(find.layers(model))
     plans = [[Slots(2, 2, 3)] * experts, [Slots(1, 1, 4)] * 2 + [Slots(2, offloaded=True)] * (experts - 2)]
     short = [dry_run.peak(model, slots, step, learns) for slots in plans for learns in (True, False)]
