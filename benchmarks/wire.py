@@ -42,9 +42,10 @@ ALL = OPTIONS | PROTECTION
 def measure(method: str, option: str, given: argparse.Namespace) -> dict[str, object]:
     """One run with one option."""
     config = make_config({
-        "method": method, "model": given.model, "task": given.task, "federation.rounds": given.rounds, "seed": given.seed,
-        "federation.participants": 8, "evaluation.samples": 200, "evaluation.every": given.rounds, "clock.model": given.clock_model,
-        "clock.tokens_per_sample": 128, **ALL[option],
+        "method": method, "model": given.model, "task": given.task, "seed": given.seed,
+        "federation.rounds": given.rounds, "federation.participants": 8,
+        "evaluation.samples": 200, "evaluation.every": given.rounds,
+        "clock.model": given.clock_model, "clock.tokens_per_sample": 128, **ALL[option],
     })  # fmt: skip
     result = federation.run(config)
     later, last = result.rounds[result.rounds["round"] > 1], result.rounds.iloc[-1]

@@ -18,8 +18,8 @@ from fluxlib import federation, methods, models
 from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig
-from fluxlib.models.saving import export
 from fluxlib.models.llama_moe import LlamaMoeConfig
+from fluxlib.models.saving import export
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?+-*/=#<>$()' \n"
 SMALL = {

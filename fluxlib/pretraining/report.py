@@ -97,8 +97,8 @@ the real world and is of no other use. Licence: Apache-2.0.
 
 ## Room to learn
 
-Test score of the base, and after tuning all experts centrally ({FINE_TUNING_STEPS} steps of {FINE_TUNING.training.batch_size},
-learning rate {FINE_TUNING.training.learning_rate:g}):
+Test score of the base, and after tuning all experts centrally ({FINE_TUNING_STEPS} steps of
+{FINE_TUNING.training.batch_size}, learning rate {FINE_TUNING.training.learning_rate:g}):
 
 | task | metric | base | all experts tuned |
 |---|---|---|---|

@@ -54,9 +54,7 @@ def pretraining_batch(
     """``count`` samples of one family with every real token scored, and their labels."""
     form = FORMATS[family.removeprefix("mini-")]
     drawn = [pretraining_row(family, chance) for _ in range(count)]
-    batch = collate(
-        [encode(form.to_example(row), tokenizer, MAX_TOKENS) for _, row in drawn], tokenizer.pad_token_id
-    )
+    batch = collate([encode(form.to_example(row), tokenizer, MAX_TOKENS) for _, row in drawn], tokenizer.pad_token_id)
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     return batch, [label for label, _ in drawn]
 
