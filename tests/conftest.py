@@ -12,7 +12,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
+LONGEST = ("test_deployment.py", "test_smoke.py", "test_pipeline.py", "test_lab.py", "test_engines.py")
+
+
 def pytest_collection_modifyitems(config, items):
-    """With several workers, begin with what takes longest: the smoke profile, then the pipeline."""
+    """With several workers, begin with the files that take longest."""
     if getattr(config.option, "numprocesses", None):
-        items.sort(key=lambda item: (item.path.name != "test_smoke.py", item.path.name != "test_pipeline.py"))
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
