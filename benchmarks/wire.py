@@ -30,10 +30,10 @@ PROTECTION: dict[str, dict[str, Any]] = {
     "central noise 0.001": {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.001},
     "central noise 0.01": {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.01},
     "local noise 0.001": {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.001, "privacy.noise": "participant"},
-    "trimmed mean": {"aggregation": "trimmed_mean"},
-    "median": {"aggregation": "median"},
-    "krum": {"aggregation": "krum"},
-    "random roles": {"assignment": "random"},
+    "trimmed mean": {"aggregation.rule": "trimmed_mean"},
+    "median": {"aggregation.rule": "median"},
+    "krum": {"aggregation.rule": "krum"},
+    "random roles": {"roles.assignment": "random"},
     "withheld reports": {"roles.assignment": "random", "privacy.withhold_reports": True},
 }
 ALL = OPTIONS | PROTECTION
@@ -76,7 +76,7 @@ def main() -> None:
     wanted = list(PROTECTION) if given.options == ["protection"] else given.options
     for method in given.methods:
         for option in wanted:
-            if method == "fmd" and option.startswith(("4bit", "server")):
+            if method == "fmd" and option.startswith("4bit"):
                 continue  # FMD merges nothing
             print(json.dumps(measure(method, option, given)), flush=True)
 

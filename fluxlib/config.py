@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,9 +145,9 @@ class MergingConfig(_Group):
 class RolesConfig(_Group):
     """Section 6: who tunes which expert."""
 
-    assignment: AssignmentKind = Field("flux", description="what is exploited; see roles.priorities")
+    assignment: AssignmentKind = Field("flux", description="what is exploited; see fluxlib.roles.priorities")
     epsilon: Literal["dynamic", "paper"] | float = Field(
-        "dynamic", description="share of B_tune that exploits; see roles.epsilon_schedule"
+        "dynamic", description="share of B_tune that exploits; see fluxlib.roles.epsilon_schedule"
     )
     explore_by: Literal["probes", "backward"] = Field(
         "probes", description="utilities of explored experts: forward passes, or one backward pass for all of them"
@@ -190,10 +191,12 @@ class PrivacyConfig(_Group):
 
 
 class ClockConfig(_Group):
-    """Whose seconds the device clock counts; see :mod:`fluxlib.devices.clock`."""
+    """Whose seconds the device clock counts; see fluxlib/devices/clock.py."""
 
-    fleet: str = Field("paper", description="devices of the participants: a fleet or a device of devices/catalogue.py")
-    link: str = Field("1gbps", description="connection of each participant, by its name in devices/catalogue.py")
+    fleet: str = Field(
+        "paper", description="devices of the participants: a fleet or a device of devices/catalogue.yaml"
+    )
+    link: str = Field("1gbps", description="connection of each participant, by its name in devices/catalogue.yaml")
     model: str = Field("self", description="the model whose shapes count; self: the run's own")
     tokens_per_sample: int | None = Field(None, ge=1, description="None: the run's own token counts")
 
@@ -342,6 +345,9 @@ def make_config(parameters: Mapping[str, Any]) -> RunConfig:
     nested: dict[str, Any] = {}
     for name, value in flatten(parameters).items():
         group, dot, inner = name.partition(".")
+        if name in GROUPS:
+            names = ", ".join(f"{name}.{inner}" for inner in GROUPS[name].model_fields)
+            raise ConfigError(f"{name} is a group of settings, got {value!r}; allowed are {names}")
         if dot and group in GROUPS:
             nested.setdefault(group, {})[inner] = value
         else:
@@ -352,14 +358,22 @@ def make_config(parameters: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
 
 
+def _resembling(name: str) -> list[str]:
+    """Settings whose own name is the last part of ``name``, or else those that are spelled most like it."""
+    own = {full: full.rpartition(".")[2] for full in SETTINGS}
+    wanted = name.rpartition(".")[2]
+    similar = get_close_matches(wanted, own.values(), n=2, cutoff=0.75)
+    return [full for full in SETTINGS if own[full] == wanted] or [full for full in SETTINGS if own[full] in similar]
+
+
 def _explain(item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     name = ".".join(path[:2] if path[0] in GROUPS else path[:1]) if path else "configuration"
     if item["type"] == "extra_forbidden":
         group = path[0] if path[0] in GROUPS else None
-        near = [full for full in SETTINGS if full.rpartition(".")[2] == path[-1]]
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        if near := _resembling(".".join(path)):
+            return f"unknown parameter {name!r}; did you mean {' or '.join(near)}? docs/settings.md has all"
         allowed = [f"{group}.{inner}" for inner in GROUPS[group].model_fields] if group else SETTINGS
-        return f"unknown parameter {name!r}{hint}; allowed are {', '.join(allowed)}"
+        return f"unknown parameter {name!r}; allowed are {', '.join(allowed)}"
     came = "" if item["type"] == "value_error" else f", got {item['input']!r}"
     return f"{name}: {item['msg'].removeprefix('Value error, ')}{came}"

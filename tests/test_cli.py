@@ -93,7 +93,7 @@ def test_run_can_answer_a_machine(call, engine, tmp_path):
         (["--seed", "9" * 30], "error: seed: Input should be less than 9223372036854775808, got 999"),
         (["--set", "data.task_size=10000000000"], "error: data.task_size: Input should be less than or equal to 10"),
         (["--engine", "moon"], "error: engine: Input should be 'local'"),
-        (["--set", "epsilom=1"], "error: unknown parameter 'epsilom'; allowed are method, model"),
+        (["--set", "epsilom=1"], "error: unknown parameter 'epsilom'; did you mean roles.epsilon?"),
         (["--set", "alpha"], "error: --set takes NAME=VALUE, got 'alpha'"),
         (["--set", "alpha=1", "--set", "alpha=2"], "error: --set alpha is given twice"),
         (["--set", "federation.rounds=3"], "error: federation.rounds is an option of its own: --rounds VALUE"),

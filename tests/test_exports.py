@@ -71,7 +71,14 @@ def rounds(run_id: str = "flux-m-t-seed0", metrics: tuple[float, ...] = (0.25, 0
 def tuned(tmp_path_factory):
     """A base model as if it had been tuned: what a run leaves, without the run."""
     config = make_config(
-        {"task": "mini-mmlu", "federation.participants": 2, "data.task_size": 200, "budget.tune_frac": 0.125}
+        {
+            "task": "mini-mmlu",
+            "federation.participants": 2,
+            "data.task_size": 200,
+            "budget.tune_frac": 0.125,
+            "merging.budgets": "joint",
+            "seed": 3,
+        }
     )
     folder = tmp_path_factory.mktemp("exports") / "tuned"
     model, _ = models.load(config.model)
@@ -113,6 +120,13 @@ def test_a_participants_model_is_smaller_and_measured_beside_the_full_one(tuned,
         )
     loaded, _ = models.load_compact(tmp_path / "compact")
     assert [(len(layer.experts.plan.tuned), layer.experts.num_merged) for layer in find.layers(loaded)]
+
+
+def test_an_export_merges_by_the_rules_of_its_run(tuned, tmp_path, monkeypatch):
+    (folder, config), seen, plan = tuned, [], exports.merging.plan
+    monkeypatch.setattr(exports.merging, "plan", lambda *given: seen.append(given[4:]) or plan(*given))
+    exports.save_participant(folder, tmp_path / "compact", 0)
+    assert seen == [(config.merging, 3)]
 
 
 def test_an_impossible_export_is_refused(tuned, tmp_path):

@@ -125,7 +125,7 @@ def test_a_study_of_the_grid_reads_every_plain_run_of_its_model(tmp_path):
     [
         ({"runs": {}}, "unknown section 'runs'; allowed are profile, grid, run"),
         ({"grid": {"method": []}}, "unknown grid 'method'; allowed are methods, models, tasks, seeds"),
-        ({"run": {"round": 3}}, "unknown parameter 'round'; allowed are .*rounds"),
+        ({"run": {"round": 3}}, "unknown parameter 'round'; did you mean federation.rounds"),
         ({"run": {"federation.rounds": 0}}, "rounds: .* got 0"),
         ({"variants": {"a": {"method": []}}}, "unknown key of variant a: 'method'; allowed are methods, .*run"),
         ({"variants": {"A b": {}}}, "variant: .* got 'A b'"),

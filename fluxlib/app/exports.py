@@ -19,7 +19,7 @@ import torch
 
 from fluxlib import federation, merging, models, profiling, records
 from fluxlib.analysis.studies.bench import interleaved
-from fluxlib.config import ConfigError, MergingConfig, RunConfig, make_config
+from fluxlib.config import ConfigError, RunConfig, make_config
 from fluxlib.federation.checks import make_budgets
 from fluxlib.models.saving import WEIGHTS, load_compact, save_compact
 from fluxlib.moe.compact import customize, restore
@@ -217,8 +217,8 @@ def save_participant(
     budget = make_budgets(config, *known.frequency.shape)[participant]
     kept = torch.zeros(known.frequency.numel(), dtype=torch.bool)
     kept[known.frequency.flatten().topk(budget.num_tuned).indices] = True
-    rules = MergingConfig(weights=config.merging.weights)
-    plans = merging.plan(model, known, kept.view_as(known.frequency), budget.num_merged, rules)
+    kept = kept.view_as(known.frequency)
+    plans = merging.plan(model, known, kept, budget.num_merged, config.merging, config.seed)
     held = {example.label for example in own}
     scored = [example for example in task.test if example.label in held][:SCORED_SAMPLES] or task.test[:SCORED_SAMPLES]
 

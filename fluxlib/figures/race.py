@@ -127,7 +127,7 @@ def speed_ups(table: pd.DataFrame) -> Picture:
     An arrow to the right is a lower bound: the other method never arrives in some seed. "never" is FLUX's own miss.
 
     Args:
-        table: of :func:`fluxlib.analysis.claims.speed_ups`.
+        table: of :func:`fluxlib.analysis.speedups.speed_ups`.
     """
     places = list(table.groupby("model", sort=False)) if len(table) else [("no races", table)]
     most = max(len(part) for _, part in places)

@@ -43,7 +43,7 @@ def load(name: str, seed: int = 0, size: int | None = None, path: str | Path | N
     if name in FORMATS:
         examples = _public(name, seed, size, path)
     elif path is not None:
-        raise ValueError(f"data_path is {str(path)!r}, but {name} is generated; it is for {', '.join(FORMATS)}")
+        raise ValueError(f"data.path is {str(path)!r}, but {name} is generated; it is for {', '.join(FORMATS)}")
     else:
         examples = [form.to_example(row) for row in mini.rows(name, size or mini.DEFAULT_SIZE, seed)]
     train, test = split(examples, seed)

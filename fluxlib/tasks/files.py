@@ -77,7 +77,7 @@ def find(name: str, path: str | Path) -> list[Path]:
     ]
     if not files:
         what = "holds no data files" if start.exists() else "does not exist"
-        raise OSError(f"data_path {start} {what}; {name} is read from {', '.join(SUFFIXES)} files there or in {name}/")
+        raise OSError(f"data.path {start} {what}; {name} is read from {', '.join(SUFFIXES)} files there or in {name}/")
     return files
 
 
@@ -104,7 +104,7 @@ def fetch(name: str) -> Path:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
             f"task {name}: {hub_id} could not be fetched from the hub ({reason}); "
-            "with files of your own, name their folder by data_path (fluxlib run --data FOLDER)"
+            "with files of your own, name their folder by data.path (fluxlib run --data FOLDER)"
         ) from None
 
 

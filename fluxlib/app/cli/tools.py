@@ -119,9 +119,9 @@ def notebook(
         known = ", ".join(sorted(file.name for file in source.parent.glob("*.ipynb"))) or "none"
         raise ConfigError(f"no notebook {source}; in its folder: {known}")
     by_hand = parse_settings(settings)
-    pipeline.check_names(by_hand)
-    pipeline.check_kinds(source, by_hand)
     values = _object(parameters) | by_hand
+    pipeline.check_names(values)
+    pipeline.check_kinds(source, values)
     from papermill import PapermillExecutionError
 
     # What the cells print goes to papermill's logger.
