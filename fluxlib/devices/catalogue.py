@@ -48,7 +48,7 @@ class Device:
     name: str
     title: str
     unified: bool
-    memory_bytes: Annotated[int, Field(gt=0), BeforeValidator(parse_bytes)]
+    memory_bytes: Bytes
     peak_flops: Annotated[float, Field(gt=0)]
     """Dense 16-bit matrix arithmetic with 32-bit accumulation (32-bit where the device has nothing faster)."""
     memory_bytes_per_s: Bytes

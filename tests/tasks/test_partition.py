@@ -11,7 +11,7 @@ def deal(**options: object) -> list[list[int]]:
     return partition(EXAMPLES, 8, seeding.generator(0, "partition"), **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"data.equal_sizes": False}, {"scheme": "iid"}, {"scheme": "label"}])
+@pytest.mark.parametrize("options", [{}, {"equal_sizes": False}, {"scheme": "iid"}, {"scheme": "label"}])
 def test_every_sample_goes_to_one_participant(options: dict[str, object]) -> None:
     parts = deal(**options)
     dealt = [i for part in parts for i in part]

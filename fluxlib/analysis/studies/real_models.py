@@ -116,7 +116,7 @@ def fitting(model: str, devices: Iterable[str], batch: int = 16, tokens: int = 2
     config = models.config(model)
     for device in devices:
         try:
-            memory_bytes = catalogue.DEVICES[device].memory_bytes
+            memory_bytes = int(catalogue.DEVICES[device].memory_bytes)
             plan = plan_memory(config, "flux", memory_bytes, step=Step(batch, tokens))
             found = (plan.num_tuned, plan.num_merged)
         except ValueError:

@@ -47,7 +47,7 @@ def plan(
     if device is not None and device not in catalogue.DEVICES:
         raise ConfigError(f"--device is {device!r}, allowed are {', '.join(catalogue.DEVICES)}")
     try:
-        size = catalogue.DEVICES[device].memory_bytes if device else memory
+        size = int(catalogue.DEVICES[device].memory_bytes) if device else memory
         found = planner.plan(model, size, method, batch=batch, tokens=tokens, checkpointing=checkpointing)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
