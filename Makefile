@@ -50,7 +50,7 @@ lint: $(STAMP)  ## Ruff on code and notebooks, stripped outputs, the type checke
 	$(BIN)/mypy
 
 test: lint  ## Lint, types and all tests, the smoke profile among them
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)  ## The benchmarks (tables on the terminal)
 	@for script in $(filter-out benchmarks/new_user.py,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
