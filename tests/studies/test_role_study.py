@@ -34,7 +34,7 @@ def test_probes_are_measured_against_truth_for_every_setting_and_count(bench: st
 
 def test_every_way_to_learn_a_utility_is_timed_per_expert(bench: studies.Bench) -> None:
     frame = pd.DataFrame(roles.probe_seconds([bench], num_experts=2, repeats=1))
-    assert len(frame) == 4 and (frame["value"] > 0).all()
+    assert len(frame) == 3 and (frame["value"] > 0).all()
     assert set(frame["unit"]) == {"s per expert"}
 
 
