@@ -9,7 +9,7 @@ import torch
 
 from fluxlib import federation
 from fluxlib.config import RunConfig
-from fluxlib.federation.client import state
+from fluxlib.federation.client import node_state
 from fluxlib.federation.engines.grid import LocalGrid
 
 SMALL = {
@@ -57,6 +57,6 @@ def test_flux_keeps_a_profile_that_is_one_round_old(
     monkeypatch.setattr(LocalGrid, "__init__", remember)
     federation.run(make_config({"method": "flux"} | SMALL))
     for node in grids[0].get_node_ids():
-        kept = state.load_state(grids[0].context(node).state)
+        kept = node_state.load_state(grids[0].context(node).state)
         assert kept.profile is not None and kept.profile_round == 2
         assert kept.profile.bits == 4
