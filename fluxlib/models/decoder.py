@@ -91,6 +91,7 @@ class MoePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True

@@ -14,12 +14,10 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import initialization as init
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.output_capturing import OutputRecorder
 
 from fluxlib.models.decoder import (
     GatedExperts,
-    MoeDecoderLayer,
     MoeForCausalLM,
     MoeModel,
     MoePreTrainedModel,
@@ -189,11 +187,8 @@ class LlamaMoePreTrainedModel(MoePreTrainedModel):
 
     config: LlamaMoeConfig
     config_class = LlamaMoeConfig
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]
-    _can_record_outputs: ClassVar[dict[str, Any]] = {
+    _can_record_outputs: ClassVar[dict[str, Any]] = MoePreTrainedModel._can_record_outputs | {
         "router_logits": OutputRecorder(LlamaMoeGate, index=0),
-        "hidden_states": MoeDecoderLayer,
-        "attentions": LlamaAttention,
     }
 
     @classmethod
