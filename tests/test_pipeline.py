@@ -17,7 +17,7 @@ from fluxlib.config import REPO_ROOT, ConfigError, check_writable
 
 PROFILE = {
     "profile": "mini",
-    "grid": {"methods": ["flux", "fmd"], "models": ["m"], "tasks": ["t"], "seeds": [0]},
+    "grid": {"methods": ["flux", "fmd"], "models": ["m"], "tasks": ["mmlu"], "seeds": [0]},
     "run": {"federation.rounds": 3, "training.learning_rate": 1e-3},
     "per_method": {"flux": {"training.learning_rate": 2e-3}},
 }
@@ -66,11 +66,11 @@ def profile(path: Path, **changes) -> Path:
 
 def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
     more = {
-        "per_task": {"t": {"federation.rounds": 5}},
+        "per_task": {"mmlu": {"federation.rounds": 5}},
         "per_model": {"m": {"federation.rounds": 4, "federation.participants": 7}},
     }
     found = pipeline.load(profile(tmp_path / "mini.yaml", **more))
-    assert list(found.runs) == ["flux-m-t-seed0", "fmd-m-t-seed0"]
+    assert list(found.runs) == ["flux-m-mmlu-seed0", "fmd-m-mmlu-seed0"]
     flux, fmd = found.runs.values()
     assert (flux.training.learning_rate, fmd.training.learning_rate) == (2e-3, 1e-3)
     assert (flux.federation.rounds, flux.federation.participants) == (5, 7)
@@ -80,8 +80,8 @@ def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
 def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
     variants = {"slow": {"methods": ["flux"], "run": {"training.learning_rate": 1e-5}}}
     found = pipeline.load(profile(tmp_path / "mini.yaml", variants=variants))
-    assert list(found.runs) == ["flux-m-t-seed0", "fmd-m-t-seed0", "flux-slow-m-t-seed0"]
-    slow = found.runs["flux-slow-m-t-seed0"]
+    assert list(found.runs) == ["flux-m-mmlu-seed0", "fmd-m-mmlu-seed0", "flux-slow-m-mmlu-seed0"]
+    slow = found.runs["flux-slow-m-mmlu-seed0"]
     assert (slow.variant, slow.training.learning_rate, slow.federation.rounds) == ("slow", 1e-5, 3)
 
 
@@ -99,9 +99,9 @@ def test_a_variant_may_have_parts(tmp_path):
 
 def test_a_study_reads_the_runs_of_the_variants_it_names(tmp_path):
     variants = {"slow": {"run": {"training.learning_rate": 1e-5}}}
-    studies = {"03": {"task": "t", "curves": {"plain": "", "slow": "slow"}, "other": {"fast": "fast"}}}
+    studies = {"03": {"task": "mmlu", "curves": {"plain": "", "slow": "slow"}, "other": {"fast": "fast"}}}
     found = pipeline.load(profile(tmp_path / "mini.yaml", variants=variants, studies=studies))
-    assert pipeline.runs_read(found, "03", ("curves",), "m") == ["flux-m-t-seed0", "flux-slow-m-t-seed0"]
+    assert pipeline.runs_read(found, "03", ("curves",), "m") == ["flux-m-mmlu-seed0", "flux-slow-m-mmlu-seed0"]
     assert pipeline.runs_read(found, "03", (), "m") == []
     with pytest.raises(ConfigError, match=r"reads variants \['fast'\], the profile has \['', 'slow'\]"):
         pipeline.runs_read(found, "03", ("other",), "m")
@@ -111,11 +111,11 @@ def test_a_study_of_the_grid_reads_every_plain_run_of_its_model(tmp_path):
     grid = PROFILE["grid"] | {"models": ["m", "folder/n"]}
     variants = {"slow": {"methods": ["flux"], "run": {"training.learning_rate": 1e-5}}}
     found = pipeline.load(profile(tmp_path / "mini.yaml", grid=grid, variants=variants))
-    assert pipeline.grid_runs(found, "n") == ["flux-n-t-seed0", "fmd-n-t-seed0"]
-    assert pipeline.grid_runs(found, "n", ["", "slow"]) == ["flux-n-t-seed0", "fmd-n-t-seed0", "flux-slow-n-t-seed0"]
+    assert pipeline.grid_runs(found, "n") == ["flux-n-mmlu-seed0", "fmd-n-mmlu-seed0"]
+    assert pipeline.grid_runs(found, "n", ["", "slow"]) == ["flux-n-mmlu-seed0", "fmd-n-mmlu-seed0", "flux-slow-n-mmlu-seed0"]
     only_m = {"slow": variants["slow"] | {"models": ["m"]}}
     elsewhere = pipeline.load(profile(tmp_path / "mini.yaml", grid=grid, variants=only_m))
-    assert pipeline.grid_runs(elsewhere, "n", ["slow"]) == ["flux-n-t-seed0", "fmd-n-t-seed0"]
+    assert pipeline.grid_runs(elsewhere, "n", ["slow"]) == ["flux-n-mmlu-seed0", "fmd-n-mmlu-seed0"]
     with pytest.raises(ConfigError, match="no run of the profile has the variants \\['fast'\\]"):
         pipeline.grid_runs(found, "n", ["slow", "fast"])
 
@@ -144,12 +144,12 @@ def test_an_unknown_profile_lists_the_known_ones(tmp_path):
 
 def test_what_a_notebook_declares_is_passed_by_name_the_rest_in_settings(tmp_path):
     path = notebook(tmp_path / "a.ipynb", "method = 'fmd'  # which\nrounds: int = 1\nsettings = {}")
-    run = pipeline.load(profile(tmp_path / "mini.yaml")).runs["flux-m-t-seed0"]
+    run = pipeline.load(profile(tmp_path / "mini.yaml")).runs["flux-m-mmlu-seed0"]
     assert pipeline.declared_parameters(path) == {"method": "fmd", "rounds": 1, "settings": {}}
     assert pipeline.notebook_parameters(path, run) == {
         "method": "flux",
         "rounds": 3,
-        "settings": {"model": "m", "task": "t", "training.learning_rate": 2e-3},
+        "settings": {"model": "m", "task": "mmlu", "training.learning_rate": 2e-3},
     }
 
 
@@ -189,7 +189,7 @@ class Repository:
     def __init__(self, root: Path) -> None:
         self.root = root
         shutil.copy(REPO_ROOT / "Snakefile", root)
-        names = "method='flux'\nmodel='m'\ntask='t'\nseed=0\nrounds=1\nsettings={}\nout=''"
+        names = "method='flux'\nmodel='m'\ntask='mmlu'\nseed=0\nrounds=1\nsettings={}\nout=''"
         for plain in ("00_start_here", "explore"):
             notebook(root / "notebooks" / f"{plain}.ipynb", "seed = 0")
         notebook(root / "notebooks" / "04_federated_run.ipynb", names, RUN_CODE)
@@ -223,13 +223,13 @@ def finished(tmp_path_factory) -> Repository:
     assert sorted(files) == [
         "claims.pdf",
         "convergence-m.pdf",
-        "flux-m-t-seed0.parquet",
-        "fmd-m-t-seed0.parquet",
+        "flux-m-mmlu-seed0.parquet",
+        "fmd-m-mmlu-seed0.parquet",
         "speed_up.pdf",
         "time_to_accuracy-m.pdf",
     ]
-    assert (repository.root / "build/mini/notebooks/04_federated_run-flux-m-t-seed0.ipynb").is_file()
-    assert (repository.root / "build/mini/benchmarks/04_federated_run/flux-m-t-seed0.tsv").is_file()
+    assert (repository.root / "build/mini/notebooks/04_federated_run-flux-m-mmlu-seed0.ipynb").is_file()
+    assert (repository.root / "build/mini/benchmarks/04_federated_run/flux-m-mmlu-seed0.tsv").is_file()
     return repository
 
 
@@ -242,10 +242,10 @@ def test_a_second_run_does_no_work(finished):
 
 def test_a_lost_table_is_made_again(finished):
     _, before, _ = finished.make()
-    (finished.root / "data/results/mini/rounds/fmd-m-t-seed0.parquet").unlink()
+    (finished.root / "data/results/mini/rounds/fmd-m-mmlu-seed0.parquet").unlink()
     code, after, said = finished.make()
     assert code == 0 and set(after) == set(before), said
-    assert after["flux-m-t-seed0.parquet"] == before["flux-m-t-seed0.parquet"]
+    assert after["flux-m-mmlu-seed0.parquet"] == before["flux-m-mmlu-seed0.parquet"]
 
 
 def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
@@ -255,7 +255,7 @@ def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
     assert code == 0, said
     changed = {name for name in after if after[name] != before[name]}
     drawn = {"claims.pdf", "convergence-m.pdf", "speed_up.pdf", "time_to_accuracy-m.pdf"}
-    assert changed == drawn | {"flux-m-t-seed0.parquet"}
+    assert changed == drawn | {"flux-m-mmlu-seed0.parquet"}
 
 
 def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path):
@@ -263,10 +263,10 @@ def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path
     repository.configure(per_method={"flux": {"training.local_steps": 13}})
     code, files, _ = repository.make()
     assert code != 0
-    assert list(files) == ["fmd-m-t-seed0.parquet"]
-    log = (tmp_path / "build/mini/logs/04_federated_run/flux-m-t-seed0.log").read_text()
+    assert list(files) == ["fmd-m-mmlu-seed0.parquet"]
+    log = (tmp_path / "build/mini/logs/04_federated_run/flux-m-mmlu-seed0.log").read_text()
     assert "AssertionError: unlucky" in log
-    assert (tmp_path / "build/mini/notebooks/04_federated_run-flux-m-t-seed0.ipynb").is_file()
+    assert (tmp_path / "build/mini/notebooks/04_federated_run-flux-m-mmlu-seed0.ipynb").is_file()
 
 
 def test_results_that_cannot_be_written_are_refused_first(tmp_path):
@@ -280,9 +280,9 @@ def test_results_that_cannot_be_written_are_refused_first(tmp_path):
 
 def test_tables_of_other_runs_are_not_drawn_by_accident(tmp_path):
     repository = Repository(tmp_path)
-    stray = tmp_path / "data" / "results" / "mini" / "rounds" / "old-m-t-seed0.parquet"
+    stray = tmp_path / "data" / "results" / "mini" / "rounds" / "old-m-mmlu-seed0.parquet"
     stray.parent.mkdir(parents=True)
     stray.write_text("")
     code, _, said = repository.make()
     assert code != 0
-    assert "old-m-t-seed0; move them away" in said
+    assert "old-m-mmlu-seed0; move them away" in said
