@@ -112,7 +112,11 @@ def test_a_study_of_the_grid_reads_every_plain_run_of_its_model(tmp_path):
     variants = {"slow": {"methods": ["flux"], "run": {"training.learning_rate": 1e-5}}}
     found = pipeline.load(profile(tmp_path / "mini.yaml", grid=grid, variants=variants))
     assert pipeline.grid_runs(found, "n") == ["flux-n-mmlu-seed0", "fmd-n-mmlu-seed0"]
-    assert pipeline.grid_runs(found, "n", ["", "slow"]) == ["flux-n-mmlu-seed0", "fmd-n-mmlu-seed0", "flux-slow-n-mmlu-seed0"]
+    assert pipeline.grid_runs(found, "n", ["", "slow"]) == [
+        "flux-n-mmlu-seed0",
+        "fmd-n-mmlu-seed0",
+        "flux-slow-n-mmlu-seed0",
+    ]
     only_m = {"slow": variants["slow"] | {"models": ["m"]}}
     elsewhere = pipeline.load(profile(tmp_path / "mini.yaml", grid=grid, variants=only_m))
     assert pipeline.grid_runs(elsewhere, "n", ["slow"]) == ["flux-n-mmlu-seed0", "fmd-n-mmlu-seed0"]
