@@ -32,7 +32,6 @@ PROTECTION: dict[str, dict[str, Any]] = {
     "local noise 0.001": {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.001, "privacy.noise": "participant"},
     "trimmed mean": {"aggregation.rule": "trimmed_mean"},
     "median": {"aggregation.rule": "median"},
-    "krum": {"aggregation.rule": "krum"},
     "random roles": {"roles.assignment": "random"},
     "withheld reports": {"roles.assignment": "random", "privacy.withhold_reports": True},
 }

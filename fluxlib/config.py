@@ -8,7 +8,6 @@ own them, ranges are checked here.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -174,7 +173,7 @@ class WireConfig(_Group):
 class AggregationConfig(_Group):
     """Section 6: how the changes of one expert become one. Rules other than the mean bound what bad participants do."""
 
-    rule: Literal["mean", "trimmed_mean", "median", "krum"] = Field(
+    rule: Literal["mean", "trimmed_mean", "median"] = Field(
         "mean", description="how the changes of one expert are combined"
     )
     trim_frac: float = Field(0.2, gt=0, lt=0.5, description="share of an expert's tuners that may be bad")
@@ -256,14 +255,9 @@ class RunConfig(_Group):
         if (privacy.noise_multiplier or privacy.clip_quantile) and privacy.clip_norm is None:
             name = "noise_multiplier" if privacy.noise_multiplier else "clip_quantile"
             return f"privacy.{name} is set and privacy.clip_norm is not; it needs a norm to refer to"
-        central = privacy.noise_multiplier and privacy.noise == "server"
-        if central and privacy.clip_quantile and privacy.noise_multiplier >= self.fewest_replies / 10:
-            return (
-                f"privacy.noise_multiplier is {privacy.noise_multiplier:g}, allowed with clip_quantile is less than "
-                f"{self.fewest_replies / 10:g}, a tenth of the {self.fewest_replies} replies that min_replies_frac "
-                "asks for: the noisy count of those within the norm would cost more than that noise allows"
-            )
-        if central and self.aggregation.rule != "mean":
+        if privacy.noise_multiplier and privacy.clip_quantile:
+            return f"privacy.clip_quantile is {privacy.clip_quantile:g}, allowed with noise is None: a fixed clip_norm"
+        if privacy.noise_multiplier and privacy.noise == "server" and self.aggregation.rule != "mean":
             return f"aggregation.rule is {self.aggregation.rule!r}, allowed with noise on the server is 'mean'"
         if privacy.withhold_reports and self.roles.assignment != "random":
             return f"roles.assignment is {self.roles.assignment!r}, allowed with privacy.withhold_reports is 'random'"
@@ -274,12 +268,6 @@ class RunConfig(_Group):
         if total > 1 and self.budget.tune_frac < 1:
             return f"budget.tune_frac + budget.merge_frac is {total:g}, allowed is at most 1 (more slots than experts)"
         return ""
-
-    @property
-    def fewest_replies(self) -> int:
-        """Good replies without which a round, and with it the run, fails."""
-        asked = self.federation.participants_per_round or self.federation.participants
-        return math.ceil(self.federation.min_replies_frac * asked - 1e-9)
 
     @property
     def numbers(self) -> str:

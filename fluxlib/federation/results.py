@@ -18,7 +18,7 @@ from fluxlib.roles import Roles
 
 Row = dict[str, Any]
 
-TABLES = ("rounds", "participants", "timeline")
+TABLES = ("rounds", "participants")
 
 
 class RunFailed(RuntimeError):
@@ -63,9 +63,6 @@ class Participation:
     phases_s: dict[str, float] = field(default_factory=dict)
     loss: float = math.nan
     num_samples: int = 0
-    spans: tuple[tuple[str, float, float, int], ...] = ()
-    sent_s: float = 0.0
-    received_s: float = 0.0
     utility_faults: str = ""
 
     def accept(self, update: Update, num_bytes: int) -> None:
@@ -137,7 +134,6 @@ class RunResult:
     participants: pd.DataFrame
     path: Path | None
     model: Any
-    timeline: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def files(self) -> dict[str, Path]:

@@ -28,10 +28,6 @@ MEMORY_COLORS = {
 """Kinds of memory, in the order in which they are stacked."""
 GAP = 0.35
 """Space between two slots, in widths of an expert."""
-SERVER_COLORS = {"aggregate": "#000000", "evaluate": "#BBBBBB"}
-OTHER_COLOR = "#DDDDDD"
-BESIDE = ("quantize", "profile", "first_profile")
-"""Phases drawn in the lower half of a participant's lane: they may lie beside others."""
 
 
 # Before
@@ -259,43 +255,4 @@ def phases(participants: pd.DataFrame) -> Picture:
     ax.xaxis.get_major_locator().set_params(integer=True)
     marks.legend(ax, looks.values(), True, loc="center left", bbox_to_anchor=(1.0, 0.5))
     caption(figure, unique(participants, "run_id"), "profiles for the next round run beside upload and server")
-    return figure
-
-
-@drawn
-def timeline(table: pd.DataFrame, first_round: int = 2, last_round: int = 3, clock: str = "device") -> Picture:
-    """Phases of the server and of each participant as bars over time.
-
-    Args:
-        table: the ``timeline`` table of one run.
-        first_round, last_round: where the picture begins and ends.
-        clock: ``device`` or ``wall``.
-
-    Raises:
-        ValueError: nothing was recorded for these rounds and this clock.
-    """
-    shown = table[(table["clock"] == clock) & table["round"].between(first_round, last_round)]
-    if shown.empty:
-        there = sorted(set(table["round"]))
-        raise ValueError(f"no {clock!r} rows of rounds {first_round} to {last_round}; there are {there}")
-    people, begin = sorted(set(shown["participant"])), shown["start_s"].min()
-    figure, ax = panels(shown, (7.5, 1.2 + 0.28 * len(people)))
-    for phase, bars in shown.groupby("phase", sort=False):
-        color = (style.PHASE_COLORS | SERVER_COLORS).get(str(phase), OTHER_COLOR)
-        low, height = (0.02 if phase in BESIDE else -0.4), (0.38 if phase in (*BESIDE, "upload") else 0.8)
-        ax.barh(
-            [people.index(who) + low + height / 2 for who in bars["participant"]], bars["end_s"] - bars["start_s"],
-            height, left=bars["start_s"] - begin, color=color, edgecolor=color if phase in SERVER_COLORS else "white",
-            linewidth=0.4, hatch=style.PHASE_HATCHES.get(str(phase)), label=str(phase),
-        )  # fmt: skip
-    for number, end in (shown.groupby("round")["end_s"].max() - begin).items():
-        ax.axvline(end, color="0.4", linewidth=0.7, linestyle=":")
-        ax.annotate(f"round {number}", (end, -0.7), ha="right", va="bottom", fontsize=7, annotation_clip=False)
-    names = ["server" if participant < 0 else str(participant) for participant in people]
-    ax.set(yticks=range(len(people)), yticklabels=names, ylabel="participant", xlabel=style.CLOCKS[f"{clock}_s"])
-    ax.set_ylim(len(people) - 0.4, -0.6)
-    ax.grid(axis="y", visible=False)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
-    how = "profiles for the next round lie beside upload and server" if clock == "device" else "as measured here"
-    caption(figure, unique(table, "run_id"), f"{clock} clock, from the start of round {first_round}", how)
     return figure

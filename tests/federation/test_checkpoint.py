@@ -216,5 +216,4 @@ def test_only_one_checkpoint_is_kept(make_config: Make, tmp_path: Path) -> None:
     assert names == [
         "experts-4.safetensors", "manifest.json", "nodes-4.safetensors", "participants-4.json",
         "participants-4.parquet", "roles-4.safetensors", "rounds-4.json", "rounds-4.parquet",
-        "timeline-4.json", "timeline-4.parquet",
     ]  # fmt: skip

@@ -13,7 +13,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from fluxlib.federation.client import node_state
 from fluxlib.federation.client.local_copy import LocalCopy, workspace
 from fluxlib.federation.client.local_data import local_data
 from fluxlib.federation.protocol import messages
-from fluxlib.federation.protocol.messages import Instruction, Span
+from fluxlib.federation.protocol.messages import Instruction
 from fluxlib.methods.base import ParticipantState
 
 log = logging.getLogger(__name__)
@@ -57,10 +56,10 @@ def start(folder: Path, state: RecordDict) -> None:
         _started.append(subprocess.Popen(command, pass_fds=[lock.fileno()], **settings))
 
 
-def finish(folder: Path | None, state: RecordDict) -> list[Span]:
-    """Put a pending profile into ``state``, from the process or made now; when it was made."""
+def finish(folder: Path | None, state: RecordDict) -> None:
+    """Put a pending profile into ``state``, from the process or made now."""
     if PENDING not in state:
-        return []
+        return
     number, result = int(state[PENDING]["round"]), RecordDict()
     if folder is not None:
         with _open_lock(folder) as lock:
@@ -71,13 +70,12 @@ def finish(folder: Path | None, state: RecordDict) -> list[Span]:
         result = _make(state)
     node_state.save_state(state, node_state.load_state(result))
     del state[PENDING]
-    return [("profile", float(result["done"]["start"]), float(result["done"]["end"]), number)]
 
 
 def _make(state: RecordDict) -> RecordDict:
     """The pending profile of ``state``, of the model and the samples of that round."""
     note: Any = state[PENDING]
-    begin, number, config = time.time(), note["round"], messages.parse_config(note["run"])
+    number, config = note["round"], messages.parse_config(note["run"])
     space = workspace(config.model, config.wire.downlink, note["device"])
     space.load(LocalCopy.load(state, space.base_digest))
     samples = Path(note["samples"]) if note["samples"] else None
@@ -85,7 +83,7 @@ def _make(state: RecordDict) -> RecordDict:
     result, made = RecordDict(), methods.get(config.method).afterwards
     assert made is not None
     node_state.save_state(result, ParticipantState(made(space.model, data, config), number))
-    result["done"] = ConfigRecord({"round": number, "start": begin, "end": time.time()})
+    result["done"] = ConfigRecord({"round": number})
     return result
 
 

@@ -10,7 +10,6 @@ the server aggregates, and used in the next (stale by one).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from fluxlib.federation.client.local_data import local_data
 from fluxlib.federation.client.node_state import STATE_DIR, load_state, save_state
 from fluxlib.federation.protocol import messages, privacy
 from fluxlib.federation.protocol import wire as wires
-from fluxlib.federation.protocol.messages import Instruction, Span
+from fluxlib.federation.protocol.messages import Instruction
 from fluxlib.federation.protocol.sync import NOTHING
 from fluxlib.methods.base import LocalRound, ParticipantState, Work
 from fluxlib.methods.local import profile_account
@@ -53,7 +52,7 @@ def join(instruction: Instruction, context: Context) -> RecordDict:
 def profile(instruction: Instruction, context: Context) -> RecordDict:
     """Catch up, profile the model that is held now, keep the profile, reply with the frequencies."""
     config = instruction.config
-    space, held, _ = _catch_up(instruction, context)
+    space, held = _catch_up(instruction, context)
     data = local_data(config, space.tokenizer, instruction.participant, instruction.round, _own_samples(context))
     start = time.perf_counter()
     found = profiling.profile(space.model, data.profile, bits=config.profiling.bits)
@@ -70,13 +69,12 @@ def profile(instruction: Instruction, context: Context) -> RecordDict:
 
 def train(instruction: Instruction, context: Context) -> RecordDict:
     """Catch up, do the method's part of the round, keep its state, reply with the update."""
-    begin = time.time()
     if instruction.roles is None or instruction.budget is None:
         raise ParticipantError("a training message needs roles and a budget")
     config, number, participant = instruction.config, instruction.round, instruction.participant
-    space, held, spans = _catch_up(instruction, context)
+    space, held = _catch_up(instruction, context)
     data = local_data(config, space.tokenizer, participant, number, _own_samples(context))
-    ready, method = time.time(), methods.get(config.method)
+    method = methods.get(config.method)
     local = LocalRound(
         load_state(context.state), instruction.roles, instruction.budget, data, config, number,
         seeding.generator(config.seed, "train", number, participant),
@@ -107,7 +105,6 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
         participant, number, held,
         update=replace(update, work=work),
         within=within if config.privacy.clip_quantile else None,
-        spans=(*spans, *_spans(begin, ready, update.phases_s, number)),
     )  # fmt: skip
     return report.to_records(changes)
 
@@ -125,7 +122,7 @@ def state_folder(context: Context) -> Path | None:
     return Path(str(folder)) / f"participant-{number_of(context)}" if folder else None
 
 
-def _catch_up(instruction: Instruction, context: Context) -> tuple[Workspace, messages.ModelVersion, list[Span]]:
+def _catch_up(instruction: Instruction, context: Context) -> tuple[Workspace, messages.ModelVersion]:
     """Finish the last round's profile, apply the delta, and make the model in memory that of this participant.
 
     Raises:
@@ -139,25 +136,16 @@ def _catch_up(instruction: Instruction, context: Context) -> tuple[Workspace, me
         for name in state.keys() & {background_profile.PENDING, "profile", "participant", RESIDUAL}:
             del state[name]
     state["run"] = ConfigRecord({"config": numbers})
-    spans = background_profile.finish(state_folder(context), state)
+    background_profile.finish(state_folder(context), state)
     held = before.updated(instruction.delta, space.base)
     held.save(state)
     space.load(held)
-    return space, held.version, spans
+    return space, held.version
 
 
 def _own_samples(context: Context) -> Path | None:
     path = context.node_config.get(DATA)
     return Path(str(path)) if path else None
-
-
-def _spans(begin: float, ready: float, phases_s: Mapping[str, float], number: int) -> list[Span]:
-    """Phases one after another, as they were: methods measure how long each took, and nothing happens between."""
-    spans, now = [("catch_up", begin, ready, number)], ready
-    for name, seconds in phases_s.items():
-        spans.append((name, now, now + seconds, number))
-        now += seconds
-    return spans
 
 
 def _workspace(config: RunConfig, context: Context) -> Workspace:

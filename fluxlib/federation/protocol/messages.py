@@ -38,9 +38,6 @@ JOIN, PROFILE, TRAIN = "query.join", "query.profile", "train"
 MOST = 1e15
 """Largest count or time that a participant may report: what tables and clocks can hold."""
 
-Span = tuple[str, float, float, int]
-"""A phase, its start and end in seconds since 1970 on the participant's clock, and the round it belongs to."""
-
 
 @lru_cache(maxsize=64)
 def parse_config(text: str) -> RunConfig:
@@ -158,7 +155,6 @@ class TrainReport(_Report):
     num_bytes: int = 0
     within: bool | None = None
     """Whether the change was within an adaptive bound on its norm; None: nobody asked."""
-    spans: tuple[Span, ...] = ()
 
     def to_records(self, changes: ArrayRecord) -> RecordDict:
         """As message content; ``changes`` are those of the update as they travel."""
@@ -167,7 +163,6 @@ class TrainReport(_Report):
             shape=list(update.tokens.shape),
             utilities=_floats(update.utilities),
             tokens=_floats(update.tokens),
-            spans=json.dumps(self.spans),
             **_account(update.work, update.phases_s),
         )
         metrics = MetricRecord({"loss": float(update.loss), "num-examples": int(update.num_samples)})
@@ -193,10 +188,8 @@ class TrainReport(_Report):
             work=_work(values["work"]),
             phases_s=_phases(values["phases"]),
         )
-        told = json.loads(values["spans"])
-        spans = tuple((str(name), _count(a), _count(b), int(_count(r))) for name, a, b, r in told)
         within = bool(metrics["norm_bit"]) if "norm_bit" in metrics else None
-        return cls(*_header(values), update, wires.record_bytes(arrays), within, spans)
+        return cls(*_header(values), update, wires.record_bytes(arrays), within)
 
 
 def resync_request() -> RecordDict:

@@ -29,9 +29,6 @@ Changes = dict[ExpertKey, dict[str, Tensor]]
 ADAPT_RATE = 0.2
 """How fast an adaptive bound follows: the learning rate of Andrew et al."""
 
-BIT_SHARE = 0.1
-"""With noise by the participants and an adaptive bound: what the bit "within" takes of a round's privacy cost."""
-
 
 def norm(changes: Experts) -> float:
     """Euclidean norm of a whole change."""
@@ -62,14 +59,10 @@ def add_noise(changes: Experts, deviation: float, generator: torch.Generator) ->
 def protect(update: Update, config: RunConfig, bound: float | None, generator: torch.Generator) -> tuple[Update, bool]:
     """What a participant sends of ``update`` under the run's options, and whether its norm was within ``bound``."""
     chosen, within = config.privacy, True
-    adaptive = chosen.clip_quantile is not None
     if bound is not None:
         changes, within = clip(update.changes, bound)
         if chosen.noise == "participant" and chosen.noise_multiplier:
-            changes = add_noise(changes, local_multiplier(chosen.noise_multiplier, adaptive) * bound, generator)
-            if adaptive:
-                chance = torch.rand((), generator=generator, dtype=torch.float64)
-                within ^= float(chance) < flip_probability(chosen.noise_multiplier)
+            changes = add_noise(changes, chosen.noise_multiplier * bound, generator)
         update = replace(update, changes=changes)
     if chosen.withhold_reports:
         unknown = torch.full_like(update.utilities, math.nan)
@@ -111,23 +104,15 @@ class Guard:
         """The round's combined changes, with central noise on them; the bound moves on."""
         if self.bound is None:
             return changes
-        config, chosen = self.config, self.config.privacy
-        central = chosen.noise == "server" and chosen.noise_multiplier > 0
-        if central:
-            multiplier = change_multiplier(chosen.noise_multiplier, num_replies, chosen.clip_quantile is not None)
-            chance = noise_generator(config, "noise", round_number)
-            noisy: Changes = {}
+        chosen = self.config.privacy
+        if chosen.noise == "server" and chosen.noise_multiplier:
+            chance, noisy = noise_generator(self.config, "noise", round_number), Changes()
             for key, tensors in sorted(changes.items()):
-                noisy |= add_noise({key: tensors}, self.bound * multiplier / num_tuners(key), chance)
+                deviation = self.bound * chosen.noise_multiplier / num_tuners(key)
+                noisy |= add_noise({key: tensors}, deviation, chance)
             changes = noisy
         if chosen.clip_quantile is not None and num_replies:
-            count, noise = float(self._num_within), 0.0
-            if central:
-                chance = noise_generator(config, "count", round_number)
-                noise = count_deviation(num_replies) * float(torch.randn((), generator=chance))
-            elif chosen.noise_multiplier:
-                count = likely_count(self._num_within, num_replies, chosen.noise_multiplier)
-            self.bound = moved_bound(self.bound, (count + noise) / num_replies, chosen.clip_quantile)
+            self.bound = moved_bound(self.bound, self._num_within / num_replies, chosen.clip_quantile)
         self._num_within = 0
         return changes
 
@@ -135,52 +120,6 @@ class Guard:
 def moved_bound(bound: float, share_within: float, quantile: float) -> float:
     """An adaptive bound for the next round: lower where more than ``quantile`` of the changes were within it."""
     return bound * math.exp(-ADAPT_RATE * (share_within - quantile))
-
-
-def count_deviation(num_replies: int) -> float:
-    """Standard deviation of the noise on the count of those within an adaptive bound: a twentieth of the replies."""
-    return num_replies / 20
-
-
-def change_multiplier(noise_multiplier: float, num_replies: int, adaptive: bool) -> float:
-    """Noise on the changes such that they and the noisy count together cost what ``noise_multiplier`` alone would.
-
-    Andrew et al. 2021, theorem 1.
-
-    Raises:
-        ValueError: too much noise for so few replies.
-    """
-    if not adaptive:
-        return noise_multiplier
-    rest = noise_multiplier**-2 - (2 * count_deviation(num_replies)) ** -2
-    if rest <= 0:
-        raise ValueError(
-            f"noise_multiplier is {noise_multiplier:g}, allowed with clip_quantile is less than "
-            f"{2 * count_deviation(num_replies):g} for {num_replies} replies"
-        )
-    return float(rest**-0.5)
-
-
-def flip_probability(noise_multiplier: float) -> float:
-    """How often a participant says the opposite of whether it was within the bound (randomised response).
-
-    That costs a pure epsilon of ln((1 - p) / p), so at most epsilon^2 / 2 where a Gaussian of multiplier z costs
-    1 / (2 z^2); p is such that this is :data:`BIT_SHARE` of it.
-
-    Paper: none. Deviation from Andrew et al. 2021, who have a trusted server add noise to the count.
-    """
-    return 1 / (1 + math.exp(min(math.sqrt(BIT_SHARE) / noise_multiplier, 700.0)))
-
-
-def local_multiplier(noise_multiplier: float, adaptive: bool) -> float:
-    """Noise of a participant on its change such that it and the bit together cost what ``noise_multiplier`` would."""
-    return noise_multiplier / math.sqrt(1 - BIT_SHARE) if adaptive else noise_multiplier
-
-
-def likely_count(num_said: float, num_replies: int, noise_multiplier: float) -> float:
-    """How many were within the bound, as far as those who said so tell; from 0 to ``num_replies``."""
-    flipped = flip_probability(noise_multiplier)
-    return min(max((num_said - num_replies * flipped) / (1 - 2 * flipped), 0.0), float(num_replies))
 
 
 def spent_epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> float:

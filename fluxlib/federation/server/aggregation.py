@@ -13,7 +13,6 @@ strategies (``FedMedian``, ``FedTrimmedAvg``, ``Krum``, ``Bulyan``) refuse repli
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ from fluxlib.config import RunConfig
 from fluxlib.federation.protocol.wire import Experts
 from fluxlib.methods.base import ExpertKey
 
-RULES = ("trimmed_mean", "median", "krum")
+RULES = ("trimmed_mean", "median")
 
 NO_TOKENS = 1e-6
 """Weight of a reply without tokens: nothing beside a real weight, everything alike among themselves."""
@@ -90,7 +89,7 @@ class RobustAggregate:
     All replies of a round are kept until it is over: unlike the mean, memory grows with the participants of a round.
 
     Args:
-        rule: one of :data:`RULES`; see :func:`trimmed_mean`, :func:`krum`.
+        rule: one of :data:`RULES`; see :func:`trimmed_mean`.
         trim_frac: share of an expert's tuners that may be bad.
     """
 
@@ -110,16 +109,17 @@ class RobustAggregate:
     @torch.no_grad()
     def result(self) -> dict[ExpertKey, dict[str, Tensor]]:
         """The combined change of every expert that at least one reply tuned."""
-        return {key: self._combine(changes) for key, changes in self._changes.items()}
+        return {
+            key: {name: self._combine([change[name] for change in changes]) for name in changes[0]}
+            for key, changes in self._changes.items()
+        }
 
-    def _combine(self, changes: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        if len(changes) == 1:
-            return changes[0]
-        bad, half = math.ceil(self.trim_frac * len(changes) - 1e-9), (len(changes) - 1) // 2
-        if self.rule == "krum":
-            return krum(changes, bad)
-        cut = half if self.rule == "median" else min(bad, half)
-        return {name: trimmed_mean(torch.stack([c[name].float() for c in changes]), cut) for name in changes[0]}
+    def _combine(self, tensors: list[Tensor]) -> Tensor:
+        if len(tensors) == 1:
+            return tensors[0]
+        half = (len(tensors) - 1) // 2
+        bad = math.ceil(self.trim_frac * len(tensors) - 1e-9)
+        return trimmed_mean(torch.stack(tensors).float(), half if self.rule == "median" else min(bad, half))
 
 
 def trimmed_mean(values: Tensor, num_cut: int) -> Tensor:
@@ -129,15 +129,3 @@ def trimmed_mean(values: Tensor, num_cut: int) -> Tensor:
     """
     ordered = values.sort(dim=0).values
     return ordered[num_cut : len(values) - num_cut].mean(dim=0)
-
-
-def krum(changes: Sequence[dict[str, Tensor]], num_bad: int) -> dict[str, Tensor]:
-    """The one change that is nearest to its ``n - num_bad - 2`` nearest others (at least one). Blanchard et al. 2017.
-
-    Its guarantee needs ``n >= 2 * num_bad + 3`` tuners of the expert; with fewer this is a choice without one.
-    """
-    flat = torch.stack([torch.cat([change[name].float().flatten() for name in sorted(change)]) for change in changes])
-    distances = torch.cdist(flat[None], flat[None], compute_mode="donot_use_mm_for_euclid_dist")[0].square()
-    near = max(1, len(changes) - num_bad - 2)
-    scores = distances.sort(dim=1).values[:, 1 : near + 1].sum(dim=1)
-    return changes[int(scores.argmin())]

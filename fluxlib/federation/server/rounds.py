@@ -119,7 +119,7 @@ class _Run:
             raise
         wall_s = time.perf_counter() - start
         due = number % config.evaluation.every == 0 or number == config.federation.rounds
-        self.tables.add_round(result, self._evaluate() if due else None, wall_s, self.strategy.aggregating_s)
+        self.tables.add_round(result, self._evaluate() if due else None, wall_s)
         if self.checkpoints and number < config.federation.rounds:
             self.checkpoints.save(number, self.strategy, self.tables)
         if self.output.on_result:
@@ -128,10 +128,10 @@ class _Run:
 
     def _evaluate(self) -> Evaluation:
         """Score the full global model on the server's test split."""
-        config, start, clock = self.config, time.time(), time.perf_counter()
+        config, start = self.config, time.perf_counter()
         examples = self.task.test[: config.evaluation.samples]
         score = evaluate(self.model, self.tokenizer, self.task.metric, examples, config.training.max_tokens)
-        return Evaluation(score, start, time.perf_counter() - clock)
+        return Evaluation(score, time.perf_counter() - start)
 
     def _tell(self) -> bool:
         """Show the newest row to who asked for it; whether the run is to stop."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -61,8 +60,6 @@ class FluxStrategy:
         self.current: dict[int, Participation] = {}
         self.last: RoundResult | None = None
         """The newest round, also one that failed."""
-        self.aggregating_s = 0.0
-        """When its last reply was in, seconds since 1970."""
         self._senders: dict[int, int] = {}
         self._again: list[int] = []
 
@@ -141,9 +138,7 @@ class FluxStrategy:
     def requests(self, number: int, participants: Iterable[int]) -> Iterator[Message]:
         """A training message for each, with the experts that it lacks, made when it is sent."""
         for one in participants:
-            message = self._message(messages.TRAIN, number, self.current[one])
-            self.current[one].sent_s = time.time()
-            yield message
+            yield self._message(messages.TRAIN, number, self.current[one])
 
     def receive(self, number: int) -> Iterator[Message]:
         """Replies to the round's requests; who asks for every expert anew is asked once more, with every expert."""
@@ -170,7 +165,6 @@ class FluxStrategy:
                 self._again.append(sender)
             elif reason := self._accept(number, reply, sender, mean, utilities):
                 extra.append((sender, reason))
-        self.aggregating_s = time.time()
         changes = mean.result()
         epsilon = self.epsilon(number) if self.method.explores else math.nan
         self.last = result = RoundResult(number, epsilon, tuple(self.current.values()), tuple(extra), len(changes))
@@ -216,7 +210,6 @@ class FluxStrategy:
             log.warning("round %d: reply of participant %d refused: %s", number, sender, error)
             return ""
         part.accept(report.update, report.num_bytes)
-        part.spans, part.received_s = report.spans, time.time()
         self.members[sender].held = part.download.after
         mean.add(*self.guard.admit(report.update.changes, report.update.tokens, report.within))
         utilities[sender] = report.update.utilities

@@ -1,4 +1,4 @@
-"""The tables of a run as it grows: ``rounds``, ``participants`` and ``timeline``, on both clocks."""
+"""The tables of a run as it grows: ``rounds`` and ``participants``, on both clocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import resource
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from fluxlib import records
 from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.results import TABLES, Participation, RoundResult, Row, table_path
-from fluxlib.federation.store import timeline
 from fluxlib.methods.base import Work
 from fluxlib.records import PHASES, write_experts
 from fluxlib.tasks.evaluate import Score
@@ -35,10 +33,9 @@ class Totals:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A score of the global model, when it was begun (seconds since 1970), and the seconds it took."""
+    """A score of the global model and the seconds it took."""
 
     score: Score
-    start_s: float
     wall_s: float
 
 
@@ -55,8 +52,6 @@ class Tables:
         self.totals = Totals()
         self.fleet = catalogue.fleet(config.clock.fleet, config.federation.participants)
         self.link = catalogue.link(config.clock.link)
-        self.epoch = time.time()
-        """What the timeline's clock on the wall counts from, seconds since 1970."""
         own = config.clock.model in ("self", config.model)
         self.shapes = clock.shapes_of(config.model, model) if own else clock.shapes(config.clock.model)
 
@@ -69,8 +64,6 @@ class Tables:
         """Go on from the tables of an interrupted run."""
         self.rows = {table: cast("list[Row]", frame.to_dict(orient="records")) for table, frame in frames.items()}
         self.totals = totals
-        walls = (row["end_s"] for row in self.rows["timeline"] if row["clock"] == "wall")
-        self.epoch = time.time() - max(walls, default=0.0)
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """The rows so far, checked against the schema, as they will be read back."""
@@ -88,23 +81,13 @@ class Tables:
         nothing = RoundResult(0, math.nan, (), (), 0)
         self.rows["rounds"].append(self._round_row(nothing, evaluation, Totals(), 0.0))
 
-    def add_round(
-        self, result: RoundResult, evaluation: Evaluation | None, wall_s: float, aggregating_s: float
-    ) -> None:
-        """A round that took ``wall_s``; its last reply was in at ``aggregating_s``, seconds since 1970."""
-        now = evaluation.start_s if evaluation else time.time()
-        seconds = {one.participant: self._seconds(one) for one in result.accepted}
+    def add_round(self, result: RoundResult, evaluation: Evaluation | None, wall_s: float) -> None:
+        """A round that took ``wall_s`` here, evaluation left out."""
         works = [one.work for one in result.accepted if one.work is not None]
-        took, before = round_time(list(seconds.values()), works, self.shapes), self.totals.device_s
+        took = round_time([self._seconds(one) for one in result.accepted], works, self.shapes)
         self.totals = Totals(self.totals.wall_s + wall_s, self.totals.device_s + took.total_s)
         self.rows["rounds"].append(self._round_row(result, evaluation, Totals(wall_s, took.total_s), took.server_s))
         self.add_participants(result)
-        server = [("aggregate", aggregating_s, now)]
-        server += [("evaluate", now, now + evaluation.wall_s)] if evaluation else []
-        phases = {one: (found.main, found.first) for one, found in seconds.items()}
-        rows = timeline.wall_rows(result, server, self.epoch)
-        rows += timeline.device_rows(result, phases, took.server_s, before)
-        self.rows["timeline"] += [{"run_id": self.config.run_id, **row} for row in rows]
 
     def add_participants(self, result: RoundResult) -> None:
         """One row per participant that was asked, refused ones with the reason."""
