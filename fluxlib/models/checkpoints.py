@@ -1,15 +1,11 @@
 """The public checkpoint formats of the two models: their keys, and what a folder on disk holds.
 
-A public checkpoint has one tensor per expert and matrix; the models hold two fused stacks per layer
-(:class:`fluxlib.models.decoder.GatedExperts`). The table ``FORMATS`` is the only place that knows the names:
+A public checkpoint has one tensor per expert and matrix; the models hold two fused stacks per layer. The table
+``FORMATS`` is the only place that knows the names:
 
-- :func:`register_conversions` hands them to transformers, so ``from_pretrained`` fuses while it reads and
-  ``save_pretrained`` splits again;
 - :func:`original_tensors` walks a model in the public keys, without copying;
 - :func:`stored_tensors` reads a folder's keys, shapes and types from the files' headers;
-- :func:`check` compares the two before a weight is read: transformers warns of a missing key and goes on with
-  random numbers, and a missing expert reaches it as a stack of the wrong shape;
-- :func:`fill` copies a folder into a model, tensor by tensor.
+- :func:`check` compares the two before a weight is read, :func:`fill` copies a folder into a model, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -25,14 +21,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    MergeModulelist,
-    SplitModulelist,
-    WeightConverter,
-)
 
 GATE_UP = "mlp.experts.gate_up_proj"
 DOWN = "mlp.experts.down_proj"
@@ -70,45 +58,6 @@ class StoredTensor:
     def is_floating(self) -> bool:
         """Whether it holds floating-point numbers."""
         return self.dtype.startswith(("F", "BF", "torch.float", "torch.bfloat"))
-
-
-class MergeExperts(MergeModulelist):
-    """Stack a layer's per-expert matrices; its reverse gives them their full names."""
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """What ``save_pretrained`` does instead."""
-        return SplitExperts(self.dim)
-
-
-class SplitExperts(SplitModulelist):
-    """Split a stack into per-expert matrices named with their layer.
-
-    transformers puts the layer's name before the results only where the expert's number is followed by a dot; of
-    ``weight_up.3`` in every layer it would silently keep the last layer's.
-    """
-
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Split each stack in ``input_dict``; ``full_layer_name`` tells the layer."""
-        target = kwargs["target_patterns"][0]
-        layer = kwargs["full_layer_name"].removesuffix(target)
-        matrices = super().convert(input_dict, *args, **kwargs)
-        return {layer + name: matrix for name, matrix in matrices.items()}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """What ``from_pretrained`` does."""
-        return MergeExperts(self.dim)
-
-
-def register_conversions() -> None:
-    """Teach transformers the public keys of both models; calling it again changes nothing."""
-    for model_type, (gate, up, down) in FORMATS.items():
-        conversions = [
-            WeightConverter([gate, up], GATE_UP, operations=[MergeExperts(dim=0), Concatenate(dim=1)]),
-            WeightConverter(down, DOWN, operations=[MergeExperts(dim=0)]),
-        ]
-        register_checkpoint_conversion_mapping(model_type, conversions, overwrite=True)
 
 
 def original_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
 import torch
@@ -11,15 +10,12 @@ from torch import nn
 from transformers import initialization as init
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from fluxlib.models.decoder import (
-    GatedExperts,
-    MoeForCausalLM,
-    MoeModel,
-    MoePreTrainedModel,
-    check_fields,
-)
+from fluxlib.models.decoder import MoeForCausalLM, check_fields, of_width
+
+# Another value changes the mathematics of the block, so it is refused.
+SUPPORTED = {"scoring_func": ("softmax",), "attention_bias": (False,), "mlp_bias": (False,)}
 
 
 @strict
@@ -71,28 +67,10 @@ class DeepseekMoeConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        check_fields("DeepSeek-MoE", self, "n_routed_experts", "num_experts_per_tok", "moe_layer_freq")
-        if self.scoring_func != "softmax":
-            raise ValueError(f"DeepSeek-MoE: scoring_func must be 'softmax', got {self.scoring_func!r}")
-        for name in ("attention_bias", "mlp_bias"):
-            if getattr(self, name):
-                raise ValueError(f"DeepSeek-MoE: {name} must be False, got {getattr(self, name)!r}")
-        if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
-            raise ValueError(
-                "DeepSeek-MoE: num_experts_per_tok must lie in"
-                f" 1..n_routed_experts={self.n_routed_experts}, got {self.num_experts_per_tok}"
-            )
+        whole = ("num_experts_per_tok", "n_routed_experts", "moe_layer_freq")
+        check_fields("DeepSeek-MoE", self, whole, SUPPORTED)
         if self.moe_layer_freq < 1:
             raise ValueError(f"DeepSeek-MoE: moe_layer_freq must be at least 1, got {self.moe_layer_freq}")
-
-    @property
-    def expert_size(self) -> int:
-        """Width of one routed expert's intermediate layer (I)."""
-        return self.moe_intermediate_size
-
-    def is_moe_layer(self, layer_idx: int) -> bool:
-        """Whether layer ``layer_idx`` is a mixture; the others are dense."""
-        return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
 
 
 class DeepseekMoeGate(nn.Module):
@@ -110,6 +88,10 @@ class DeepseekMoeGate(nn.Module):
         self.scale = float(config.routed_scaling_factor)
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
+    def initialize(self, std: float) -> None:
+        """Weights as those of any other matrix."""
+        init.normal_(self.weight, mean=0.0, std=std)
+
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route ``hidden_states`` [N, H]."""
         logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
@@ -120,24 +102,15 @@ class DeepseekMoeGate(nn.Module):
         return logits, (weights * self.scale).to(logits.dtype), top_k_index
 
 
-def mlp_of_width(config: DeepseekMoeConfig, width: int) -> LlamaMLP:
-    """Return LLaMA's gated MLP with ``width`` instead of the config's ``intermediate_size``."""
-    narrowed = copy.copy(config)
-    narrowed.intermediate_size = width
-    mlp = LlamaMLP(narrowed)
-    mlp.config = config
-    return mlp
-
-
 class DeepseekMoeBlock(nn.Module):
     """Router, routed experts and shared experts of one layer, [B, T, H] to [B, T, H]."""
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
         self.gate = DeepseekMoeGate(config)
-        self.experts = GatedExperts(config, config.n_routed_experts, config.moe_intermediate_size)
+        self.experts = of_width(MixtralExperts, config, config.moe_intermediate_size)
         if config.n_shared_experts:
-            self.shared_experts = mlp_of_width(config, config.n_shared_experts * config.moe_intermediate_size)
+            self.shared_experts = of_width(LlamaMLP, config, config.n_shared_experts * config.moe_intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sum over each token's experts of weight times output, plus the shared experts' output."""
@@ -148,32 +121,14 @@ class DeepseekMoeBlock(nn.Module):
         return output + self.shared_experts(hidden_states) if hasattr(self, "shared_experts") else output
 
 
-class DeepseekMoePreTrainedModel(MoePreTrainedModel):
-    """DeepSeek-MoE's blocks in the shared decoder."""
-
-    config: DeepseekMoeConfig
-    config_class = DeepseekMoeConfig
-    _can_record_outputs: ClassVar[dict[str, Any]] = MoePreTrainedModel._can_record_outputs | {
-        "router_logits": OutputRecorder(DeepseekMoeGate, index=0),
-    }
-
-    @classmethod
-    def build_block(cls, config: DeepseekMoeConfig, layer_idx: int) -> nn.Module:
-        """Dense or mixture, as the config says."""
-        return DeepseekMoeBlock(config) if config.is_moe_layer(layer_idx) else LlamaMLP(config)
-
-    @torch.no_grad()
-    def _init_weights(self, module: Any) -> None:
-        super()._init_weights(module)
-        if isinstance(module, DeepseekMoeGate):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+def build_block(config: DeepseekMoeConfig, layer_idx: int) -> nn.Module:
+    """Dense or mixture, as the config says."""
+    is_mixture = layer_idx >= config.first_k_dense_replace and layer_idx % config.moe_layer_freq == 0
+    return DeepseekMoeBlock(config) if is_mixture else LlamaMLP(config)
 
 
-class DeepseekMoeModel(DeepseekMoePreTrainedModel, MoeModel):
-    """DeepSeek-MoE without a head."""
-
-
-class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, MoeForCausalLM):
+class DeepseekMoeForCausalLM(MoeForCausalLM):
     """DeepSeek-MoE with its language-model head."""
 
-    model_class = DeepseekMoeModel
+    config_class = DeepseekMoeConfig
+    build_block = build_block

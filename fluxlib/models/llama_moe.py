@@ -14,15 +14,9 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import initialization as init
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from fluxlib.models.decoder import (
-    GatedExperts,
-    MoeForCausalLM,
-    MoeModel,
-    MoePreTrainedModel,
-    check_fields,
-)
+from fluxlib.models.decoder import MoeForCausalLM, check_fields, of_width
 
 # What the released checkpoints hold. Another value changes the mathematics of the block, so it is refused.
 SUPPORTED = {
@@ -88,35 +82,23 @@ class LlamaMoeConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        check_fields("LLaMA-MoE", self, "num_experts", "num_selects", "intermediate_size", "num_hidden_layers")
-        for name, allowed in SUPPORTED.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"LLaMA-MoE: {name} must be one of {list(allowed)}, got {value!r}")
-        if not 1 <= self.num_selects <= self.num_experts:
+        whole = ("num_selects", "num_experts", "intermediate_size", "num_hidden_layers")
+        check_fields("LLaMA-MoE", self, whole, SUPPORTED)
+        if self.intermediate_size % self.num_experts:
             raise ValueError(
-                f"LLaMA-MoE: num_selects must lie in 1..num_experts={self.num_experts}, got {self.num_selects}"
+                f"LLaMA-MoE: intermediate_size {self.intermediate_size} is not divisible by"
+                f" num_experts {self.num_experts}; unequal experts have no fused form"
             )
-        self._check_sizes()
+        sizes = [[self.expert_size] * self.num_experts] * self.num_hidden_layers
+        if self.size_experts not in (None, sizes):
+            raise ValueError(
+                "LLaMA-MoE: size_experts must list, for each layer, num_experts equal sizes of"
+                f" intermediate_size / num_experts = {self.expert_size}; unequal experts have no fused form"
+            )
         factors = self.score_scale_factor
         if isinstance(factors, list) and len(factors) != self.num_hidden_layers:
             raise ValueError(
                 f"LLaMA-MoE: score_scale_factor lists {len(factors)} factors for {self.num_hidden_layers} layers"
-            )
-
-    def _check_sizes(self) -> None:
-        if self.size_experts is None:
-            if self.intermediate_size % self.num_experts:
-                raise ValueError(
-                    f"LLaMA-MoE: intermediate_size {self.intermediate_size} is not divisible by"
-                    f" num_experts {self.num_experts}; give size_experts"
-                )
-            return
-        expected = [[self.intermediate_size // self.num_experts] * self.num_experts] * self.num_hidden_layers
-        if [list(layer) for layer in self.size_experts] != expected:
-            raise ValueError(
-                "LLaMA-MoE: size_experts must list, for each layer, num_experts equal sizes of"
-                f" intermediate_size / num_experts = {expected[0][0]}; unequal experts have no fused form"
             )
 
     @property
@@ -132,6 +114,10 @@ class LlamaMoeConfig(LlamaConfig):
 
 class GateNoise(nn.Linear):
     """Width of the noise of the original training: part of the public checkpoints, never computed with."""
+
+    def initialize(self, std: float) -> None:
+        """Nothing is known of it."""
+        init.zeros_(self.weight)
 
 
 class LlamaMoeGate(nn.Module):
@@ -172,7 +158,7 @@ class LlamaMoeBlock(nn.Module):
     def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
         super().__init__()
         self.gate = LlamaMoeGate(config, layer_idx)
-        self.experts = GatedExperts(config, config.num_experts, config.expert_size)
+        self.experts = of_width(MixtralExperts, config, config.expert_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sum over each token's experts of weight times output."""
@@ -182,33 +168,8 @@ class LlamaMoeBlock(nn.Module):
         return self.experts(hidden_states, top_k_index, top_k_weights).reshape(shape)
 
 
-class LlamaMoePreTrainedModel(MoePreTrainedModel):
-    """LLaMA-MoE's block in the shared decoder."""
+class LlamaMoeForCausalLM(MoeForCausalLM):
+    """LLaMA-MoE with its language-model head: every layer is a mixture."""
 
-    config: LlamaMoeConfig
     config_class = LlamaMoeConfig
-    _can_record_outputs: ClassVar[dict[str, Any]] = MoePreTrainedModel._can_record_outputs | {
-        "router_logits": OutputRecorder(LlamaMoeGate, index=0),
-    }
-
-    @classmethod
-    def build_block(cls, config: LlamaMoeConfig, layer_idx: int) -> nn.Module:
-        """Every layer is a mixture."""
-        return LlamaMoeBlock(config, layer_idx)
-
-    @torch.no_grad()
-    def _init_weights(self, module: Any) -> None:
-        if isinstance(module, GateNoise):
-            init.zeros_(module.weight)
-        else:
-            super()._init_weights(module)
-
-
-class LlamaMoeModel(LlamaMoePreTrainedModel, MoeModel):
-    """LLaMA-MoE without a head."""
-
-
-class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, MoeForCausalLM):
-    """LLaMA-MoE with its language-model head."""
-
-    model_class = LlamaMoeModel
+    build_block = LlamaMoeBlock

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxlib import seeding
+from fluxlib import models, seeding
 from fluxlib.pretraining.bases import NAMES, build_model, build_tokenizer
 from fluxlib.tasks import FORMATS, mini
 from fluxlib.tasks.batches import IGNORED, collate, encode
@@ -186,7 +186,7 @@ def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int 
     }
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16)
-    model.save_pretrained(out)  # type: ignore[operator]
-    tokenizer.save_pretrained(out)
+    (out / "model.safetensors").unlink(missing_ok=True)
+    models.export(model, out, tokenizer)
     (out / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
     return record

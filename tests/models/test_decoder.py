@@ -1,12 +1,10 @@
-"""The two models as transformers models: backends, cache, checkpointing, router outputs, refused configurations."""
+"""The two models as transformers models: backends, cache, checkpointing, refused configurations."""
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fluxlib import models
 from fluxlib.models import DeepseekMoeConfig, LlamaMoeConfig
-from fluxlib.models.decoder import MoeModel
 
 SIZES = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "eos_token_id": None}
 CASES = {
@@ -93,14 +91,13 @@ def test_a_hook_on_the_gate_sees_logits_weights_and_choice(model, input_ids):
     blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "gate")]
     seen = []
     handles = [block.gate.register_forward_hook(lambda *call: seen.append(call[2])) for block in blocks]
-    output = model(input_ids, output_router_logits=True)
+    model(input_ids)
     for handle in handles:
         handle.remove()
-    assert len(seen) == len(output.router_logits) == len(blocks)
-    for (logits, weights, index), recorded in zip(seen, output.router_logits, strict=True):
+    assert len(seen) == len(blocks)
+    for logits, weights, index in seen:
         assert logits.shape == (22, 8) and logits.requires_grad
         assert weights.shape == index.shape == (22, 3)
-        assert torch.equal(logits, recorded)
         assert torch.equal(index, logits.topk(3).indices)
 
 
@@ -119,9 +116,7 @@ def test_bfloat16(model, input_ids):
     assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
 
 
-def test_registration_is_idempotent():
-    models.register()
-    models.register()
+def test_transformers_knows_both_by_their_type():
     assert isinstance(AutoConfig.for_model("llama_moe"), LlamaMoeConfig)
     assert isinstance(AutoConfig.for_model("deepseek"), DeepseekMoeConfig)
     assert LlamaMoeConfig().num_experts_per_tok == 4 and DeepseekMoeConfig().num_experts == 64
@@ -143,20 +138,12 @@ def test_registration_is_idempotent():
         (DeepseekMoeConfig, {"hidden_act": "nope"}, "hidden_act must be one of .*silu.*, got 'nope'"),
         (LlamaMoeConfig, {"size_experts": [[600, 776] + [688] * 14] * 32}, "unequal experts"),
         (LlamaMoeConfig, {"score_scale_factor": [1.0]}, "score_scale_factor lists 1 factors for 32 layers"),
-        (DeepseekMoeConfig, {"scoring_func": "sigmoid"}, "scoring_func must be 'softmax'"),
+        (DeepseekMoeConfig, {"scoring_func": "sigmoid"}, "scoring_func must be one of softmax"),
         (DeepseekMoeConfig, {"num_experts_per_tok": 65}, r"num_experts_per_tok must lie in 1\.\.n_routed"),
-        (DeepseekMoeConfig, {"attention_bias": True}, "attention_bias must be False"),
+        (DeepseekMoeConfig, {"attention_bias": True}, "attention_bias must be one of False"),
         (DeepseekMoeConfig, {"moe_layer_freq": 0}, "moe_layer_freq must be at least 1"),
     ],
 )
 def test_refuses_other_mathematics_by_name(config_class, fields, message):
     with pytest.raises(ValueError, match=message):
         config_class(**fields)
-
-
-def test_wrong_call_and_abstract_class():
-    model = AutoModelForCausalLM.from_config(CASES["deepseek"])
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
-        model()
-    with pytest.raises(TypeError, match="has no build_block"):
-        MoeModel.build_block(None, 0)

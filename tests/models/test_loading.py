@@ -90,19 +90,6 @@ def test_exported_config_is_what_the_models_own_code_reads(tmp_path, public_conf
     assert fields["rope_theta"] == 10000
 
 
-def test_save_pretrained_writes_the_public_keys_and_reloads(tmp_path, public_config, tensors_of, write, input_ids):
-    tensors = tensors_of(public_config)
-    model, _ = models.load(write(tmp_path / "public", public_config, tensors), dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
-    written = exported_tensors(tmp_path / "saved")
-    assert written.keys() == tensors.keys()
-    assert all(torch.equal(written[key], tensors[key]) for key in tensors)
-    reloaded, report = type(model).from_pretrained(tmp_path / "saved", output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    with torch.no_grad():
-        assert torch.equal(reloaded(input_ids).logits, model(input_ids).logits)
-
-
 def test_old_rotary_buffers_and_absent_noise_are_tolerated(tmp_path, public_config, tensors_of, write):
     tensors = {key: t for key, t in tensors_of(public_config).items() if "weight_noise" not in key}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
