@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from fluxlib.devices.memory_tracker import MemoryTracker, Stretch
-from fluxlib.models.parameters import layer_number
 from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.dispatch import Pairs, SlotExperts, dispatch
@@ -44,8 +43,8 @@ TUNED_DTYPE = torch.float32
 """Type of tuned weights and of their gradients."""
 MOMENT_BYTES = 8
 """AdamW's two moments, per tuned parameter."""
-MAX_COUNT, MAX_SQUARES = 2**20, 2**50
-"""Sequences and tokens of a step, and its pairs of tokens, at most: beyond them sizes no longer fit into 64 bits."""
+MAX_BATCH, MAX_TOKENS = 2**14, 2**18
+"""Sequences of a step and tokens of each, at most: beyond them sizes no longer fit into 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ class Step:
         tokens: tokens per sequence, padding included.
         dtype: type of frozen weights and activations.
         bits: of the profile model (``flux``) or of the experts (``fmq``).
-        checkpointing: run layers again in the backward pass instead of keeping what they made.
         kernel: how slots are computed: ``grouped``, ``slots``, or ``auto``, as
             :class:`fluxlib.moe.dispatch.StackedSlots` does on CUDA (``slots`` is its way on a CPU).
 
@@ -69,16 +67,12 @@ class Step:
     tokens: int = 512
     dtype: torch.dtype = torch.bfloat16
     bits: int = 4
-    checkpointing: bool = False
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, count in (("batch", self.batch), ("tokens", self.tokens)):
-            if not 1 <= count <= MAX_COUNT:
-                raise ValueError(f"{name}: expected 1 to {MAX_COUNT}, got {count}")
-        if self.batch * self.tokens**2 > MAX_SQUARES:
-            found = f"{self.batch}, {self.tokens}"
-            raise ValueError(f"batch, tokens: expected batch times squared tokens up to {MAX_SQUARES}, got {found}")
+        for name, count, most in (("batch", self.batch, MAX_BATCH), ("tokens", self.tokens, MAX_TOKENS)):
+            if not 1 <= count <= most:
+                raise ValueError(f"{name}: expected 1 to {most}, got {count}")
         for name, value, allowed in (("bits", self.bits, BITS), ("kernel", self.kernel, KERNELS)):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
@@ -247,7 +241,7 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
         raise ValueError(f"slots: expected one per MoE layer, {len(found)}, got {len(slots)}")
     decoder = model.get_submodule(found[0].name.partition(".layers.")[0])
     every = list(decoder.layers)
-    planned = {layer_number(layer.name): (layer, here) for layer, here in zip(found, slots, strict=True)}
+    planned = {_layer_number(layer): (layer, here) for layer, here in zip(found, slots, strict=True)}
     # Before the first tuned slot nothing has a gradient; the layer after it is the last that uses what layers share.
     first = min(number for number, (_, here) in planned.items() if here.num_tuned) if learns else 0
     kinds = [
@@ -281,6 +275,11 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
     forward = [0, *(1 + place for place in stands_for), 1 + len(chosen)]
     backward = [1 + 2 * len(chosen) - place for place in reversed(stands_for[first:])] if learns else []
     return _peak_of_all([tracker.stretches[index] for index in forward + backward], repeated)
+
+
+def _layer_number(layer: find.MoELayer) -> int:
+    """Number of the decoder layer that holds it; dense ones count."""
+    return int(layer.name.partition(".layers.")[2].partition(".")[0])
 
 
 def _make(layer: nn.Module) -> tuple[Any, ...]:
@@ -325,8 +324,6 @@ def _run(model: Any, step: Step, tracker: MemoryTracker, learns: bool, decoder: 
     hooks = [layer.register_forward_pre_hook(lambda _, inputs: cut(inputs)) for layer in decoder]
     hooks.append(decoder[-1].register_forward_hook(lambda _, inputs, output: cut(output)))
     model.train(learns)
-    if step.checkpointing and learns:
-        _checkpointing(model, "enable", {"use_reentrant": False})
     with tracker, torch.set_grad_enabled(learns):
         ids = torch.zeros((step.batch, step.tokens), dtype=torch.long, device="meta")
         out = model(input_ids=ids, labels=ids if learns else None)
@@ -337,8 +334,6 @@ def _run(model: Any, step: Step, tracker: MemoryTracker, learns: bool, decoder: 
             del out
             loss.backward()
         tracker.cut()
-    if step.checkpointing and learns:
-        _checkpointing(model, "disable")
 
 
 def _peak_of_all(stretches: Sequence[Stretch], start: Counter[str]) -> Counter[str]:
@@ -353,9 +348,3 @@ def _peak_of_all(stretches: Sequence[Stretch], start: Counter[str]) -> Counter[s
         state.update(stretch.end)
         state.subtract(stretch.start)
     return highest
-
-
-def _checkpointing(model: Any, what: str, *arguments: Any) -> None:
-    """Switch it by the name that this version of transformers has for it."""
-    prefix = "activation" if hasattr(model, f"activation_checkpointing_{what}") else "gradient"
-    getattr(model, f"{prefix}_checkpointing_{what}")(*arguments)

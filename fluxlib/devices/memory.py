@@ -19,12 +19,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from fluxlib import models
 from fluxlib.devices import dry_run
-from fluxlib.devices.catalogue import parse_bytes
 from fluxlib.devices.dry_run import MOMENT_BYTES, TUNED_DTYPE, Slots, Step
-from fluxlib.models.parameters import KINDS, LayerParameters, count_parameters
+from fluxlib.models.parameters import KINDS, count_parameters
 from fluxlib.moe import find
 
 METHODS = ("flux", "fmd", "fmq", "fmes")
@@ -70,7 +70,6 @@ class MemoryPlan:
     memory_bytes: int | None
     usable_bytes: int | None
     """``memory_bytes`` without the reserve."""
-    layers: tuple[LayerParameters, ...]
 
     @property
     def fits(self) -> bool | None:
@@ -84,21 +83,15 @@ class MemoryPlan:
         return found | step | {"fits": self.fits}
 
     def table(self) -> str:
-        """The plan as text: what is planned, layers by kind, and where the bytes go."""
+        """The plan as text: what is planned, and where the bytes go."""
         step = self.step
         lines = [
             f"{self.model or 'model'}: {self.method}, {str(step.dtype).removeprefix('torch.')},"
-            f" {step.batch} x {step.tokens} tokens a step{', checkpointing' if step.checkpointing else ''}",
-            f"experts: {self.num_experts} in {sum(layer.num_experts > 0 for layer in self.layers)} layers;"
-            f" tuned (B_tune) {self.num_tuned}, merged (B_non) {self.num_merged}, on the device {self.num_resident}",
+            f" {step.batch} x {step.tokens} tokens a step",
+            f"experts: {self.num_experts}; tuned (B_tune) {self.num_tuned}, merged (B_non) {self.num_merged},"
+            f" on the device {self.num_resident}",
             "",
         ]
-        same = Counter((layer.num_experts, layer.top_k, tuple(layer.parameters.items())) for layer in self.layers)
-        for (num_experts, top_k, parameters), count in same.items():
-            what = f"top-{top_k} of {num_experts} experts" if num_experts else "dense"
-            parts = ", ".join(f"{kind} {number / 1e6:.2f} M" for kind, number in parameters)
-            lines.append(f"{count} layer{'s' if count > 1 else ''}, {what}: {parts}")
-        lines.append("")
         for row in (row for row in self.rows if row.num_bytes >= 1024):
             number = f"{row.parameters / 1e6:12.2f} M parameters" if row.parameters else ""
             lines.append(f"{row.kind:<22}{_gib(row.num_bytes)}  {row.where:<7}{number}".rstrip())
@@ -168,8 +161,11 @@ def plan_memory(
 
 def plan(model: str, memory: str | int | None = None, method: str = "flux", **step: Any) -> MemoryPlan:
     """:func:`plan_memory` for a model's name, folder or hub id, a memory in words (``"24GiB"``) and a step's fields."""
-    found = plan_memory(models.config(model), method, parse_bytes(memory), step=Step(**step))
-    return replace(found, model=str(model))
+    try:
+        num_bytes = None if memory is None else int(TypeAdapter(ByteSize).validate_python(memory))
+    except ValidationError:
+        raise ValueError(f"memory: expected a size such as 24GiB, 24GB or 512MiB, got {memory!r}") from None
+    return replace(plan_memory(models.config(model), method, num_bytes, step=Step(**step)), model=str(model))
 
 
 class _Planner:
@@ -185,10 +181,6 @@ class _Planner:
         self.smallest = max(layer.top_k for layer in found) * len(found) if method == "fmes" else 1
         sizes = [size for layer in found for size in (layer.hidden_size, layer.expert_size)]
         fused = step.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
-        if step.kernel == "grouped" and not fused:
-            raise ValueError(
-                f"kernel: 'grouped' needs bfloat16 and widths of a multiple of 8, got {step.dtype}, {sizes}"
-            )
         self.on_device = replace(step, kernel="grouped" if fused and step.kernel == "auto" else step.kernel)
         self.peak = lru_cache(maxsize=None)(self._peak)
 
@@ -256,7 +248,6 @@ class _Planner:
             host_bytes=host,
             memory_bytes=memory_bytes,
             usable_bytes=usable,
-            layers=self.parameters.layers,
         )
 
     def _peak(self, num_tuned: int, num_merged: int) -> Counter[str]:
@@ -305,10 +296,9 @@ class _Planner:
         return [row for row in rows if row.num_bytes]
 
     def _too_small(self, usable: int, needed: int) -> ValueError:
-        hint = "" if self.step.checkpointing else ", or checkpointing"
         return ValueError(
             f"memory: {usable / 2**30:.2f} GiB usable, but {self.method} needs at least {needed / 2**30:.2f} GiB for"
-            f" batches of {self.step.batch} x {self.step.tokens} tokens; take a smaller batch or fewer tokens{hint}"
+            f" batches of {self.step.batch} x {self.step.tokens} tokens; take a smaller batch or fewer tokens"
         )
 
 

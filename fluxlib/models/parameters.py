@@ -1,4 +1,4 @@
-"""Parameters of a model by kind, and layer by layer; its weights may be on the meta device."""
+"""Parameters of a model by kind; its weights may be on the meta device."""
 
 from __future__ import annotations
 
@@ -9,37 +9,9 @@ from typing import Any
 
 from fluxlib.moe import find
 
-
-@dataclass(frozen=True)
-class LayerParameters:
-    """Parameters of one decoder layer by kind; ``num_experts`` and ``top_k`` are 0 for a dense one."""
-
-    index: int
-    num_experts: int
-    top_k: int
-    parameters: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Parameters of a model by kind, and layer by layer."""
-
-    by_kind: dict[str, int]
-    layers: tuple[LayerParameters, ...]
-    num_experts: int
-    """Routed experts over all layers."""
-    per_expert: int
-    """Parameters of one routed expert."""
-
-    @property
-    def total(self) -> int:
-        """All parameters."""
-        return sum(self.by_kind.values())
-
-
 KINDS = {
     "embedding": r"embed|lm_head|wte",
-    "attention": r"attn|attention",
+    "attention": r"^(?!.*(norm|\.ln_)).*(attn|attention)",
     "norms": r"norm|\.ln_",
     "router": "",
     "shared experts": "",
@@ -50,8 +22,27 @@ KINDS = {
 """Kinds of parameters in the order of the table, and what their names hold outside MoE blocks."""
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of a model by kind."""
+
+    by_kind: dict[str, int]
+    num_experts: int
+    """Routed experts over all layers."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.by_kind.values())
+
+    @property
+    def per_expert(self) -> int:
+        """Parameters of one routed expert."""
+        return self.by_kind["routed experts"] // self.num_experts
+
+
 def count_parameters(model: Any) -> Parameters:
-    """Parameters of a model by kind; its weights may be on the meta device.
+    """Parameters of a model by kind.
 
     Raises:
         ValueError: a dense model, or experts of a form that is not handled (see :func:`fluxlib.moe.find.layers`).
@@ -61,22 +52,10 @@ def count_parameters(model: Any) -> Parameters:
     blocks = [f"{layer.name.rpartition('.')[0]}." for layer in found]
     tied = getattr(model.config, "tie_word_embeddings", False)
     totals: Counter[str] = Counter()
-    by_layer: dict[int, Counter[str]] = {}
     for name, parameter in model.named_parameters():
-        if tied and name == "lm_head.weight":
-            continue
-        kind = "routed experts" if name in experts else _kind(name, blocks)
-        totals[kind] += parameter.numel()
-        by_layer.setdefault(layer_number(name), Counter())[kind] += parameter.numel()
-    by_layer.pop(-1, None)
-    sizes = {layer_number(layer.name): (layer.num_experts, layer.top_k) for layer in found}
-    num_experts = sum(layer.num_experts for layer in found)
-    return Parameters(
-        {kind: totals[kind] for kind in KINDS if totals[kind]},
-        tuple(LayerParameters(i, *sizes.get(i, (0, 0)), dict(by_layer[i])) for i in sorted(by_layer)),
-        num_experts,
-        totals["routed experts"] // num_experts,
-    )
+        if not (tied and name == "lm_head.weight"):
+            totals["routed experts" if name in experts else _kind(name, blocks)] += parameter.numel()
+    return Parameters({kind: totals[kind] for kind in KINDS if totals[kind]}, sum(m.num_experts for m in found))
 
 
 def _kind(name: str, blocks: list[str]) -> str:
@@ -84,11 +63,4 @@ def _kind(name: str, blocks: list[str]) -> str:
     block = next((block for block in blocks if name.startswith(block)), None)
     if block is not None:
         return "shared experts" if "shared" in name.removeprefix(block) else "router"
-    tests = ((kind, KINDS[kind]) for kind in ("embedding", "norms", "attention", "dense mlp"))
-    return next((kind for kind, pattern in tests if re.search(pattern, name.lower())), "other")
-
-
-def layer_number(name: str) -> int:
-    """Number of the decoder layer (dense ones count) that a module or parameter belongs to by its ``name``; or -1."""
-    match = re.search(r"\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else -1
+    return next((kind for kind, pattern in KINDS.items() if pattern and re.search(pattern, name.lower())), "other")

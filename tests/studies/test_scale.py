@@ -91,7 +91,7 @@ def test_runs_without_works_are_named_and_every_place_is_counted(stored):
 
 
 def test_an_unknown_place_is_refused_by_name(stored):
-    for place, message in ((["moon", None], "unknown fleet 'moon'"), ([None, "string"], "unknown link")):
+    for place, message in ((["moon", None], "clock.fleet is 'moon'"), ([None, "string"], "clock.link is")):
         with pytest.raises(ValueError, match=message):
             scale.recounts(*one(stored, "fmd"), *([name] for name in place))
 

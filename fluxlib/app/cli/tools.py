@@ -27,7 +27,6 @@ def plan(
     device: Annotated[str | None, typer.Option(help="a device of the catalogue, instead of --memory")] = None,
     batch: Annotated[int, typer.Option(help="sequences per step")] = 16,
     tokens: Annotated[int, typer.Option(help="tokens per sequence, padding included")] = 512,
-    checkpointing: Annotated[bool, typer.Option(help="recompute activations in the backward pass")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Predict a participant's peak memory, and the experts that fit: B_tune and B_non. Needs no weights.
@@ -48,7 +47,7 @@ def plan(
         raise ConfigError(f"--device is {device!r}, allowed are {', '.join(catalogue.DEVICES)}")
     try:
         size = int(catalogue.DEVICES[device].memory_bytes) if device else memory
-        found = planner.plan(model, size, method, batch=batch, tokens=tokens, checkpointing=checkpointing)
+        found = planner.plan(model, size, method, batch=batch, tokens=tokens)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     print(json.dumps(found.to_dict()) if as_json else found.table())
