@@ -141,17 +141,6 @@ def test_state_knows_how_old_its_utilities_are() -> None:
     assert roles.ages(two_rounds())[0, 0].tolist() == [2, 1, 2, 3]
 
 
-def test_state_saves_and_resumes() -> None:
-    state = two_rounds()
-    again = roles.RoleState.from_arrays(state.to_arrays())
-    assert torch.equal(roles.current_utilities(state), roles.current_utilities(again))
-    assert again.round == 2
-    arrays = state.to_arrays()
-    del arrays["measured_round"]
-    with pytest.raises(ValueError, match="measured_round"):
-        roles.RoleState.from_arrays(arrays)
-
-
 def test_a_lying_participant_is_bounded_and_named() -> None:
     state = roles.RoleState.start(torch.full((3, 1, 4), 0.25))
     nan, inf = math.nan, math.inf

@@ -28,7 +28,7 @@ def run(
         on_round: called with each row of ``rounds`` as it comes, round 0 (the base model) first; returning True
             stops the run after that round.
         out: folder for ``rounds/<run_id>.parquet``, ``participants/<run_id>.parquet`` (a ``.json`` beside each) and,
-            while the run lasts, ``checkpoints/<run_id>/``. The same configuration and folder go on from a checkpoint.
+            while the run lasts, a checkpoint, from which the same configuration and folder go on.
         on_result: called with what happened in each round, participant by participant, before its row.
         superlink: engine ``deployment`` only: the connection's name in Flower's configuration; ``None``: a federation
             on this machine, for this one run.
@@ -56,6 +56,6 @@ def run_local(config: RunConfig, output: Output) -> RunResult:
     """The in-process engine: the server app against a :class:`LocalGrid` of the client app."""
     results: list[RunResult] = []
     local_copy.forget_workspace()  # the base model on disk may be another by now
-    grid = LocalGrid(client_app.app, config.federation.participants, on_given_up=local_copy.forget_workspace)
+    grid = LocalGrid(client_app.app, config.federation.participants)
     server_app.make_app(config, output, results.append)(grid, Context(1, 0, {}, RecordDict(), {}))
     return results[0]

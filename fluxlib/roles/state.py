@@ -7,10 +7,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +19,6 @@ NEVER = -1
 
 MOST_UTILITY = 1e30
 """Largest utility that is believed of anybody: sums of such stay finite in 32 bits."""
-
-SAVED = ("measured", "first", "measured_round", "round")
-"""What is kept of a :class:`RoleState`."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class RoleState:
-    """What the server knows about utilities; frozen, saved with :meth:`to_arrays`.
+    """What the server knows about utilities.
 
     ``measured [P, L, E]`` last reported utility, NaN = never; ``first [P, L, E]`` utilities before round 1;
     ``measured_round [P, L, E]``: last round in which it was measured (-1 = never); ``round``: rounds that were
@@ -61,18 +56,6 @@ class RoleState:
         first = first_utilities(frequency)
         never = torch.full(first.shape, NEVER, dtype=torch.long, device=first.device)
         return cls(torch.full_like(first, math.nan), first, never)
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Numbers only, for safetensors or npz; the faults of the last update are not kept."""
-        return {name: np.asarray(getattr(self, name)) for name in SAVED}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> RoleState:
-        """Inverse of :meth:`to_arrays`; ValueError names a missing array."""
-        if missing := sorted(set(SAVED) - set(arrays)):
-            raise ValueError(f"arrays lacks {missing}; a saved RoleState has {list(SAVED)}")
-        measured, first, when, number = (torch.from_numpy(np.array(arrays[name])) for name in SAVED)
-        return cls(measured, first, when, int(number))
 
 
 def current_utilities(state: RoleState) -> Tensor:

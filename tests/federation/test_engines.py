@@ -6,7 +6,6 @@ import gc
 import importlib
 import importlib.util
 import json
-import pickle  # noqa: S403,TID251  (Ray does it to every message)
 import tomllib
 import warnings
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from fluxlib.federation import LocalGrid
 from fluxlib.federation.client import client_app, local_copy, local_data, participant
 from fluxlib.federation.engines import grid as engine_grid
 from fluxlib.federation.engines.deployment import credentials, folders
-from fluxlib.federation.protocol import messages, wire
+from fluxlib.federation.protocol import messages
 from fluxlib.federation.server import server_app
 from fluxlib.federation.server.server_app import from_run_config
 from fluxlib.federation.store import lock
@@ -109,15 +108,6 @@ def test_replies_come_in_order_and_late_ones_not_at_all(monkeypatch: pytest.Monk
     sent: Any = [SimpleNamespace(number=n, metadata=SimpleNamespace(dst_node_id=10 + n)) for n in range(5)]
     replies: Any = list(engine_grid.send_and_receive(grid, sent, 0.5))
     assert [reply.number for reply in replies] == [0, 3, 4]
-
-
-def test_what_is_lent_in_process_is_an_array_anywhere_else() -> None:
-    lent = wire.lend(torch.arange(6.0).reshape(2, 3))
-    assert type(lent) is not Array
-    plain = pickle.loads(pickle.dumps(lent))  # noqa: S301
-    assert type(plain) is Array
-    assert Array.inflate(lent.deflate(), lent.children).numpy().tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert plain.numpy().tolist() == lent.numpy().tolist()
 
 
 def request(config: RunConfig, store: Any, node: int = 2) -> Message:

@@ -86,8 +86,8 @@ def test_no_text_and_no_sample_leaves_a_participant(
     sent: list[Message] = []
     deliver = LocalGrid._deliver
 
-    def watch(grid: LocalGrid, message: Message, timeout: float | None) -> Message | None:
-        reply = deliver(grid, message, timeout)
+    def watch(grid: LocalGrid, message: Message) -> Message | None:
+        reply = deliver(grid, message)
         sent.append(reply)
         return reply
 

@@ -32,71 +32,42 @@ def state() -> RecordDict:
 
 
 def test_what_is_kept_comes_back(state: RecordDict, tmp_path: Path) -> None:
-    node_state.keep(tmp_path, state)
+    node_state.keep(tmp_path / "state", state)
     found = RecordDict()
-    assert node_state.restore(tmp_path, found) and found == state
+    assert node_state.restore(tmp_path / "state", found) and found == state
     assert not node_state.restore(tmp_path / "nothing", RecordDict())
 
 
-def test_only_what_changed_is_written_and_what_is_gone_is_swept_up(state: RecordDict, tmp_path: Path) -> None:
-    node_state.keep(tmp_path, state)
-    first = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
-    state["experts"] = arrays(a=1.0, b=7.0)
-    node_state.keep(tmp_path, state)
-    second = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
-    assert len(first) == len(second) == 2 and len(first.items() & second.items()) == 1
-    state["experts"] = arrays(b=7.0)
-    node_state.keep(tmp_path, state)
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *(second.keys() - first.keys())}
-    found = RecordDict()
-    assert node_state.restore(tmp_path, found) and found == state
-
-
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    path.write_bytes(bytes(data))
-
-
-DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "bit": lambda folder: _flip(next(folder.glob("*.npy"))),
-    "missing": lambda folder: next(folder.glob("*.npy")).unlink(),
-    "truncated": lambda folder: next(folder.glob("*.npy")).write_bytes(b"12"),
-    "manifest": lambda folder: (folder / "manifest.json").write_text("{"),
-    "list": lambda folder: (folder / "manifest.json").write_text("[]"),
-    "other": lambda folder: (folder / "manifest.json").write_text('{"experts": 99}'),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_noticed_and_the_folder_is_usable_again(
-    state: RecordDict, tmp_path: Path, damage: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("damage", [lambda data: b"12", lambda data: data[:-5], lambda data: data[10:]])
+def test_damage_is_noticed_and_the_file_is_usable_again(
+    state: RecordDict, tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    node_state.keep(tmp_path, state)
-    damage(tmp_path)
+    path = tmp_path / "state"
+    node_state.keep(path, state)
+    path.write_bytes(damage(path.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        assert not node_state.restore(tmp_path, RecordDict())
+        assert not node_state.restore(path, RecordDict())
     assert "starts anew" in caplog.text
     found = RecordDict()
-    node_state.keep(tmp_path, state)
-    assert node_state.restore(tmp_path, found) and found == state
+    node_state.keep(path, state)
+    assert node_state.restore(path, found) and found == state
 
 
 def test_a_full_disk_costs_a_warning(
     state: RecordDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    node_state.keep(tmp_path, state)
+    path = tmp_path / "state"
+    node_state.keep(path, state)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(node_state, "_write", full)
-    changed = RecordDict({"experts": arrays(a=9.0)})
+    monkeypatch.setattr(node_state, "save_file", full)
     with caplog.at_level(logging.WARNING):
-        node_state.keep(tmp_path, changed)
+        node_state.keep(path, RecordDict({"experts": arrays(a=9.0)}))
     assert "No space left" in caplog.text
     found = RecordDict()
-    assert node_state.restore(tmp_path, found) and found == state
+    assert node_state.restore(path, found) and found == state
 
 
 def run(config: RunConfig, app: ClientApp | None = None, **node: Any) -> RunResult:
@@ -116,7 +87,7 @@ def restarting(after_round: int, damage: Callable[[Path], Any] | None = None, fo
         if message.metadata.message_type == "train" and message.content["config"]["round"] == after_round:
             context.state = RecordDict()
             if damage and folder and context.node_config["partition-id"] == 1:
-                damage(folder / "participant-1")
+                damage(folder / "participant-1" / node_state.STATE)
         return reply
 
     app = ClientApp()
@@ -148,9 +119,13 @@ def test_a_restarted_node_goes_on_from_its_disk(make_config: Make, tmp_path: Pat
     assert (found.participants["rejected"] == "").all()
 
 
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
 def test_a_damaged_disk_costs_a_full_download(make_config: Make, tmp_path: Path) -> None:
     config = make_config()
-    found = run(config, restarting(2, DAMAGE["bit"], tmp_path), **{node_state.STATE_DIR: str(tmp_path)})
+    found = run(config, restarting(2, truncate, tmp_path), **{node_state.STATE_DIR: str(tmp_path)})
     plain = run(config)
     assert (found.participants["rejected"] == "").all()
     assert found.rounds["downlink_bytes"].iloc[3] > plain.rounds["downlink_bytes"].iloc[3]
@@ -191,7 +166,5 @@ def test_a_real_process_profiles_while_the_others_work(make_config: Make, tmp_pa
     logs = [path.read_text() for path in tmp_path.glob("participant-*/profile.log")]
     assert len(logs) == 2 and not any("Traceback" in text for text in logs)
     result = RecordDict()
-    assert (
-        node_state.restore(tmp_path / "participant-0" / background_profile.PENDING, result)
-        and result["done"]["round"] >= 1
-    )
+    assert node_state.restore(tmp_path / "participant-0" / background_profile.RESULT, result)
+    assert node_state.load_state(result).profile_round >= 1

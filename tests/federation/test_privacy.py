@@ -126,8 +126,8 @@ def test_withheld_reports_never_leave(make_config: Make, monkeypatch: pytest.Mon
     replies: list[Message] = []
     deliver = LocalGrid._deliver
 
-    def watch(grid: LocalGrid, message: Message, timeout: float | None) -> Message | None:
-        replies.append(deliver(grid, message, timeout))  # type: ignore[arg-type]
+    def watch(grid: LocalGrid, message: Message) -> Message | None:
+        replies.append(deliver(grid, message))  # type: ignore[arg-type]
         return replies[-1]
 
     monkeypatch.setattr(LocalGrid, "_deliver", watch)

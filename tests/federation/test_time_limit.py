@@ -12,13 +12,13 @@ import torch
 
 from fluxlib import federation
 from fluxlib.config import RunConfig
-from fluxlib.federation.client import local_copy, time_limit
+from fluxlib.federation.client import client_app, local_copy
 
 
 def test_what_is_in_time_comes_back_or_raises() -> None:
-    assert time_limit.call(None, divmod, 7, 2) == time_limit.call(30, divmod, 7, 2) == (3, 1)
+    assert client_app.in_time(None, divmod, 7, 2) == client_app.in_time(30, divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        time_limit.call(30, divmod, 7, 0)
+        client_app.in_time(30, divmod, 7, 0)
 
 
 def test_a_hung_call_is_given_up_and_its_thread_ends() -> None:
@@ -35,8 +35,8 @@ def test_a_hung_call_is_given_up_and_its_thread_ends() -> None:
         finally:
             state["ended"] = True
 
-    with pytest.raises(time_limit.TimeLimitExceeded, match="longer than the 0.05 s it may take"):
-        time_limit.call(0.05, hang)
+    with pytest.raises(client_app.TimeLimitExceeded, match="longer than the 0.05 s it may take"):
+        client_app.in_time(0.05, hang)
     for thread in threading.enumerate():
         if thread.name == "limited":
             thread.join(10)

@@ -32,23 +32,26 @@ BACKGROUND = "background-profile"
 """Entry of a node's configuration: profile after the reply. It needs a ``state-dir``."""
 
 PENDING = "pending-profile"
-"""Record of a participant's state: a profile that is still to be made, or being made. Also the folder of its result."""
+"""Record of a participant's state: a profile that is still to be made, or being made."""
+
+RESULT, LOCK, LOG = "profile.safetensors", "profile.lock", "profile.log"
 
 _started: list[subprocess.Popen[bytes]] = []
 
 
 def note(state: RecordDict, instruction: Instruction, device: str, samples: Path | None) -> None:
     """Write down that the model held now is to be profiled, and all that is needed for it."""
-    run = {"run": instruction.config.model_dump_json(), "round": instruction.round}
-    who = {"participant": instruction.participant, "device": device, "samples": str(samples or "")}
-    state[PENDING] = ConfigRecord(run | who)  # type: ignore[arg-type]
+    state[PENDING] = ConfigRecord({
+        "run": instruction.config.model_dump_json(), "round": instruction.round,
+        "participant": instruction.participant, "device": device, "samples": str(samples or ""),
+    })  # fmt: skip
 
 
 def start(folder: Path, state: RecordDict) -> None:
     """Start the process if there is something to do; ``folder`` must hold ``state`` already."""
     if PENDING not in state:
         return
-    with _open_lock(folder) as lock, (folder / "profile.log").open("ab") as output:
+    with (folder / LOCK).open("ab") as lock, (folder / LOG).open("ab") as output:
         fcntl.flock(lock, fcntl.LOCK_EX)  # passed on: it is held until the process ends, however it ends
         command = [sys.executable, "-m", __name__, str(folder)]
         _started[:] = [process for process in _started if process.poll() is None]  # reaps those that have ended
@@ -56,46 +59,38 @@ def start(folder: Path, state: RecordDict) -> None:
         _started.append(subprocess.Popen(command, pass_fds=[lock.fileno()], **settings))
 
 
-def finish(folder: Path | None, state: RecordDict) -> None:
-    """Put a pending profile into ``state``, from the process or made now."""
-    if PENDING not in state:
-        return
-    number, result = int(state[PENDING]["round"]), RecordDict()
-    if folder is not None:
-        with _open_lock(folder) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the process
-        node_state.restore(folder / PENDING, result)
-    if "done" not in result or result["done"]["round"] != number:
-        log.warning("no profile of round %d was left in %s; it is made now", number, folder)
+def finish(folder: Path, state: RecordDict) -> None:
+    """Put the pending profile into ``state``, from the process or made now."""
+    result = RecordDict()
+    with (folder / LOCK).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the process
+    node_state.restore(folder / RESULT, result)
+    if node_state.load_state(result).profile_round != state[PENDING]["round"]:
+        log.warning("no profile of round %d was left in %s; it is made now", state[PENDING]["round"], folder)
         result = _make(state)
-    node_state.save_state(state, node_state.load_state(result))
+    state.update(result)
     del state[PENDING]
 
 
 def _make(state: RecordDict) -> RecordDict:
     """The pending profile of ``state``, of the model and the samples of that round."""
-    note: Any = state[PENDING]
-    number, config = note["round"], messages.parse_config(note["run"])
-    space = workspace(config.model, config.wire.downlink, note["device"])
+    pending: Any = state[PENDING]
+    number, config = pending["round"], messages.parse_config(pending["run"])
+    space = workspace(config.model, config.wire.downlink, pending["device"])
     space.load(LocalCopy.load(state, space.base_digest))
-    samples = Path(note["samples"]) if note["samples"] else None
-    data = local_data(config, space.tokenizer, note["participant"], number, samples)
-    result, made = RecordDict(), methods.get(config.method).afterwards
-    assert made is not None
-    node_state.save_state(result, ParticipantState(made(space.model, data, config), number))
-    result["done"] = ConfigRecord({"round": number})
+    samples = Path(pending["samples"]) if pending["samples"] else None
+    data = local_data(config, space.tokenizer, pending["participant"], number, samples)
+    result, make = RecordDict(), methods.get(config.method).afterwards
+    assert make is not None
+    node_state.save_state(result, ParticipantState(make(space.model, data, config), number))
     return result
-
-
-def _open_lock(folder: Path) -> Any:
-    return (folder / "profile.lock").open("ab")
 
 
 def main(folder: Path) -> None:
     """What the process does."""
     state = RecordDict()
-    if node_state.restore(folder, state) and PENDING in state:
-        node_state.keep(folder / PENDING, _make(state))
+    if node_state.restore(folder / node_state.STATE, state) and PENDING in state:
+        node_state.keep(folder / RESULT, _make(state))
 
 
 if __name__ == "__main__":

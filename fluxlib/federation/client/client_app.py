@@ -5,19 +5,32 @@ What the work is stands in :mod:`fluxlib.federation.client.participant`; what is
 
 from __future__ import annotations
 
+import ctypes
+import threading
+import time
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fluxlib.federation.client import background_profile, local_copy, node_state, participant, time_limit
+from fluxlib.federation.client import background_profile, local_copy, node_state, participant
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction
 
 app = ClientApp()
 
+Result = TypeVar("Result")
 Work = Callable[[Instruction, Context], RecordDict]
+
+
+class TimeLimitExceeded(TimeoutError):
+    """A participant took longer than it may; the message says how long that was."""
+
+
+class _Abandoned(BaseException):
+    """Raised in the thread whose time is over; no handler of ``Exception`` keeps it alive."""
 
 
 @app.query("join")
@@ -45,56 +58,77 @@ def answer(work: Work, message: Message, context: Context) -> Message:
     participant gives the same reply again, and its state stays as it was after the first one.
     """
     instruction, kind = Instruction.from_records(message.content), message.metadata.message_type
-    limit_s = None  # who joins loads the base model first
-    if kind != messages.JOIN:
-        if instruction.participant != (mine := participant.number_of(context)):
-            raise participant.ParticipantError(f"message is for participant {instruction.participant}, this is {mine}")
-        limit_s = instruction.config.federation.round_timeout_s
+    if kind != messages.JOIN and instruction.participant != (mine := participant.number_of(context)):
+        raise participant.ParticipantError(f"message is for participant {instruction.participant}, this is {mine}")
     folder = participant.state_folder(context)
     if folder is None:
-        return Message(_in_time(limit_s, work, instruction, context), reply_to=message)
+        return Message(_work(work, kind, instruction, context), reply_to=message)
+    state, reply, given = folder / node_state.STATE, folder / "reply.safetensors", RecordDict()
+    asked = ConfigRecord({"run": instruction.config.numbers, "round": instruction.round})
     if "held" not in context.state:
-        node_state.restore(folder, context.state)
-    content = _given_before(folder / "reply", instruction) if kind == messages.TRAIN else None
-    if content is None:
-        content = _in_time(limit_s, work, instruction, context)
-        node_state.keep(folder, context.state)
-        if kind == messages.TRAIN and not messages.asks_for_resync(content):
-            node_state.keep(folder / "reply", RecordDict({**content, "asked": _asked(instruction)}))
-            background_profile.start(folder, context.state)
+        node_state.restore(state, context.state)
+    if kind == messages.TRAIN and node_state.restore(reply, given) and given.pop("asked") == asked:
+        return Message(given, reply_to=message)
+    content = _work(work, kind, instruction, context)
+    node_state.keep(state, context.state)
+    if kind == messages.TRAIN and not messages.asks_for_resync(content):
+        node_state.keep(reply, RecordDict({**content, "asked": asked}))
+        background_profile.start(folder, context.state)
     return Message(content, reply_to=message)
 
 
-def _asked(instruction: Instruction) -> ConfigRecord:
-    return ConfigRecord({"run": instruction.config.numbers, "round": instruction.round})
+def _work(work: Work, kind: str, instruction: Instruction, context: Context) -> RecordDict:
+    """What ``work`` gives, unless it takes too long; what fails or hangs leaves the state as it was.
 
-
-def _given_before(folder: Path, instruction: Instruction) -> RecordDict | None:
-    kept = RecordDict()
-    if node_state.restore(folder, kept) and kept.pop("asked") == _asked(instruction):
-        return kept
-    return None
-
-
-def _in_time(limit_s: float | None, work: Work, instruction: Instruction, context: Context) -> RecordDict:
-    """What ``work`` gives, unless it takes longer than ``limit_s``; what fails or hangs leaves the state as it was.
-
-    A SuperNode does one message after another: without a limit here, one that hangs would block all that follow.
+    A SuperNode does one message after another: without a limit here, one that hangs would block all that follow. Who
+    joins has none, since it loads the base model first.
     """
+    limit_s = None if kind == messages.JOIN else instruction.config.federation.round_timeout_s
     state = RecordDict({name: record.copy() for name, record in context.state.items()})
     own = Context(context.run_id, context.node_id, context.node_config, state, context.run_config)
     try:
-        content = time_limit.call(limit_s, _or_resync, work, instruction, own)
+        content = in_time(limit_s, work, instruction, own)
+    except local_copy.ResyncNeeded:
+        local_copy.LocalCopy.forget(state)
+        content = messages.resync_request()
     except BaseException:
         local_copy.forget_workspace()  # the model may be half customised, or a call that hangs still at work there
         raise
-    context.state = own.state
+    context.state = state
     return content
 
 
-def _or_resync(work: Work, instruction: Instruction, context: Context) -> RecordDict:
+def in_time(limit_s: float | None, function: Callable[..., Result], *arguments: Any) -> Result:
+    """``function(*arguments)``, or what it raises; no longer than ``limit_s``, if that is given.
+
+    A Python call cannot be interrupted from outside, so it runs in a thread of its own. When its time is over, an
+    exception ends that thread as soon as it is back in Python; a call that never comes back from C is left behind.
+    Either way the caller goes on, and must not use anything that the call may still be writing to.
+
+    Raises:
+        TimeLimitExceeded: it was not back in time.
+    """
+    if limit_s is None:
+        return function(*arguments)
+    outcome: Future[Result] = Future()
+    start, late = time.monotonic(), TimeLimitExceeded(f"it took longer than the {limit_s:g} s it may take")
+
+    def work() -> None:
+        try:
+            found = function(*arguments)
+            if time.monotonic() - start > limit_s:  # what came back too late on a busy machine
+                raise late
+            outcome.set_result(found)
+        except BaseException as error:  # given to the caller, who decides
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=work, name="limited", daemon=True)
+    thread.start()
     try:
-        return work(instruction, context)
-    except local_copy.ResyncNeeded:
-        local_copy.LocalCopy.forget(context.state)
-        return messages.resync_request()
+        thread.join(limit_s)
+    finally:  # also when who waits is interrupted
+        if not outcome.done():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Abandoned))
+    if not outcome.done():
+        raise late
+    return outcome.result()

@@ -1,26 +1,28 @@
-"""What stays on a node from message to message: records in its Flower context, and the same in a folder.
+"""What stays on a node from message to message: records in its Flower context, and the same in a file.
 
 The copy of the global model is :class:`~fluxlib.federation.client.local_copy.LocalCopy`; the method's own state is
 written here. Tensors go into an ``ArrayRecord``, everything else into a JSON text, so that any engine can carry it.
 
-A node whose configuration names a ``state-dir`` goes on after a restart: it loads from there what its context lacks and
-writes after every message what has changed. Each array is a file, named by its SHA-256 and held against it when it is
-read; ``manifest.json`` says which record has which, and is replaced last. Where anything does not fit, all is dropped:
-the participant then holds nothing, says so, and gets every changed expert from the server.
+A node whose configuration names a ``state-dir`` goes on after a restart: it loads from there what its context lacks
+and writes there after every message. A file that cannot be read is dropped: the participant then holds nothing, says
+so, and gets every changed expert from the server. So it does where an expert is not the one that the server knows of.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fluxlib.federation.protocol import wire as wires
@@ -32,7 +34,11 @@ log = logging.getLogger(__name__)
 STATE_DIR = "state-dir"
 """Entry of a node's configuration that names the folder."""
 
-_MANIFEST = "manifest.json"
+STATE = "state.safetensors"
+"""Its file with everything that the node's context holds."""
+
+OTHERS = "others"
+"""Name of the tensor that stands for all records without arrays: the bytes of a JSON text."""
 
 
 def save_state(state: RecordDict, value: ParticipantState) -> None:
@@ -42,7 +48,7 @@ def save_state(state: RecordDict, value: ParticipantState) -> None:
     for item in fields(Profile) if value.profile is not None else ():
         found = getattr(value.profile, item.name)
         (tensors if isinstance(found, Tensor) else rest)[item.name] = found
-    state["profile"] = ArrayRecord({name: Array(tensor.cpu().numpy()) for name, tensor in tensors.items()})
+    state["profile"] = wires.make_record({name: Array(tensor.cpu().numpy()) for name, tensor in tensors.items()})
     state["participant"] = ConfigRecord({"profile_round": value.profile_round, "profile": json.dumps(rest)})
 
 
@@ -51,85 +57,68 @@ def load_state(state: RecordDict) -> ParticipantState:
     if "participant" not in state:
         return ParticipantState()
     about: Any = state["participant"]
-    tensors = state.get("profile", ArrayRecord())
-    values: dict[str, Any] = {name: torch.from_numpy(array.numpy()) for name, array in tensors.items()}
+    values: dict[str, Any] = {name: torch.from_numpy(array.numpy()) for name, array in state["profile"].items()}
     values |= {name: _tuples(value) for name, value in json.loads(about["profile"]).items()}
     return ParticipantState(Profile(**values) if values else None, about["profile_round"])
 
 
-def keep(folder: Path, state: RecordDict) -> None:
-    """Write what changed in ``state`` since the last call; a full disk costs a warning, not the round."""
-    records: dict[str, Any] = {}
-    files: set[str] = set()
+def keep(path: Path, state: RecordDict) -> None:
+    """Write ``state`` to ``path``, all of it or nothing; a full disk costs a warning, not the round."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, record in state.items():
-            if not isinstance(record, ArrayRecord):
-                records[name] = record_to_json(record)
-                continue
-            arrays = {key: (wires.array_digest(a).hex(), a.dtype, a.shape) for key, a in record.items()}
-            records[name] = ["arrays", arrays]
-            for key, (digest, *_) in arrays.items():
-                files.add(digest)
-                if not (folder / f"{digest}.npy").exists():
-                    _write(folder / f"{digest}.npy", record[key].data)
-        _write(folder / _MANIFEST, json.dumps(records).encode())
-        for path in folder.glob("*.npy"):
-            if path.stem not in files:
-                path.unlink()
-    except OSError as error:
-        log.warning("cannot keep the participant's state in %s: %s", folder, error)
+        write_tensors(path, to_tensors(state))
+    except (OSError, SafetensorError) as error:
+        log.warning("cannot keep the participant's state in %s: %s", path, error)
 
 
-def restore(folder: Path, state: RecordDict) -> bool:
-    """Load into ``state`` what ``folder`` holds; whether that was anything. What is damaged is removed."""
-    if not (folder / _MANIFEST).is_file():
+def restore(path: Path, state: RecordDict) -> bool:
+    """Load into ``state`` what ``path`` holds; whether that was anything. What is damaged is removed."""
+    if not path.is_file():
         return False
     try:
-        found = {
-            name: _read_arrays(folder, value) if kind == "arrays" else record_from_json([kind, value])
-            for name, (kind, value) in json.loads((folder / _MANIFEST).read_text()).items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        log.warning("the participant's state in %s cannot be used, it starts anew: %s", folder, error)
-        for path in (folder / _MANIFEST, *folder.glob("*.npy")):
-            path.unlink(missing_ok=True)
+        state.update(from_tensors(load_file(path)))
+        return True
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        log.warning("the participant's state in %s cannot be used, it starts anew: %s", path, error)
+        path.unlink()
         return False
-    for name, record in found.items():
-        state[name] = record
-    return True
 
 
-def record_to_json(record: ConfigRecord | MetricRecord) -> list[Any]:
-    """A record without arrays as JSON: its kind and its values, bytes as base64."""
-    values = {
-        key: {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
-        for key, value in record.items()
-    }
-    return ["metric" if isinstance(record, MetricRecord) else "config", values]
+def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Records as tensors for a file: arrays as ``"<record>/<key>"``, all else in :data:`OTHERS`."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
+    for name, record in state.items():
+        if isinstance(record, ArrayRecord):
+            others[name] = "arrays"
+            tensors |= {f"{name}/{key}": torch.from_numpy(array.numpy()) for key, array in record.items()}
+        else:
+            others[name] = [isinstance(record, MetricRecord), dict(record)]
+    text = json.dumps(others, default=lambda value: {"bytes": value.hex()})
+    return tensors | {OTHERS: torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy())}
 
 
-def record_from_json(value: list[Any]) -> ConfigRecord | MetricRecord:
-    """Inverse of :func:`record_to_json`."""
-    kind, values = value
-    made = {key: base64.b64decode(v["bytes"]) if isinstance(v, dict) else v for key, v in values.items()}
-    return MetricRecord(made) if kind == "metric" else ConfigRecord(made)
+def from_tensors(tensors: Mapping[str, Tensor]) -> RecordDict:
+    """Inverse of :func:`to_tensors`."""
+    text = tensors[OTHERS].numpy().tobytes()
+    others = json.loads(text, object_hook=lambda found: bytes.fromhex(found["bytes"]) if "bytes" in found else found)
+    state = RecordDict()
+    for name, value in others.items():
+        if value == "arrays":
+            keys = [key for key in tensors if key.startswith(f"{name}/")]
+            arrays = {key.removeprefix(f"{name}/"): Array(tensors[key].numpy()) for key in keys}
+            state[name] = wires.make_record(arrays)
+        else:
+            state[name] = (MetricRecord if value[0] else ConfigRecord)(value[1])
+    return state
 
 
-def _read_arrays(folder: Path, arrays: dict[str, Any]) -> ArrayRecord:
-    record = ArrayRecord()
-    for key, (digest, dtype, shape) in arrays.items():
-        array = Array(dtype, tuple(shape), "numpy.ndarray", (folder / f"{digest}.npy").read_bytes())
-        if wires.array_digest(array).hex() != digest:
-            raise ValueError(f"{key} is not what was written")
-        record[key] = array
-    return record
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of it or nothing, whenever the node is killed."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
+    """Write safetensors in place of what is there, all at once, when they are on disk; ``about`` goes beside them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, about)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

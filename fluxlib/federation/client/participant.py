@@ -136,7 +136,8 @@ def _catch_up(instruction: Instruction, context: Context) -> tuple[Workspace, me
         for name in state.keys() & {background_profile.PENDING, "profile", "participant", RESIDUAL}:
             del state[name]
     state["run"] = ConfigRecord({"config": numbers})
-    background_profile.finish(state_folder(context), state)
+    if background_profile.PENDING in state and (folder := state_folder(context)):
+        background_profile.finish(folder, state)
     held = before.updated(instruction.delta, space.base)
     held.save(state)
     space.load(held)

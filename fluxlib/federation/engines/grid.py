@@ -1,15 +1,13 @@
 """How messages reach participants and replies come back: in this process, or through a SuperLink.
 
 :class:`LocalGrid` is an in-process :class:`flwr.serverapp.Grid`: the same apps, no Ray, no sockets, no start-up.
-Participants run one after another, in the order in which messages are sent, so a run is deterministic.
-
-What a Flower engine guarantees is kept:
+Participants run one after another, in the order in which messages are sent, so a run is deterministic. It keeps what
+a Flower engine guarantees:
 
 * each node has its own :class:`flwr.app.Context`, whose ``state`` lasts from message to message;
 * an exception in the client app becomes an error reply, and that node's state stays as it was;
-* neither side sees what the other does to a message: values are immutable bytes behind new containers;
-* a participant that takes longer than the time limit is given up, and its reply is lost; the limit holds for each
-  node, since nodes stand for devices in parallel.
+* records are copied on their way, so that neither side changes those of the other;
+* the reply of a participant that takes too long is lost.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flwr.app import DEFAULT_TTL, Array, Context, Error, Message, Metadata, RecordDict
+from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fluxlib.federation.client import time_limit
+from fluxlib.federation.client.client_app import TimeLimitExceeded
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +42,6 @@ def send_and_receive(grid: Grid, messages: Iterable[Message], timeout_s: float |
     when it is asked for. On a SuperLink all participants work at once, and a reply waits there until it is fetched.
     Either way the server has one reply in memory, however many participants there are.
     """
-    if isinstance(grid, LocalGrid):
-        yield from grid.send_and_receive(messages, timeout=timeout_s)
-        return
     sent = [(name, m.metadata.dst_node_id) for m in messages for name in grid.push_messages([m]) if name]
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     for name, node_id in sent:
@@ -81,41 +76,23 @@ class ServerMessage(Message):
 
 
 class LocalGrid(Grid):
-    """Runs ``client_app`` for ``num_nodes`` nodes in this process.
+    """Runs ``client_app`` for ``num_nodes`` nodes in this process, one per data partition.
 
-    Args:
-        client_app: what every node runs.
-        num_nodes: number of nodes, one per data partition.
-        node_config: further entries of a node's configuration, by partition; ``None`` for none.
-        on_given_up: called when a node is given up, before the next one starts: what that call may still be writing
-            to must not be used any more.
+    ``node_config`` gives further entries of a node's configuration, by partition.
     """
 
+    run: Any = None
+
     def __init__(
-        self,
-        client_app: ClientApp,
-        num_nodes: int,
-        node_config: Callable[[int], dict[str, Any]] | None = None,
-        on_given_up: Callable[[], None] | None = None,
+        self, client_app: ClientApp, num_nodes: int, node_config: Callable[[int], dict[str, Any]] = lambda _: {}
     ) -> None:
-        self.client_app = client_app
-        self.num_nodes = num_nodes
-        self._node_config = node_config
-        self._on_given_up = on_given_up
-        self._run: Any = None
+        self.client_app, self.num_nodes, self._node_config = client_app, num_nodes, node_config
         self._contexts: dict[int, Context] = {}
         self._waiting: dict[str, Message] = {}
         self._count = 0
-        self._changed: set[int] = set()
 
     def set_run(self, run: Any) -> None:
-        """Remember the run; nothing here depends on it."""
-        self._run = run
-
-    @property
-    def run(self) -> Any:
-        """What :meth:`set_run` was given."""
-        return self._run
+        """Nothing here depends on Flower's account of the run."""
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
@@ -139,16 +116,15 @@ class LocalGrid(Grid):
         self._waiting |= accepted
         return list(accepted)
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to the messages with these ids; an id is answered once."""
-        return list(self.send_and_receive(self._waiting.pop(i) for i in message_ids if i in self._waiting))
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """Replies to the messages with these ids, each made when it is asked for; an id is answered once."""
+        for name in message_ids:
+            if name in self._waiting and (reply := self._deliver(self._waiting.pop(name))) is not None:
+                yield reply
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Deliver messages one at a time and give each reply as it is made; late ones are left out."""
-        for message in messages:
-            reply = self._deliver(message, timeout)
-            if reply is not None:
-                yield reply
+        """Replies in order; how long a participant may take is in its instruction, so ``timeout`` is not used."""
+        return self.pull_messages(self.push_messages(messages))
 
     def context(self, node_id: int) -> Context:
         """The context of ``node_id``, made when first asked for.
@@ -161,27 +137,18 @@ class LocalGrid(Grid):
             if not 0 <= partition < self.num_nodes:
                 last = SERVER_NODE_ID + self.num_nodes
                 raise ValueError(f"node_id is {node_id}, allowed are {SERVER_NODE_ID + 1} to {last}")
-            config = {"partition-id": partition, "num-partitions": self.num_nodes}
-            config |= self._node_config(partition) if self._node_config else {}
+            config = {"partition-id": partition, "num-partitions": self.num_nodes, **self._node_config(partition)}
             self._contexts[node_id] = Context(1, node_id, config, RecordDict(), {})
         return self._contexts[node_id]
 
-    def take_changed(self) -> list[int]:
-        """Nodes whose state may have changed since the last call, in increasing order."""
-        changed, self._changed = sorted(self._changed), set()
-        return changed
-
-    def _deliver(self, message: Message, timeout: float | None) -> Message | None:
+    def _deliver(self, message: Message) -> Message | None:
         node_id = message.metadata.dst_node_id
         try:
             stored = self.context(node_id)
-            reply, stored.state = time_limit.call(timeout, self._work, message, stored)
-            self._changed.add(node_id)
+            reply, stored.state = self._work(message, stored)
             return reply
-        except time_limit.TimeLimitExceeded as error:
+        except TimeLimitExceeded as error:
             log.warning("participant at node %d is given up, its reply is lost: %s", node_id, error)
-            if self._on_given_up:
-                self._on_given_up()
             return None
         except Exception as error:  # a participant's fault costs its reply, never the run
             log.warning("participant at node %d failed: %s: %s", node_id, type(error).__name__, error)
@@ -189,25 +156,15 @@ class LocalGrid(Grid):
 
     def _work(self, message: Message, stored: Context) -> tuple[Message, RecordDict]:
         """The client app's reply and the node's state after it; nothing that is kept is changed."""
-        state = RecordDict({name: record.copy() for name, record in stored.state.items()})
-        context = Context(stored.run_id, stored.node_id, dict(stored.node_config), state, dict(stored.run_config))
-        reply = self.client_app(_shared(message), context)
-        return _shared(reply) if reply.has_content() else reply, context.state
+        request = copy.copy(message)
+        request.content = copied(message.content)
+        context = Context(1, stored.node_id, dict(stored.node_config), copied(stored.state), {})
+        reply = self.client_app(request, context)
+        if reply.has_content():
+            reply.content = copied(reply.content)
+        return reply, context.state
 
 
-def _shared(message: Message) -> Message:
-    """``message`` with containers of its own around the same bytes, so nothing is copied and nothing is shared."""
-    found, content = copy.copy(message), RecordDict()
-    for name, record in message.content.items():
-        content[name] = record.copy()
-        content[name].update({key: _twin(value) for key, value in record.items()})
-    found.content = content
-    return found
-
-
-def _twin(value: Any) -> Any:
-    if isinstance(value, Array):
-        twin = object.__new__(type(value))  # its constructor would copy the bytes
-        vars(twin).update(vars(value))
-        return twin
-    return list(value) if isinstance(value, list) else value
+def copied(records: RecordDict) -> RecordDict:
+    """Records of their own with the same entries; arrays, whose bytes cannot change, are shared."""
+    return RecordDict({name: record.copy() for name, record in records.items()})

@@ -10,8 +10,8 @@ import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
-from typing import Any, Literal, get_args
+from functools import lru_cache
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def encode(tensor: Tensor, wire: Form = "float32") -> Array:
 
 
 def decode(array: Array, wire: Form = "float32", shape: Sequence[int] = ()) -> Tensor:
-    """The tensor of ``array`` on the CPU, float32 or bfloat16; not to be written to if the array was lent.
+    """The tensor of ``array`` on the CPU, float32 or bfloat16.
 
     Args:
         shape: of the tensor; the coded forms do not carry it.
@@ -96,8 +96,6 @@ def decode(array: Array, wire: Form = "float32", shape: Sequence[int] = ()) -> T
     name = _NUMPY_NAME[wire]
     if array.dtype != name or array.stype != _STYPE:
         raise WireError(f"array is {array.dtype} ({array.stype}), allowed is {name} ({_STYPE}) for {wire}")
-    if isinstance(array, LentArray) and "data" not in vars(array):
-        return array.tensor
     stated, data = tuple(array.shape), array.data
     header, size = _header(np.dtype(name).str, stated), num_bytes(array)
     if any(length < 0 for length in stated) or not data.startswith(header) or len(data) != len(header) + size:
@@ -106,32 +104,6 @@ def decode(array: Array, wire: Form = "float32", shape: Sequence[int] = ()) -> T
     if wire in _CODE_BITS:
         return _read_codes(values, wire, tuple(shape))
     return values.view(torch.bfloat16) if wire == "bfloat16" else values
-
-
-class LentArray(Array):
-    """An array whose bytes are made when somebody asks for them; in process nobody does, which saves two copies."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.__dict__.update(tensor=tensor, dtype="float32", shape=tuple(tensor.shape), stype=_STYPE)
-
-    @cached_property
-    def data(self) -> bytes:  # type: ignore[override]
-        """Bytes of ``numpy.save``."""
-        return encode(self.tensor).data
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """An ordinary array, for an engine that copies it into another process."""
-        return Array, (self.dtype, self.shape, self.stype, self.data)
-
-
-LentArray.__qualname__ = "Array"  # Flower names the type of what it sends by this
-
-
-def lend(tensor: Tensor, wire: Form = "float32") -> Array:
-    """:func:`encode` without a copy where none is needed; ``tensor`` must not change any more."""
-    if wire != "float32" or tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return encode(tensor, wire)
-    return LentArray(tensor.detach())
 
 
 @torch.no_grad()
@@ -147,7 +119,7 @@ def encode_changes(changes: Experts, wire: Form, residual: Mapping[str, Array]) 
         for name, tensor in tensors.items():
             label = key_name(key, name)
             if wire != "int8":
-                sent[label] = lend(tensor, wire)
+                sent[label] = encode(tensor, wire)
                 continue
             total = tensor + decode(residual[label]) if label in residual else tensor
             sent[label] = encode(total, wire)

@@ -14,12 +14,13 @@ from fluxlib import models, records
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation.checks import check
 from fluxlib.federation.client.local_data import load_task
+from fluxlib.federation.client.node_state import write_tensors
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.results import Output, RunFailed, RunResult, experts_path
 from fluxlib.federation.server.join import join
 from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store import lock
-from fluxlib.federation.store.checkpoint import Checkpoints, save_tensors, store_tensors
+from fluxlib.federation.store.checkpoint import Checkpoint, changed_tensors
 from fluxlib.federation.store.tables import Evaluation, Tables
 from fluxlib.models.loading import torch_device
 from fluxlib.tasks.batches import encode
@@ -58,7 +59,7 @@ class _Run:
         self.strategy = FluxStrategy(grid, config, store)
         self.tables = Tables(config, self.model, self.task.metric, len(store.keys))
         self.about: dict[str, object] = {}
-        self.checkpoints = Checkpoints(output.out, config) if output.out else None
+        self.checkpoint = Checkpoint(output.out, config) if output.out else None
 
     def _check_lengths(self) -> None:
         """Refuse a ``max_tokens`` that the task's longest responses do not fit into."""
@@ -71,7 +72,7 @@ class _Run:
 
     def go(self) -> RunResult:
         """All rounds; tables are written however the run ends, the checkpoint stays unless it is complete."""
-        done = self.checkpoints.resume(self.strategy, self.tables) if self.checkpoints else 0
+        done = self.checkpoint.resume(self.strategy, self.tables) if self.checkpoint else 0
         self.strategy.members = join(self.strategy.grid, self.config, self.strategy.store)
         self._notice_lost_states(done)
         self.tables.use_devices({one: member.device for one, member in self.strategy.members.items() if member.device})
@@ -84,9 +85,9 @@ class _Run:
             stopped = self._round(done)
         self._write("complete" if done == last else "stopped")
         if self.output.keep_experts and self.output.out:  # with the base, they are the tuned model
-            save_tensors(experts_path(self.output.out, self.config.run_id), store_tensors(self.strategy.store))
-        if self.checkpoints and done == last:
-            self.checkpoints.remove()
+            write_tensors(experts_path(self.output.out, self.config.run_id), changed_tensors(self.strategy.store))
+        if self.checkpoint and done == last:
+            self.checkpoint.remove()
         return RunResult(self.config.run_id, **self.tables.frames(), path=self.output.out, model=self.model)
 
     def _notice_lost_states(self, done: int) -> None:
@@ -120,8 +121,8 @@ class _Run:
         wall_s = time.perf_counter() - start
         due = number % config.evaluation.every == 0 or number == config.federation.rounds
         self.tables.add_round(result, self._evaluate() if due else None, wall_s)
-        if self.checkpoints and number < config.federation.rounds:
-            self.checkpoints.save(number, self.strategy, self.tables)
+        if self.checkpoint and number < config.federation.rounds:
+            self.checkpoint.save(number, self.strategy, self.tables)
         if self.output.on_result:
             self.output.on_result(result)
         return self._tell()

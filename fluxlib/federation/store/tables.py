@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -59,11 +59,6 @@ class Tables:
         """These participants said what their devices are; the others stand for the run's fleet."""
         for participant, name in devices.items():
             self.fleet[participant] = catalogue.DEVICES[name]
-
-    def restore(self, frames: dict[str, pd.DataFrame], totals: Totals) -> None:
-        """Go on from the tables of an interrupted run."""
-        self.rows = {table: cast("list[Row]", frame.to_dict(orient="records")) for table, frame in frames.items()}
-        self.totals = totals
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """The rows so far, checked against the schema, as they will be read back."""

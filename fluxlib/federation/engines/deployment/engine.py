@@ -14,13 +14,15 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from fluxlib import models, records
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
 from fluxlib.federation.checks import check
 from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation, flwr
 from fluxlib.federation.results import TABLES, Output, RunFailed, RunResult, experts_path, table_path
 from fluxlib.federation.store import lock
-from fluxlib.federation.store.checkpoint import load_experts
+from fluxlib.federation.store.checkpoint import by_expert
 from fluxlib.federation.store.progress import Progress
 from fluxlib.moe import find
 
@@ -124,6 +126,6 @@ def _read(config: RunConfig, out: Path, keep: bool) -> RunResult:
     frames = {table: records.read(table, path) for table, path in paths.items()}
     model, _ = models.load(config.model)
     found = find.layers(model)
-    for (layer, expert), tensors in load_experts(experts_path(out, config.run_id)).items():
+    for (layer, expert), tensors in by_expert(load_file(experts_path(out, config.run_id))).items():
         find.write_expert(found[layer].experts, expert, tensors)
     return RunResult(config.run_id, **frames, path=out if keep else None, model=model)
