@@ -57,7 +57,7 @@ bench: $(STAMP)  ## The benchmarks (tables on the terminal)
 
 .PHONY: deploy-demo
 deploy-demo: $(STAMP)  ## A SuperLink and four SuperNodes here, training over TLS
-	$(BIN)/fluxlib deploy demo --folder build/deploy
+	$(BIN)/fluxlib run --engine deployment --participants 4 --rounds 3 --task mini-mmlu --out build/deploy --set clock.fleet=mixed
 
 lab: $(STAMP)  ## JupyterLab in notebooks/
 	$(BIN)/jupyter lab --notebook-dir . notebooks/00_start_here.ipynb

@@ -356,25 +356,6 @@ def test_help_says_what_an_argument_is(call):
     assert "RUNS...  run ids, unique parts of one, or paths of tables  [required]" in call("compare", "--help")[1]
 
 
-def test_a_demonstration_takes_nothing_away_but_an_earlier_one(call, tmp_path, monkeypatch):
-    from fluxlib.federation.engines.deployment import demo
-
-    monkeypatch.setattr(demo, "LocalFederation", None)
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "thesis.tex").write_text("years")
-    for arguments, said in (
-        (["--folder", tmp_path], "holds results and is of no demonstration: give a new folder"),
-        (["--method", "nope", "--folder", tmp_path / "new"], "method is 'nope'"),
-    ):
-        code, out, err = call("deploy", "demo", *arguments)
-        assert (code, out) == (2, "") and said in err
-    assert (tmp_path / "results" / "thesis.tex").is_file() and not (tmp_path / "new").exists()
-    demo._clear(tmp_path / "new")
-    (tmp_path / "new" / "logs").mkdir()
-    demo._clear(tmp_path / "new")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [demo.MARK]
-
-
 def test_what_is_no_search_says_what_is(call, tmp_path):
     for name, count in (("flux", 2), ("fmd", 1)):
         for number in range(count):

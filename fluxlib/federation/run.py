@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
 from fluxlib.config import ConfigError, RunConfig
+from fluxlib.federation.checks import check
 from fluxlib.federation.client import client_app, local_copy
 from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.results import Output, RoundResult, Row, RunResult
 from fluxlib.federation.server import server_app
+from fluxlib.models.loading import torch_device
 
 
 def run(
@@ -45,11 +51,7 @@ def run(
         return run_deployment(config, output, superlink)
     if superlink is not None:
         raise ConfigError(f"superlink is {superlink!r}, which engine {config.engine!r} does not use")
-    if config.engine == "simulation":
-        from fluxlib.federation.engines.simulation import run_simulation
-
-        return run_simulation(config, output)
-    return run_local(config, output)
+    return (run_simulation if config.engine == "simulation" else run_local)(config, output)
 
 
 def run_local(config: RunConfig, output: Output) -> RunResult:
@@ -58,4 +60,36 @@ def run_local(config: RunConfig, output: Output) -> RunResult:
     local_copy.forget_workspace()  # the base model on disk may be another by now
     grid = LocalGrid(client_app.app, config.federation.participants)
     server_app.make_app(config, output, results.append)(grid, Context(1, 0, {}, RecordDict(), {}))
+    return results[0]
+
+
+def run_simulation(config: RunConfig, output: Output) -> RunResult:
+    """Flower's simulation engine: participants spread over the cores or GPUs of a machine or a Ray cluster.
+
+    Ray is large, takes ten seconds and more to start, and only this engine needs it. A worker is given one core, and
+    runs on one thread as everywhere else, so numbers are those of the other engines.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            "engine is 'simulation', which needs Ray: pip install -c constraints.txt 'fluxlib[simulation]'; "
+            "engine 'local' needs nothing more and gives the same numbers"
+        )
+    check(config, output.out)  # before ten seconds of start-up
+    from flwr.simulation import run_simulation as run_flower
+
+    # What Ray sets aside for a participant at work limits how many work at once; without a GPU a worker sees none.
+    num_gpus = float(torch_device(config.torch_device).type == "cuda")
+    results: list[RunResult] = []
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flower's and Ray's, about themselves
+        run_flower(
+            server_app=server_app.make_app(config, output, results.append),
+            client_app=client_app.app,
+            num_supernodes=config.federation.participants,
+            backend_config={
+                "init_args": {"log_to_driver": False, "logging_level": logging.ERROR},
+                "client_resources": {"num_cpus": 1, "num_gpus": num_gpus},
+            },
+        )
     return results[0]

@@ -47,7 +47,6 @@ def test_a_killed_holder_leaves_nothing_that_blocks(holder: subprocess.Popen[str
     assert (tmp_path / ".one.lock").exists()
     with lock.hold(tmp_path, "one"):
         assert f"process {os.getpid()} on" in (tmp_path / ".one.lock").read_text()
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_is_held_against_this_process_too_and_given_back(tmp_path: Path) -> None:
@@ -63,4 +62,3 @@ def test_a_run_holds_its_folder(make_config: Callable[..., RunConfig], tmp_path:
     with lock.hold(tmp_path, config.run_id), pytest.raises(ConfigError, match=f"running {config.run_id}"):
         federation.run(config, out=tmp_path)
     federation.run(config, out=tmp_path)
-    assert not list(tmp_path.glob(".*"))

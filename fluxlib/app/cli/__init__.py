@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import typer
 
-from fluxlib.app.cli import runs, tools
+from fluxlib.app.cli import deploy, runs, tools
 from fluxlib.app.cli.arguments import Command, check_arguments, parse_settings
 
 __all__ = ["app", "main", "parse_settings"]
@@ -40,10 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name, cls=Command)(command)
-# It has commands and a --help of its own.
-app.command(
-    "deploy", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)(tools.deploy)
+app.add_typer(deploy.app, name="deploy")
 
 
 def main() -> None:

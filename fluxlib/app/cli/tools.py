@@ -239,10 +239,3 @@ def doctor(as_json: JsonOption = False) -> None:
         for check in results:
             print(checks.line(check))
     raise SystemExit(checks.exit_code(results))
-
-
-def deploy(context: typer.Context) -> None:
-    """Certificates, keys, SuperNodes, a demonstration: `fluxlib deploy --help`, docs/deployment.md."""
-    from fluxlib.federation.engines.deployment import commands
-
-    commands.main(context.args)

@@ -9,35 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fluxlib.config import ConfigError
-
 PATIENCE_S, RETRY_S = 150.0, 10.0
 """How long a node that is not let in tries again, and how often."""
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="What an operator needs beside Flower's own commands; docs/deployment.md shows where.",
-)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; errors that were expected end with one message and exit code 2."""
-    from fluxlib.federation.results import RunFailed
-
-    try:
-        app(args=list(arguments) if arguments is not None else None, prog_name="fluxlib deploy")
-    except (ConfigError, RunFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+app = typer.Typer(no_args_is_help=True, help="Certificates, keys, SuperNodes; docs/deployment.md shows where.")
 
 
 @app.command()
@@ -52,7 +32,7 @@ def certificates(
     print(f"{folder}: copy {credentials.CA_CERTIFICATE} to every participant; the others stay here")
 
 
-@app.command(name="node-key")
+@app.command()
 def node_key(folder: Annotated[Path, typer.Argument(help="the participant's folder")]) -> None:
     """Make a participant's key pair: node.pub goes to the operator, node.key stays."""
     from fluxlib.federation.engines.deployment import credentials
@@ -84,22 +64,3 @@ def node(
             raise SystemExit(code)
         print(f"not let in; trying again for {PATIENCE_S:g} s after the start", flush=True)
         time.sleep(RETRY_S)
-
-
-@app.command()
-def demo(
-    folder: Annotated[Path, typer.Option(help="certificates, participants' folders, logs, results")] = Path(
-        "build/deploy"
-    ),
-    participants: Annotated[int, typer.Option(help="SuperNodes")] = 4,
-    rounds: Annotated[int, typer.Option(help="number of rounds")] = 3,
-    method: Annotated[str, typer.Option(help="flux, fmd, ...")] = "flux",
-) -> None:
-    """A SuperLink and SuperNodes with data of their own on this machine, training over TLS."""
-    from fluxlib.federation.engines.deployment.demo import run_demo
-
-    run_demo(folder, participants, rounds, method)
-
-
-if __name__ == "__main__":
-    main()
