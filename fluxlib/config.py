@@ -25,6 +25,9 @@ PROFILES = ("smoke", "mini", "full", "paper", "tune")
 AssignmentKind = Literal["flux", "random", "frequency", "utility"]
 """By what experts are chosen to be tuned; see :func:`fluxlib.roles.priorities`."""
 
+MergeWeights = Literal["attention_frequency", "frequency", "uniform", "gate"]
+"""What an expert weighs in its slot; see :func:`fluxlib.merging.merge_weights`."""
+
 WireType = Literal["float32", "bfloat16", "int8"]
 """How weights travel between server and participants; see :mod:`fluxlib.federation.protocol.wire`."""
 
@@ -135,9 +138,7 @@ class MergingConfig(_Group):
 
     budgets: Literal["adaptive", "uniform", "single", "joint"] = Field("adaptive", description="slots per layer, eq. 1")
     clustering: Literal["fused", "per_layer"] = Field("fused", description="all layers at once, or one by one")
-    weights: Literal["attention_frequency", "frequency", "uniform", "gate"] = Field(
-        "attention_frequency", description="of an expert in its slot, eq. 2"
-    )
+    weights: MergeWeights = Field("attention_frequency", description="of an expert in its slot, eq. 2")
     align_neurons: bool = Field(False, description="permute neurons to match before experts are averaged")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from fluxlib.config import MergingConfig
+from fluxlib.config import MergeWeights, MergingConfig
 from fluxlib.merging.budgets import layer_budgets
 from fluxlib.merging.clustering import cluster
 from fluxlib.merging.features import from_gram, gram_of, match_neurons
@@ -16,7 +17,6 @@ from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.profiling import Profile, check_fits
 
-WEIGHTS = ("attention_frequency", "frequency", "uniform", "gate")
 PAPER = MergingConfig()
 """The paper's rules, which are the settings' defaults."""
 
@@ -38,7 +38,7 @@ def merge_weights(profile: Profile, kind: str = "attention_frequency") -> Tensor
         if profile.gate.shape != profile.frequency.shape:
             raise ValueError("weights 'gate' needs a profile that measured gate weights, this one has none")
         return profile.gate
-    raise ValueError(f"weights must be one of {WEIGHTS}, got {kind!r}")
+    raise ValueError(f"weights must be one of {get_args(MergeWeights)}, got {kind!r}")
 
 
 def plan(

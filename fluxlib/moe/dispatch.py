@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 
 from .expert import Activation, Matrices, to_matrices
 from .find import Layout, ReplacedExperts
-from .product import SMALLEST, is_wide, matmul, pad_pairs
+from .product import SMALLEST, is_wide, matmul, own_types, pad_pairs, wide_dtype
 
 ALL = -1
 """In the place of a slot's number: all slots, as stacks."""
@@ -209,7 +208,7 @@ def dispatch(hidden: Tensor, pairs: Pairs, slots: Slots) -> Tensor:
     Under autocast hidden states are cast to its type, and the pass computes in that.
     """
     keeps = torch.is_grad_enabled()  # inside a Function it never is
-    with _own_types(hidden) as dtype:
+    with own_types(hidden) as dtype:
         computed, ends = hidden.to(dtype), None
         if slots.is_grouped(computed, pairs.counts):
             ends = torch.tensor(pairs.counts, device=hidden.device).cumsum(0, dtype=torch.int32)
@@ -243,7 +242,7 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        with _own_types(gradient):
+        with own_types(gradient):
             return _backward(ctx, gradient)
 
 
@@ -339,23 +338,6 @@ class _Work:
         for position, slot in enumerate(busy, 1):
             pairs = slice(ends[slot] - self.counts[slot], ends[slot])
             yield _Run(slot, pairs, [self.counts[slot]], self.slots.matrices(slot, busy[position:], dtype))
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type in which sums over experts are kept: float32 for 16-bit types."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-@contextmanager
-def _own_types(hidden: Tensor) -> Iterator[torch.dtype]:
-    """Turn autocast off; gives the type in which to compute with ``hidden``: autocast's where it was on."""
-    kind = hidden.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        yield hidden.dtype
-        return
-    dtype = hidden.dtype if hidden.dtype == torch.float64 else torch.get_autocast_dtype(kind)
-    with torch.autocast(kind, enabled=False):
-        yield dtype
 
 
 def _weighted(rows: Tensor, gate: Tensor) -> Tensor:

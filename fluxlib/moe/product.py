@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,20 @@ def thaw_linears(model: nn.Module) -> None:
     changed: list[Any] = [module for module in model.modules() if type(module) is FrozenLinear]
     for module in changed:
         module.__class__ = nn.Linear
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type in which sums over experts are kept: float32 for 16-bit types."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@contextmanager
+def own_types(hidden: Tensor) -> Iterator[torch.dtype]:
+    """Turn autocast off; gives the type in which to compute with ``hidden``: autocast's where it was on."""
+    kind = hidden.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        yield hidden.dtype
+        return
+    dtype = hidden.dtype if hidden.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        yield dtype

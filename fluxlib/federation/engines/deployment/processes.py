@@ -142,6 +142,8 @@ class LocalFederation:
         authority = server / credentials.CA_CERTIFICATE
         if not (server / credentials.CA_KEY).exists():
             credentials.make_certificates(server, [HOST, "localhost"])
+        for path in server.glob("superlink.db*"):
+            path.unlink()  # what a SuperLink that was killed still wants to do
         self.node_folders = folders.make_folders(self.folder, self.config)
         self.spawn("superlink", superlink_command(server, HOST, self.port))
         self.home.mkdir(parents=True, exist_ok=True)
