@@ -55,9 +55,7 @@ def run_deployment(config: RunConfig, output: Output, superlink: str | None) -> 
             progress.clear()
         home: Path | None = None  # Flower's own
         if superlink is None:
-            federation = stack.enter_context(
-                LocalFederation((output.out or temporary) / "federation" / config.run_id, config)
-            )
+            federation = stack.enter_context(LocalFederation(out / "federation" / config.run_id, config))
             home, superlink = federation.home, CONNECTION
         number = submit(config, out, home, superlink)
         failure = _follow(progress, number, output, home, superlink)
