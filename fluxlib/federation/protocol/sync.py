@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
@@ -68,17 +69,17 @@ class Delta:
     since: int = NOTHING
     after: ModelVersion = ModelVersion()
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Payload, without headers and names."""
         return wires.record_bytes(self.arrays)
 
-    @property
+    @cached_property
     def num_approximate(self) -> int:
         """Experts that travel in 4 bits."""
         return len(approximate_keys(self.arrays))
 
-    @property
+    @cached_property
     def num_experts(self) -> int:
         """Experts that travel in the usual form."""
         return len({wires.parse_name(name)[0] for name in self.arrays}) - self.num_approximate
