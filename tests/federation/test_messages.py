@@ -103,7 +103,7 @@ def test_no_text_and_no_sample_leaves_a_participant(
         "arrays": None,
         "metrics": {"loss", "num-examples"},
         "config": {"participant", "round", "version", "digest", "frozen_digest", "approximate", "device",
-                   "shape", "frequency", "utilities", "tokens", "work", "phases", "spans"},
+                   "shape", "frequency", "utilities", "tokens", "work", "phases"},
     }  # fmt: skip
     for reply in sent:
         for name, record in reply.content.items():

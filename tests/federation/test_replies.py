@@ -193,8 +193,6 @@ def test_what_is_no_believable_change() -> None:
         ("config", "phases", "[1]"),
         ("config", "phases", '{"train": "x"}'),
         ("config", "phases", '{"train": NaN}'),
-        ("config", "spans", '[["train", 0, 1, 1e30]]'),
-        ("config", "spans", '[["train", 0, 1]]'),
     ],
 )
 def test_an_account_that_no_table_could_hold_is_malformed(
