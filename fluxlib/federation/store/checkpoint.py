@@ -110,7 +110,8 @@ class Checkpoint:
     ) -> None:
         changed_at = {(layer, expert): version for layer, expert, version in about["changed_at"]}
         strategy.store.set(by_expert(saved.get("experts", {})), changed_at, about["digests"])
-        strategy.role_state = RoleState(**saved["roles"], round=about["roles_round"])
+        measured, first, measured_round = (saved["roles"][name] for name in ROLES)
+        strategy.role_state = RoleState(measured, first, measured_round, about["roles_round"])
         strategy.profiled = set(about["profiled"])
         strategy.guard.bound = about["clip_norm"]
         tables.rows, tables.totals = about["rows"], Totals(**about["totals"])
