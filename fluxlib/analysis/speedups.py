@@ -11,12 +11,12 @@ import pandas as pd
 
 from fluxlib.analysis import store
 from fluxlib.analysis.statistics import geometric
-from fluxlib.analysis.time_to_target import TARGET_FRACTION, times_to_target
+from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_target
 from fluxlib.analysis.wording import (
     METRICS,
+    in_order,
     markdown_table,
     methods_in_order,
-    models_in_order,
     percent,
     shown_interval,
     title,
@@ -34,16 +34,15 @@ BEYOND = "improved"
 
 
 def longest(rounds: pd.DataFrame, variants: Sequence[str] = ("", BEYOND)) -> pd.DataFrame:
-    """The runs that are compared by time: each plain one, or the run of variant ``long`` in its place; ``variants``.
+    """The runs that are compared by time: those of ``variants``, of the plain ones the run of variant ``long`` instead.
 
     A method whose rounds are short has had little time when all have had twenty rounds; where it has not reached the
     target by then a run of its own may last as long as FMD's.
     """
     longer = rounds.loc[rounds["variant"] == LONG].assign(variant="")
-    key = ["model", "task", "seed", "method"]
-    replaced = pd.MultiIndex.from_frame(rounds[key]).isin(pd.MultiIndex.from_frame(longer[key]))
-    kept = rounds[rounds["variant"].isin(variants) & ~(replaced & (rounds["variant"] == ""))]
-    return pd.concat([kept, longer], ignore_index=True)
+    key = [rounds[name] for name in (*PAIR, "method")]
+    replaced = (rounds["variant"] == LONG).groupby(key).transform("any") & (rounds["variant"] == "")
+    return pd.concat([rounds[rounds["variant"].isin(variants) & ~replaced], longer], ignore_index=True)
 
 
 def against_all(rounds: pd.DataFrame, fraction: float = TARGET_FRACTION, **target: Any) -> pd.DataFrame:
@@ -59,14 +58,13 @@ def against_all(rounds: pd.DataFrame, fraction: float = TARGET_FRACTION, **targe
         its columns, with FLUX's ``variant`` and the run's ``own_variant``.
     """
     found = []
-    for _, runs in rounds.groupby(["model", "task", "seed"], sort=False):
+    for _, runs in rounds.groupby(list(PAIR), sort=False):
         for variant in sorted(runs.loc[runs["method"] == OURS, "variant"].unique()):
             entered = _opponents(runs, variant)
             if REFERENCE in set(entered["method"]):
                 times = times_to_target(entered, fraction, REFERENCE, **target)
                 found.append(times.rename(columns={"variant": "own_variant"}).assign(variant=variant))
-    columns = ["model", "task", "variant", "seed", "method"]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*PAIR, "variant", "method"])
 
 
 def _opponents(runs: pd.DataFrame, variant: str) -> pd.DataFrame:
@@ -100,24 +98,21 @@ def speed_ups(times: pd.DataFrame) -> pd.DataFrame:
         FLUX's; ``final_ratio`` leaves out seeds in which the baseline ends at 0. ``as_it_is``: in a variant of FLUX the
         baseline's plain run stands in.
     """
-    rows = []
-    for (model, task, variant), group in times.groupby(["model", "task", "variant"], sort=False):
+    rows, place = [], ["model", "task", "variant"]
+    ordered = times.sort_values(["model", "variant", "task"], key=in_order, kind="stable")
+    for key, group in ordered.groupby(place, sort=False):
         ours = group[group["method"] == OURS].set_index("seed")
         for baseline in methods_in_order(set(group["method"]) - {OURS}):
             other = group[group["method"] == baseline].set_index("seed")
-            seeds = [seed for seed in ours.index if seed in other.index]
+            seeds = ours.index[ours.index.isin(other.index)]
             row = _against(ours.loc[seeds], other.loc[seeds])
-            rows.append({"model": model, "task": task, "variant": variant, "baseline": baseline, **row})
-    order = models_in_order(row["model"] for row in rows)
-    rows.sort(key=lambda row: (order.index(Path(row["model"]).name), row["variant"], row["task"]))
+            rows.append(dict(zip(place, key, strict=True)) | {"baseline": baseline} | row)
     return pd.DataFrame(rows)
 
 
 def _against(ours: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
-    mine, theirs, end = (
-        table[column].to_numpy(dtype=float)
-        for table, column in ((ours, "device_s_to_target"), (other, "device_s_to_target"), (other, "end_s"))
-    )
+    mine, theirs = (table["device_s_to_target"].to_numpy(dtype=float) for table in (ours, other))
+    end = other["end_s"].to_numpy(dtype=float)
     raced = (mine != 0) & (theirs != 0)
     reached, they = ~np.isnan(mine) & raced, ~np.isnan(theirs) & raced
     both = reached & they
@@ -188,26 +183,17 @@ def scores_to_markdown(times: pd.DataFrame, rounds: pd.DataFrame) -> str:
         times: of :func:`against_all`.
         rounds: the runs, whose first rows are the base models' scores.
     """
-    plain = times[times["variant"] == ""]
+    plain = times[times["variant"] == ""].sort_values("model", key=in_order, kind="stable")
     first = rounds[(rounds["round"] == 0) & (rounds["variant"] == "")]
-    before: dict[Any, float] = first.groupby(["model", "task"])["metric"].mean().to_dict()
-    methods = methods_in_order(plain["method"])
+    before, methods = first.groupby(["model", "task"])["metric"].mean(), methods_in_order(plain["method"])
     rows = []
-    for name in models_in_order(plain["model"]):
-        for (model, task), part in plain.groupby(["model", "task"], sort=False):
-            if Path(str(model)).name == name:
-                by_method = [part[part["method"] == method] for method in methods]
-                metric, seeds = part["metric_name"].iloc[0], part["seed"].nunique()
-                cells = [
-                    f"`{name}`",
-                    f"`{task}`",
-                    METRICS.get(metric, metric),
-                    seeds,
-                    f"{before[model, task]:.3f}",
-                ]
-                for column, write in (("final_metric", "{:.3f}"), ("device_s_to_target", ""), ("round_s", "{:.0f}")):
-                    cells.append(" / ".join(_mean(runs[column], write) for runs in by_method))
-                rows.append(cells)
+    for (model, task), part in plain.groupby(["model", "task"], sort=False):
+        metric, seeds = part["metric_name"].iloc[0], part["seed"].nunique()
+        cells = [f"`{Path(str(model)).name}`", f"`{task}`", METRICS.get(metric, metric), seeds]
+        cells.append(f"{before[model, task]:.3f}")
+        for column, write in (("final_metric", "{:.3f}"), ("device_s_to_target", ""), ("round_s", "{:.0f}")):
+            cells.append(" / ".join(_mean(part.loc[part["method"] == name, column], write) for name in methods))
+        rows.append(cells)
     listed = " / ".join(map(title, methods))
     header = [f"{listed} on", "", "metric", "seeds", "before", "final score", "device s to the target"]
     return markdown_table([*header, "device s a round"], rows)

@@ -36,5 +36,5 @@ def geometric(ratios: Iterable[float]) -> tuple[float, float, float]:
     found = np.asarray(list(ratios), dtype=float)
     if (found == 0).any():
         return 0.0, 0.0, float(np.nanmax(found))
-    mean, low, high = interval(np.log(found[found > 0]))
-    return float(np.exp(mean)), float(np.exp(low)), float(np.exp(high))
+    mean, low, high = np.exp(interval(np.log(found[found > 0])))
+    return float(mean), float(low), float(high)

@@ -1,8 +1,7 @@
 """Time to target: when a run reaches a share of the reference's final score. Computed here and nowhere else.
 
 The target of a model, task and seed is a share of the reference's final score with that seed, the same for every method
-(the paper's own targets are absolute and belong to other models). So seeds are pairs: a seed that is hard is hard for
-both. Figures, claims, notebooks, the dashboard and ``fluxlib compare`` all read one table, of :func:`times_to_target`
+(the paper's own targets are absolute and belong to other models). Everybody reads one table, of :func:`times_to_target`
 or, for a target that is given, of :func:`reach`:
 
 ======================  ===============================================================================================
@@ -52,8 +51,6 @@ def crossing(times: Sequence[float], scores: Sequence[float], target: float) -> 
     Raises:
         ValueError: different lengths, or times that go backwards.
     """
-    if len(times) != len(scores):
-        raise ValueError(f"times has {len(times)} values and scores {len(scores)}; they belong together")
     points = [(float(time), float(score)) for time, score in zip(times, scores, strict=True) if score == score]
     if any(later < earlier for (earlier, _), (later, _) in zip(points, points[1:], strict=False)):
         raise ValueError("times must not go backwards")
@@ -79,11 +76,7 @@ def final_scores(rounds: pd.DataFrame, final_rounds: int = FINAL_ROUNDS) -> pd.S
 
 
 def reach(rounds: pd.DataFrame, target: float, final_rounds: int = FINAL_ROUNDS) -> pd.DataFrame:
-    """Time to a given ``target`` of every run of ``rounds``, runs in the order in which they come.
-
-    Returns:
-        the columns above up to ``<clock>_at_least``.
-    """
+    """Time to a given ``target`` of every run of ``rounds``: the columns above up to ``<clock>_at_least``."""
     import pandas as pd
 
     return pd.DataFrame([_run(run, target, final_rounds) for _, run in rounds.groupby("run_id", sort=False)])
@@ -91,18 +84,14 @@ def reach(rounds: pd.DataFrame, target: float, final_rounds: int = FINAL_ROUNDS)
 
 def _run(run: pd.DataFrame, target: float, final_rounds: int, keep: Sequence[str] = ()) -> dict[str, Any]:
     run = run.sort_values("round", kind="stable")
-    table = {name: run[name].tolist() for name in (*CLOCKS, "metric", "round_device_s")}
-    scores = [score for score in table["metric"] if score == score]
-    trained = [seconds for number, seconds in zip(table["round"], table["round_device_s"], strict=True) if number > 0]
-    times = {clock: crossing(table[clock], table["metric"], target) for clock in CLOCKS}
-    first = run.iloc[0]
-    row = {name: first[name] for name in dict.fromkeys((*IDENTITY, *keep)) if name in first}
-    row |= {"rounds": max(table["round"]), "final_metric": final_score(scores, final_rounds)}
-    row |= {"best_metric": max(scores, default=math.nan), "end_s": max(table["device_s"])}
-    row |= {"round_s": float(np.mean(trained)) if trained else math.nan, "target": target}
-    row |= {f"{clock}_to_target": time for clock, time in times.items()}
-    for clock, time in times.items():
-        row[f"{clock}_at_least"] = max(table[clock]) if time != time else time
+    row = {name: run[name].iloc[0] for name in dict.fromkeys((*IDENTITY, *keep)) if name in run}
+    row |= {"rounds": run["round"].max(), "final_metric": final_score(run["metric"].tolist(), final_rounds)}
+    row |= {"best_metric": run["metric"].max(), "end_s": run["device_s"].max()}
+    row |= {"round_s": run.loc[run["round"] > 0, "round_device_s"].mean(), "target": target}
+    row |= {f"{clock}_to_target": crossing(run[clock].tolist(), run["metric"].tolist(), target) for clock in CLOCKS}
+    for clock in CLOCKS:
+        time = row[f"{clock}_to_target"]
+        row[f"{clock}_at_least"] = run[clock].max() if time != time else time
     return row
 
 
@@ -135,35 +124,25 @@ def times_to_target(
         if reference not in set(runs[by]):
             have = ", ".join(dict.fromkeys(runs[by]))
             raise ValueError(f"reference {reference!r} has no run for {model} and {task}; there are {have}")
-    rows: list[dict[str, Any]] = []
+    tables = []
     for _, runs in rounds.groupby(list(pairs), sort=False):
         best = float(final_scores(runs[runs[by] == reference], final_rounds).mean())
         if best == best:  # the reference has a run, and it was scored
             every = runs.groupby("run_id", sort=False)
-            rows += _beside([_run(run, fraction * best, final_rounds, (by, *pairs)) for _, run in every], reference, by)
-    return pd.DataFrame(rows).assign(target_fraction=fraction)
-
-
-def _beside(rows: list[dict[str, Any]], reference: str, by: str) -> list[dict[str, Any]]:
-    """The runs of one pair with ``final_frac`` and ``speedup_<clock>``."""
-    theirs = [row for row in rows if row[by] == reference]
-    best = float(np.mean([row["final_metric"] for row in theirs]))
-    base = {clock: float(np.mean([row[f"{clock}_to_target"] for row in theirs])) for clock in CLOCKS}
-    for row in rows:
-        row["final_frac"] = row["final_metric"] / best if best else math.nan
-        for clock in CLOCKS:
-            own = row[f"{clock}_to_target"]
-            row[f"speedup_{clock}"] = base[clock] / own if own > 0 else math.nan
-    return rows
+            table = pd.DataFrame([_run(run, fraction * best, final_rounds, (by, *pairs)) for _, run in every])
+            theirs = table[table[by] == reference]
+            table["final_frac"] = table["final_metric"] / (best or math.nan)
+            for clock in CLOCKS:
+                own = table[f"{clock}_to_target"]
+                table[f"speedup_{clock}"] = theirs[f"{clock}_to_target"].mean(skipna=False) / own.where(own > 0)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True).assign(target_fraction=fraction) if tables else pd.DataFrame()
 
 
 def without_reference(rounds: pd.DataFrame, reference: str = "fmd") -> list[str]:
     """Run ids of the runs that have no partner: the reference was not run on their model and task with their seed."""
-    import pandas as pd
-
-    pairs = pd.MultiIndex.from_frame(rounds[list(PAIR)])
-    alone = ~pairs.isin(pairs[rounds["method"] == reference])
-    return sorted(rounds.loc[alone, "run_id"].unique())
+    partnered = (rounds["method"] == reference).groupby([rounds[name] for name in PAIR]).transform("any")
+    return sorted(rounds.loc[~partnered, "run_id"].unique())
 
 
 def option_table(rounds: pd.DataFrame, options: Sequence[str], **target: Any) -> pd.DataFrame:

@@ -35,6 +35,13 @@ def models_in_order(models: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
+def in_order(values: pd.Series) -> pd.Series:
+    """A key of ``sort_values`` that puts models in :func:`models_in_order`, and leaves other columns as they are."""
+    if values.name != "model":
+        return values
+    return values.map(lambda model: models_in_order(values).index(Path(model).name))
+
+
 def percent(value: float, digits: int = 0) -> str:
     """``95 %``."""
     return f"{100 * value:.{digits}f} %"
@@ -72,11 +79,6 @@ def clock_shapes(rounds: pd.DataFrame) -> str:
 def sentence(parts: Iterable[str]) -> str:
     """What there is to say, one thing after another."""
     return "; ".join(part for part in parts if part)
-
-
-def bullets(lines: Iterable[str]) -> str:
-    """A Markdown list."""
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
 import pytest
 
@@ -21,12 +19,6 @@ def run(method: str, scores: list[float], round_s: float, seed: int = 0, task: s
 FMD = run("fmd", [0.0, 0.6, 0.8, 0.8, 0.8], 10.0)
 FLUX = run("flux", [0.0, 0.4, 0.6, 0.6, 0.6], 2.0)
 LONG = run("flux", [0.0, 0.4, 0.6, 0.6, 0.6, *[0.8] * 20], 2.0)
-
-
-def test_a_score_at_a_moment_is_linear_between_scored_rounds():
-    assert runs.score_at([0, 10, 20], [0.0, math.nan, 0.8], 5.0) == pytest.approx(0.2)
-    assert runs.score_at([0, 10], [0.0, 0.4], 99.0) == 0.4
-    assert math.isnan(runs.score_at([5], [0.4], 1.0)) and math.isnan(runs.score_at([], [], 1.0))
 
 
 def test_equal_rounds_compare_final_scores_and_equal_seconds_the_end_of_the_shorter_run():

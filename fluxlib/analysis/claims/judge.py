@@ -16,12 +16,14 @@ and all or most must reach it. What is modelled has no seeds; one number is all 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
-from fluxlib.analysis.claims.base import Claim
 from fluxlib.analysis.statistics import geometric, interval
 from fluxlib.analysis.wording import sentence, shown, shown_interval
 
@@ -30,6 +32,51 @@ VERDICTS = (AGREES, DIRECTION, MISSING, DIFFERS)
 """From the best to the worst: what was found to differ outweighs what was not attempted."""
 MIN_SEEDS = 3
 """With fewer there is no t interval: what they show agrees in direction at most."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper, or of ours beyond it; the fields are explained in ``claims.yaml``."""
+
+    slug: str
+    claim: str
+    source: str
+    ours: Mapping[str, Any]
+    place: str = ""
+    paper: str = ""
+    size: float | None = None
+    better: str = "larger"
+    none: float | None = None
+    reach: float | None = None
+    unit: str = ""
+    notebook: str = ""
+    without: Mapping[str, Any] | None = None
+    beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    clock: str = ""
+    needs: str = ""
+    beyond: bool = False
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether seeds differ: not where all is modelled."""
+        return self.source != "modelled"
+
+    @property
+    def bar(self) -> str:
+        """The number to reach, in words."""
+        sign = "≤" if self.better == "smaller" else "≥"
+        return "" if self.reach is None else f"{sign} {shown(self.reach, self.unit)}"
+
+    def reached(self, value: float) -> bool | None:
+        """Whether ``value`` reaches :attr:`reach`; NaN does not. None: nothing is set."""
+        if self.reach is None:
+            return None
+        return bool(value <= self.reach if self.better == "smaller" else value >= self.reach)
+
+
+EVERY = tuple(Claim(**entry) for entry in yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text()))
+CLAIMS = tuple(claim for claim in EVERY if not claim.beyond)
+"""The paper's, in its order."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +95,7 @@ class Reading:
     tasks: tuple[str, ...] = ()
     clock: str = ""
     reached: bool | None = None
-    """Whether the number that this project set out to reach was reached; None: none is set, or not all was judged."""
+    """Whether :attr:`Claim.reach` was reached; None: none is set, or not all was judged."""
     reason: str = ""
 
 
@@ -64,8 +111,7 @@ def judge(
 
     Args:
         size: the paper's value.
-        none: no effect, one for all or one per value. None: 1 or 0, whichever is the largest below or at ``size``;
-            where smaller is better, ``size`` itself.
+        none: no effect, one for all or one per value; None: see :func:`no_effect`.
         ratio: average geometrically.
         seeded: whether values differ by seed; if not, one is enough.
     """
@@ -80,7 +126,7 @@ def judge(
 
 
 def no_effect(size: float, better: str = "larger") -> float:
-    """What would be no effect where a claim does not say it."""
+    """1 or 0, the largest below or at ``size``; where smaller is better, ``size`` itself."""
     return size if better == "smaller" else 1.0 if size >= 1 else 0.0
 
 
@@ -98,9 +144,8 @@ def weakest(verdicts: Iterable[str]) -> str:
 
 def few(seeds: int) -> str:
     """What is said of too few seeds; nothing where there are enough, or none."""
-    if not 0 < seeds < MIN_SEEDS:
-        return ""
-    return f"{seeds} seed{'s' * (seeds > 1)} of {MIN_SEEDS} needed, so in direction at most"
+    told = f"{seeds} seed{'s' * (seeds > 1)} of {MIN_SEEDS} needed, so in direction at most"
+    return told if 0 < seeds < MIN_SEEDS else ""
 
 
 def read_size(
@@ -111,12 +156,7 @@ def read_size(
     why: str = "",
     none: np.ndarray | None = None,
 ) -> Reading:
-    """A number per seed held against the claim's size.
-
-    Args:
-        why: told as it is, whatever the verdict.
-        none: no effect of each seed; None: the claim's.
-    """
+    """A number per seed held against the claim's size; ``why`` is told whatever the verdict, ``none`` as in judge."""
     assert claim.size is not None
     values, ratio = np.asarray(values, dtype=float), claim.unit == "x"
     without = claim.none if none is None else none

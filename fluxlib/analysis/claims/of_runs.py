@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fluxlib.analysis.claims.base import Claim, Tables, of_model
 from fluxlib.analysis.claims.judge import (
     AGREES,
     DIFFERS,
     DIRECTION,
     MIN_SEEDS,
     MISSING,
+    Claim,
     Reading,
     few,
     judge,
@@ -22,6 +23,7 @@ from fluxlib.analysis.claims.judge import (
     verdict,
     weakest,
 )
+from fluxlib.analysis.claims.tables import Tables, of_model
 from fluxlib.analysis.runs import EQUAL_SECONDS, WHOLE, breakdown, quality_over_seeds
 from fluxlib.analysis.speedups import OURS, REFERENCE, against_all, describe, speed_ups
 from fluxlib.analysis.wording import clock_shapes, percent, sentence, shown, shown_interval
@@ -31,7 +33,7 @@ PARTICIPANTS = (10, 20, 30)
 """Numbers of participants in the paper."""
 
 
-def up_to(claim: Claim, tables: Tables) -> list[Reading]:
+def up_to(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """The paper's "up to": the best task of a model, of those on which FLUX leads in every seed.
 
     ``agrees`` where this task's mean is the paper's or more. A seed in which either never arrives disqualifies a task,
@@ -39,7 +41,6 @@ def up_to(claim: Claim, tables: Tables) -> list[Reading]:
     number of tasks is told, and fewer seeds than on another task.
     """
     assert claim.size is not None
-    found = []
     for name, rounds, rows in _compared(tables, REFERENCE):
         every = (rows["compared"] > 0) & (rows["num_both"] == rows["compared"]) & (rows["ahead"] == rows["compared"])
         # Enough seeds before a large number: one lucky seed must not stand for a model.
@@ -53,23 +54,20 @@ def up_to(claim: Claim, tables: Tables) -> list[Reading]:
         parts += ["in every seed, but the interval includes 1×" if low <= 1 else ""]
         parts += ["the interval includes less than the paper's" if judged == AGREES and low < claim.size else ""]
         parts += [_why_not_faster(best, tables, rounds) if judged != AGREES else ""]
-        found.append(Reading(
+        yield Reading(
             name, judged, f"{describe(best)} on `{best['task']}`, the best of {len(rows)}", value, low, high,
             seeds=int(best["seeds"]), tasks=tuple(rows["task"]), clock=_clock(rounds), reached=claim.reached(value),
             reason=sentence(parts),
-        ))  # fmt: skip
-    return found
+        )  # fmt: skip
 
 
-def _compared(tables: Tables, baseline: str) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
+def _compared(tables: Tables, baseline: str) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
     """Model by model: its name, its plain runs, and FLUX's speed-ups over ``baseline`` in them, one row per task."""
-    found = []
     for name, rounds in tables.plain():
         times = tables.times[tables.times["variant"] == ""]  # what goes beyond the paper is no evidence for its claims
         rows = speed_ups(of_model(times, name))
         if len(rows) and baseline in set(rows["baseline"]):
-            found.append((name, rounds, rows[rows["baseline"] == baseline].reset_index(drop=True)))
-    return found
+            yield name, rounds, rows[rows["baseline"] == baseline].reset_index(drop=True)
 
 
 def _clock(rounds: pd.DataFrame) -> str:
@@ -92,14 +90,13 @@ def _why_not_faster(best: pd.Series, tables: Tables, rounds: pd.DataFrame) -> st
     return sentence(parts)
 
 
-def ahead_of(claim: Claim, tables: Tables) -> list[Reading]:
+def ahead_of(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """Sooner than a baseline on every task: every task by the rule; the weakest decides.
 
     Where the baseline never arrives, its whole run stands for its time. A seed is left open where neither arrives, or
     the baseline's run was over before FLUX arrived: then the claim is agreed with in direction at most, and not at all
     if no more than half of the seeds are decided. Where both begin at the target nothing is compared.
     """
-    found = []
     for name, rounds, rows in _compared(tables, claim.ours["baseline"]):
         decided = rows[rows["ahead"] + rows["behind"] > 0]
         ahead, behind = int(rows["ahead"].sum()), int(rows["behind"].sum())
@@ -118,13 +115,12 @@ def ahead_of(claim: Claim, tables: Tables) -> list[Reading]:
         parts += [f"nothing to compare on {', '.join(none)}" if none else ""]
         parts += [f"{still} of {ahead + behind + still} left open" if still else ""]
         least = float(decided["at_least"].min(skipna=False)) if len(decided) and not still else np.nan
-        found.append(Reading(
+        yield Reading(
             name, overall, "; ".join(f"`{row['task']}` {describe(row)}" for row in rows.to_dict("records")),
             float(rows["at_least"].min(skipna=False)) if not behind else np.nan, seeds=int(rows["seeds"].max()),
             fewest=int(rows["seeds"].min()), tasks=tuple(rows["task"]), clock=_clock(rounds),
             reached=claim.reached(least), reason=sentence(parts),
-        ))  # fmt: skip
-    return found
+        )  # fmt: skip
 
 
 def _task_verdict(row: Any) -> str:
@@ -134,12 +130,11 @@ def _task_verdict(row: Any) -> str:
     return verdict(decided, every, row["at_least_low"] > 1, row["compared"])
 
 
-def participants(claim: Claim, tables: Tables) -> list[Reading]:
+def participants(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """Variants ``participants-<N>``, each number of participants by the rule; the weakest decides.
 
     ``agrees`` needs 10, 20 and 30 participants; with two or more numbers, but not these, it is in direction at most.
     """
-    found = []
     for name, _ in tables.plain():
         runs = of_model(tables.rounds, name)  # type: ignore[arg-type]
         runs = runs[runs["variant"].str.fullmatch(r"participants-\d+")]
@@ -153,16 +148,15 @@ def participants(claim: Claim, tables: Tables) -> list[Reading]:
             parts = [few(min(row["compared"] for row in rows)), "not at every number" if judged == DIFFERS else ""]
             parts += [f"at {', '.join(map(str, counts))} participants" if not all_three else ""]
             seeds = [row["seeds"] for row in rows]
-            found.append(Reading(
+            yield Reading(
                 name, DIRECTION if judged == AGREES and not all_three else judged,
                 "; ".join(f"{row['count']}: {describe(row)}" for row in rows),
                 float(min(row["speedup"] for row in rows)), seeds=max(seeds), fewest=min(seeds),
                 tasks=tuple(runs["task"].unique()), clock=_clock(runs), reason=sentence(parts),
-            ))  # fmt: skip
-    return found
+            )  # fmt: skip
 
 
-def final_quality(claim: Claim, tables: Tables) -> list[Reading]:
+def final_quality(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """The score as a share of FMD's, every task by the rule, seed by seed; the weakest task decides.
 
     No effect would be 0.95 or less, the share that time to accuracy asks for. A comparison at equal seconds that ends
@@ -170,7 +164,7 @@ def final_quality(claim: Claim, tables: Tables) -> list[Reading]:
     is agreed with in direction at most, alone it counts as not attempted.
     """
     assert claim.size is not None
-    compared, found = claim.ours["compared"], []
+    compared = claim.ours["compared"]
     for name, rounds in tables.plain():
         table = tables.quality
         rows = of_model(table[(table["method"] == OURS) & (table["compared"] == compared)], name)
@@ -192,20 +186,18 @@ def final_quality(claim: Claim, tables: Tables) -> list[Reading]:
         parts = [few(fewest) if judged else "", f"mean over tasks {shown(means['ratio'].mean(), '%')}"]
         parts += [f"least on `{least.name}`" if overall != AGREES and judged else ""]
         parts += [f"FLUX's run ended too early for a final score on {', '.join(early)}" if early else ""]
-        found.append(Reading(
+        yield Reading(
             name, overall, "; ".join(told), least["ratio"], least["low"], least["high"], int(means["seeds"].max()),
             fewest, tuple(means.index), _clock(rounds) if compared == EQUAL_SECONDS else "",
             None if early and reached else reached, sentence(parts),  # not every task was seen to the end
-        ))  # fmt: skip
-    return found
+        )  # fmt: skip
 
 
-def oscillation(claim: Claim, tables: Tables) -> list[Reading]:
+def oscillation(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """How far FMQ's score falls between scored rounds, all falls added up, over the same of FMD.
 
     Seed by seed, over the tasks and scored rounds that both have; a seed in which FMD never falls has no ratio.
     """
-    found = []
     for name, rounds in tables.plain():
         runs = rounds[rounds["method"].isin(["fmq", REFERENCE])].dropna(subset=["metric"])
         wide = runs.pivot_table(index=["seed", "task", "round"], columns="method", values="metric").dropna()
@@ -216,16 +208,14 @@ def oscillation(claim: Claim, tables: Tables) -> list[Reading]:
         if len(ratio):
             still = len(falls) - len(ratio)
             why = f"FMD never falls in {still} of {len(falls)} seeds, left out" if still else ""
-            found.append(read_size(claim, name, ratio, wide.index.unique("task"), why))
-    return found
+            yield read_size(claim, name, ratio, wide.index.unique("task"), why)
 
 
-def own_share(claim: Claim, tables: Tables) -> list[Reading]:
+def own_share(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """FLUX's own phases (merge, quantize, profile, probe) as a share of a round on the device clock, in its plain runs.
 
     A profile that runs beside the upload counts as well, although nobody waits for it.
     """
-    found = []
     for name, rounds in tables.plain():
         ours = rounds[(rounds["method"] == OURS) & (rounds["round"] > 0)]
         if ours.empty or tables.participants is None:
@@ -237,18 +227,16 @@ def own_share(claim: Claim, tables: Tables) -> list[Reading]:
         table = pd.DataFrame(shares)
         means = table.mean(axis=1)
         why = f"of it {means.idxmax()} {shown(float(means.max()), '%')}"
-        reading = read_size(claim, name, table.sum(), tuple(ours["task"].unique()), why)
-        found.append(replace(reading, clock=_clock(ours)))
-    return found
+        yield replace(read_size(claim, name, table.sum(), ours["task"].unique(), why), clock=_clock(ours))
 
 
-def absolute_targets(claim: Claim, tables: Tables) -> list[Reading]:
+def absolute_targets(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """The paper's own targets, on its own data sets only.
 
     ``agrees``: FLUX's score reaches every target with every seed, of at least
     :data:`~fluxlib.analysis.claims.judge.MIN_SEEDS`. ``does not``: anything else.
     """
-    targets, found = claim.ours["targets"], []
+    targets = claim.ours["targets"]
     for name, rounds in tables.plain():
         rows = rounds[(rounds["method"] == OURS) & rounds["task"].isin(targets)]
         best = rows.groupby(["task", "seed"])["metric"].max().groupby("task").min()
@@ -256,9 +244,8 @@ def absolute_targets(claim: Claim, tables: Tables) -> list[Reading]:
             hits = [score >= targets[task] for task, score in best.items()]
             enough = int(rows.groupby("task")["seed"].nunique().min()) >= MIN_SEEDS
             agrees = all(hits) and len(hits) == len(targets) and enough
-            found.append(Reading(
+            yield Reading(
                 name, AGREES if agrees else DIFFERS, ", ".join(f"`{task}` {score:.3f}" for task, score in best.items()),
                 seeds=int(rows["seed"].nunique()), tasks=tuple(best.index),
                 reason="" if agrees else f"{sum(hits)} of {len(targets)} targets",
-            ))  # fmt: skip
-    return found
+            )  # fmt: skip

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fluxlib.analysis.claims.base import Claim, Tables
-from fluxlib.analysis.claims.judge import AGREES, DIFFERS, DIRECTION, Reading, judge, read_size, weakest
-from fluxlib.analysis.claims.values import by_layer, tasks_of, values
+from fluxlib.analysis.claims.judge import AGREES, DIFFERS, DIRECTION, Claim, Reading, judge, read_size, weakest
+from fluxlib.analysis.claims.tables import Tables, tasks_of, values
 from fluxlib.analysis.statistics import geometric, interval
 from fluxlib.analysis.wording import sentence, shown, shown_interval
 from fluxlib.devices import catalogue
@@ -18,9 +17,8 @@ from fluxlib.devices import catalogue
 GIB = 2**30
 
 
-def study(claim: Claim, tables: Tables) -> list[Reading]:
+def study(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """A number per seed of one study, held against the claim's size."""
-    found = []
     for model, table in tables.measurements.get(claim.notebook, {}).items():
         numbers, none = values(table, claim.ours), None
         known = values(table, claim.without) if claim.without else pd.Series(dtype=float)
@@ -29,8 +27,7 @@ def study(claim: Claim, tables: Tables) -> list[Reading]:
             numbers, none = numbers.loc[both], known.loc[both].to_numpy()
         if len(numbers) and np.isfinite(numbers).all():
             beside = sentence(_told(claim, table, text, spec) for text, spec in claim.beside.items())
-            found.append(read_size(claim, model, numbers, tasks_of(table), beside, none))
-    return found
+            yield read_size(claim, model, numbers, tasks_of(table), beside, none)
 
 
 def _told(claim: Claim, table: pd.DataFrame, text: str, spec: Mapping[str, Any]) -> str:
@@ -40,31 +37,30 @@ def _told(claim: Claim, table: pd.DataFrame, text: str, spec: Mapping[str, Any])
     return f"{text}: {shown(mean, claim.unit)}" if len(found) else ""
 
 
-def unevenness(claim: Claim, tables: Tables) -> list[Reading]:
+def unevenness(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """The busiest expert of the first layer, of the last, and the rarest of the first.
 
     The size is reached where, with every seed, the first layer has an expert above 30 % and one below 5 %, and the
     last layer's busiest has no more than twice an even share. The direction is that the first layer's busiest is busier
     than the last layer's.
     """
-    found = []
     for model, table in tables.measurements.get(claim.notebook, {}).items():
-        top, low = (by_layer(table, "activation", reduce) for reduce in ("max", "min"))
-        first, last, rarest = top.iloc[:, 0], top.iloc[:, -1], low.iloc[:, 0]
+        per_task = table[table["study"] == "activation"].groupby(["seed", "layer", "task"])["value"].agg(["max", "min"])
+        ends = per_task.groupby(["seed", "layer"]).mean().unstack("layer")
+        first, last, rarest = ends["max"].iloc[:, 0], ends["max"].iloc[:, -1], ends["min"].iloc[:, 0]
         even = 1 / table["expert"].nunique()
         size = bool((first > 0.30).all() and (rarest < 0.05).all() and (last <= 2 * even).all())
         verdict = judge(first / last, 1.0, ratio=True)
         told = f"{shown(first.mean(), '%')} and {shown(rarest.mean(), '%')}; last layer {shown(last.mean(), '%')}"
         ratio = shown_interval(*geometric(first / last), "x")
-        found.append(Reading(
+        yield Reading(
             model, DIRECTION if verdict == AGREES and not size else verdict, told, seeds=len(first),
             tasks=tasks_of(table), reason=f"first layer's busiest over last layer's: {ratio}; an even share: "
             f"{shown(even, '%')}",
-        ))  # fmt: skip
-    return found
+        )  # fmt: skip
 
 
-def attended(claim: Claim, tables: Tables) -> list[Reading]:
+def attended(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """Whether being rare and much attended is a property of an expert, and not the noise of few tokens.
 
     Rare: below its layer's median activation; attended: above the median attention of the layer's experts that have
@@ -73,7 +69,6 @@ def attended(claim: Claim, tables: Tables) -> list[Reading]:
     In direction at most: each seed is held against all others, so an interval that takes the values for independent is
     too narrow.
     """
-    found = []
     for model, table in tables.measurements.get(claim.notebook, {}).items():
         below, rare, both = _marks(table)
         again, usual = [], []
@@ -86,14 +81,13 @@ def attended(claim: Claim, tables: Tables) -> list[Reading]:
             gains = np.array(again) - np.array(usual)
             verdict, gained = judge(gains, 0.0), interval(gains)
             share = interval(both.sum() / below.sum())
-            found.append(Reading(
+            yield Reading(
                 model, DIRECTION if verdict == AGREES else verdict, shown_interval(*share, "%"), *gained, len(gains),
                 tasks=tasks_of(table),
                 reason=f"of those that were with the other seeds, {shown(float(np.mean(again)), '%')} are again: "
                 f"{shown_interval(*gained, '%')} above the share of rare ones that have tokens; seeds are held against "
                 "each other, not independent: in direction at most",
-            ))  # fmt: skip
-    return found
+            )  # fmt: skip
 
 
 def _marks(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -113,12 +107,11 @@ def _marks(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFram
     return first, second, third
 
 
-def clustering(claim: Claim, tables: Tables) -> list[Reading]:
+def clustering(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """Seconds of clustering layer by layer over those of clustering all layers at once, for each shape of experts.
 
     Per seed the geometric mean over models, of the seeds that all have.
     """
-    found = []
     for shape in ("32 x 16 experts", "27 x 64 experts"):
         layer, fused = (f"{shape}, {kind}" for kind in ("per layer", "fused"))
         speeds = {"study": "clustering_seconds", "setting": layer, "over": fused, "reduce": "median"}
@@ -127,8 +120,7 @@ def clustering(claim: Claim, tables: Tables) -> list[Reading]:
         speed, inertia = (_over_models([values(table, spec) for table in every]) for spec in (speeds, inertias))
         if len(speed):
             why = f"inertia {shown(geometric(inertia)[0])} of the reference's"
-            found.append(read_size(claim, shape, speed, (), why))
-    return found
+            yield read_size(claim, shape, speed, (), why)
 
 
 def _over_models(ratios: list[pd.Series]) -> np.ndarray:
@@ -137,13 +129,13 @@ def _over_models(ratios: list[pd.Series]) -> np.ndarray:
     return np.exp(np.log(pd.concat(ratios, axis=1, join="inner")).mean(axis=1)).to_numpy() if ratios else np.array([])
 
 
-def soonest(claim: Claim, tables: Tables) -> list[Reading]:
+def soonest(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """Device seconds to the target in each other setting of a group of runs, over those in the group's first one.
 
     Against each by the rule, seed by seed; the weakest decides. A run that missed the target counts with its whole
     time.
     """
-    found, group = [], claim.ours["group"]
+    group = claim.ours["group"]
     for model, table in tables.measurements.get(claim.notebook, {}).items():
         times = table.loc[table["study"] == f"{group}_device_s_at_least", "setting"].unique()
         first = times[0] if len(times) else ""
@@ -154,23 +146,21 @@ def soonest(claim: Claim, tables: Tables) -> list[Reading]:
             means = {other: geometric(ratio) for other, ratio in ratios.items()}
             worst = min(means, key=lambda other: means[other][0])
             rounds = values(table, {"study": f"{group}_round_at_least", "setting": worst, "over": first})
-            found.append(Reading(
+            yield Reading(
                 model, weakest(judge(ratio, 1.0, ratio=True) for ratio in ratios.values()),
                 "; ".join(f"against {other}: {shown_interval(*mean, 'x')}" for other, mean in means.items()),
                 *means[worst], seeds=len(ratios[worst]), tasks=tasks_of(table), clock=claim.clock,
                 reason=f"in rounds, against {worst}: {shown(geometric(rounds)[0], 'x')}",
-            ))  # fmt: skip
-    return found
+            )  # fmt: skip
 
 
-def memory(claim: Claim, tables: Tables) -> list[Reading]:
+def memory(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """Predicted peak of a training step of each method at the public model's shapes, nothing offloaded.
 
     ``agrees``: FLUX's fits the paper's 48 GB device and FMD's does not. ``does not``: anything else; that fewer tuned
     experts need less memory cannot come out otherwise, so a smaller step alone is no direction.
     """
     device = catalogue.fleet("l20", 1)[0].memory_bytes
-    found = []
     for model, table in tables.measurements.get(claim.notebook, {}).items():
         peaks = table[table["study"] == "real_peak"].groupby("setting", sort=False)["value"].mean()
         if {"flux", "fmd"} <= set(peaks.index):
@@ -179,15 +169,7 @@ def memory(claim: Claim, tables: Tables) -> list[Reading]:
             less = f", FLUX fits with {budget.iloc[0]:.0f} experts tuned" if len(budget) else ""
             told = ", ".join(f"{str(name).upper()} {value / GIB:.0f}" for name, value in peaks.items()) + " GiB"
             why = f"with a quarter of the experts tuned; the device has {device / GIB:.0f} GiB{less}"
-            found.append(Reading(
+            yield Reading(
                 model, AGREES if fits else DIFFERS, told, peaks["flux"] / peaks["fmd"],
                 clock="memory planner, real shapes", reason="" if fits else why,
-            ))  # fmt: skip
-    return found
-
-
-def clock_check(table: pd.DataFrame) -> dict[str, float]:
-    """Measured over predicted seconds of each block (notebook 06): how far the device clock is from this machine."""
-    means = table[table["study"] == "clock_check"].groupby("setting", sort=False)["value"].mean()
-    blocks = dict.fromkeys(setting.split(", ")[0] for setting in means.index)
-    return {block: round(float(means[f"{block}, measured"] / means[f"{block}, predicted"]), 2) for block in blocks}
+            )  # fmt: skip

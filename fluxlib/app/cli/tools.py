@@ -204,7 +204,7 @@ def claims(
     from fluxlib.analysis import claims as judged
 
     try:
-        table = judged.claims(folder)
+        table = judged.claims(judged.load(folder))
     except (records.TableError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     print(table.to_json(orient="records") if as_json else judged.to_markdown(table))

@@ -1,0 +1,109 @@
+"""The tables that tell on the claims, and numbers per seed from them, as ``claims.yaml`` names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fluxlib import records
+from fluxlib.analysis import store
+from fluxlib.analysis.runs import final_quality
+from fluxlib.analysis.speedups import REFERENCE, against_all, longest
+from fluxlib.analysis.wording import models_in_order
+
+JOINS = {
+    "over": lambda one, other: one / other,
+    "below": lambda one, other: 1 - one / other,
+    "above": lambda one, other: one / other - 1,
+    "minus": lambda one, other: one - other,
+}
+"""How a setting is held against another: a factor, how far below or above as a share of it, a difference."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that a profile left; None or empty where nothing is."""
+
+    rounds: pd.DataFrame | None = None
+    participants: pd.DataFrame | None = None
+    measurements: dict[str, dict[str, pd.DataFrame]] = field(default_factory=dict)
+    """By notebook, e.g. ``01_profiling``, and model."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Runs that did not finish, by run id, and why: they are no evidence and in none of the tables."""
+
+    @cached_property
+    def times(self) -> pd.DataFrame:
+        """:func:`fluxlib.analysis.speedups.against_all` of plain and improved runs, the longest of each."""
+        return against_all(longest(self.rounds))
+
+    @cached_property
+    def quality(self) -> pd.DataFrame:
+        """:func:`fluxlib.analysis.runs.final_quality` of the plain runs, and of longer ones."""
+        assert self.rounds is not None
+        return final_quality(self.rounds[self.rounds["variant"] == ""], longest(self.rounds, [""]), REFERENCE)
+
+    def plain(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """Model by model: its name, and the ``rounds`` of its unchanged runs."""
+        if self.rounds is not None:
+            rows = self.rounds[self.rounds["variant"] == ""]
+            for name in models_in_order(rows["model"]):
+                yield name, of_model(rows, name)
+
+
+def of_model(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows of one model, given by its last name."""
+    return table[[Path(model).name == name for model in table["model"]]]
+
+
+def load(results: Path) -> Tables:
+    """Read what is there of one profile's results, such as ``data/results/full``; what is not is left empty.
+
+    Raises:
+        TableError: a table that does not fit its schema, by name.
+    """
+    rounds, participants = (store.finished(Path(results), table) for table in ("rounds", "participants"))
+    found: dict[str, dict[str, pd.DataFrame]] = {}
+    for path in (Path(results) / "measurements").glob("*.parquet"):
+        stem, _, model = path.stem.partition("-")
+        found.setdefault(stem, {})[model] = records.read("measurements", path)
+    ordered = {stem: {name: found[stem][name] for name in models_in_order(found[stem])} for stem in sorted(found)}
+    return Tables(rounds, participants, ordered, records.unfinished(results))
+
+
+def values(table: pd.DataFrame, spec: Mapping[str, Any]) -> pd.Series:
+    """One value per seed: the mean per task, then over tasks; empty where the table lacks what it needs.
+
+    Two settings meet by seed and task, of the seeds and tasks that both have.
+
+    Args:
+        spec: ``study``, and if given ``setting``, ``x`` and ``layer``; ``reduce``, of a task's rows, in place of the
+            mean; one of :data:`JOINS` with the other setting, or the other ``x`` where that is ``first`` or ``last``.
+    """
+    rows = table[table["study"] == spec["study"]]
+    if spec.get("layer") == "last":
+        rows = rows[rows["layer"] == rows["layer"].max()]
+    ends = {"first": rows["x"].min(), "last": rows["x"].max()}
+    join = next((name for name in JOINS if name in spec), None)
+
+    def cells(setting: str | None, x: Any) -> pd.Series:
+        kept = rows if setting is None else rows[rows["setting"] == setting]
+        kept = kept if x is None else kept[kept["x"] == ends.get(x, x)]
+        return kept.groupby(["seed", "task"])["value"].agg(spec.get("reduce", "mean"))
+
+    one, setting = cells(spec.get("setting"), spec.get("x")), spec.get("setting")
+    if join is None:
+        return one.groupby("seed").mean()
+    other = cells(setting, spec[join]) if spec[join] in ends else cells(spec[join], spec.get("x"))
+    other = other[:0] if spec[join] in ends and ends["first"] == ends["last"] else other
+    both = one.index.intersection(other.index)
+    return JOINS[join](*(part.loc[both].groupby("seed").mean().astype(float) for part in (one, other)))
+
+
+def tasks_of(table: pd.DataFrame) -> tuple[str, ...]:
+    """Tasks of a table, in its order."""
+    return tuple(task for task in table["task"].unique() if task)
