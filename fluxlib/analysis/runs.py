@@ -19,6 +19,8 @@ from fluxlib.records import PHASES
 EQUAL_ROUNDS, EQUAL_SECONDS = "equal rounds", "equal seconds"
 WHOLE = 0.9
 """Share of the reference's seconds from which on a comparison at equal seconds is one of final quality."""
+OWN_PHASES = ("merge", "quantize", "profile", "probe")
+"""Phases of :data:`fluxlib.records.PHASES` that only FLUX has."""
 SERIAL = tuple(phase for phase in PHASES if phase not in ("quantize", "profile"))
 """Phases that follow one another; a stale profile runs beside upload and server."""
 

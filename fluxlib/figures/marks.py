@@ -13,7 +13,6 @@ from matplotlib.patches import Patch
 
 from fluxlib.analysis.statistics import interval
 from fluxlib.figures import style
-from fluxlib.figures.picture import per_seed
 from fluxlib.figures.style import GREY, Style
 
 
@@ -22,32 +21,31 @@ def over_seeds(values: Iterable[float]) -> tuple[float, float]:
     return interval(values)[1:]
 
 
+def hues(by: str, looks: Mapping[Any, Style]) -> dict[str, Any]:
+    """Arguments that colour the levels of ``by`` in any of seaborn's functions."""
+    palette = {name: look.color for name, look in looks.items()}
+    return {"hue": by, "hue_order": list(looks), "palette": palette, "legend": False}
+
+
 def _shown(rows: pd.DataFrame, value: str, looks: Mapping[Any, Style], place: str, by: str) -> pd.DataFrame:
-    """One row per mark and seed, only of what has a look."""
-    return per_seed(rows[rows[by].isin(list(looks))], value, place, by)
+    """One row per mark and seed, only of what has a look: the mean of ``value`` over tasks and repeats."""
+    kept = rows[rows[by].isin(list(looks))]
+    return kept.groupby([*dict.fromkeys((place, by)), "seed"], sort=False)[value].mean().reset_index()
+
+
+def at_mean_times(rounds: pd.DataFrame, clock: str, by: str) -> pd.DataFrame:
+    """Scored ``rounds``, with the mean of ``clock`` over the seeds of that round and level of ``by``."""
+    scored = rounds.dropna(subset=["metric"])
+    return scored.assign(**{clock: scored.groupby([by, "round"])[clock].transform("mean")})
 
 
 def lines(ax: Any, rows: pd.DataFrame, x: str, y: str, by: str, looks: Mapping[Any, Style], **kwargs: Any) -> None:
-    """One line per level of ``by``: ``y`` over ``x``, mean over seeds with a band.
-
-    Args:
-        kwargs: of ``seaborn.lineplot``.
-    """
-    sns.lineplot(
-        _shown(rows, y, looks, x, by),
-        x=x,
-        y=y,
-        hue=by,
-        style=by,
-        hue_order=list(looks),
-        style_order=list(looks),
-        palette={name: look.color for name, look in looks.items()},
-        markers={name: look.marker for name, look in looks.items()},
-        dashes={name: look.dashes for name, look in looks.items()},
-        legend=False,
-        ax=ax,
-        **{"errorbar": over_seeds, "err_kws": {"alpha": 0.15, "linewidth": 0}, "markeredgewidth": 0} | kwargs,
-    )
+    """One line per level of ``by``: ``y`` over ``x``, mean over seeds with a band; ``kwargs`` of ``seaborn.lineplot``."""
+    look = hues(by, looks) | {"style": by, "style_order": list(looks), "errorbar": over_seeds, "markeredgewidth": 0}
+    look |= {"markers": {name: own.marker for name, own in looks.items()}}
+    look |= {"dashes": {name: own.dashes for name, own in looks.items()}}
+    look["err_kws"] = {"alpha": 0.15, "linewidth": 0}
+    sns.lineplot(_shown(rows, y, looks, x, by), x=x, y=y, ax=ax, **look | kwargs)
 
 
 def bars(
@@ -60,31 +58,20 @@ def bars(
     fmt: str = "",
     horizontal: bool = False,
 ) -> None:
-    """One bar per level of ``place`` (and of ``by``): mean over seeds with its interval, and the number beside it.
+    """One bar per level of ``place`` (and of ``by``): mean over seeds with its interval.
 
     Args:
         looks: of the levels of ``by``, or of ``place``.
-        fmt: of the numbers; empty: none.
+        fmt: of the numbers that are written beside bars; empty: none.
     """
     by = by or place
     table = _shown(rows, value, looks, place, by)
     if table[place].dtype.kind == "f":
         table = table.astype({place: int})
-    sns.barplot(
-        table,
-        **({"x": value, "y": place} if horizontal else {"x": place, "y": value}),
-        hue=by,
-        order=list(looks) if by == place else None,
-        hue_order=list(looks),
-        palette={name: look.color for name, look in looks.items()},
-        saturation=1,
-        edgecolor="white",
-        errorbar=over_seeds,
-        capsize=0.2,
-        err_kws={"linewidth": 1},
-        legend=False,
-        ax=ax,
-    )
+    look = hues(by, looks) | {"saturation": 1, "edgecolor": "white", "errorbar": over_seeds, "capsize": 0.2}
+    order = list(looks) if by == place else None
+    x, y = (value, place) if horizontal else (place, value)
+    sns.barplot(table, x=x, y=y, order=order, err_kws={"linewidth": 1}, ax=ax, **look)
     if by == place:
         titles = [look.title for look in looks.values()]
         (ax.set_yticks if horizontal else ax.set_xticks)(range(len(looks)), titles)
@@ -122,22 +109,10 @@ def stacked(
         titles = pd.Categorical([order[name].title for name in rows[place]], [look.title for look in order.values()])
         rows = rows.assign(**{place: titles}).sort_values(place, kind="stable").astype({place: str})
     looks = {name: look for name, look in looks.items() if name in set(rows[part])}
-    sns.histplot(
-        rows[rows[part].isin(list(looks))],
-        **{"y" if horizontal else "x": place},
-        hue=part,
-        hue_order=list(looks)[::-1],
-        weights=value,
-        multiple="stack",
-        discrete=True,
-        shrink=0.7,
-        palette={name: look.color for name, look in looks.items()},
-        alpha=1,
-        edgecolor="white",
-        linewidth=0.4,
-        legend=False,
-        ax=ax,
-    )
+    look = hues(part, looks) | {"hue_order": list(looks)[::-1], "multiple": "stack", "discrete": True, "shrink": 0.7}
+    edges = {"alpha": 1, "edgecolor": "white", "linewidth": 0.4}
+    where = {"y" if horizontal else "x": place}
+    sns.histplot(rows[rows[part].isin(list(looks))], **where, weights=value, ax=ax, **look, **edges)
     _finish_bars(ax, looks, horizontal)
     sums = rows.groupby(place, sort=False)[value].sum()
     for index, end in enumerate(sums if total else ()):
@@ -166,11 +141,7 @@ def missed(ax: Any, place: float, text: str) -> None:
 
 
 def heat(ax: Any, table: Any, label: str, **kwargs: Any) -> None:
-    """A heat map of ``table`` from 0 on, with a colour bar.
-
-    Args:
-        kwargs: of ``seaborn.heatmap``.
-    """
+    """A heat map of ``table`` from 0 on, with a colour bar; ``kwargs`` of ``seaborn.heatmap``."""
     sns.heatmap(table, ax=ax, **{"cmap": style.SEQUENTIAL, "vmin": 0, "cbar_kws": {"label": label}} | kwargs)
     ax.grid(visible=False)
     ax.tick_params(rotation=0)
@@ -183,16 +154,12 @@ def reference(ax: Any, value: float, text: str = "", vertical: bool = False) -> 
         ax.text(0.99, value, text, transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=7, color=GREY)
 
 
-def legend(where: Any, looks: Iterable[Style], filled: bool = False, **kwargs: Any) -> None:
-    """A legend of a figure or of axes: lines with markers, or ``filled`` patches.
-
-    Args:
-        kwargs: of matplotlib's ``legend``.
-    """
+def legend(where: Any, looks: Mapping[Any, Style], filled: bool = False, **kwargs: Any) -> None:
+    """A legend of a figure or of axes: lines with markers, or ``filled`` patches; ``kwargs`` of matplotlib's."""
     handles: list[Any] = [
         Patch(facecolor=look.color, hatch=look.hatch, edgecolor="white", label=look.title)
         if filled
         else Line2D([], [], color=look.color, marker=look.marker, ls=(0, look.dashes or None), label=look.title)
-        for look in looks
+        for look in looks.values()
     ]
     where.legend(handles=handles, **kwargs)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pandas as pd
+import seaborn as sns
 
+from fluxlib.analysis.runs import OWN_PHASES
 from fluxlib.figures import marks, style
-from fluxlib.figures.picture import Picture, drawn, footer, panels, study
+from fluxlib.figures.picture import Picture, drawn, footer, panels, split, study
 
 BUDGETS = {"single": "one slot", "uniform": "uniform", "adaptive": "adaptive\n(eq. 1)", "joint": "joint"}
 OPTIONS = {
@@ -17,9 +19,6 @@ OPTIONS = {
     "joint + squared gate": "joint, squared gate",
     "joint + squared gate + aligned": "joint, squared gate, aligned",
 }
-OWN_PHASES = ("merge", "quantize", "profile", "probe")
-"""Phases that only FLUX has."""
-
 RANGE = ("pi", 100)
 """From the smallest to the largest seed: on a logarithmic axis a t interval of few seeds may reach below zero."""
 
@@ -27,12 +26,8 @@ RANGE = ("pi", 100)
 @drawn
 def discarding(table: pd.DataFrame) -> Picture:
     """Error, and distance from the full model's predictions, when what is not tuned is dropped or merged."""
-    titles = {
-        "discarded": "dropped",
-        "single": "one slot\nper layer",
-        "adaptive": "merged\n(paper)",
-        "joint + squared gate": "merged\n(joint)",
-    }
+    titles = {"discarded": "dropped", "single": "one slot\nper layer", "adaptive": "merged\n(paper)"}
+    titles["joint + squared gate"] = "merged\n(joint)"
     figure, axes = panels(study(table, "error", "divergence"), (7.6, 2.7), 1, 2)
     measures = {"error": "error of the last hidden state", "divergence": "divergence (nats/token)"}
     for ax, (name, label) in zip(axes, measures.items(), strict=True):
@@ -45,28 +40,17 @@ def discarding(table: pd.DataFrame) -> Picture:
 @drawn
 def error_growth(table: pd.DataFrame) -> Picture:
     """How the error of one merged layer travels, and how errors of all layers accumulate."""
-    rows, total = study(table, "growth"), study(table, "accumulated")
+    rows = study(table, "growth")
     figure, (left, right) = panels(study(table, "growth", "accumulated"), (7.6, 3.0), 1, 2, sharey=True)
     layers = style.in_shades(sorted(rows["x"].unique()))
-    marks.lines(
-        left,
-        rows,
-        "layer",
-        "value",
-        "x",
-        layers,
-        errorbar=RANGE,
-        err_style="bars",
-        err_kws={"capsize": 2},
-    )
-    left.set(xlabel="after MoE layer", ylabel="error of the hidden state", yscale="log", ylim=(3e-4, 2))
-    marks.legend(left, layers.values(), title="merged alone: layer", fontsize=7, title_fontsize=7, ncols=2)
+    marks.lines(left, rows, "layer", "value", "x", layers, errorbar=RANGE, err_style="bars", err_kws={"capsize": 2})
+    left.set(ylabel="error of the hidden state", yscale="log", ylim=(3e-4, 2))
+    marks.legend(left, layers, title="merged alone: layer", fontsize=7, title_fontsize=7, ncols=2)
     both = style.of_settings({"discarded": "all layers: dropped", "merged": "all layers: merged"})
-    marks.lines(right, total, "layer", "value", "setting", both, errorbar=RANGE)
-    right.set(xlabel="after MoE layer", ylabel="")
-    marks.legend(right, both.values(), fontsize=7)
+    marks.lines(right, study(table, "accumulated"), "layer", "value", "setting", both, errorbar=RANGE)
+    marks.legend(right, both, fontsize=7)
     for ax in (left, right):
-        ax.set_xticks(sorted(rows["x"].unique()))
+        ax.set(xlabel="after MoE layer", xticks=sorted(rows["x"].unique()))
     seeds = rows["seed"].nunique()
     told = f"{seeds} seeds: mean and min to max" if seeds > 1 else "1 seed: no band"
     footer(figure, rows, "uniform budgets, errors under 3e-4 not drawn", seeds=told)
@@ -76,23 +60,18 @@ def error_growth(table: pd.DataFrame) -> Picture:
 @drawn
 def attention_frequency(table: pd.DataFrame) -> Picture:
     """Attention received by an expert's tokens over its frequency, one panel per layer; first task and seed."""
-    import seaborn as sns
-
     both = study(table, "activation", "attention")
     first = both[(both["task"] == both["task"].iloc[0]) & (both["seed"] == both["seed"].iloc[0])]
     wide = first.pivot_table(index=["layer", "expert"], columns="study", values="value").reset_index()
-    wide = wide[wide["activation"] > 0]
-    layers = [(layer, own) for layer, own in wide.groupby("layer")]
+    layers = list(wide[wide["activation"] > 0].groupby("layer"))
     columns = min(4, len(layers))
     shape = -(-len(layers) // columns), columns
     figure, axes = panels(both, (max(5.0, 1.9 * columns), 0.6 + 1.8 * shape[0]), *shape, sharey=True, squeeze=False)
     for ax, (layer, own) in zip(axes.flat, layers, strict=False):
-        medians = own[["activation", "attention"]].median()
-        rare = (own["activation"] < medians["activation"]) & (own["attention"] > medians["attention"])
-        look = {"hue": rare, "style": rare, "palette": {False: "#0072B2", True: "#D55E00"}}
-        sns.scatterplot(
-            own, x="activation", y="attention", **look, markers={False: "o", True: "^"}, s=20, legend=False, ax=ax
-        )
+        middle = own.median()
+        rare = (own["activation"] < middle["activation"]) & (own["attention"] > middle["attention"])
+        look = {"hue": rare, "style": rare, "palette": {False: "#0072B2", True: "#D55E00"}, "legend": False}
+        sns.scatterplot(own, x="activation", y="attention", markers={False: "o", True: "^"}, s=20, ax=ax, **look)
         correlation = own["activation"].corr(own["attention"], method="spearman")
         ax.set_title(f"layer {layer:.0f}: rank corr. {correlation:+.2f}", fontsize=8)
         ax.set(xlabel="frequency", ylabel="attention received")
@@ -106,38 +85,32 @@ def attention_frequency(table: pd.DataFrame) -> Picture:
 @drawn
 def layer_budgets(table: pd.DataFrame) -> Picture:
     """Slots of each layer by rule, and the error each rule leaves."""
-    slots, error = study(table, "budgets"), study(table, "error")
     figure, (left, right) = panels(study(table, "budgets", "error"), (7.6, 2.9), 1, 2, width_ratios=[1.3, 1])
     looks = style.of_settings({name: title.replace("\n", " ") for name, title in BUDGETS.items()})
-    marks.bars(left, slots, "layer", "value", looks, by="setting")
+    marks.bars(left, study(table, "budgets"), "layer", "value", looks, by="setting")
     left.set(xlabel="MoE layer", ylabel="merged slots, mean")
-    marks.legend(figure, looks.values(), filled=True, loc="outside upper center", ncols=4)
+    marks.legend(figure, looks, filled=True, loc="outside upper center", ncols=4)
     titles = {"joint + squared gate" if name == "joint" else name: title for name, title in BUDGETS.items()}
-    marks.bars(right, error, "setting", "value", style.of_settings(titles), fmt="{:.3f}")
+    marks.bars(right, study(table, "error"), "setting", "value", style.of_settings(titles), fmt="{:.3f}")
     right.set_ylabel("error of the last hidden state")
-    footer(figure, error, "'joint' on the right with squared gate weights")
+    footer(figure, study(table, "error"), "'joint' on the right with squared gate weights")
     return figure
 
 
 @drawn
 def clustering_time(table: pd.DataFrame) -> Picture:
     """Milliseconds of clustering layer by layer and at once, and how many times faster the latter is."""
-    rows = study(table, "clustering_seconds")
-    medians = rows.groupby(["setting", "seed"], sort=False, as_index=False)["value"].median()
-    medians[["shape", "how"]] = medians["setting"].str.split(", ", expand=True)
-    shown = table[table["study"].str.startswith("clustering")]
-    figure, ax = panels(shown, (6.0, 2.9))
+    rows = split(study(table, "clustering_seconds"), "shape", "how")
+    ms = (1e3 * rows.groupby(["shape", "how", "seed"], sort=False)["value"].median()).rename("ms")
+    figure, ax = panels(table[table["study"].str.startswith("clustering")], (6.0, 2.9))
     looks = style.of_settings({"per layer": "scikit-learn, layer by layer", "fused": "fused"})
-    marks.bars(ax, medians.assign(ms=1e3 * medians["value"]), "shape", "ms", looks, by="how", fmt="{:.3g} ms")
-    wide = medians.pivot(index=["shape", "seed"], columns="how", values="value")
-    ratios = (wide["per layer"] / wide["fused"]).groupby("shape").mean()
-    for place, shape in enumerate(medians["shape"].unique()):
-        text = f"{ratios[shape]:.0f} times"
-        ax.text(place, 0.9, text, transform=ax.get_xaxis_transform(), ha="center", fontsize=9)
-    ax.set_yscale("log")
-    ax.set_ylim(0.3 * 1e3 * medians["value"].min(), 1e3 * medians["value"].max() * 12)
-    ax.set_ylabel("processor time (ms)")
-    marks.legend(figure, looks.values(), filled=True, loc="outside upper center", ncols=2)
+    marks.bars(ax, ms.reset_index(), "shape", "ms", looks, by="how", fmt="{:.3g} ms")
+    wide = ms.unstack("how", sort=False)
+    ratios = (wide["per layer"] / wide["fused"]).groupby("shape", sort=False).mean()
+    for place, ratio in enumerate(ratios):
+        ax.text(place, 0.9, f"{ratio:.0f} times", transform=ax.get_xaxis_transform(), ha="center", fontsize=9)
+    ax.set(yscale="log", ylim=(0.3 * ms.min(), 12 * ms.max()), ylabel="processor time (ms)")
+    marks.legend(figure, looks, filled=True, loc="outside upper center", ncols=2)
     footer(figure, rows.assign(model="random experts"), "medians, in turns", "paper: 40 times")
     return figure
 
@@ -172,6 +145,6 @@ def own_share(table: pd.DataFrame) -> Picture:
     for place, name in enumerate(shares["bar"].unique()):
         ax.text(1.01, place, f"FLUX's own {100 * own[name]:.1f} %", va="center", fontsize=7)
     ax.set(xlabel="share of the round, everything in the way", xlim=(0, 1.25), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
-    marks.legend(figure, looks.values(), filled=True, loc="outside upper center", ncols=len(looks))
+    marks.legend(figure, looks, filled=True, loc="outside upper center", ncols=len(looks))
     footer(figure, here, "device clock: NVIDIA L20, real shapes")
     return figure

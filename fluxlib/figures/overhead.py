@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import matplotlib as mpl
@@ -16,7 +15,7 @@ from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_targ
 from fluxlib.analysis.wording import clock_shapes, percent
 from fluxlib.devices import catalogue
 from fluxlib.figures import marks, style
-from fluxlib.figures.picture import Picture, caption, drawn, notice, panels, split, study, unique
+from fluxlib.figures.picture import Picture, caption, drawn, facets, footer, notice, panels, split, study, unique
 
 GIB = 2**30
 CELL = ["model", "task", "fleet", "link", "baseline"]
@@ -41,12 +40,12 @@ def times_elsewhere(recounted: pd.DataFrame, fraction: float = TARGET_FRACTION) 
     """
     names = recounted.groupby(["model", "task"])["method"]
     kept = recounted[names.transform(lambda methods: {"flux", "fmd"} <= set(methods)).astype(bool)]
-    found = []
+    found = [pd.DataFrame(columns=[*PAIR, "method", "fleet", "link"])] if kept.empty else []
     for (fleet, link), part in kept.groupby(["fleet", "link"], sort=False):
         times = times_to_target(part, fraction)
         shares = times["run_id"].map(part.groupby("run_id")["memory_share"].max())
         found.append(times.assign(fleet=str(fleet), link=str(link), fits=shares <= FULL))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*PAIR, "method", "fleet", "link"])
+    return pd.concat(found, ignore_index=True)
 
 
 def elsewhere(times: pd.DataFrame) -> pd.DataFrame:
@@ -63,30 +62,28 @@ def elsewhere(times: pd.DataFrame) -> pd.DataFrame:
     if times.empty:
         return pd.DataFrame(columns=[*CELL, "seed", "speedup", "bound"])
     times, flux = times.assign(missed=times["device_s_to_target"].isna()), times["method"] == "flux"
-    found = times[flux].merge(
-        times[~flux].rename(columns={"method": "baseline"}),
-        on=[*PAIR, "fleet", "link"],
-        suffixes=("", "_of_baseline"),
-    )
+    others = times[~flux].rename(columns={"method": "baseline"})
+    found = times[flux].merge(others, on=[*PAIR, "fleet", "link"], suffixes=("", "_of_baseline"))
     bounds = {(False, False): REACHED, (False, True): AT_LEAST, (True, False): AT_MOST, (True, True): NEITHER}
     found["bound"] = [bounds[who] for who in zip(found["missed"], found["missed_of_baseline"], strict=True)]
-    found["speedup"] = found["device_s_at_least_of_baseline"] / found["device_s_at_least"]
-    found["speedup"] = found["speedup"].where(found["bound"] != NEITHER)
+    ratio = found["device_s_at_least_of_baseline"] / found["device_s_at_least"]
+    found["speedup"] = ratio.where(found["bound"] != NEITHER)
     shown = ["device_s_at_least", "device_s_at_least_of_baseline", "target", "target_fraction", "clock_model", "fits"]
     return found[[*CELL, "seed", "speedup", "bound", *shown, "fits_of_baseline"]]
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """:func:`elsewhere` over seeds: one row per cell of the map, with the geometric mean and its ``bound``."""
-    rows = []
-    for key, part in table.groupby(CELL, sort=False):
-        found = set(part["bound"]) - {REACHED}
-        # A mean of lower bounds and values is a lower bound; of lower and upper bounds it is nothing.
-        bound = found.pop() if len(found) == 1 else (NEITHER if found else REACHED)
-        mean = math.nan if bound == NEITHER else geometric(part["speedup"])[0]
-        more = {"speedup": mean, "bound": bound, "num_seeds": part["seed"].nunique(), "fits": bool(part["fits"].all())}
-        rows.append(dict(zip(CELL, key, strict=True)) | more)
-    return pd.DataFrame(rows)
+    groups = table.groupby(CELL, sort=False)
+    found = groups.agg(bound=("bound", _bound), num_seeds=("seed", "nunique"), fits=("fits", "all"))
+    speedup = groups["speedup"].agg(lambda ratios: geometric(ratios)[0])
+    return found.assign(speedup=speedup.where(found["bound"] != NEITHER)).reset_index()
+
+
+def _bound(bounds: pd.Series) -> str:
+    """A mean of lower bounds and values is a lower bound; of lower and upper bounds it is nothing."""
+    kinds = set(bounds) - {REACHED}
+    return kinds.pop() if len(kinds) == 1 else NEITHER if kinds else REACHED
 
 
 def clock_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -100,19 +97,14 @@ def clock_table(table: pd.DataFrame) -> pd.DataFrame:
         predicted, between ``low`` and ``high``), and each block's share of the whole by both. Where all factors are
         alike the clock is wrong in seconds and right in shares; where they differ, shares are wrong as well.
     """
-    rows, place = split(study(table, "clock_check"), "block", "kind"), ["model", "task"]
+    rows, place = split(study(table, "clock_check"), "block", "kind"), ["model", "task", "block"]
     every = pd.concat([rows, rows.assign(block="together")])
-    each = every.groupby([*place, "block", "seed", "kind"], sort=False)["value"].sum().unstack().reset_index()
-    found = []
-    for key, part in each.groupby([*place, "block"], sort=False):
-        factor = dict(zip(("factor", "low", "high"), interval(part["measured"] / part["predicted"]), strict=True))
-        seconds = {f"{kind}_s": part[kind].mean() for kind in ("predicted", "measured")}
-        found.append(dict(zip((*place, "block"), key, strict=True)) | {"num_seeds": len(part)} | seconds | factor)
-    out = pd.DataFrame(found)
-    whole = out[out["block"] == "together"].set_index(place)
-    for kind in ("predicted", "measured"):
-        out[f"{kind}_share"] = out[f"{kind}_s"] / out.join(whole[f"{kind}_s"].rename("whole_s"), on=place)["whole_s"]
-    return out
+    seconds = every.groupby([*place, "seed", "kind"], sort=False)["value"].sum().unstack()[["predicted", "measured"]]
+    groups = seconds.groupby(place, sort=False)
+    means = groups.mean()
+    out = groups.size().to_frame("num_seeds").join(means.add_suffix("_s"))
+    out[["factor", "low", "high"]] = [interval(part["measured"] / part["predicted"]) for _, part in groups]
+    return out.join((means / means.groupby(["model", "task"]).transform("max")).add_suffix("_share")).reset_index()
 
 
 # Pictures
@@ -126,15 +118,12 @@ def round_phases(table: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
         table: of :func:`fluxlib.analysis.runs.breakdown`.
         rounds: what it was made of, for the caption.
     """
-    places, looks = list(table.groupby(["model", "task"], sort=False)), style.of_phases(table["phase"])
-    methods = style.of_methods(table["method"])
-    size = max(4.4, 2.5 * len(places) + 1.3), 2.9
-    figure, axes = panels(table, size, 1, len(places), squeeze=False)
-    for ax, ((model, task), part) in zip(axes[0], places, strict=True):
+    figure, places = facets(table, table, ["model", "task"], 2.5, 2.9)
+    looks, methods = style.of_phases(table["phase"]), style.of_methods(table["method"])
+    for ax, part in places:
         marks.stacked(ax, part, "method", "phase", "seconds", looks, methods, total="{:.0f}")
-        ax.set_title(f"{model}\n{task}")
-    axes[0, 0].set_ylabel("device clock (s per round)")
-    marks.legend(figure, looks.values(), filled=True, loc="outside right center")
+    places[0][0].set_ylabel("device clock (s per round)")
+    marks.legend(figure, looks, filled=True, loc="outside right center")
     told = "slowest participant of each round, mean over rounds", "a profile runs beside upload and server"
     caption(figure, *told, f"shapes of {clock_shapes(rounds)}")
     return figure
@@ -147,19 +136,16 @@ def link_speed(table: pd.DataFrame) -> Picture:
     Args:
         table: of :func:`times_elsewhere`, of one fleet.
     """
-    places, looks = list(table.groupby(["model", "task"], sort=False)), style.of_methods(table["method"])
-    size = max(4.4, 2.5 * len(places) + 1.3), 2.6
-    shown = table.drop(columns=["fleet", "fits"])
-    figure, axes = panels(shown, size, 1, len(places), squeeze=False)
-    for ax, ((model, task), part) in zip(axes[0], places, strict=True):
-        part = part.assign(mb_per_s=[8e-6 * catalogue.LINKS[name].up_bytes_per_s for name in part["link"]])
+    rows = table.assign(mb_per_s=[8e-6 * catalogue.LINKS[name].up_bytes_per_s for name in table["link"]])
+    figure, places = facets(table.drop(columns=["fleet", "fits"]), rows, ["model", "task"], 2.5, 2.6)
+    looks = style.of_methods(table["method"])
+    for ax, part in places:
         marks.lines(ax, part, "mb_per_s", "speedup_device_s", "method", looks, errorbar=None)
-        ax.set(xscale="log", xlabel="upload (Mb/s)", ylabel="", title=f"{model}\n{task}", ylim=(0, None))
-    axes[0, 0].set_ylabel("speed-up over FMD")
-    marks.legend(figure, looks.values(), loc="outside right center")
+        ax.set(xscale="log", xlabel="upload (Mb/s)", ylabel="", ylim=(0, None))
+    places[0][0].set_ylabel("speed-up over FMD")
+    marks.legend(figure, looks, loc="outside right center")
     share = percent(table["target_fraction"].iloc[0])
-    shapes = ", ".join(pd.unique(table["clock_model"]))
-    caption(figure, f"time to {share} of FMD's final score, mean over seeds", f"device clock: {shapes}")
+    caption(figure, f"time to {share} of FMD's final score, mean over seeds", f"shapes of {unique(table, 'clock_model')}")
     return figure
 
 
@@ -174,13 +160,11 @@ def clock_check(table: pd.DataFrame) -> Picture:
     figure, ax = panels(clock_table(table), (4.6, 2.6))
     looks = style.of_settings(["predicted", "measured"])
     marks.bars(ax, rows, "block", "value", looks, by="kind")
-    means = rows.groupby(["block", "kind"], sort=False)["value"].mean().unstack()
-    for place, (_, pair) in enumerate(means.iterrows()):
-        ratio = f"x {pair['measured'] / pair['predicted']:.1f}"
-        ax.text(place, 0.93, ratio, transform=ax.get_xaxis_transform(), ha="center", fontsize=8)
-    ax.set_yscale("log")
-    ax.set(ylabel="seconds", ylim=(0.3 * means.min().min(), 10 * means.max().max()))
-    marks.legend(figure, looks.values(), filled=True, loc="outside right center")
+    means = rows.groupby(["block", "kind"], sort=False)["value"].mean().unstack(sort=False)
+    for place, factor in enumerate(means["measured"] / means["predicted"]):
+        ax.text(place, 0.93, f"x {factor:.1f}", transform=ax.get_xaxis_transform(), ha="center", fontsize=8)
+    ax.set(yscale="log", ylabel="seconds", ylim=(0.3 * means.min().min(), 10 * means.max().max()))
+    marks.legend(figure, looks, filled=True, loc="outside right center")
     caption(figure, f"{unique(rows, 'model')} on one thread here", "x: measured over predicted")
     return figure
 
@@ -194,7 +178,7 @@ def round_memory(rounds: pd.DataFrame) -> Picture:
     table = largest.rename("gib").reset_index().assign(seed=0)
     marks.bars(ax, table, "model", "gib", looks, by="method", fmt="{:.0f}")
     ax.set_ylabel("memory of a step (GiB)")
-    marks.legend(figure, looks.values(), filled=True, loc="outside right center")
+    marks.legend(figure, looks, filled=True, loc="outside right center")
     caption(figure, f"predicted, shapes of {clock_shapes(rounds)}", "offloading fills the device's memory")
     return figure
 
@@ -214,33 +198,23 @@ def sensitivity(table: pd.DataFrame) -> Picture:
     size = max(5.4, 2.2 + 1.6 * len(tasks)), 0.8 + (0.4 + 0.2 * len(fleets)) * len(baselines)
     figure, axes = panels(table, size, len(baselines), len(tasks), sharex=True, sharey=True, squeeze=False)
     shown = cells.loc[cells["bound"].isin([REACHED, AT_LEAST]), "speedup"].dropna()
-    low, high = min([0.5, *shown]), max([2.0, *shown])
-    norm = LogNorm(low, high)
+    norm = LogNorm(min([0.5, *shown]), max([2.0, *shown]))
     for (row, baseline), (column, task) in itertools.product(enumerate(baselines), enumerate(tasks)):
         ax, own = axes[row, column], cells[(cells["baseline"] == baseline) & (cells["task"] == task)]
         _map(ax, own.set_index(["fleet", "link"]).reindex(pd.MultiIndex.from_product([fleets, links])), norm)
         ax.set_title(f"{task}\n" * (row == 0) + f"over {baselines[baseline].title}")
         ax.set_xticks(np.arange(len(links)) + 0.5, [catalogue.LINKS[name].title for name in links], fontsize=7)
-        ax.set_yticks(
-            np.arange(len(fleets)) + 0.5, [name.replace("paper", "paper (L20)") for name in fleets], fontsize=7
-        )
+        ax.set_yticks(np.arange(len(fleets)) + 0.5, fleets, fontsize=7)
     bar = figure.colorbar(mpl.cm.ScalarMappable(norm, style.SEQUENTIAL), ax=axes, fraction=0.03, pad=0.02)
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if norm.vmin <= tick <= norm.vmax]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.minorticks_off()
     bar.set_label("FLUX sooner by this factor")
     share, seeds = percent(table["target_fraction"].iloc[0]), int(cells["num_seeds"].min())
-    caption(
-        figure,
-        f"{unique(table, 'model')}: time to {share} of FMD's final score",
-        f"geometric mean of {seeds} seed(s)",
-        f"device clock, shapes of {unique(table, 'clock_model')}",
-        "below 1 without ≥: FLUX is later",
-        "( ): FLUX's step exceeds the memory",
-        "\u2265: the baseline never got there",
-        "\u2264: FLUX did not in every seed",
-        "\u2013: neither",
-    )
+    told = f"{unique(table, 'model')}: time to {share} of FMD's final score", f"geometric mean of {seeds} seed(s)"
+    signs = "below 1 without ≥: FLUX is later · ( ): FLUX's step exceeds the memory · ≥: the baseline never got there"
+    more = "≤: FLUX did not in every seed", "–: neither", "paper: NVIDIA L20"
+    caption(figure, *told, f"device clock, shapes of {unique(table, 'clock_model')}", signs, *more)
     return figure
 
 
@@ -258,8 +232,8 @@ def _map(ax: Any, cells: pd.DataFrame, norm: Any) -> None:
 
 def _text(cell: pd.Series) -> str:
     """A cell's number with its sign, in brackets where the memory would not do."""
-    value, sign = cell["speedup"], {REACHED: "", AT_LEAST: "\u2265", AT_MOST: "\u2264"}.get(cell["bound"])
+    value, sign = cell["speedup"], {REACHED: "", AT_LEAST: "≥", AT_MOST: "≤"}.get(cell["bound"])
     if value != value or sign is None:
-        return "\u2013" if cell["bound"] == cell["bound"] else ""
+        return "–" if cell["bound"] == cell["bound"] else ""
     text = sign + (f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 9.95 else f"{value:.0f}")
     return text if cell["fits"] else f"({text})"

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -15,7 +15,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fluxlib.analysis.wording import interval_name
+from fluxlib.analysis.wording import clock_shapes, interval_name
 from fluxlib.figures import style
 
 P = ParamSpec("P")
@@ -119,38 +119,42 @@ def split(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
     return rows.assign(**{name: parts[i] for i, name in enumerate(names)})
 
 
-def per_seed(rows: pd.DataFrame, value: str, *keys: str) -> pd.DataFrame:
-    """One row per ``keys`` and seed: the mean of ``value`` over tasks and repeats."""
-    return rows.groupby([*dict.fromkeys(keys), "seed"], sort=False)[value].mean().reset_index()
+def facets(
+    numbers: pd.DataFrame, rows: pd.DataFrame, by: Sequence[str], width: float, height: float, **kwargs: Any
+) -> tuple[Picture, list[tuple[Any, pd.DataFrame]]]:
+    """A picture of ``numbers`` with a panel ``width`` inches wide for each group of ``rows``, side by side; and room
+    for a legend. Every panel comes with its rows, and is named by ``by``."""
+    groups = list(rows.groupby(list(by), sort=False))
+    size = max(4.4, width * len(groups) + 1.3), height
+    figure, axes = panels(numbers, size, 1, len(groups), squeeze=False, **kwargs)
+    for ax, (key, _) in zip(axes[0], groups, strict=True):
+        ax.set_title("\n".join(map(str, key)))
+    return figure, [(ax, part) for ax, (_, part) in zip(axes[0], groups, strict=True)]
 
 
 def caption(figure: Figure, *parts: str) -> None:
-    """Write the small print below ``figure``: clock, model, seeds. Long lines are broken."""
+    """Write the small print below ``figure``; long lines are broken."""
     text = " · ".join(part for part in parts if part)
     width = int(17.5 * figure.get_figwidth())
     figure.supxlabel(textwrap.fill(text, width, break_on_hyphens=False), fontsize=7, color=style.GREY)
 
 
+def footer(figure: Figure, rows: pd.DataFrame, *parts: str, seeds: str | None = None) -> None:
+    """Small print of a table: model, tasks, whose shapes the device clock has, and what bands are, or ``seeds``."""
+    names = [name for name in pd.unique(rows["task"]) if name]
+    tasks = ", ".join(names) if len(names) < 3 else f"{len(names)} tasks"
+    clock = f"device clock: shapes of {clock_shapes(rows)}" if "clock_model" in rows else ""
+    caption(figure, unique(rows, "model"), tasks, *parts, clock, seeds_name(rows) if seeds is None else seeds)
+
+
 def unique(rows: pd.DataFrame, column: str) -> str:
-    """The values of ``column``, joined: what a caption says of it."""
+    """The values of ``column``, joined."""
     return ", ".join(str(value) for value in pd.unique(rows[column]))
 
 
-def seeds_name(rows: pd.DataFrame, *by: str) -> str:
-    """What bands and error bars are, where curves that differ in ``by`` may have different numbers of seeds."""
-    counts = rows.groupby(list(by))["seed"].nunique() if by else pd.Series([rows["seed"].nunique()])
-    return interval_names(counts)
-
-
-def interval_names(counts: pd.Series) -> str:
-    """:func:`fluxlib.analysis.wording.interval_name` where some curves may have more seeds than others."""
+def seeds_name(rows: pd.DataFrame) -> str:
+    """What bands and error bars are, where some curves may have more seeds than others."""
+    counts = rows.groupby([name for name in ("model", "task", "method", "variant") if name in rows])["seed"].nunique()
     if counts.min() == counts.max():
         return interval_name(int(counts.max()))
     return f"{counts.min()} to {counts.max()} seeds: one, no band; two, min to max; three, 95 % t interval"
-
-
-def footer(figure: Figure, rows: pd.DataFrame, *parts: str, seeds: str = "") -> None:
-    """Small print of a table of measurements: model, tasks and what bands are, or ``seeds`` instead of that."""
-    names = [name for name in pd.unique(rows["task"]) if name]
-    tasks = ", ".join(names) if len(names) < 3 else f"{len(names)} tasks"
-    caption(figure, unique(rows, "model"), tasks, *parts, seeds or seeds_name(rows))

@@ -14,11 +14,7 @@ from fluxlib.figures.picture import Picture, caption, drawn, footer, panels, stu
 
 @drawn
 def activation(frequency: Any) -> Picture:
-    """Share of tokens by layer and expert, as a map.
-
-    Args:
-        frequency: ``[layers, experts]``, rows sum to 1; a tensor or an array.
-    """
+    """Share of tokens by layer and expert, as a map; ``frequency`` ``[layers, experts]``, rows sum to 1."""
     shares = pd.DataFrame(np.asarray(frequency, dtype=float))
     num_layers, num_experts = shares.shape
     figure, ax = panels(shares, (min(9.0, 2.2 + 0.22 * num_experts), 1.1 + 0.3 * num_layers))
@@ -31,19 +27,14 @@ def activation(frequency: Any) -> Picture:
 
 @drawn
 def activation_by_label(frequencies: Mapping[str, Any], layer: int = 0) -> Picture:
-    """Share of tokens by expert of one layer, for samples of each label side by side.
-
-    Args:
-        frequencies: label to ``[layers, experts]``.
-        layer: 0-based index of the MoE layer.
-    """
+    """Share of tokens by expert of MoE layer ``layer``, by label; ``frequencies``: label to ``[layers, experts]``."""
     shares = {label: np.asarray(frequency, dtype=float)[layer] for label, frequency in frequencies.items()}
     rows = pd.DataFrame(shares).rename_axis("expert").reset_index().melt("expert", var_name="label").assign(seed=0)
     figure, ax = panels(rows, (7.0, 2.4))
     looks = style.of_settings(shares)
     marks.bars(ax, rows, "expert", "value", looks, by="label")
     ax.set(xlabel="expert", ylabel="share of tokens")
-    marks.legend(ax, looks.values(), filled=True)
+    marks.legend(ax, looks, filled=True)
     caption(figure, f"MoE layer {layer}")
     return figure
 
@@ -55,14 +46,14 @@ def activation_by_layer(table: pd.DataFrame) -> Picture:
     figure, (left, right) = panels(rows, (7.6, 2.7), 1, 2, width_ratios=[1.35, 1])
     rank = rows.groupby(["task", "seed", "layer"])["value"].rank(ascending=False, method="first").astype(int)
     num_experts = rank.max()
-    ranked = rows.assign(rank=rank, layer=rows["layer"].astype(int))
+    ranked = rows.assign(rank=rank, layer=rows["layer"].astype(int), times=num_experts * rows["value"])
     marks.heat(left, ranked.pivot_table(index="layer", columns="rank", values="value"), "share of tokens")
     left.set(xlabel="experts of a layer, busiest first", ylabel="MoE layer")
     looks = style.of_settings({1: "busiest", (num_experts + 1) // 2: "median", num_experts: "rarest"})
-    marks.lines(right, ranked.assign(times=num_experts * rows["value"]), "layer", "times", "rank", looks)
-    right.axhline(1, color=style.GREY, linewidth=0.8)
+    marks.lines(right, ranked, "layer", "times", "rank", looks)
+    marks.reference(right, 1)
     right.set(xlabel="MoE layer", ylabel="times an even share", xticks=sorted(rows["layer"].unique()), ylim=(0, None))
-    marks.legend(right, looks.values())
+    marks.legend(right, looks)
     footer(figure, rows, "experts at full precision")
     return figure
 
@@ -72,16 +63,11 @@ def profile_error(table: pd.DataFrame) -> Picture:
     """Error of the frequency, rank correlation and overlap of the most used quarter, by bits, against 16 bit."""
     rows = study(table, "profile_error")
     figure, axes = panels(rows, (7.6, 2.5), 1, 3)
-    one_color = dict.fromkeys(map(int, sorted(rows["x"].unique())), style.SETTINGS[0])
-    looks = {bits: style.Style(str(bits), look.color, "", "", "") for bits, look in one_color.items()}
-    measures = {
-        "frequency error": "error of the frequency",
-        "rank correlation": "rank correlation",
-        "top overlap": "top quarter in common",
-    }
-    for ax, (measure, label) in zip(axes, measures.items(), strict=True):
+    looks = style.of_settings(sorted(rows["x"].astype(int).unique()), color="#D55E00", hatch="")
+    labels = {"frequency error": "error of the frequency", "rank correlation": "rank correlation"}
+    for ax, measure in zip(axes, (*labels, "top overlap"), strict=True):
         marks.bars(ax, rows[rows["setting"] == measure].astype({"x": int}), "x", "value", looks, fmt="{:.3f}")
-        ax.set(xlabel="bits of the experts", ylabel=label, ylim=(0, 1.12))
+        ax.set(xlabel="bits of the experts", ylabel=labels.get(measure, "top quarter in common"), ylim=(0, 1.12))
     marks.reference(axes[0], 0.1101, "paper, 4 bit: 0.110")
     axes[0].set_ylim(0, 0.125)
     footer(figure, rows, "same samples at 16 bit are the truth")
@@ -98,7 +84,7 @@ def sample_size(table: pd.DataFrame) -> Picture:
     marks.lines(ax, rows, "x", "value", "setting", looks)
     _in_doublings(ax, sorted(rows["x"].unique()))
     ax.set(xlabel="samples profiled", ylabel="relative error of frequency", ylim=(0, None))
-    marks.legend(ax, looks.values())
+    marks.legend(ax, looks)
     footer(figure, rows)
     return figure
 
@@ -106,22 +92,17 @@ def sample_size(table: pd.DataFrame) -> Picture:
 @drawn
 def drift(table: pd.DataFrame) -> Picture:
     """How far activation moves from round 0, and what a 4-bit profile is worth fresh and one round old."""
-    figure, axes = panels(study(table, "drift", "profile_age", "age_overlap"), (7.6, 2.9), 1, 3)
-    tuned = ("a quarter tuned", "all tuned")
-    ages = style.of_settings([f"{age}, {what}" for what in tuned for age in ("fresh", "stale")])
-    for ax, name, looks, label in zip(
-        axes,
-        ("drift", "profile_age", "age_overlap"),
-        (style.of_settings(tuned), ages, ages),
-        ("distance from round 0", "error of the 4-bit profile", "top quarter in common"),
-        strict=True,
-    ):
-        marks.lines(ax, study(table, name), "x", "value", "setting", looks)
-        ax.set(xlabel="round", ylabel=label, ylim=(0, None))
+    labels = {"drift": "distance from round 0", "profile_age": "error of the 4-bit profile"}
+    labels["age_overlap"] = "top quarter in common"
+    figure, axes = panels(study(table, *labels), (7.6, 2.9), 1, 3)
+    for ax, (name, label) in zip(axes, labels.items(), strict=True):
+        rows = study(table, name)
+        looks = style.of_settings(rows["setting"].unique())
+        marks.lines(ax, rows, "x", "value", "setting", looks)
+        ax.set(xlabel="round", ylabel=label, ylim=(0, 1.05 if name == "age_overlap" else None))
         ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[2].set_ylim(0, 1.05)
-    marks.legend(axes[0], style.of_settings(tuned).values(), fontsize=7)
-    marks.legend(axes[2], ages.values(), fontsize=7, loc="lower left")
+        if name != "profile_age":
+            marks.legend(ax, looks, fontsize=7, loc="lower left" if name == "age_overlap" else "best")
     footer(figure, study(table, "profile_age"), "stale: made one round earlier")
     return figure
 
@@ -136,7 +117,7 @@ def round_saving(table: pd.DataFrame) -> Picture:
     _in_doublings(ax, sorted(rows["x"].unique())[::2])
     marks.reference(ax, 0.282, "paper: 0.282")
     ax.set(xlabel="samples trained on and profiled in a round", ylabel="share of the round saved", ylim=(0, 0.32))
-    marks.legend(figure, looks.values(), loc="outside upper center", ncols=3)
+    marks.legend(figure, looks, loc="outside upper center", ncols=3)
     footer(figure, rows, "device clock: NVIDIA L20, shapes of the real model", seeds="counted, not drawn by chance")
     return figure
 

@@ -1,8 +1,9 @@
-"""Figures that put methods side by side: convergence, time to target, final quality, speed-ups, the search."""
+"""Figures that put methods side by side: convergence, time to target, speed-ups, the search for settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,7 @@ import seaborn as sns
 
 from fluxlib.analysis.wording import METRICS, clock_shapes, percent
 from fluxlib.figures import marks, style
-from fluxlib.figures.picture import Picture, caption, drawn, interval_names, notice, panels, seeds_name, unique
-
-WHOLE = 0.9
-"""Share of the reference's seconds from which on a comparison at equal seconds is one of final quality."""
+from fluxlib.figures.picture import Picture, caption, drawn, facets, footer, panels, unique
 
 
 @drawn
@@ -32,21 +30,23 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
     """
     if unknown := [clock for clock in clocks if clock not in style.CLOCKS]:
         raise ValueError(f"clocks has {unknown}, allowed are {', '.join(style.CLOCKS)}")
-    places = list(rounds.groupby(["model", "task"]))
+    places, looks = list(rounds.groupby(["model", "task"])), style.of_methods(rounds["method"])
     size = max(4.0, 2.9 * len(places)), 2.2 * len(clocks) + 0.4
     figure, axes = panels(rounds, size, len(clocks), len(places), sharey="col", squeeze=False)
     for column, ((model, task), runs) in zip(axes.T, places, strict=True):
-        scored = runs.dropna(subset=["metric"])
         for ax, clock in zip(column, clocks, strict=True):
-            when = scored.groupby(["method", "round"])[clock].transform("mean")
-            marks.lines(ax, scored.assign(**{clock: when}), clock, "metric", "method", style.of_methods(runs["method"]),
-                  errorbar=lambda scores: tuple(np.clip(marks.over_seeds(scores), 0, 1)), markevery=2)  # fmt: skip
+            means = marks.at_mean_times(runs, clock, "method")
+            marks.lines(ax, means, clock, "metric", "method", looks, errorbar=_within_scores, markevery=2)
             ax.set(xlabel=style.CLOCKS[clock], ylabel=METRICS.get(unique(runs, "metric_name"), "score"))
         column[0].set_title(f"{model}\n{task}")
-    marks.legend(figure, style.of_methods(rounds["method"]).values(), loc="outside right upper")
-    seeds = seeds_name(rounds, "model", "task", "method")
-    caption(figure, f"device clock: shapes of {clock_shapes(rounds)}", seeds)
+    marks.legend(figure, looks, loc="outside right upper")
+    footer(figure, rounds)
     return figure
+
+
+def _within_scores(scores: pd.Series) -> tuple[float, ...]:
+    """An interval over seeds, within what a score may be."""
+    return tuple(np.clip(marks.over_seeds(scores), 0, 1))
 
 
 @drawn
@@ -61,62 +61,19 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
     figure, axes = panels(times, (width * len(clocks), 2.9), 1, len(clocks), squeeze=False)
     for ax, clock in zip(axes[0], clocks, strict=True):
         column = f"{clock}_to_target"
-        missed = times[column].isna().groupby([times["task"], times["method"]]).transform("sum")
+        missed = times[column].isna().groupby([times["task"], times["method"]])
         # A seed that missed the target makes the mean meaningless: the count is written instead.
-        whole = times.assign(**{column: times[column].where(missed == 0)}).sort_values("task", kind="stable")
+        whole = times.assign(**{column: times[column].where(~missed.transform("any"))}).sort_values("task")
         marks.bars(ax, whole, "task", column, looks, by="method")
-        for (task, method), runs in times[missed > 0].groupby(["task", "method"]):
-            place = tasks.index(task) + (list(looks).index(str(method)) + 0.5) * 0.8 / len(looks) - 0.4
-            count = f" ({runs[column].isna().sum()}/{len(runs)})" if len(runs) > 1 else ""
-            marks.missed(ax, place, f"{looks[str(method)].title}: not reached{count}")
+        for (task, method), runs in missed:
+            if runs.any():
+                place = tasks.index(task) + (list(looks).index(method) + 0.5) * 0.8 / len(looks) - 0.4
+                count = f" ({runs.sum()}/{len(runs)})" if len(runs) > 1 else ""
+                marks.missed(ax, place, f"{looks[method].title}: not reached{count}")
         ax.set(ylabel=f"time to target, {style.CLOCKS[clock]}", xlim=(-0.5, len(tasks) - 0.5))
-    marks.legend(figure, looks.values(), filled=True, loc="outside right upper")
+    marks.legend(figure, looks, filled=True, loc="outside right upper")
     share = percent(times["target_fraction"].iloc[0])
-    caption(
-        figure,
-        f"{unique(times, 'model')}: target {share} of the reference's final score, seed by seed",
-        f"device clock: shapes of {clock_shapes(times)}",
-        seeds_name(times, "model", "task", "method"),
-    )
-    return figure
-
-
-@drawn
-def final_quality(table: pd.DataFrame) -> Picture:
-    """Share of the reference's score by task: hollow after equal rounds, filled after equal device seconds.
-
-    Args:
-        table: final scores seed by seed, of one model (columns ``task``, ``method``, ``compared``, ``ratio``,
-            ``of_reference``). Beside a filled mark that is no final score it says at which share of the reference's run
-            the other one ended.
-    """
-    if table.empty:
-        return notice("No runs of this model with a partner: nothing to compare.", table)
-    tasks, looks = list(pd.unique(table["task"])), style.of_methods(table["method"])
-    figure, ax = panels(table, (max(5.0, 1.5 * len(tasks) + 2.0), 3.0))
-    pairs = [(method, compared) for method in looks for compared in ("equal rounds", "equal seconds")]
-    for index, (method, compared) in enumerate(pairs):
-        own = table[(table["method"] == method) & (table["compared"] == compared)]
-        look, aside = looks[method], (index + 0.5) * 0.8 / len(pairs) - 0.4
-        own = own.assign(place=[tasks.index(task) + aside for task in own["task"]])
-        filled = compared == "equal seconds"
-        sns.lineplot(own, x="place", y="ratio", errorbar=marks.over_seeds, err_style="bars", err_kws={"linewidth": 0.8},
-                     color=look.color, marker=look.marker, markerfacecolor=look.color if filled else "white",
-                     markeredgecolor=look.color, linestyle="none", ax=ax)  # fmt: skip
-        ends = own.groupby("place")[["ratio", "of_reference"]].agg({"ratio": "mean", "of_reference": "min"})
-        for place, end in ends[ends["of_reference"] < WHOLE].iterrows() if filled else ():
-            text = percent(end["of_reference"])
-            ax.annotate(text, (place, end["ratio"]), (4, -8), textcoords="offset points", fontsize=6)
-    marks.reference(ax, 1)
-    ax.set_xticks(range(len(tasks)), tasks)
-    ax.set(xlabel="", ylabel="share of FMD's score", xlim=(-0.5, len(tasks) - 0.5))
-    ax.grid(axis="x", visible=False)
-    marks.legend(figure, looks.values(), loc="outside right upper")
-    caption(
-        figure, f"{unique(table, 'model')}, seeds paired", f"device clock: {clock_shapes(table)}",
-        seeds_name(table, "model", "task", "method"), "hollow: equal rounds, filled: equal device seconds",
-        "a share: FMD's run was that far when the other ended",
-    )  # fmt: skip
+    footer(figure, times, f"target {share} of the reference's final score, seed by seed")
     return figure
 
 
@@ -129,25 +86,24 @@ def speed_ups(table: pd.DataFrame) -> Picture:
     Args:
         table: of :func:`fluxlib.analysis.speedups.speed_ups`.
     """
-    places = list(table.groupby("model", sort=False)) if len(table) else [("no races", table)]
-    most = max(len(part) for _, part in places)
-    size = 3.9 * len(places) + 0.6, 0.2 * max(most, 4) + 1.3
-    figure, axes = panels(table, size, 1, len(places), sharex=True, squeeze=False)
-    for ax, (model, part) in zip(axes[0], places, strict=True):
-        rows = part.to_dict("records")
-        for place, row in enumerate(rows):
+    rows = table if len(table) else pd.DataFrame({"model": ["no races"]})
+    most = max(4, rows["model"].value_counts().max())
+    figure, places = facets(table, rows, ["model"], 3.6, 0.2 * most + 1.3, sharex=True)
+    for ax, part in places:
+        every = part.to_dict("records") if len(table) else []
+        for place, row in enumerate(every):
             _race(ax, row, place)
-        names = [" ".join(filter(None, (row["task"], row["variant"]))) for row in rows]
-        texts = [f"{name}: {style.method(row['baseline']).title}" for name, row in zip(names, rows, strict=True)]
-        ax.set_yticks(range(len(rows)), texts, fontsize=7)
+        texts = [" ".join(filter(None, (row["task"], row["variant"]))) for row in every]
+        texts = [f"{name}: {style.method(row['baseline']).title}" for name, row in zip(texts, every, strict=True)]
+        ax.set_yticks(range(len(texts)), texts, fontsize=7)
         marks.reference(ax, 1, vertical=True)
-        ax.set(ylim=(max(len(rows), 1) - 0.4, -0.6), xscale="log", title=model, xlabel="FLUX sooner to the target by")
-    low, high = axes[0, 0].get_xlim()
-    axes[0, 0].set_xlim(min(low, 0.4), max(high, 6.0))
-    axes[0, 0].set_xticks([0.5, 1, 2, 5], ["0.5×", "1×", "2×", "5×"])
-    axes[0, 0].minorticks_off()
+        ax.set(ylim=(len(part) - 0.4, -0.6), xscale="log", xlabel="FLUX sooner to the target by")
+    low, high = ax.get_xlim()
+    ax.set_xlim(min(low, 0.4), max(high, 6.0))
+    ax.set_xticks([0.5, 1, 2, 5], ["0.5×", "1×", "2×", "5×"])
+    ax.minorticks_off()
     if len(table):
-        caption(figure, f"device clock: {clock_shapes(table)}", interval_names(table["seeds"]), "arrow: at least")
+        caption(figure, f"device clock: {clock_shapes(table)}", f"{table['seeds'].max()} seeds", "arrow: at least")
     return figure
 
 
@@ -170,24 +126,20 @@ def trials(table: pd.DataFrame) -> Picture:
     Args:
         table: of :func:`fluxlib.analysis.search.trials`.
     """
-    places, looks = list(table.groupby(["model", "task"], sort=False)), style.of_methods(table["method"])
-    steps = sorted(table["local_steps"].unique())
-    dashes = {count: "" if count == steps[0] else (4, 2) for count in steps}
-    figure, axes = panels(table, (max(4.0, 3.2 * len(places)), 3.0), 1, len(places), squeeze=False)
-    for ax, ((model, task), part) in zip(axes[0], places, strict=True):
-        for method, own in part.groupby("method", sort=False):
-            look = looks[str(method)]
-            sns.lineplot(own, x="learning_rate", y="score", style="local_steps", dashes=dashes, color=look.color,
-                         marker=look.marker, markeredgewidth=0, errorbar=None, legend=False, ax=ax)  # fmt: skip
-            best = own[own["is_chosen"]]
-            ax.plot(best["learning_rate"], best["score"], "o", ms=11, mfc="none", mec=look.color, mew=1.2)
-        ax.set(xscale="log", xlabel="learning rate", ylabel="score at equal device time", title=f"{model}\n{task}")
-    named = [
-        style.Style(f"{look.title}, {count} steps", look.color, look.marker, dashes[count], "")
-        for look in looks.values()
+    figure, places = facets(table, table, ["model", "task"], 3.0, 3.0)
+    methods, steps = style.of_methods(table["method"]), sorted(table["local_steps"].unique())
+    looks = {
+        (name, count): replace(look, title=f"{look.title}, {count} steps", dashes="" if count == steps[0] else (4, 2))
+        for name, look in methods.items()
         for count in steps
-    ]
-    marks.legend(figure, named, loc="outside right center")
-    chosen = "ring: chosen, the gentlest within a standard error of the best mean over panels"
-    caption(figure, chosen, f"{int(table['num_seeds'].max())} seed(s)", "device clock")
+    }
+    for ax, part in places:
+        named = part.assign(who=list(zip(part["method"], part["local_steps"], strict=True)), seed=0)
+        marks.lines(ax, named, "learning_rate", "score", "who", looks)
+        chosen = part[part["is_chosen"]]
+        sns.scatterplot(chosen, x="learning_rate", y="score", s=110, facecolor="none", edgecolor="black", ax=ax)
+        ax.set(xscale="log", xlabel="learning rate", ylabel="score at equal device time")
+    marks.legend(figure, looks, loc="outside right center")
+    told = "ring: chosen, the gentlest within a standard error of the best mean over panels"
+    caption(figure, told, f"{int(table['num_seeds'].max())} seed(s)", "device clock")
     return figure

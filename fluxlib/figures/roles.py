@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import ListedColormap
 
 from fluxlib import records
 from fluxlib.analysis.time_to_target import TARGET_FRACTION, times_to_target
-from fluxlib.analysis.wording import METRICS, clock_shapes, interval_name, percent
+from fluxlib.analysis.wording import METRICS, percent
 from fluxlib.figures import marks, style
-from fluxlib.figures.picture import Picture, caption, drawn, panels, study, unique
+from fluxlib.figures.picture import Picture, caption, drawn, footer, panels, study, unique
 
 RUN = ["setting", "seed"]
 MEASURES = {
@@ -24,7 +25,7 @@ MEASURES = {
     "spread": "relative spread of the squared norm",
 }
 PAPER_DISTANCE, TARGET_DISTANCE = 0.29, 0.20
-LEVELS = {"merged": "#FFFFFF", "explored": "#F0C36D", "exploited": "#D55E00"}
+LEVELS = {"merged": "#FFFFFF", "explored": "#F0C36D", "tuned": "#D55E00"}
 
 
 # Tables
@@ -37,25 +38,19 @@ def roles_table(participants: pd.DataFrame) -> pd.DataFrame:
         participants: the ``participants`` table of some runs, with the columns ``setting`` and ``seed``.
     """
     kept = [*RUN, "round", "participant"]
-    parts = []
-    for role in ("exploited", "explored"):
-        frame = participants[kept].assign(expert=participants[role].str.split(), role=role)
-        parts.append(frame.explode("expert").dropna(subset=["expert"]))
-    rows = pd.concat(parts, ignore_index=True)
+    rows = participants.melt(kept, ["exploited", "explored"], "role", "expert")
+    rows = rows.assign(expert=rows["expert"].str.split()).explode("expert").dropna(subset=["expert"])
     places = [records.read_experts(key)[0] for key in rows["expert"]]
-    rows["layer"], rows["expert"] = [layer for layer, _ in places], [expert for _, expert in places]
-    return rows[[*kept, "expert", "layer", "role"]]
+    rows["layer"], rows["expert"] = zip(*places, strict=True)
+    return rows[[*kept, "expert", "layer", "role"]].reset_index(drop=True)
 
 
 def coverage(roles: pd.DataFrame, num_experts: int) -> pd.DataFrame:
     """Share of all experts that anybody has tuned so far (``covered_frac``), by setting, seed and round."""
     tuned = roles[roles["role"] == "exploited"].sort_values("round", kind="stable")
-    new = ~tuned.duplicated([*RUN, "layer", "expert"])
-    found = (
-        new.groupby([tuned[name] for name in (*RUN, "round")], sort=False).sum().rename("covered_frac").reset_index()
-    )
-    found["covered_frac"] = found.groupby(RUN)["covered_frac"].cumsum() / num_experts
-    return found
+    new = tuned.assign(covered_frac=~tuned.duplicated([*RUN, "layer", "expert"]) / num_experts)
+    found = new.groupby([*RUN, "round"], sort=False)["covered_frac"].sum().reset_index()
+    return found.assign(covered_frac=found.groupby(RUN)["covered_frac"].cumsum())
 
 
 def load(roles: pd.DataFrame, num_experts: int) -> pd.DataFrame:
@@ -99,11 +94,10 @@ def probe_shares(participants: pd.DataFrame) -> pd.DataFrame:
     ``device``: without the first round, whose download is another. ``wall``: what is measured, so without links.
     """
     kept = participants[(participants["rejected"] == "") & (participants["round"] > 1)]
-    parts = []
-    for clock in ("device", "wall"):
-        seconds = pd.Series({phase: kept[f"{phase}_{clock}_s"].fillna(0.0).mean() for phase in records.PHASES})
-        parts.append((seconds / seconds.sum()).rename_axis("phase").reset_index(name="share").assign(clock=clock))
-    return pd.concat(parts, ignore_index=True)[["clock", "phase", "share"]]
+    seconds = {(clock, phase): kept[f"{phase}_{clock}_s"].fillna(0.0).mean()
+               for clock, phase in itertools.product(("device", "wall"), records.PHASES)}  # fmt: skip
+    table = pd.Series(seconds).rename_axis(["clock", "phase"])
+    return (table / table.groupby("clock").transform("sum")).rename("share").reset_index()
 
 
 # Pictures
@@ -120,20 +114,16 @@ def role_utilities(measured: pd.DataFrame) -> Picture:
     layers = style.in_shades(sorted(wide["layer"].unique()))
     values = wide[["true", *names]].to_numpy(dtype=float)
     ends = values[values > 0].min() / 2, values.max() * 2
-    look: dict[str, Any] = {"hue": "layer", "style": "layer", "edgecolor": "black", "linewidth": 0.4}
-    look["palette"] = {layer: shade.color for layer, shade in layers.items()}
-    look["markers"] = {layer: shade.marker for layer, shade in layers.items()}
+    kind = marks.hues("layer", layers) | {"style": "layer", "edgecolor": "black", "linewidth": 0.4}
+    kind["markers"] = {layer: look.marker for layer, look in layers.items()}
     for ax, name in zip(axes[0], names, strict=True):
         ax.plot(ends, ends, color="black", linewidth=0.8, zorder=1)
-        sns.scatterplot(wide.assign(**{name: wide[name].clip(lower=ends[0])}), x="true", y=name, s=22, legend=False,
-                        ax=ax, zorder=2, **look)  # fmt: skip
+        shown = wide.assign(**{name: wide[name].clip(lower=ends[0])})
+        sns.scatterplot(shown, x="true", y=name, s=22, ax=ax, zorder=2, **kind)
         ax.set(title=name, xlabel="true utility", ylabel="estimated, one probe", xscale="log", yscale="log")
         ax.set(xlim=ends, ylim=ends)
-    marks.legend(
-        axes[0, 0], [replace(look, dashes=(0, 1)) for look in layers.values()], title="layer", ncols=2, fontsize=7
-    )
-    told = f"seed {rows['seed'].iloc[0]}", f"{len(wide)} experts, one batch of 16 samples"
-    caption(figure, _about(rows)[0], *told)
+    marks.legend(axes[0, 0], {name: replace(look, dashes=(0, 1)) for name, look in layers.items()}, title="layer", ncols=2, fontsize=7)
+    footer(figure, rows, f"{len(wide)} experts, one batch of 16 samples", seeds=f"seed {rows['seed'].iloc[0]}")
     return figure
 
 
@@ -150,6 +140,7 @@ def role_probes(measured: pd.DataFrame) -> Picture:
         own = study(shown, f"probe_{name}")
         if name != "bias":
             marks.lines(ax, study(rows, f"probe_{name}"), "cost", "value", "setting", looks)
+            ax.set_ylim(bottom=None if name == "rank_correlation" else 0)
         if (own["x"] == 0).any():
             free = own.loc[own["x"] == 0, "value"].mean()
             marks.reference(ax, free, f"frequency alone, no pass: {free:.2f}")
@@ -157,20 +148,18 @@ def role_probes(measured: pd.DataFrame) -> Picture:
     for place, (name, look) in enumerate(looks.items()):
         own = rows[rows["setting"] == name].pivot_table(index="cost", columns="study", values="value")
         # Side by side, since these error bars would hide each other.
-        axes[1, 0].errorbar(own.index * 1.06**place, own["probe_bias"], 2 * own["probe_bias_error"], color=look.color,
-                            marker=look.marker, ls=(0, look.dashes or None), capsize=2)  # fmt: skip
-    axes[1, 0].axhline(0, color="black", linewidth=0.8)
+        kind = {"color": look.color, "marker": look.marker, "ls": (0, look.dashes or None), "capsize": 2}
+        axes[1, 0].errorbar(own.index * 1.06**place, own["probe_bias"], 2 * own["probe_bias_error"], **kind)
+    marks.reference(axes[1, 0], 0)
     ticks = sorted(passes["cost"].round(2).unique())
     axes[0, 0].set_xticks(ticks[:: max(1, len(ticks) // 5)], minor=False)
     axes[1, 0].xaxis.set_major_formatter("{x:g}")
     axes[1, 0].xaxis.set_minor_formatter("")
     marks.reference(axes[0, 0], PAPER_DISTANCE, f"paper: {PAPER_DISTANCE:.2f}")
     marks.reference(axes[0, 0], TARGET_DISTANCE, f"to reach: {TARGET_DISTANCE:.2f}")
-    axes[0, 0].set_ylim(bottom=0)
-    axes[1, 1].set_ylim(bottom=0)
-    marks.legend(axes[1, 1], looks.values(), loc="upper right", fontsize=7)
+    marks.legend(axes[1, 1], looks, loc="upper right", fontsize=7)
     counts = ", ".join(f"{x:g}" for x in sorted(rows["x"].unique()))
-    caption(figure, *_about(rows), f"marks: {counts} probes per expert; bars: 2 standard errors")
+    footer(figure, rows, f"marks: {counts} probes per expert; bars: 2 standard errors")
     return figure
 
 
@@ -185,26 +174,18 @@ def role_seconds(measured: pd.DataFrame, participants: pd.DataFrame) -> Picture:
     rows = study(measured, "probe_seconds")
     figure, (left, right) = panels(rows, (7.4, 2.9), 1, 2)
     times = 1000 * rows.groupby("setting")["value"].median().sort_values()
-    looks = style.of_settings(times.index)
-    looks = {name: replace(look, color="#D55E00" if "per pass" in name else "#999999", hatch="")
-             for name, look in looks.items()}  # fmt: skip
+    looks = style.colored({name: "#D55E00" if "per pass" in name else "#999999" for name in times.index})
     marks.bars(left, times.reset_index().assign(seed=0), "setting", "value", looks, fmt="{:.1f}", horizontal=True)
     left.set_xlabel("milliseconds per expert, measured here (median)")
-    shares = probe_shares(participants)
-    shares = shares.assign(percent=100 * shares["share"], clock=shares["clock"].map(
-        {"device": "device clock", "wall": "measured here\n(no link)"}))[shares["share"] > 0]  # fmt: skip
-    phases = style.of_phases(shares["phase"])
+    shares = probe_shares(participants).query("share > 0")
+    clocks = shares["clock"].map({"device": "device clock", "wall": "measured here\n(no link)"})
+    phases, shares = style.of_phases(shares["phase"]), shares.assign(percent=100 * shares["share"], clock=clocks)
     marks.stacked(right, shares, "clock", "phase", "percent", phases, horizontal=True)
-    for place, (_, own) in enumerate(shares.groupby("clock", sort=False)):
-        probe = own.loc[own["phase"] == "probe", "percent"].sum()
-        right.annotate(
-            f"probe {probe:.1f} %", (50, place), (0, 22), textcoords="offset points", ha="center", fontsize=7
-        )
+    for place, probe in enumerate(shares[shares["phase"] == "probe"].groupby("clock", sort=False)["percent"].sum()):
+        right.text(50, place - 0.45, f"probe {probe:.1f} %", ha="center", fontsize=7)
     right.set(xlabel="share of a participant's round (%)", xlim=(0, 100), ylim=(1.5, -0.7))
-    marks.legend(right, phases.values(), True, ncols=3, fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    seeds = rows["seed"].nunique()
-    told = f"{seeds} seeds" if seeds > 1 else "1 seed", f"right: {participants['setting'].iloc[0]}, round 2 on"
-    caption(figure, _about(rows)[0], *told)
+    marks.legend(right, phases, True, ncols=3, fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    footer(figure, rows, f"right: {participants['setting'].iloc[0]}, round 2 on")
     return figure
 
 
@@ -216,8 +197,6 @@ def role_map(roles: pd.DataFrame, num_experts: int, participants: Sequence[int] 
         roles: of :func:`roles_table`, one run.
         num_experts: experts per layer.
     """
-    from matplotlib.colors import ListedColormap
-
     shown = [p for p in participants if p in set(roles["participant"])]
     num_layers, num_rounds = int(roles["layer"].max()) + 1, int(roles["round"].max())
     columns = min(2, len(shown))
@@ -226,11 +205,10 @@ def role_map(roles: pd.DataFrame, num_experts: int, participants: Sequence[int] 
     figure, axes = panels(roles, size, rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
+    level = roles["role"].map({"explored": 1, "exploited": 2})
     for ax, participant in zip(axes.flat, shown, strict=False):
-        grid = np.zeros((num_layers * num_experts, num_rounds))
-        for level, role in enumerate(LEVELS):
-            part = roles[(roles["participant"] == participant) & (roles["role"] == role)]
-            grid[part["layer"] * num_experts + part["expert"], part["round"] - 1] = level
+        part, grid = roles[roles["participant"] == participant], np.zeros((num_layers * num_experts, num_rounds))
+        grid[part["layer"] * num_experts + part["expert"], part["round"] - 1] = level[part.index]
         look = {"vmax": 2, "cbar": False, "xticklabels": False, "yticklabels": False}
         marks.heat(ax, grid, "", cmap=ListedColormap(list(LEVELS.values())), **look)
         ax.hlines(np.arange(1, num_layers) * num_experts, 0, num_rounds, color="black", linewidth=0.7)
@@ -240,10 +218,9 @@ def role_map(roles: pd.DataFrame, num_experts: int, participants: Sequence[int] 
         ax.set(title=f"participant {participant}", xlabel="round")
         ax.label_outer()
     figure.supylabel(f"MoE layer ({num_experts} experts each)", fontsize=9)
-    levels = [style.Style({"exploited": "tuned"}.get(name, name), color, "", "", "") for name, color in LEVELS.items()]
-    marks.legend(figure, levels, filled=True, loc="outside upper right", ncols=3)
+    marks.legend(figure, style.colored(LEVELS), filled=True, loc="outside upper right", ncols=3)
     for patch in figure.legends[0].get_patches():
-        patch.set_edgecolor("black")
+        patch.set(edgecolor="black", hatch="")
     return figure
 
 
@@ -258,22 +235,18 @@ def role_convergence(
         varied: what the settings are settings of, for the legend.
     """
     figure, axes = panels(rounds, (3.7 * len(clocks), 4.6), 2, len(clocks), sharex="col", sharey="row", squeeze=False)
-    looks = style.of_settings(rounds["setting"].unique())
-    scored, seeds = rounds.dropna(subset=["metric"]), rounds["seed"].nunique()
-    means = scored.assign(**{clock: scored.groupby(["setting", "round"])[clock].transform("mean") for clock in clocks})
-    metric = METRICS.get(unique(rounds, "metric_name"), "score")
-    for row, (column, title) in zip(axes, {"metric": metric, "loss": "test loss"}.items(), strict=True):
-        for ax, clock in zip(row, clocks, strict=True):
-            marks.lines(ax, means, clock, column, "setting", looks, errorbar=None, markevery=2)
-            if seeds > 1:
-                colors = {name: look.color for name, look in looks.items()}
-                sns.lineplot(scored, x=clock, y=column, hue="setting", palette=colors, units="seed", estimator=None,
-                             linewidth=0.6, alpha=0.45, legend=False, ax=ax)  # fmt: skip
-            ax.set(xlabel=style.CLOCKS[clock], ylabel=title)
-            ax.label_outer()
-    marks.legend(axes[1, 0], looks.values(), title=varied, title_fontsize=8)
-    shown = f"{seeds} seeds: mean, and each one thin" if seeds > 1 else "1 seed"
-    caption(figure, _about(rounds)[0], shown, f"device clock: shapes of {clock_shapes(rounds)}")
+    looks, seeds = style.of_settings(rounds["setting"].unique()), rounds["seed"].nunique()
+    titles = {"metric": METRICS.get(unique(rounds, "metric_name"), "score"), "loss": "test loss"}
+    for ax, (column, clock) in zip(axes.flat, itertools.product(titles, clocks), strict=True):
+        means = marks.at_mean_times(rounds, clock, "setting")
+        marks.lines(ax, means, clock, column, "setting", looks, errorbar=None, markevery=2)
+        if seeds > 1:
+            thin = marks.hues("setting", looks) | {"units": "seed", "estimator": None, "linewidth": 0.6, "alpha": 0.45}
+            sns.lineplot(rounds.dropna(subset=["metric"]), x=clock, y=column, ax=ax, **thin)
+        ax.set(xlabel=style.CLOCKS[clock], ylabel=titles[column])
+        ax.label_outer()
+    marks.legend(axes[1, 0], looks, title=varied, title_fontsize=8)
+    footer(figure, rounds, seeds=f"{seeds} seeds: mean, and each one thin" if seeds > 1 else "1 seed")
     return figure
 
 
@@ -291,31 +264,27 @@ def role_ablation(outcome: pd.DataFrame) -> Picture:
     }
     figure, axes = panels(outcome, (8.2, 2.8), 1, len(measures))
     looks, seeds = style.of_settings(outcome["setting"].unique()), outcome["seed"].nunique()
+    names = list(looks)
     for ax, (column, title) in zip(axes, measures.items(), strict=True):
         missed = outcome[column].isna().groupby(outcome["setting"]).sum()
         whole = outcome[outcome["setting"].map(missed) == 0]
         if column == "final_metric":  # a bar would have to begin at 0
-            sns.pointplot(whole, x="setting", y=column, hue="setting", order=list(looks), errorbar=None, legend=False,
-                          palette={name: look.color for name, look in looks.items()}, marker="_", markersize=22,
-                          markeredgewidth=3, ax=ax)  # fmt: skip
+            line = {"marker": "_", "markersize": 22, "markeredgewidth": 3, "errorbar": None, "order": names}
+            sns.pointplot(whole, x="setting", y=column, ax=ax, **line, **marks.hues("setting", looks))
             marks.reference(ax, outcome["target"].iloc[0])
         else:
             marks.bars(ax, whole, "setting", column, looks)
-        if seeds > 1 or column == "final_metric":
-            white = {"palette": ["white"] * seeds, "size": 3, "edgecolor": "black", "linewidth": 0.8}
-            sns.stripplot(outcome, x="setting", y=column, hue="seed", order=list(looks), dodge=seeds > 1, jitter=False,
-                          legend=False, ax=ax, **white)  # fmt: skip
-        for place, name in enumerate(looks):
+        dots = {"palette": ["white"] * seeds, "edgecolor": "black", "linewidth": 0.8, "size": 3, "legend": False}
+        dots |= {"hue": "seed", "dodge": seeds > 1, "jitter": False, "order": names}
+        sns.stripplot(outcome, x="setting", y=column, ax=ax, **dots)
+        for place, name in enumerate(names):
             if missed[name]:
-                text = f"not reached: {missed[name]}/{(outcome['setting'] == name).sum()}"
-                marks.missed(ax, place - 0.3, text)
-        ax.set_xticks(range(len(looks)), list(looks), rotation=30, ha="right")
-        ax.set(title=title, xlabel="", ylabel="", xlim=(-0.6, len(looks) - 0.4))
+                marks.missed(ax, place - 0.3, f"not reached: {missed[name]}/{(outcome['setting'] == name).sum()}")
+        ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        ax.set(title=title, xlabel="", ylabel="", xlim=(-0.6, len(names) - 0.4))
         ax.grid(axis="x", visible=False)
     share = percent(outcome["target_fraction"].iloc[0])
-    dashed = f"dashed: target, {share} of {outcome['setting'].iloc[0]}'s mean final score"
-    told = f"{interval_name(seeds)}; marks: single seeds" if seeds > 1 else "1 seed"
-    caption(figure, _about(outcome)[0], dashed, told, f"device clock: shapes of {clock_shapes(outcome)}")
+    footer(figure, outcome, f"dashed: target, {share} of {names[0]}'s mean final score", "marks: single seeds")
     return figure
 
 
@@ -340,12 +309,7 @@ def role_coverage(roles: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
     left.set(xlabel="round", ylabel="experts tuned so far (%)", ylim=(0, 103))
     right.set(xlabel="experts, most tuned first (%)", ylabel="share of all tunings (%)", xlim=(0, 100), ylim=(0, 103))
     right.annotate("even", (62, 62), (4, -10), textcoords="offset points", fontsize=7)
-    marks.legend(right, looks.values(), fontsize=7, loc="lower right")
+    marks.legend(right, looks, fontsize=7, loc="lower right")
     seeds = rounds["seed"].nunique()
-    caption(figure, _about(rounds)[0], f"mean of {seeds} seeds" if seeds > 1 else "1 seed")
+    caption(figure, unique(rounds, "model"), unique(rounds, "task"), f"mean of {seeds} seed(s)")
     return figure
-
-
-def _about(frame: pd.DataFrame) -> tuple[str, str]:
-    """Model and task, and what bands are, for a caption."""
-    return f"{unique(frame, 'model')}, {unique(frame, 'task')}", interval_name(frame["seed"].nunique())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,9 +12,9 @@ import pandas as pd
 import seaborn as sns
 
 from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, reach, times_to_target
-from fluxlib.analysis.wording import METRICS, clock_shapes
+from fluxlib.analysis.wording import METRICS
 from fluxlib.figures import marks, style
-from fluxlib.figures.picture import Picture, caption, drawn, interval_names, notice, panels, unique
+from fluxlib.figures.picture import Picture, drawn, footer, notice, panels, unique
 
 FEDERATION = ["participants", "participants_per_round", "alpha"]
 """What the target depends on: FMD has no budget, so all budgets have the same one."""
@@ -46,12 +47,10 @@ def outcomes(
         return pd.DataFrame(columns=["question", *SETTINGS, "method", *MEASURES])
     times = times_to_target(rounds, fraction, pairs=(*PAIR, *FEDERATION))
     alone = rounds[~rounds["run_id"].isin(times["run_id"])]
-    if len(alone):
-        without = reach(alone, math.nan).assign(device_s_at_least=math.nan)
-        times = pd.concat([times, without], ignore_index=True)
-    runs = rounds.groupby("run_id")[SETTINGS].first()
+    without = reach(alone, math.nan).assign(device_s_at_least=math.nan)
+    times = pd.concat([times, without], ignore_index=True) if len(alone) else times
     sent = rounds[rounds["round"] > 0].assign(round_mb=(rounds["uplink_bytes"] + rounds["downlink_bytes"]) / 1e6)
-    table = times.drop(columns=FEDERATION, errors="ignore").join(runs, on="run_id")
+    table = times.drop(columns=FEDERATION).join(rounds.groupby("run_id")[SETTINGS].first(), on="run_id")
     table = table.join(sent.groupby("run_id")["round_mb"].mean(), on="run_id")
     asked = [table[table["variant"].isin(variants)].assign(question=name) for name, variants in questions.items()]
     return pd.concat(asked, ignore_index=True)
@@ -73,24 +72,18 @@ def scale_participants(rounds: pd.DataFrame) -> Picture:
     if rounds.empty:
         return notice("No runs of this model with other numbers of participants.", rounds)
     shown = rounds.sort_values(["participants", "round"], kind="stable")
-    shown = shown.assign(crowd=[crowd(row) for row in shown[FEDERATION].to_dict("records")])
+    shown = shown.assign(crowd=shown.apply(crowd, axis=1))
     methods, looks = style.of_methods(shown["method"]), style.in_shades(shown["crowd"].unique())
     size = 6.4, 0.7 + 1.8 * len(methods)
     figure, axes = panels(rounds[CURVE], size, len(methods), 2, sharey=True, sharex="col", squeeze=False)
     score = METRICS.get(unique(shown, "metric_name"), "score")
-    for row, (method, look) in zip(axes, methods.items(), strict=True):
-        own = shown[shown["method"] == method].dropna(subset=["metric"])
-        for ax, clock in zip(row, ("round", "device_s"), strict=True):
-            means = own.assign(**{clock: own.groupby(["crowd", "round"])[clock].transform("mean")})
-            marks.lines(ax, means, clock, "metric", "crowd", looks, errorbar=None)
-            ax.set(xlabel=style.CLOCKS[clock], ylabel=f"{look.title}: {score}")
-            ax.label_outer()
-    marks.legend(figure, looks.values(), loc="outside right upper", title="participants\nin a round")
-    seeds = shown.groupby(["method", "crowd"])["seed"].nunique()
-    several = f"means of {seeds.max()} seeds" if seeds.max() > 1 else "1 seed"
-    several += "" if seeds.min() == seeds.max() else f" (at least {seeds.min()})"
-    told = f"{unique(shown, 'model')}, {unique(shown, 'task')}", f"device clock: {clock_shapes(shown)}"
-    caption(figure, *told, several)
+    for ax, (method, clock) in zip(axes.flat, itertools.product(methods, ("round", "device_s")), strict=True):
+        means = marks.at_mean_times(shown[shown["method"] == method], clock, "crowd")
+        marks.lines(ax, means, clock, "metric", "crowd", looks, errorbar=None)
+        ax.set(xlabel=style.CLOCKS[clock], ylabel=f"{methods[method].title}: {score}")
+        ax.label_outer()
+    marks.legend(figure, looks, loc="outside right upper", title="participants\nin a round")
+    footer(figure, shown)
     return figure
 
 
@@ -117,11 +110,8 @@ def scale_settings(table: pd.DataFrame) -> Picture:
             if question == "tune_fraction" and "fmd" in looks:  # it has no budget: the same on the whole axis
                 level = part.loc[part["series"] == "fmd", measure].mean()
                 ax.axhline(level, color=looks["fmd"].color, ls=(0, looks["fmd"].dashes), lw=0.8)
-    marks.legend(figure, known.values(), loc="outside upper center", ncols=4)
-    seeds = interval_names(table.groupby(["question", "variant", "method"])["seed"].nunique())
-    told = f"{unique(table, 'model')}, {unique(table, 'task')}", f"device clock: {clock_shapes(table)}"
-    missed = "hollow with an arrow: target not reached in every seed, at least this"
-    caption(figure, *told, "bytes: the mini model's own", seeds, missed)
+    marks.legend(figure, known, loc="outside upper center", ncols=4)
+    footer(figure, table, "bytes: the mini model's own", "hollow with an arrow: target not reached in every seed")
     return figure
 
 
@@ -143,15 +133,14 @@ def _series(part: pd.DataFrame, question: str) -> tuple[pd.DataFrame, dict[str, 
 def _points(ax: Any, part: pd.DataFrame, measure: str, looks: Mapping[str, style.Style]) -> None:
     """One panel; hollow with an arrow where a seed missed the target."""
     order, width = list(pd.unique(part["at"])), 0.08 * (len(looks) - 1)
-    sns.pointplot(part, x="at", y=measure, order=order, hue="series", hue_order=list(looks), dodge=width or False,
-                  palette={name: look.color for name, look in looks.items()}, errorbar=marks.over_seeds, capsize=0.1,
-                  markers=[look.marker for look in looks.values()], err_kws={"linewidth": 0.8}, linewidth=1.4,
-                  linestyles=[(0, look.dashes or None) for look in looks.values()], markersize=4.5, legend=False,
-                  ax=ax)  # fmt: skip
+    look = marks.hues("series", looks) | {"errorbar": marks.over_seeds, "capsize": 0.1, "err_kws": {"linewidth": 0.8}}
+    look |= {"markers": [own.marker for own in looks.values()], "markersize": 4.5, "linewidth": 1.4}
+    lines = [(0, own.dashes or None) for own in looks.values()]
+    sns.pointplot(part, x="at", y=measure, order=order, dodge=width or False, linestyles=lines, ax=ax, **look)
     if measure == "device_s_at_least":
         missed = part[part["device_s_to_target"].isna() & part["target"].notna()]
-        for name, at in missed[["series", "at"]].drop_duplicates().itertuples(index=False):
-            height = part.loc[(part["series"] == name) & (part["at"] == at), measure].mean()
-            spot, look = order.index(at) + 0.08 * list(looks).index(name) - width / 2, looks[name]
-            ax.plot([spot], [height], marker=look.marker, mfc="w", mec=look.color, ls="none", zorder=4)
-            ax.annotate("\u2191", (spot, height), (0, 3), textcoords="offset points", ha="center", color=look.color)
+        for (name, at), seeds in missed.groupby(["series", "at"]):
+            spot, height = order.index(at) + 0.08 * list(looks).index(name) - width / 2, seeds[measure].mean()
+            ax.plot([spot], [height], marker=looks[name].marker, mfc="w", mec=looks[name].color, ls="none", zorder=4)
+            arrow = {"textcoords": "offset points", "ha": "center", "color": looks[name].color}
+            ax.annotate("\u2191", (spot, height), (0, 3), **arrow)

@@ -106,21 +106,24 @@ def of_methods(names: Iterable[str]) -> dict[str, Style]:
     return {name: method(name) for name in methods_in_order(names)}
 
 
-def of_settings(names: Iterable[Any] | Mapping[Any, str]) -> dict[Any, Style]:
-    """Styles by setting, in the order in which settings come; a mapping gives each its title."""
+def of_settings(names: Iterable[Any] | Mapping[Any, str], **changed: str) -> dict[Any, Style]:
+    """Styles by setting, in the order in which settings come; a mapping gives each its title; ``changed``: of all."""
     titles = names if isinstance(names, Mapping) else {name: name for name in names}
-    return {name: replace(SETTINGS[i % 7], title=str(shown)) for i, (name, shown) in enumerate(titles.items())}
+    looks = enumerate(titles.items())
+    return {name: replace(SETTINGS[i % 7], **{"title": str(title)} | changed) for i, (name, title) in looks}
+
+
+def colored(colors: Mapping[str, str]) -> dict[str, Style]:
+    """Styles of things that have a colour each, by name; hatches tell them apart as well."""
+    return {name: replace(look, color=colors[name]) for name, look in of_settings(colors).items()}
 
 
 def of_phases(names: Iterable[str]) -> dict[str, Style]:
     """Styles of a round's phases in their order; the server, which is none, is black and comes last."""
     known = {name: Style(name, color, "", "", PHASE_HATCHES[name]) for name, color in PHASE_COLORS.items()}
+    known["server"] = Style("server", "#000000", "", "", "")
     present = set(names)
-    return {
-        name: look
-        for name, look in (known | {"server": Style("server", "#000000", "", "", "")}).items()
-        if name in present
-    }
+    return {name: look for name, look in known.items() if name in present}
 
 
 def in_shades(names: Iterable[Any]) -> dict[Any, Style]:

@@ -12,7 +12,7 @@ import torch
 from fluxlib import records
 from fluxlib.analysis import claims, studies
 from fluxlib.analysis.claims.judge import judge, weakest
-from fluxlib.analysis.claims.values import values as by_seed
+from fluxlib.analysis.claims.tables import values as by_seed
 from fluxlib.analysis.studies import bench as common
 from fluxlib.analysis.studies import merging, profiling
 from fluxlib.config import ConfigError

@@ -24,11 +24,10 @@ from fluxlib.analysis.claims.judge import (
     weakest,
 )
 from fluxlib.analysis.claims.tables import Tables, of_model
-from fluxlib.analysis.runs import EQUAL_SECONDS, WHOLE, breakdown, quality_over_seeds
+from fluxlib.analysis.runs import EQUAL_SECONDS, OWN_PHASES, WHOLE, breakdown, quality_over_seeds
 from fluxlib.analysis.speedups import OURS, REFERENCE, against_all, describe, speed_ups
 from fluxlib.analysis.wording import clock_shapes, percent, sentence, shown, shown_interval
 
-OWN_PHASES = ("merge", "quantize", "profile", "probe")
 PARTICIPANTS = (10, 20, 30)
 """Numbers of participants in the paper."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fluxlib import gradients, merging, profiling, seeding
+from fluxlib.analysis.runs import OWN_PHASES
 from fluxlib.analysis.studies.bench import Bench, Row, at_random, interleaved, most_used, row, typical_round
 from fluxlib.config import MergingConfig
 from fluxlib.devices import catalogue, clock
@@ -35,8 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "joint + squared gate + aligned": {**JOINT, "align_neurons": True},
 }
 """Settings of :class:`fluxlib.config.MergingConfig`; what is not named is the paper's."""
-OWN_PHASES = ("merge", "quantize", "profile", "probe")
-"""Phases of :data:`fluxlib.records.PHASES` that only FLUX has."""
 
 
 @dataclass(frozen=True)
