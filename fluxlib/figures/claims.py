@@ -57,8 +57,8 @@ def claims(table: pd.DataFrame, readings: pd.DataFrame) -> Picture:
         color = "#888888" if verdict == "not attempted" else "#000000"
         ax.text(1.01, place, verdict, transform=ax.get_yaxis_transform(), color=color, **look)
     if looks:
-        handles = [replace(look, dashes=(0, 1)) for look in looks.values()]
-        marks.legend(figure, handles, loc="outside upper center", ncols=4)
+        dots = {name: replace(look, dashes=(0, 1)) for name, look in looks.items()}
+        marks.legend(figure, dots, loc="outside upper center", ncols=4)
     seeds = "–".join(map(str, sorted({found["seeds"].min(), found["seeds"].max()}))) if len(found) else ""
     filled = "filled: agrees, half: in direction, empty: does not; no dot: no number to compare"
     caption(figure, filled, f"{seeds} seeds, bars: interval" if seeds else "")
@@ -70,7 +70,5 @@ def _dot(ax: Any, row: Any, place: float, look: style.Style) -> None:
     ratio, fill = row["ratio"], FILLS[row["verdict"]]
     ax.plot(np.clip([row["ratio_low"], row["ratio_high"]], *LIMITS), [place, place], color=look.color, lw=0.8, zorder=1)
     marker = "<" if ratio < LIMITS[0] else ">" if ratio > LIMITS[1] else look.marker
-    ax.plot(
-        np.clip(ratio, *LIMITS), place, marker, color=look.color, fillstyle=fill, markerfacecoloralt="white",
-        markerfacecolor="white" if fill == "none" else look.color, markersize=5.5, markeredgewidth=0.9,
-    )  # fmt: skip
+    face = {"markerfacecolor": "white" if fill == "none" else look.color, "markerfacecoloralt": "white"}
+    ax.plot(np.clip(ratio, *LIMITS), place, marker, color=look.color, fillstyle=fill, markersize=5.5, **face)

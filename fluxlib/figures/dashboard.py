@@ -8,15 +8,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.patches import Patch, Rectangle
 
 from fluxlib.analysis.wording import METRICS, clock_shapes
 from fluxlib.figures import marks, style
 from fluxlib.figures.picture import Picture, caption, drawn, panels, unique
 from fluxlib.records import PHASES
 
-TUNED, EXPLORED, MERGED = style.METHODS["flux"].color, "#F0E442", "#DDE6EE"
-DASHED = {"linewidth": 1.4, "linestyle": (0, (2, 1))}
-"""Edge of an explored expert, which has the lightness of a merged one."""
+TUNED, MERGED, EDGE = style.METHODS["flux"].color, "#DDE6EE", {"edgecolor": "#333333", "linewidth": 0.7}
+SLOTS: dict[str, dict[str, Any]] = {
+    "tuned": EDGE | {"facecolor": TUNED},
+    "explored": EDGE | {"facecolor": "#F0E442", "linewidth": 1.4, "linestyle": (0, (2, 1))},
+    "frozen": EDGE | {"facecolor": MERGED},
+    "dropped": EDGE | {"facecolor": "white", "hatch": "xxx"},
+}
+"""How slots are drawn; explored experts have the lightness of merged ones, so their edge is dashed."""
 MEMORY_COLORS = {
     "other weights": "#999999",
     "tuned experts": TUNED,
@@ -47,7 +53,7 @@ def partition(histogram: pd.DataFrame | Sequence[Mapping[str, int]]) -> Picture:
     marks.stacked(ax, rows, "participant", "label", "samples", looks)
     ax.set(xlabel="participant", ylabel="samples", xticks=range(len(counts)))
     if len(looks) <= 16:
-        marks.legend(ax, looks.values(), True, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
+        marks.legend(ax, looks, True, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
     return figure
 
 
@@ -98,17 +104,14 @@ def overview(
 
 def _draw_sums(ax: Any, sums: Mapping[str, Mapping[str, float]], colors: Mapping[str, str]) -> None:
     """Horizontal stacked bars, one per method, without parts too small to be seen."""
-    rows = pd.DataFrame([(name, kind, size) for name, parts in sums.items() for kind, size in parts.items()],
-                        columns=["method", "kind", "size"])  # fmt: skip
-    largest = rows.groupby("kind")["size"].max()
-    seen = [
-        kind for kind in {**colors, **dict.fromkeys(rows["kind"])} if largest.get(kind, 0.0) > 0.001 * largest.max()
-    ]
-    looks = {kind: style.Style(kind, colors.get(kind, "#009E73"), "", "", style.SETTINGS[i % 7].hatch)
-             for i, kind in enumerate(seen)}  # fmt: skip
+    rows = pd.DataFrame(sums).rename_axis("kind").reset_index().melt("kind", var_name="method", value_name="size")
+    largest = rows.groupby("kind", sort=False)["size"].max()
+    seen = set(largest.index[largest > 0.001 * largest.max()])
+    known = {**colors, **dict.fromkeys(seen - set(colors), "#009E73")}
+    looks = style.colored({kind: color for kind, color in known.items() if kind in seen})
     methods = {name: style.method(name) for name in sums}
-    marks.stacked(ax, rows, "method", "kind", "size", looks, methods, total="{:.3g}", horizontal=True)
-    marks.legend(ax, looks.values(), True, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, fontsize=7)
+    marks.stacked(ax, rows.dropna(), "method", "kind", "size", looks, methods, total="{:.3g}", horizontal=True)
+    marks.legend(ax, looks, True, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, fontsize=7)
 
 
 @drawn
@@ -128,20 +131,16 @@ def slots(plans: Sequence[Any], explored: Any = None) -> Picture:
 
 
 def _draw_slots(ax: Any, plans: Sequence[Any], explored: np.ndarray) -> None:
-    from matplotlib.patches import Patch, Rectangle
-
     widest, small = 1.0, 7.0 if len(plans[0].experts) <= 20 else 5.2
     for row, plan in enumerate(plans):
-        alone = [group for group in plan.groups if len(group) == 1 and explored[row, group[0]]]
-        boxes: list[tuple[Any, str, dict[str, Any]]] = [((expert,), TUNED, {}) for expert in plan.tuned]
-        boxes += [(group, EXPLORED, DASHED) for group in alone]
-        boxes += [(group, MERGED, {}) for group in plan.groups if group not in alone]
-        boxes += [((expert,), "white", {"hatch": "xxx"}) for expert in plan.dropped]
+        kinds = ["explored" if len(group) == 1 and explored[row, group[0]] else "frozen" for group in plan.groups]
+        boxes: list[tuple[str, Sequence[int]]] = [("tuned", (expert,)) for expert in plan.tuned]
+        boxes += sorted(zip(kinds, plan.groups, strict=True), key=lambda box: box[0])
+        boxes += [("dropped", (expert,)) for expert in plan.dropped]
         left = 0.0
-        for members, color, look in boxes:
-            edge: dict[str, Any] = {"edgecolor": "#333333", "linewidth": 0.7} | look
-            ax.add_patch(Rectangle((left, row - 0.4), len(members), 0.8, facecolor=color, **edge))
-            text: dict[str, Any] = {"color": "white", "fontweight": "bold"} if color == TUNED else {}
+        for kind, members in boxes:
+            ax.add_patch(Rectangle((left, row - 0.4), len(members), 0.8, **SLOTS[kind]))
+            text: dict[str, Any] = {"color": "white", "fontweight": "bold"} if kind == "tuned" else {}
             for place, expert in enumerate(members):
                 ax.text(left + place + 0.5, row, str(expert), ha="center", va="center", fontsize=small, **text)
             left += len(members) + GAP
@@ -153,11 +152,9 @@ def _draw_slots(ax: Any, plans: Sequence[Any], explored: np.ndarray) -> None:
     ax.grid(visible=False)
     ax.spines["bottom"].set_visible(False)
     merged = any(len(group) > 1 for plan in plans for group in plan.groups)
-    named: dict[str, dict[str, Any]] = {"tuned": {"facecolor": TUNED}, "explored": {"facecolor": EXPLORED} | DASHED}
-    named["merged, frozen" if merged else "kept, frozen"] = {"facecolor": MERGED}
-    if any(plan.dropped for plan in plans):
-        named["dropped"] = {"facecolor": "white", "hatch": "xxx"}
-    patches = [Patch(edgecolor="#333333", label=name, **look) for name, look in named.items()]
+    titles = {"tuned": "tuned", "explored": "explored", "frozen": "merged, frozen" if merged else "kept, frozen"}
+    titles |= {"dropped": "dropped"} if any(plan.dropped for plan in plans) else {}
+    patches = [Patch(label=title, **SLOTS[kind]) for kind, title in titles.items()]
     ax.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4, fontsize=7.5)
 
 
@@ -165,61 +162,38 @@ def _draw_slots(ax: Any, plans: Sequence[Any], explored: np.ndarray) -> None:
 
 
 @drawn
-def curves(
-    runs: Mapping[str, pd.DataFrame],
-    clocks: tuple[str, ...] = ("device_s", "wall_s"),
-    target: float | None = None,
-    roles: Any = None,
-    first_round: int = 1,
-) -> Picture:
+def curves(runs: Mapping[str, pd.DataFrame], target: float, roles: Any = None, first_round: int = 1) -> Picture:
     """Score over time, one line per run, one panel per clock; below them roles over rounds where there are some.
 
     Args:
-        runs: label to ``rounds`` table of one run.
-        clocks: columns of ``rounds`` to draw over.
+        runs: label to ``rounds`` table of one run; at least one has rows.
         target: drawn as a line.
-        roles: ``[rounds, layers, experts]``, how many participants tuned each expert.
-        first_round: of ``roles``.
+        roles: ``[rounds, layers, experts]``, how many participants tuned each expert, from ``first_round`` on.
     """
     with_roles = roles is not None and len(roles) > 0
-    figure = Picture(figsize=(4.2 * len(clocks), 3.0 + 2.1 * with_roles))
-    parts = np.asarray(figure.subfigures(2, 1, height_ratios=(2.9, 2.1))) if with_roles else (figure, None)
-    upper, lower = parts
-    axes = upper.subplots(1, len(clocks), squeeze=False)[0]
+    figure, clocks = Picture(figsize=(8.4, 3.0 + 2.1 * with_roles)), ("device_s", "wall_s")
+    upper, *lower = figure.subfigures(2, 1, height_ratios=(2.9, 2.1)) if with_roles else (figure,)
     every = [run.assign(run=label, seed=0) for label, run in runs.items() if len(run)]
-    figure.numbers = pd.concat(every) if every else pd.DataFrame()
-    looks = _looks(runs)
-    for ax, clock in zip(axes, clocks, strict=True):
-        ax.set(xlabel=style.CLOCKS[clock], ylabel="score")
-        if every:
-            scored = figure.numbers.dropna(subset=["metric"])
-            marks.lines(ax, scored, clock, "metric", "run", looks, errorbar=None, markevery=max(1, len(scored) // 40))
-            ax.set(xlabel=style.CLOCKS[clock], ylabel=METRICS.get(str(every[0]["metric_name"].iloc[0]), "score"))
-        if target is not None:
-            ax.axhline(target, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
-            ax.annotate(f"target {target:.3f}", (0.01, target), xycoords=ax.get_yaxis_transform(), ha="left",
-                        va="bottom", fontsize=7)  # fmt: skip
-    if runs:
-        marks.legend(upper, looks.values(), loc="outside upper center", ncols=2, fontsize=7)
-    if lower is not None:
-        _draw_roles(lower.subplots(), np.asarray(roles), first_round)
+    figure.numbers, looks = pd.concat(every), _looks(runs)
+    scored = figure.numbers.dropna(subset=["metric"])
+    for ax, clock in zip(upper.subplots(1, 2), clocks, strict=True):
+        marks.lines(ax, scored, clock, "metric", "run", looks, errorbar=None, markevery=max(1, len(scored) // 40))
+        ax.set(xlabel=style.CLOCKS[clock], ylabel=METRICS.get(every[0]["metric_name"].iloc[0], "score"))
+        marks.reference(ax, target, f"target {target:.3f}")
+    marks.legend(upper, looks, loc="outside upper center", ncols=2, fontsize=7)
+    for part in lower:
+        _draw_roles(part.subplots(), np.asarray(roles), first_round)
     shapes = "; ".join(dict.fromkeys(map(clock_shapes, every)))
-    caption(figure, f"device clock: shapes of {shapes}" if shapes else "", "one line is one run: no band")
+    caption(figure, f"device clock: shapes of {shapes}", "one line is one run: no band")
     return figure
 
 
 def _looks(runs: Mapping[str, pd.DataFrame]) -> dict[str, style.Style]:
     """A method's own look for its first run, spare ones for its others."""
     found: dict[str, style.Style] = {}
-    seen: set[str] = set()
-    spare = 0
-    for label, run in runs.items():
-        method = str(run["method"].iloc[0]) if len(run) else ""
-        look = style.method(method)
-        if method in seen:
-            look = style.SETTINGS[2:][spare % 5]
-            spare += 1
-        seen.add(method)
+    methods = [str(run["method"].iloc[0]) if len(run) else "" for run in runs.values()]
+    for place, (label, method) in enumerate(zip(runs, methods, strict=True)):
+        look = style.SETTINGS[2 + place % 5] if method in methods[:place] else style.method(method)
         found[label] = replace(look, title=label)
     return found
 
@@ -253,6 +227,6 @@ def phases(participants: pd.DataFrame) -> Picture:
     marks.stacked(ax, rows, "round", "phase", "seconds", looks)
     ax.set(xlabel="round", ylabel=style.CLOCKS["device_s"])
     ax.xaxis.get_major_locator().set_params(integer=True)
-    marks.legend(ax, looks.values(), True, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    marks.legend(ax, looks, True, loc="center left", bbox_to_anchor=(1.0, 0.5))
     caption(figure, unique(participants, "run_id"), "profiles for the next round run beside upload and server")
     return figure

@@ -40,7 +40,7 @@ def at_mean_times(rounds: pd.DataFrame, clock: str, by: str) -> pd.DataFrame:
 
 
 def lines(ax: Any, rows: pd.DataFrame, x: str, y: str, by: str, looks: Mapping[Any, Style], **kwargs: Any) -> None:
-    """One line per level of ``by``: ``y`` over ``x``, mean over seeds with a band; ``kwargs`` of ``seaborn.lineplot``."""
+    """One line per level of ``by``: ``y`` over ``x``, mean over seeds with a band; ``kwargs`` of seaborn's."""
     look = hues(by, looks) | {"style": by, "style_order": list(looks), "errorbar": over_seeds, "markeredgewidth": 0}
     look |= {"markers": {name: own.marker for name, own in looks.items()}}
     look |= {"dashes": {name: own.dashes for name, own in looks.items()}}

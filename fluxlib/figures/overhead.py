@@ -15,7 +15,7 @@ from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_targ
 from fluxlib.analysis.wording import clock_shapes, percent
 from fluxlib.devices import catalogue
 from fluxlib.figures import marks, style
-from fluxlib.figures.picture import Picture, caption, drawn, facets, footer, notice, panels, split, study, unique
+from fluxlib.figures.picture import Picture, caption, drawn, facets, notice, panels, split, study, unique
 
 GIB = 2**30
 CELL = ["model", "task", "fleet", "link", "baseline"]
@@ -145,7 +145,9 @@ def link_speed(table: pd.DataFrame) -> Picture:
     places[0][0].set_ylabel("speed-up over FMD")
     marks.legend(figure, looks, loc="outside right center")
     share = percent(table["target_fraction"].iloc[0])
-    caption(figure, f"time to {share} of FMD's final score, mean over seeds", f"shapes of {unique(table, 'clock_model')}")
+    caption(
+        figure, f"time to {share} of FMD's final score, mean over seeds", f"shapes of {unique(table, 'clock_model')}"
+    )
     return figure
 
 

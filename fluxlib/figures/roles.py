@@ -122,7 +122,8 @@ def role_utilities(measured: pd.DataFrame) -> Picture:
         sns.scatterplot(shown, x="true", y=name, s=22, ax=ax, zorder=2, **kind)
         ax.set(title=name, xlabel="true utility", ylabel="estimated, one probe", xscale="log", yscale="log")
         ax.set(xlim=ends, ylim=ends)
-    marks.legend(axes[0, 0], {name: replace(look, dashes=(0, 1)) for name, look in layers.items()}, title="layer", ncols=2, fontsize=7)
+    dots = {name: replace(look, dashes=(0, 1)) for name, look in layers.items()}
+    marks.legend(axes[0, 0], dots, title="layer", ncols=2, fontsize=7)
     footer(figure, rows, f"{len(wide)} experts, one batch of 16 samples", seeds=f"seed {rows['seed'].iloc[0]}")
     return figure
 

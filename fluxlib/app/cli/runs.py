@@ -179,7 +179,7 @@ def compare(
     every = store.as_one(found)
     times = reach(every, target * score, final_rounds=1)
     times = times[["run_id", "rounds", "best_metric", "final_metric", *times.filter(like="_to_target")]]
-    drawn = figures.dashboard.curves(found, target=target * score)
+    drawn = figures.dashboard.curves(found, target * score)
     files = figures.save(drawn, picture.name, picture.parent, every)
     if as_json:
         rows = json.loads(times.to_json(orient="records"))

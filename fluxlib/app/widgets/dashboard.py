@@ -218,7 +218,7 @@ class Dashboard:
             self.table.value = ""
             return
         target = TARGET_FRAC * float(max(scores))
-        self.curve.value = figures.dashboard.curves(shown, ("device_s", "wall_s"), target, tuned, first)._repr_png_()
+        self.curve.value = figures.dashboard.curves(shown, target, tuned, first)._repr_png_()
         times = reach(stored.as_one({label: run for label, run in shown.items() if len(run)}), target, final_rounds=1)
         self.table.value = compared(times, TARGET_FRAC)
 
