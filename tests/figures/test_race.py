@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from fluxlib import figures, records
-from fluxlib.analysis.runs import final_quality
 from fluxlib.analysis.time_to_target import times_to_target
 from fluxlib.figures import race, style
 
@@ -95,11 +94,3 @@ def test_drawing_changes_no_global_setting(rounds):
     picture = race.convergence(rounds)
     assert picture._repr_png_().startswith(b"\x89PNG")
     assert dict(mpl.rcParams) == before
-
-
-def test_final_quality_writes_how_far_the_reference_was(rounds):
-    one = rounds[(rounds["seed"] == 0) & ((rounds["method"] == "fmd") | (rounds["round"] < 2))]
-    picture = race.final_quality(final_quality(one, one))
-    assert [text.get_text() for text in picture.axes[0].texts] == ["10 %"]  # FLUX is over after 2 of FMD's 20 s
-    nothing = one[one["method"] == "fmd"]
-    assert "nothing to compare" in race.final_quality(final_quality(nothing, nothing)).texts[0].get_text()
