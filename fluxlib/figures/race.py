@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
 from fluxlib.analysis.wording import METRICS, clock_shapes, percent
 from fluxlib.figures import marks, style
@@ -127,17 +126,18 @@ def trials(table: pd.DataFrame) -> Picture:
         table: of :func:`fluxlib.analysis.search.trials`.
     """
     figure, places = facets(table, table, ["model", "task"], 3.0, 3.0)
-    methods, steps = style.of_methods(table["method"]), sorted(table["local_steps"].unique())
+    steps = sorted(table["local_steps"].unique())
     looks = {
-        (name, count): replace(look, title=f"{look.title}, {count} steps", dashes="" if count == steps[0] else (4, 2))
-        for name, look in methods.items()
+        f"{look.title}, {count} steps": replace(look, dashes="" if count == steps[0] else (4, 2))
+        for look in style.of_methods(table["method"]).values()
         for count in steps
     }
+    looks = {name: replace(look, title=name) for name, look in looks.items()}
     for ax, part in places:
-        named = part.assign(who=list(zip(part["method"], part["local_steps"], strict=True)), seed=0)
-        marks.lines(ax, named, "learning_rate", "score", "who", looks)
+        who = [f"{style.method(row.method).title}, {row.local_steps} steps" for row in part.itertuples()]
+        marks.lines(ax, part.assign(who=who, seed=0), "learning_rate", "score", "who", looks)
         chosen = part[part["is_chosen"]]
-        sns.scatterplot(chosen, x="learning_rate", y="score", s=110, facecolor="none", edgecolor="black", ax=ax)
+        ax.plot(chosen["learning_rate"], chosen["score"], "o", ms=11, mfc="none", mec="black")
         ax.set(xscale="log", xlabel="learning rate", ylabel="score at equal device time")
     marks.legend(figure, looks, loc="outside right center")
     told = "ring: chosen, the gentlest within a standard error of the best mean over panels"

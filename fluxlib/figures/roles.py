@@ -141,7 +141,6 @@ def role_probes(measured: pd.DataFrame) -> Picture:
         own = study(shown, f"probe_{name}")
         if name != "bias":
             marks.lines(ax, study(rows, f"probe_{name}"), "cost", "value", "setting", looks)
-            ax.set_ylim(bottom=None if name == "rank_correlation" else 0)
         if (own["x"] == 0).any():
             free = own.loc[own["x"] == 0, "value"].mean()
             marks.reference(ax, free, f"frequency alone, no pass: {free:.2f}")
@@ -158,6 +157,8 @@ def role_probes(measured: pd.DataFrame) -> Picture:
     axes[1, 0].xaxis.set_minor_formatter("")
     marks.reference(axes[0, 0], PAPER_DISTANCE, f"paper: {PAPER_DISTANCE:.2f}")
     marks.reference(axes[0, 0], TARGET_DISTANCE, f"to reach: {TARGET_DISTANCE:.2f}")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[1, 1].set_ylim(bottom=0)
     marks.legend(axes[1, 1], looks, loc="upper right", fontsize=7)
     counts = ", ".join(f"{x:g}" for x in sorted(rows["x"].unique()))
     footer(figure, rows, f"marks: {counts} probes per expert; bars: 2 standard errors")

@@ -115,7 +115,7 @@ def of_settings(names: Iterable[Any] | Mapping[Any, str], **changed: str) -> dic
 
 def colored(colors: Mapping[str, str]) -> dict[str, Style]:
     """Styles of things that have a colour each, by name; hatches tell them apart as well."""
-    return {name: replace(look, color=colors[name]) for name, look in of_settings(colors).items()}
+    return {name: replace(look, color=colors[name]) for name, look in of_settings(list(colors)).items()}
 
 
 def of_phases(names: Iterable[str]) -> dict[str, Style]:
