@@ -51,9 +51,20 @@ STUDIES = {
 # Figures of the report, over all models.
 REPORT = ["claims", "speed_up"]
 # Studies that read the tables of federated runs as well, and which of their parameters name the variants they read.
-READS_RUNS = {"03_role_assignment": ("assignments", "epsilons", "options")}
-# Studies that read all plain runs on their model, and which of their parameters list variants that they read beside them.
-READS_GRID = {"06_scale_and_overhead": ("participants_runs", "alpha_runs", "budget_runs")}
+READS = {
+    "03_role_assignment": ("assignments", "epsilons", "options"),
+    "06_scale_and_overhead": ("participants_runs", "alpha_runs", "budget_runs"),
+}
+# Those of them that read all plain runs too.
+READS_PLAIN = {"06_scale_and_overhead"}
+
+
+def variants_read(study):
+    """The variants that a study's parameters name, in lists or beside what they are called there."""
+    named = [PROFILE.studies[study].get(group, []) for group in READS.get(study, ())]
+    listed = [name for group in named for name in (group.values() if isinstance(group, dict) else group)]
+    return [*listed, *([""] if study in READS_PLAIN else [])]
+
 
 try:
     for study, parameters in PROFILE.studies.items():
@@ -135,13 +146,7 @@ for study in PROFILE.studies:
             notebook=NOTEBOOKS / f"{study}.ipynb",
             rounds=lambda wildcards, study=study: [
                 f"{RESULTS}/rounds/{run_id}.parquet"
-                for run_id in (
-                    pipeline.grid_runs(PROFILE, wildcards.model, [
-                        name for group in READS_GRID[study] for name in PROFILE.studies[study].get(group, [])
-                    ])
-                    if study in READS_GRID
-                    else pipeline.runs_read(PROFILE, study, READS_RUNS.get(study, ()), wildcards.model)
-                )
+                for run_id in pipeline.runs_read(PROFILE, wildcards.model, variants_read(study))
             ],
         output:
             table=f"{RESULTS}/measurements/{study}-{{model}}.parquet",

@@ -1,4 +1,4 @@
-"""The book on hand-made pages; `make book` builds the real one and checks every link of it."""
+"""The book on hand-made pages; `make book` builds the real one and fails where a link leads nowhere."""
 
 from __future__ import annotations
 
@@ -55,47 +55,10 @@ def test_pages_lie_as_in_the_repository_and_a_chapter_without_results_says_so(ro
     assert second["cells"][1]["source"] == ["executed"] and "papermill" not in second["metadata"]
 
 
-def test_every_module_has_its_place_in_the_reference(tmp_path):
-    package = REPO_ROOT / "fluxlib"
-    number = book.write_api(tmp_path, package)
-    assert number == len([file for file in package.rglob("*.py") if file.name != "__main__.py"])
-    assert ".. automodule:: fluxlib.merging.plan" in (tmp_path / "api" / "fluxlib.merging.md").read_text()
-    assert "fluxlib.merging" in (tmp_path / "api" / "index.md").read_text()
-
-
-def test_what_a_package_passes_on_is_described_where_it_is_defined(tmp_path):
-    package = tmp_path / "fluxlib"
-    (package / "part").mkdir(parents=True)
-    (package / "part" / "__init__.py").write_text("from fluxlib.part.one import run\n\nLIMIT: int = 3\n")
-    (package / "part" / "one.py").write_text("import os\n_HIDDEN = SEEN = 1\ndef run(): ...\nclass Kept: ...\n")
-    book.write_api(tmp_path, package)
-    page = (tmp_path / "api" / "fluxlib.part.md").read_text()
-    assert re.findall(r"automodule:: (\S+)\n   :members: (.+)", page) == [
-        ("fluxlib.part", "LIMIT"),
-        ("fluxlib.part.one", "SEEN, run, Kept"),
-    ]
-
-
-def test_links_to_what_is_not_there_are_found(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "index.html").write_text('<p id="here"></p><a href="../a.html#x">ok</a>')
-    (tmp_path / "a.html").write_text(
-        '<h1 id="x"></h1><a href="#x">ok</a><a href="sub/index.html#here">ok</a>'
-        '<a href="https://example.org">not followed</a><a href="sub/">ok</a>'
-        '<a href="sub/index.html#there">1</a><a href="b.html">2</a><img src="c.png"><a href="#y">4</a>'
-    )
-    assert book.broken_links(tmp_path) == [
-        "a.html: sub/index.html#there",
-        "a.html: b.html",
-        "a.html: c.png",
-        "a.html: #y",
-    ]
-
-
 def test_the_front_page_names_pages_that_exist():
     front = (REPO_ROOT / "docs" / "book" / "index.md").read_text()
     for link in re.findall(r"\]\(([^)]+)\)", front):
-        assert link == "api/index.md" or link.startswith("https:") or (REPO_ROOT / link).is_file(), link
+        assert link == "api/fluxlib.rst" or link.startswith("https:") or (REPO_ROOT / link).is_file(), link
 
 
 def test_every_page_has_its_place_in_the_book():

@@ -98,40 +98,29 @@ def test_a_variant_may_have_parts(tmp_path):
 
 
 def test_a_study_reads_the_runs_of_the_variants_it_names(tmp_path):
-    variants = {"slow": {"run": {"training.learning_rate": 1e-5}}}
-    studies = {"03": {"task": "mmlu", "curves": {"plain": "", "slow": "slow"}, "other": {"fast": "fast"}}}
-    found = pipeline.load(profile(tmp_path / "mini.yaml", variants=variants, studies=studies))
-    assert pipeline.runs_read(found, "03", ("curves",), "m") == ["flux-m-mmlu-seed0", "flux-slow-m-mmlu-seed0"]
-    assert pipeline.runs_read(found, "03", (), "m") == []
-    with pytest.raises(ConfigError, match=r"reads variants \['fast'\], the profile has \['', 'slow'\]"):
-        pipeline.runs_read(found, "03", ("other",), "m")
-
-
-def test_a_study_of_the_grid_reads_every_plain_run_of_its_model(tmp_path):
     grid = PROFILE["grid"] | {"models": ["m", "folder/n"]}
-    variants = {"slow": {"methods": ["flux"], "run": {"training.learning_rate": 1e-5}}}
+    variants = {"slow": {"methods": ["flux"], "models": ["m"], "run": {"training.learning_rate": 1e-5}}}
     found = pipeline.load(profile(tmp_path / "mini.yaml", grid=grid, variants=variants))
-    assert pipeline.grid_runs(found, "n") == ["flux-n-mmlu-seed0", "fmd-n-mmlu-seed0"]
-    assert pipeline.grid_runs(found, "n", ["", "slow"]) == [
-        "flux-n-mmlu-seed0",
-        "fmd-n-mmlu-seed0",
-        "flux-slow-n-mmlu-seed0",
-    ]
-    only_m = {"slow": variants["slow"] | {"models": ["m"]}}
-    elsewhere = pipeline.load(profile(tmp_path / "mini.yaml", grid=grid, variants=only_m))
-    assert pipeline.grid_runs(elsewhere, "n", ["slow"]) == ["flux-n-mmlu-seed0", "fmd-n-mmlu-seed0"]
-    with pytest.raises(ConfigError, match="no run of the profile has the variants \\['fast'\\]"):
-        pipeline.grid_runs(found, "n", ["slow", "fast"])
+    plain = ["flux-n-mmlu-seed0", "fmd-n-mmlu-seed0"]
+    assert pipeline.runs_read(found, "n", [""]) == pipeline.runs_read(found, "n", ["", "slow"]) == plain
+    assert pipeline.runs_read(found, "m", ["slow"]) == ["flux-slow-m-mmlu-seed0"]
+    assert pipeline.runs_read(found, "m", []) == []
+    with pytest.raises(ConfigError, match=r"has the variants \['fast'\]; it has \['', 'slow'\]"):
+        pipeline.runs_read(found, "m", ["slow", "fast"])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"runs": {}}, "unknown section 'runs'; allowed are profile, grid, run"),
-        ({"grid": {"method": []}}, "unknown grid 'method'; allowed are methods, models, tasks, seeds"),
+        ({"grid": {"method": []}}, "unknown section 'grid.method'; allowed are methods, models, tasks, seeds"),
+        ({"grid": None}, "mini.yaml: grid: Input should be a valid .*, got None"),
+        ({"run": 3}, "mini.yaml: run: Input should be a valid dictionary, got 3"),
+        ({"per_method": {"flux": 3}}, "per_method.flux: Input should be a valid dictionary, got 3"),
+        ({"per_task": {"mmlo": {"federation.rounds": 5}}}, "per_task names mmlo; the runs have mmlu"),
         ({"run": {"round": 3}}, "unknown parameter 'round'; did you mean federation.rounds"),
         ({"run": {"federation.rounds": 0}}, "rounds: .* got 0"),
-        ({"variants": {"a": {"method": []}}}, "unknown key of variant a: 'method'; allowed are methods, .*run"),
+        ({"variants": {"a": {"method": []}}}, "unknown section 'variants.a.0.method'; allowed are methods, .*run"),
         ({"variants": {"A b": {}}}, "variant: .* got 'A b'"),
     ],
 )

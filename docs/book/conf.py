@@ -1,5 +1,7 @@
 """How the book is built; ``python -m fluxlib.app.book`` lays its pages out and calls Sphinx."""
 
+from pathlib import Path
+
 import fluxlib
 
 project = "FLUX suite"
@@ -7,7 +9,15 @@ author = "The FLUX suite maintainers"
 copyright = "The FLUX suite maintainers, Apache-2.0"
 release = version = fluxlib.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.apidoc", "sphinx.ext.napoleon"]
+# One page per part of the library. What a package passes on is described where it is defined.
+apidoc_modules = [
+    {"path": str(Path(fluxlib.__file__).parent), "destination": "api", "module_first": True,
+     "exclude_patterns": ["**/__main__.py"]}
+]  # fmt: skip
+autodoc_default_options = {
+    "members": True, "ignore-module-all": True, "member-order": "bysource", "show-inheritance": True,
+}  # fmt: skip
 exclude_patterns = ["config", "figures/README.md"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -20,10 +30,10 @@ autodoc_class_signature = "separated"
 # What a class of another library says of itself is not written for this book.
 autodoc_inherit_docstrings = False
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 # Pages of the repository that stand alone there, and headings that skip a level in a notebook.
 suppress_warnings = [
-    "myst.header", "myst.xref_missing", "toc.not_included", "docutils", "ref.python",
-    "mystnb.unknown_mime_type",
+    "myst.header", "toc.not_included", "docutils", "ref.python", "mystnb.unknown_mime_type",
 ]  # fmt: skip
 
 html_theme = "sphinx_book_theme"

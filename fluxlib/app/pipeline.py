@@ -4,7 +4,7 @@
 - :func:`execute` runs a notebook through papermill, refusing unknown parameters and unwritable folders first.
 - :func:`notebook_digest` and :func:`model_digest` say whether what a run depends on has changed, by content.
 
-Nothing here imports torch: Snakemake reads a profile once per job.
+Loading a profile imports no torch: Snakemake reads it once per job.
 """
 
 from __future__ import annotations
@@ -14,18 +14,54 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, check_writable, data_dir, flatten, make_config
 
-GRID = {"methods": "method", "models": "model", "tasks": "task", "seeds": "seed"}
 ASIDES = {"by-hand", "try-it"}
 """Tags of cells that a reader may change: nothing that a notebook keeps depends on them."""
-SECTIONS = ("profile", "grid", "run", "per_model", "per_task", "per_method", "variants", "studies")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Grid(_Strict):
+    methods: list[str]
+    models: list[str]
+    tasks: list[str]
+    seeds: list[int]
+
+
+class _Part(_Strict):
+    """Part of the grid, or all of it, with something changed."""
+
+    methods: list[str] | None = None
+    models: list[str] | None = None
+    tasks: list[str] | None = None
+    seeds: list[int] | None = None
+    run: dict[str, Any] = {}
+
+
+_Parts = Annotated[list[_Part], BeforeValidator(lambda given: given if isinstance(given, list) else [given])]
+
+
+class _Profile(_Strict):
+    """A file of ``config/``; of its settings a later section wins over an earlier one, and a variant's over all."""
+
+    profile: str
+    grid: _Grid
+    run: dict[str, Any] = {}
+    per_model: dict[str, dict[str, Any]] = {}
+    per_task: dict[str, dict[str, Any]] = {}
+    per_method: dict[str, dict[str, Any]] = {}
+    variants: dict[str, _Parts] = {}
+    studies: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -44,53 +80,55 @@ class Pipeline:
 
 
 def load(path: Path) -> Pipeline:
-    """Read ``config/<profile>.yaml``: a grid, common parameters, what differs per model, task or method.
-
-    A later section wins over an earlier one: ``run``, ``per_model``, ``per_task``, ``per_method``, and a variant's own
-    ``run``. A variant is the grid once more, or the part of it that the variant names, with something changed; or a
-    list of such parts.
+    """Read ``config/<profile>.yaml``: a grid, common parameters, what differs per model, task or method, variants.
 
     Raises:
-        ConfigError: an unknown section or a bad parameter, by name and run.
+        ConfigError: an unknown section, a bad value or a name that no run has, by section; a bad parameter, by run.
     """
     import yaml
 
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise ConfigError(f"no profile {path.stem!r} in {path.parent}; allowed are {known}")
-    content = yaml.safe_load(path.read_text())
-    _only("section", content, SECTIONS, path)
-    grid = content["grid"]
-    _only("grid", grid, tuple(GRID), path)
-    runs = _runs(content, grid, {}, path)
-    for name, variant in (content.get("variants") or {}).items():
-        for part in variant if isinstance(variant, list) else [variant]:
-            _only(f"key of variant {name}:", part, (*GRID, "run"), path)
-            points = {axis: part.get(axis, grid[axis]) for axis in GRID}
-            runs |= _runs(content, points, {"variant": str(name), **(part.get("run") or {})}, path)
-    studies = {
-        name: _with_data(parameters or {}, "data_path") for name, parameters in (content.get("studies") or {}).items()
-    }
-    return Pipeline(content["profile"], runs, studies)
-
-
-def _runs(
-    content: dict[str, Any], grid: dict[str, list[Any]], changes: dict[str, Any], path: Path
-) -> dict[str, RunConfig]:
-    names = GRID.values()
-    points = itertools.product(*(grid[axis] for axis in GRID))
-    runs = [_configure(content, dict(zip(names, point, strict=True)), changes, path) for point in points]
-    return {run.run_id: run for run in runs}
-
-
-def _configure(content: dict[str, Any], point: dict[str, Any], changes: dict[str, Any], path: Path) -> RunConfig:
-    parameters = flatten(content.get("run") or {})
-    for axis in ("model", "task", "method"):
-        parameters |= flatten((content.get(f"per_{axis}") or {}).get(point[axis]) or {})
     try:
-        return make_config(_with_data(parameters) | flatten(changes) | point)
-    except ConfigError as error:
-        raise ConfigError(f"{path}, run {point | changes}:\n{error}") from None
+        content = _Profile.model_validate(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(item)}" for item in error.errors())) from None
+    grid, runs = content.grid.model_dump(), {}
+    for variant, parts in {"": [_Part()], **content.variants}.items():
+        for part in parts:
+            axes = grid | part.model_dump(include=set(grid), exclude_none=True)
+            for values in itertools.product(*axes.values()):
+                point = dict(zip(("method", "model", "task", "seed"), values, strict=True)) | {"variant": variant}
+                try:
+                    run = make_config(_with_data(_settings(content, point)) | flatten(part.run) | point)
+                except ConfigError as error:
+                    raise ConfigError(f"{path}, run {point | part.run}:\n{error}") from None
+                runs[run.run_id] = run
+    for axis in ("model", "task", "method"):
+        used = {getattr(run, axis) for run in runs.values()}
+        if unused := sorted(getattr(content, f"per_{axis}").keys() - used):
+            raise ConfigError(f"{path}: per_{axis} names {', '.join(unused)}; the runs have {', '.join(sorted(used))}")
+    studies = {name: _with_data(parameters, "data_path") for name, parameters in content.studies.items()}
+    return Pipeline(content.profile, runs, studies)
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(map(str, item["loc"])) or "the profile"
+    if item["type"] != "extra_forbidden":
+        return f"{where}: {item['msg']}, got {item['input']!r}"
+    inside = _Profile if len(item["loc"]) == 1 else _Grid if item["loc"][0] == "grid" else _Part
+    return f"unknown section {where!r}; allowed are {', '.join(inside.model_fields)}"
+
+
+def _settings(content: _Profile, point: dict[str, Any]) -> dict[str, Any]:
+    """What the common sections say of one point of the grid."""
+    parameters = flatten(content.run)
+    for axis in ("model", "task", "method"):
+        parameters |= flatten(getattr(content, f"per_{axis}").get(point[axis], {}))
+    return parameters
 
 
 def _with_data(parameters: dict[str, Any], name: str = "data.path") -> dict[str, Any]:
@@ -100,43 +138,16 @@ def _with_data(parameters: dict[str, Any], name: str = "data.path") -> dict[str,
     return parameters | {name: str(Path(parameters[name]).expanduser().resolve())}
 
 
-def runs_read(profile: Pipeline, study: str, groups: Sequence[str], model: str) -> list[str]:
-    """Ids of the runs that a study reads: FLUX's on one model and the study's ``task``, in the variants it names.
-
-    Args:
-        groups: parameters of the study, each a mapping from what a variant is called to its name.
+def runs_read(profile: Pipeline, model: str, variants: Iterable[str]) -> list[str]:
+    """Ids of the runs on one model, of every method, task and seed, that are of these ``variants`` (``""``: plain).
 
     Raises:
         ConfigError: a variant that no run of the profile has.
     """
-    settings = profile.studies[study]
-    wanted = {variant for group in groups for variant in (settings.get(group) or {}).values()}
-    found = {
-        run_id: run.variant
-        for run_id, run in profile.runs.items()
-        if (run.method, Path(run.model).name, run.task) == ("flux", model, settings.get("task"))
-    }
-    if missing := sorted(wanted - set(found.values())):
-        raise ConfigError(f"{study} reads variants {missing}, the profile has {sorted(set(found.values()))}")
-    return [run_id for run_id, variant in found.items() if variant in wanted]
-
-
-def grid_runs(profile: Pipeline, model: str, variants: Sequence[str] = ()) -> list[str]:
-    """Ids of the plain runs on one model, every method, task and seed, and of the variants' where the model has them.
-
-    Raises:
-        ConfigError: a variant that no run of the profile has.
-    """
-    if missing := sorted({*variants} - {"", *(run.variant for run in profile.runs.values())}):
-        raise ConfigError(f"no run of the profile has the variants {missing}")
-    kept = {"", *variants}
-    return [run_id for run_id, run in profile.runs.items() if run.variant in kept and Path(run.model).name == model]
-
-
-def _only(kind: str, content: dict[str, Any], allowed: tuple[str, ...], path: Path) -> None:
-    for name in content:
-        if name not in allowed:
-            raise ConfigError(f"{path}: unknown {kind} {name!r}; allowed are {', '.join(allowed)}")
+    wanted, known = set(variants), {run.variant for run in profile.runs.values()}
+    if missing := sorted(wanted - known):
+        raise ConfigError(f"no run of the profile has the variants {missing}; it has {sorted(known)}")
+    return [key for key, run in profile.runs.items() if run.variant in wanted and Path(run.model).name == model]
 
 
 def cells(notebook: Path) -> list[dict[str, Any]]:
@@ -163,19 +174,14 @@ def declared_parameters(notebook: Path) -> dict[str, Any]:
     if len(tagged) != 1:
         raise ConfigError(f"{notebook.name} has {len(tagged)} cells tagged 'parameters', allowed is one")
     found: dict[str, Any] = {}
-    for statement in ast.parse(tagged[0]["source"]).body:
-        if isinstance(statement, ast.Assign):
-            target, value = statement.targets[0], statement.value
-        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            target, value = statement.target, statement.value
-        else:
-            raise ConfigError(f"{notebook.name}: the parameters cell may only assign literals to names")
-        if not isinstance(target, ast.Name):
-            raise ConfigError(f"{notebook.name}: the parameters cell may only assign to plain names")
+    for line in ast.parse(tagged[0]["source"]).body:
         try:
-            found[target.id] = ast.literal_eval(value)
-        except ValueError:
-            raise ConfigError(f"{notebook.name}: default of {target.id!r} is not a literal") from None
+            target = line.targets[0] if isinstance(line, ast.Assign) else line.target  # type: ignore[attr-defined]
+            found[target.id] = ast.literal_eval(line.value)  # type: ignore[attr-defined]
+        except (AttributeError, ValueError):
+            wrong = ast.unparse(line)
+            raise ConfigError(f"{notebook.name}: the parameters cell may only give literals to names, not {wrong!r}"
+                              ) from None  # fmt: skip
     return found
 
 
@@ -194,54 +200,41 @@ def notebook_parameters(notebook: Path, run: RunConfig) -> dict[str, Any]:
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Refuse parameters that ``notebook`` does not declare (papermill itself would warn and go on).
-
-    Raises:
-        ConfigError: the unknown names and the allowed ones.
-    """
-    allowed = declared_parameters(notebook)
-    unknown = sorted(set(parameters) - set(allowed))
-    if unknown:
-        names = ", ".join(map(repr, unknown))
-        raise ConfigError(f"{notebook.name} has no parameter {names}; allowed are {', '.join(allowed)}")
-
-
-def check_names(parameters: dict[str, Any]) -> None:
-    """Refuse a ``profile``, ``method`` or ``task`` that does not exist, as far as ``parameters`` have them.
-
-    A notebook would find out by itself, after a kernel has started and some cells have run.
-
-    Raises:
-        ConfigError: the name, what is allowed and what came.
-    """
-    allowed: dict[str, Sequence[str]] = {}
-    if "profile" in parameters:
-        allowed["profile"] = sorted(path.stem for path in (REPO_ROOT / "config").glob("*.yaml"))
-    if "method" in parameters:
-        from fluxlib import methods
-
-        allowed["method"] = list(methods.METHODS)
-    if named := {"task", "task_name"} & parameters.keys():
-        from fluxlib import tasks
-
-        allowed |= dict.fromkeys(sorted(named), tasks.TASKS)
-    for name, known in allowed.items():
-        if parameters[name] not in known:
-            raise ConfigError(f"{name} is {parameters[name]!r}, allowed are {', '.join(known)}")
-
-
-def check_kinds(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Refuse text, or no number at all, for a parameter of ``notebook`` that is a number as it stands.
+    """Refuse parameters that ``notebook`` does not declare (papermill would warn and go on), and text for a number.
 
     Raises:
         ConfigError: the name, what is allowed and what came.
     """
     declared = declared_parameters(notebook)
+    if unknown := sorted(parameters.keys() - declared.keys()):
+        names = ", ".join(map(repr, unknown))
+        raise ConfigError(f"{notebook.name} has no parameter {names}; allowed are {', '.join(declared)}")
     for name, value in parameters.items():
-        default = declared.get(name)
+        default = declared[name]
         if isinstance(default, (int, float)) and (not isinstance(value, (int, float)) or value != value):
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise ConfigError(f"{name} is {value!r}, allowed is {kind} (as it stands: {default})")
+
+
+def _check_names(parameters: dict[str, Any]) -> None:
+    """Refuse a profile, method, task or model that does not exist, before a kernel has started.
+
+    Raises:
+        ConfigError: the name, what is allowed and what came.
+    """
+    from fluxlib import methods, models, tasks
+
+    profiles = sorted(path.stem for path in (REPO_ROOT / "config").glob("*.yaml"))
+    allowed: dict[str, Sequence[str]] = {"profile": profiles, "method": list(methods.METHODS)}
+    allowed |= dict.fromkeys(("task", "task_name"), tuple(tasks.TASKS))
+    for name, known in allowed.items():
+        if name in parameters and parameters[name] not in known:
+            raise ConfigError(f"{name} is {parameters[name]!r}, allowed are {', '.join(known)}")
+    for name in {"model", "model_name"} & parameters.keys():
+        try:
+            models.config(parameters[name])
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{name}: {error}") from None
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
@@ -253,44 +246,25 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
         ConfigError: unknown parameters, or nowhere to write; nothing has been executed then.
         papermill.PapermillExecutionError: a cell failed; the copy at ``output`` shows which.
     """
-    import papermill
-
     check_parameters(notebook, parameters)
-    _check_output(notebook, output)
-    with _environment(FLUXLIB_HEADLESS="1"):
-        papermill.execute_notebook(
-            notebook,
-            output,
-            parameters=parameters,
-            kernel_name="python3",
-            cwd=notebook.resolve().parent,
-            progress_bar=False,
-            log_output=True,
-        )
-
-
-def _check_output(notebook: Path, output: Path) -> None:
-    """Refuse a place where the executed copy cannot lie, or where it would take the notebook's own."""
     if output.suffix != ".ipynb" or output.is_dir():
         raise ConfigError(f"the executed copy is to be {output}, allowed is a file that ends in .ipynb")
     if output.resolve() == notebook.resolve():
         raise ConfigError(f"{output} is the notebook itself: give its executed copy another name")
     check_writable(output.resolve().parent)
+    _check_names(parameters)
+    import papermill
 
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Set environment variables for the kernels started inside, and put them back."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    os.environ["FLUXLIB_HEADLESS"] = "1"  # for the kernel
+    papermill.execute_notebook(
+        notebook,
+        output,
+        parameters=parameters,
+        kernel_name="python3",
+        cwd=notebook.resolve().parent,
+        progress_bar=False,
+        log_output=True,
+    )
 
 
 def notebook_digest(notebook: Path) -> str:

@@ -8,13 +8,16 @@ results gives them as JSON too, with ``--json``.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
 import typer
 
 from fluxlib.app.cli import deploy, runs, tools
-from fluxlib.app.cli.arguments import Command, check_arguments, parse_settings
+from fluxlib.app.cli.arguments import Command, parse_settings
+from fluxlib.config import ConfigError
+from fluxlib.records import TableError
 
 __all__ = ["app", "main", "parse_settings"]
 
@@ -45,11 +48,11 @@ app.add_typer(deploy.app, name="deploy")
 
 def main() -> None:
     """Entry point: turns expected errors into one message and an exit code."""
-    from fluxlib.config import ConfigError
-
     try:
-        check_arguments(sys.argv[1:])
+        if any(re.fullmatch(r"(--[a-z-]+=)?\s*", word) for word in sys.argv[1:]):
+            # Mostly a shell's variable that was never set; an empty path would mean this folder.
+            raise ConfigError("an argument is empty: give a value, or leave the option out")
         app(prog_name="fluxlib")
-    except ConfigError as error:
+    except (ConfigError, TableError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

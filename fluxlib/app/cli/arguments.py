@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import click
 import typer
 from typer.core import TyperArgument, TyperCommand
+
+from fluxlib.config import ConfigError, check_writable
 
 POWER = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
 """Such as 1e-3, which is text to YAML."""
@@ -20,6 +21,10 @@ SetOption = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="any other setting or parameter; repeat as needed"),
 ]
 PictureOption = Annotated[Path, typer.Option(help="pdf, png and csv are written under this name")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(exists=True, file_okay=False, help="folder of tables; default: those of the profiles"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for a machine to read")]
 
 
@@ -44,20 +49,6 @@ class Command(TyperCommand):
         return super().get_help(ctx).replace("\\[", "[")
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse empty words: mostly a shell's variable that was never set, and an empty path would mean this folder.
-
-    Raises:
-        ConfigError: naming the place.
-    """
-    from fluxlib.config import ConfigError
-
-    for before, word in zip(("fluxlib", *arguments), arguments, strict=False):
-        if not word.strip() or re.fullmatch(r"--[a-z-]+=\s*", word):
-            after = word if word.strip() else before
-            raise ConfigError(f"the argument after {after!r} is empty: give a value, or leave the option out")
-
-
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     """``["federation.rounds=3", "roles.epsilon=dynamic"]`` by name; a value is YAML where it can be, else text.
 
@@ -65,8 +56,6 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
         ConfigError: an item without ``=``, or a name given twice.
     """
     import yaml
-
-    from fluxlib.config import ConfigError
 
     found: dict[str, Any] = {}
     for item in settings or []:
@@ -82,27 +71,12 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     return found
 
 
-def existing_folder(folder: Path) -> Path:
-    """``folder`` of ``--out``, which is to be read.
-
-    Raises:
-        ConfigError: it is no folder.
-    """
-    from fluxlib.config import ConfigError
-
-    if not folder.is_dir():
-        raise ConfigError(f"--out is {folder}, which is no folder")
-    return folder
-
-
 def new_folder(folder: Path) -> None:
     """Refuse a folder with something in it, before hours of work.
 
     Raises:
         ConfigError: that, or one that cannot be written.
     """
-    from fluxlib.config import ConfigError, check_writable
-
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: a model is written to a new folder")
     check_writable(folder)
@@ -114,7 +88,6 @@ def check_picture(picture: Path) -> None:
     Raises:
         ConfigError: its name, or its folder.
     """
-    from fluxlib.config import ConfigError, check_writable
     from fluxlib.figures.picture import check_slug
 
     check_writable(picture.parent)

@@ -10,15 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
+from fluxlib import records
 from fluxlib.app.cli.arguments import (
     JsonOption,
+    OutOption,
     PictureOption,
     SetOption,
     check_picture,
-    existing_folder,
     new_folder,
     parse_settings,
 )
+from fluxlib.config import ConfigError, check_writable, flatten, make_config
 
 OPTIONS = {
     "method": "method", "model": "model", "task": "task", "federation.rounds": "rounds",
@@ -53,14 +55,15 @@ def run(
         fluxlib run --rounds 2 --participants 3 --set data.task_size=400 --set training.local_steps=2
         fluxlib run --method fmd --task mini-mmlu --rounds 10 --save build/models/fmd
     """
-    from fluxlib.config import check_writable
-
     path = None if data is None else str(data.resolve())
     named = dict(zip(OPTIONS, (method, model, task, rounds, participants, seed, engine, path), strict=True))
-    config = _configure(named, settings)
+    more = flatten(parse_settings(settings))
+    for name in more.keys() & OPTIONS.keys():
+        raise ConfigError(f"{name} is an option of its own: --{OPTIONS[name]} VALUE")
+    config = make_config(named | more)
     check_writable(out)
     if save is not None:
-        _check_save(save, out)
+        new_folder(save)
 
     from fluxlib import federation
 
@@ -80,30 +83,8 @@ def run(
         print(f"{result.run_id}: tables in {result.path}" + (f", tuned model in {save}" if save else ""))
 
 
-def _configure(named: dict[str, Any], settings: list[str] | None) -> Any:
-    """The configuration of options that have a name of their own, and of ``--set``."""
-    from fluxlib.config import ConfigError, flatten, make_config
-
-    more = flatten(parse_settings(settings))
-    for name in more:
-        if name in OPTIONS:
-            raise ConfigError(f"{name} is an option of its own: --{OPTIONS[name]} VALUE")
-    return make_config(named | more)
-
-
-def _check_save(save: Path, out: Path) -> None:
-    """Refuse a folder for the model that is not empty, or will not be when the run ends."""
-    from fluxlib.config import ConfigError
-
-    if out.resolve().is_relative_to(save.resolve()):
-        raise ConfigError(f"--save {save} holds --out {out}: a model is written to a folder of its own")
-    new_folder(save)
-
-
 def _print_round(row: Any) -> None:
-    from fluxlib.records import describe_round
-
-    print(describe_round(row), flush=True)
+    print(records.describe_round(row), flush=True)
 
 
 def _last(rounds: Any) -> dict[str, Any]:
@@ -111,7 +92,7 @@ def _last(rounds: Any) -> dict[str, Any]:
 
 
 def list_runs(
-    out: Annotated[Path | None, typer.Option(help="folder of tables; default: every profile's, build/runs")] = None,
+    out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the runs in the store: last round, score, both clocks; exit code 1 if one cannot be read.
@@ -120,10 +101,9 @@ def list_runs(
     Example:
         fluxlib list --json
     """
-    from fluxlib import records
     from fluxlib.analysis import store
 
-    folders = [existing_folder(out)] if out else store.folders()
+    folders = [out] if out else store.folders()
     last, broken = [], []
     for file in store.runs(folders).values():
         try:
@@ -147,7 +127,7 @@ def compare(
     target: Annotated[float, typer.Option(help="share of the reference's last score that is to be reached")] = 0.95,
     reference: Annotated[str, typer.Option(help="run that sets the target; default: the best of them")] = "",
     picture: PictureOption = Path("build/compare/curves"),
-    out: Annotated[Path | None, typer.Option(help="folder of tables; default: every profile's, build/runs")] = None,
+    out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Curves and time to target of any stored runs, side by side.
@@ -157,25 +137,20 @@ def compare(
         fluxlib compare flux-mini-llama-moe-mini-mmlu-seed0 fmd-mini-llama-moe-mini-mmlu-seed0
         fluxlib compare flux-mini-llama-moe-mini-mmlu fmd-mini-llama-moe-mini-mmlu --target 0.9 --json
     """
+    from fluxlib import figures
     from fluxlib.analysis import store
-    from fluxlib.config import ConfigError
+    from fluxlib.analysis.time_to_target import final_scores, reach
 
     if not 0 < target <= 1:
         raise ConfigError(f"--target is {target}, allowed is above 0 and at most 1")
-    places = [existing_folder(out)] if out else None
+    check_picture(picture)
+    places = [out] if out else None
     found = store.load(runs, places)
-    from fluxlib.analysis.time_to_target import final_scores, reach
-
-    finals = final_scores(
-        store.as_one(store.load([reference], places) if reference else found), final_rounds=1
-    ).dropna()
+    references = store.load([reference], places) if reference else found
+    finals = final_scores(store.as_one(references), final_rounds=1).dropna()
     if finals.empty:
         raise ConfigError("no run with a score sets a target: they were stopped before the first evaluation")
     best, score = finals.idxmax(), finals.max()
-    check_picture(picture)
-
-    from fluxlib import figures
-
     every = store.as_one(found)
     times = reach(every, target * score, final_rounds=1)
     times = times[["run_id", "rounds", "best_metric", "final_metric", *times.filter(like="_to_target")]]

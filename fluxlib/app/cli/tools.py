@@ -6,18 +6,20 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from fluxlib import records
 from fluxlib.app.cli.arguments import (
     JsonOption,
+    OutOption,
     PictureOption,
     SetOption,
     check_picture,
-    existing_folder,
     parse_settings,
 )
+from fluxlib.config import ConfigError, check_writable, results_dir
 
 
 def plan(
@@ -36,8 +38,6 @@ def plan(
         fluxlib plan --model deepseek-moe-16b --memory 48GiB
         fluxlib plan --device rtx-3060 --batch 2 --tokens 128 --json
     """
-    from fluxlib.config import ConfigError
-
     if memory and device:
         raise ConfigError("--memory and --device say the same thing: give one of them")
     from fluxlib.devices import catalogue
@@ -55,10 +55,10 @@ def plan(
 
 def profile(
     model: Annotated[str, typer.Argument(help="a mini model, a folder, or a hub name of any MoE model")],
-    text: Annotated[Path, typer.Argument(help="a text file: what the model is to read")],
+    text: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a text file: what the model is to read")],
     bits: Annotated[int, typer.Option(help="of the experts meanwhile: 2, 3, 4, 8; 16: as they are")] = 16,
-    tokens: Annotated[int, typer.Option(help="tokens per sample, at most what the model reads at once")] = 128,
-    samples: Annotated[int, typer.Option(help="at most so many samples are read")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens per sample, at most what the model reads at once")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="at most so many samples are read")] = 64,
     picture: PictureOption = Path("build/profile/activation"),
     as_json: JsonOption = False,
 ) -> None:
@@ -68,12 +68,6 @@ def profile(
     Example:
         fluxlib profile mini-llama-moe README.md --bits 4
     """
-    from fluxlib.config import ConfigError
-
-    if not text.is_file():
-        raise ConfigError(f"{text} is a folder, not a text file" if text.is_dir() else f"no file {text}")
-    if tokens < 1 or samples < 1:
-        raise ConfigError(f"--tokens and --samples must be at least 1, got {tokens} and {samples}")
     check_picture(picture)
     from fluxlib import figures, models
     from fluxlib.analysis import text_profile
@@ -112,22 +106,21 @@ def notebook(
         fluxlib notebook notebooks/00_start_here.ipynb build/start.ipynb --set task_name=mini-piqa
     """
     from fluxlib.app import pipeline
-    from fluxlib.config import ConfigError
 
     if not source.is_file():
         known = ", ".join(sorted(file.name for file in source.parent.glob("*.ipynb"))) or "none"
         raise ConfigError(f"no notebook {source}; in its folder: {known}")
-    by_hand = parse_settings(settings)
-    values = _object(parameters) | by_hand
-    pipeline.check_names(values)
-    pipeline.check_kinds(source, values)
+    try:
+        values = dict(json.loads(parameters))
+    except (ValueError, TypeError):
+        raise ConfigError(f"--parameters takes one JSON object, got {parameters!r}") from None
     from papermill import PapermillExecutionError
 
     # What the cells print goes to papermill's logger.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").setLevel(logging.INFO)
     try:
-        pipeline.execute(source, output, values)
+        pipeline.execute(source, output, values | parse_settings(settings))
     except PapermillExecutionError as error:
         print(
             f"error: {source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}",
@@ -137,21 +130,8 @@ def notebook(
         raise SystemExit(1) from None
 
 
-def _object(text: str) -> dict[str, Any]:
-    """The JSON object of ``--parameters``."""
-    from fluxlib.config import ConfigError
-
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--parameters takes one JSON object, got {text!r} ({error})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--parameters takes one JSON object, got {text!r}")
-    return values
-
-
 def trials(
-    out: Annotated[Path | None, typer.Option(help="folder of tables; default: those of the profile tune")] = None,
+    out: OutOption = None,
     figure: Annotated[Path | None, typer.Option(help="folder for trials.{pdf,png,csv}")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -161,11 +141,9 @@ def trials(
     Example:
         fluxlib trials --figure build/trials
     """
-    from fluxlib import records
     from fluxlib.analysis import search, store
-    from fluxlib.config import ConfigError, check_writable, results_dir
 
-    folder = existing_folder(out) if out else results_dir("tune")
+    folder = out or results_dir("tune")
     if figure is not None:
         check_writable(figure)
     try:
@@ -173,7 +151,7 @@ def trials(
         if left := records.unfinished(folder):
             raise ValueError(f"{', '.join(left)} did not finish; run them again, or take them away")
         table = search.trials(rounds, store.configs(folder, rounds["run_id"].unique()))
-    except (records.TableError, ValueError) as error:
+    except ValueError as error:
         wanted = "a folder of trials, such as `make reproduce PROFILE=tune` writes"
         raise ConfigError(f"no search in {folder}: {error}\nallowed is {wanted} ({results_dir('tune')})") from None
     if figure is not None:
@@ -185,7 +163,7 @@ def trials(
 
 def claims(
     profile_name: Annotated[str, typer.Option("--profile", help="whose results are read")] = "full",
-    out: Annotated[Path | None, typer.Option(help="folder of tables; default: the profile's")] = None,
+    out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the claims table: the paper's value, ours, and the verdict, computed from stored results.
@@ -194,18 +172,14 @@ def claims(
     Example:
         fluxlib claims --profile mini
     """
-    from fluxlib import records
-    from fluxlib.config import REPO_ROOT, ConfigError, results_dir
-
-    known = sorted(file.stem for file in (REPO_ROOT / "config").glob("*.yaml"))
-    if out is None and profile_name not in known:
-        raise ConfigError(f"--profile is {profile_name!r}, allowed are {', '.join(known)}")
-    folder = existing_folder(out) if out else results_dir(profile_name)
     from fluxlib.analysis import claims as judged
 
+    folder = out or results_dir(profile_name)
+    if not folder.is_dir():
+        raise ConfigError(f"--profile is {profile_name!r}, and there is no folder {folder}")
     try:
         table = judged.claims(judged.load(folder))
-    except (records.TableError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     print(table.to_json(orient="records") if as_json else judged.to_markdown(table))
 
