@@ -98,26 +98,14 @@ def validate(table: str, frame: pd.DataFrame) -> pa.Table:
     names = [c.name for c in columns(table)]
     problems = [f"missing column {name!r}" for name in names if name not in frame.columns]
     problems += [f"extra column {name!r}" for name in frame.columns if name not in names]
-    arrays = []
-    for column in columns(table):
-        if column.name in frame.columns:
-            try:
-                arrays.append(_to_arrow(frame[column.name], column))
-            except (pa.ArrowException, TableError) as error:
-                problems.append(f"column {column.name!r} must be {column.dtype}: {error}")
     if problems:
         raise TableError(f"table {table!r}: " + "; ".join(problems))
-    return pa.Table.from_arrays(arrays, schema=schema(table))
-
-
-def _to_arrow(values: pd.Series, column: Column) -> pa.Array:
-    import pyarrow as pa
-
-    # Numbers do not become text, fractions no integers; pandas has no integers with gaps, they come as floats.
-    found = pa.Array.from_pandas(values, type=pa.type_for_alias(column.dtype))
-    if found.null_count and not column.nullable:
-        raise TableError(f"{found.null_count} of {len(values)} values are missing")
-    return found
+    try:
+        # Numbers do not become text, fractions no integers; pandas has no integers with gaps, they come as floats.
+        found = pa.Table.from_pandas(frame, schema=schema(table), preserve_index=False)
+    except (pa.ArrowException, ValueError) as error:
+        raise TableError(f"table {table!r}: {' '.join(map(str, error.args))}") from None
+    return found.replace_schema_metadata()
 
 
 def write(table: str, frame: pd.DataFrame, path: Path, about: dict[str, Any]) -> Path:
@@ -195,9 +183,10 @@ def unfinished(folder: Path) -> dict[str, str]:
 
 def about_run(parameters: dict[str, Any], start: datetime.datetime, **more: Any) -> dict[str, Any]:
     """What made a table: parameters, versions, commit, machine, ``start`` and now as the end (both UTC)."""
+    found = {package.name: package.version for package in metadata.distributions() if package.name in PACKAGES}
     return {
         "parameters": parameters,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version()} | found,
         "commit": _commit(),
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
@@ -205,16 +194,6 @@ def about_run(parameters: dict[str, Any], start: datetime.datetime, **more: Any)
         "end": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **more,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _commit() -> str:

@@ -46,12 +46,12 @@ def test_a_missing_optional_value_is_nan(tmp_path):
     [
         (lambda f: f.drop(columns="loss"), "missing column 'loss'"),
         (lambda f: f.assign(extra_s=1.0), "extra column 'extra_s'"),
-        (lambda f: f.assign(seed="zero"), "column 'seed' must be int64: Failed to parse string"),
-        (lambda f: f.assign(round=0.5), "column 'round' must be int64: Float value 0.5"),
-        (lambda f: f.assign(method=1), "column 'method' must be string: Expected a string"),
+        (lambda f: f.assign(seed="zero"), "table 'rounds': .*string.*column seed"),
+        (lambda f: f.assign(round=0.5), "Float value 0.5.*column round"),
+        (lambda f: f.assign(method=1), "Expected a string.*column method"),
         (
             lambda f: f.assign(wall_s=float("nan")),
-            "column 'wall_s' must be float64: 2 of 2 values",
+            "wall_s.* was non-nullable but pandas column had 2 null",
         ),
     ],
 )

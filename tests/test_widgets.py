@@ -32,7 +32,7 @@ def handle(monkeypatch):
         return found
 
     monkeypatch.setattr("IPython.display.display", display)
-    monkeypatch.setattr(widgets.monitor, "in_notebook", lambda: True)
+    monkeypatch.setattr(widgets.background, "in_notebook", lambda: True)
     monkeypatch.delenv(widgets.HEADLESS, raising=False)
     return found
 
@@ -58,7 +58,7 @@ def test_headlessly_only_the_finished_run_is_drawn(handle, monkeypatch):
 
 
 def test_live_the_picture_is_replaced_as_rounds_come_but_not_too_often(handle, monkeypatch):
-    monkeypatch.setattr(widgets.monitor, "REDRAW_S", 3600.0)
+    monkeypatch.setattr(widgets.background, "REDRAW_S", 3600.0)
     watch(3)
     assert len(handle.shown) == 2, "the first row and the last"
     assert handle.shown[-1]._repr_png_().startswith(b"\x89PNG")

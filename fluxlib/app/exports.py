@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 
 from fluxlib import federation, merging, models, profiling, records
@@ -25,9 +26,6 @@ from fluxlib.models.saving import WEIGHTS, load_compact, save_compact
 from fluxlib.moe.compact import customize, restore
 from fluxlib.tasks.batches import make_batch
 from fluxlib.tasks.evaluate import evaluate
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 RUN = "run.json"
 PROFILE_SAMPLES, SCORED_SAMPLES = 64, 64
@@ -101,67 +99,27 @@ private data may repeat what it was tuned on.
 
 
 @dataclass(frozen=True)
-class Size:
-    """A model on disk and at work, on test samples with the participant's labels.
+class CompactReport:
+    """A participant's compact model beside the full one; both stored in 16 bit, timed in 32 bit here, in turns.
 
-    Attributes:
-        num_bytes: Of the stored weights.
-        num_parameters: Stored weights, each once.
-        memory_bytes: That the loaded model's parameters and buffers hold, in 32 bit.
-        read_s: Processor seconds of a forward pass over :data:`TIMED_SAMPLES` samples.
-        write_s: Processor seconds per token of a greedy answer of :data:`TIMED_TOKENS` to one sample, with a cache.
-        loss: Nats per token.
-        metric: The task's score.
+    ``table`` has a row per measure, with its unit, and the columns ``full``, ``compact`` and ``ratio``. Held in memory
+    are parameters and buffers; times are processor times; loss and score are on test samples with the participant's
+    labels.
     """
 
-    num_bytes: int
-    num_parameters: int
-    memory_bytes: int
-    read_s: float
-    write_s: float
-    loss: float
-    metric: float
-
-
-@dataclass(frozen=True)
-class CompactReport:
-    """A participant's compact model beside the full one; both stored in 16 bit, timed in 32 bit here, in turns."""
-
-    path: str
     participant: int
     num_slots: int
     num_experts: int
-    metric_name: str
-    full: Size
-    compact: Size
+    table: pd.DataFrame
 
-    def rows(self) -> list[tuple[str, float, float, float]]:
-        """What is compared, in the unit that its title names: full, compact, and compact over full."""
-        found = []
-        for title, name, scale in (
-            ("stored, 16 bit (MB)", "num_bytes", 1e6),
-            ("parameters (M)", "num_parameters", 1e6),
-            ("held in memory, 32 bit (MB)", "memory_bytes", 1e6),
-            (f"{TIMED_SAMPLES} samples read (ms)", "read_s", 1e-3),
-            ("a token written (ms)", "write_s", 1e-3),
-            ("loss (nats per token)", "loss", 1.0),
-            (self.metric_name, "metric", 1.0),
-        ):
-            full, compact = getattr(self.full, name) / scale, getattr(self.compact, name) / scale
-            found.append((title, full, compact, compact / full if full else float("nan")))
-        return found
-
-    def table(self) -> str:
-        """The two side by side, as text."""
-        lines = [f"{'':<28}{'full':>12}{'compact':>12}{'ratio':>9}"]
-        lines += [
-            f"{title:<28}{full:>12.3f}{compact:>12.3f}{ratio:>9.2f}" for title, full, compact, ratio in self.rows()
-        ]
-        return "\n".join([*lines, f"{self.num_experts} experts in {self.num_slots} slots; in {self.path}"])
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return vars(self) | {"table": self.table.to_dict(orient="index")}
 
     def card(self, run_id: str) -> str:
         """A model card in Markdown."""
-        rows = "\n".join(f"| {title} | {full:.3f} | {small:.3f} | {r:.2f} |" for title, full, small, r in self.rows())
+        rows = "\n".join(f"| {row.Index} | {row.full:.3f} | {row.compact:.3f} | {row.ratio:.2f} |"
+                         for row in self.table.itertuples())  # fmt: skip
         return f"""# {run_id}, compact for participant {self.participant}
 
 {self.num_experts} experts in {self.num_slots} slots: those that the participant's data uses most are as they were
@@ -229,15 +187,23 @@ def save_participant(
     timed = make_batch(own[:TIMED_SAMPLES], tokenizer, config.training.max_tokens)
     seconds = _seconds({"full": model, "compact": small}, timed)
 
-    def measure(name: str, candidate: Any, num_bytes: int) -> Size:
+    measured: dict[str, dict[str, float]] = {}
+    for name, candidate in {"full": model, "compact": small}.items():
         score = evaluate(candidate, tokenizer, task.metric, scored, config.training.max_tokens)
-        return Size(num_bytes, _parameters(candidate), _held_bytes(candidate), *seconds[name], score.loss, score.metric)
-
-    full = measure("full", model, 2 * _parameters(model))
-    compact = measure("compact", small, (path / WEIGHTS).stat().st_size)
+        num_bytes = (path / WEIGHTS).stat().st_size if candidate is small else 2 * _parameters(model)
+        measured[name] = {
+            "stored, 16 bit (MB)": num_bytes / 1e6,
+            "parameters (M)": _parameters(candidate) / 1e6,
+            "held in memory, 32 bit (MB)": _held_bytes(candidate) / 1e6,
+            f"{TIMED_SAMPLES} samples read (ms)": 1e3 * seconds[f"{name} read"],
+            "a token written (ms)": 1e3 * seconds[f"{name} write"] / TIMED_TOKENS,
+            "loss (nats per token)": score.loss,
+            task.metric: score.metric,
+        }
+    table = pd.DataFrame(measured).assign(ratio=lambda table: table["compact"] / table["full"])
     num_slots = sum(len(plan.tuned) + len(plan.groups) for plan in plans)
-    report = CompactReport(str(path), participant, num_slots, known.frequency.numel(), task.metric, full, compact)
-    (path / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    report = CompactReport(participant, num_slots, known.frequency.numel(), table)
+    (path / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     (path / "README.md").write_text(report.card(config.run_id))
     return report
 
@@ -266,8 +232,8 @@ def _held_bytes(model: Any) -> int:
 
 
 @torch.no_grad()
-def _seconds(candidates: Mapping[str, Any], batch: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
-    """Median seconds of a forward pass and of one written token of each model, in turns."""
+def _seconds(candidates: Mapping[str, Any], batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Median seconds of a forward pass (``full read``) and of writing an answer (``full write``), in turns."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     length = int(batch["attention_mask"][0].sum())
     first = {name: tensor[:1, :length] for name, tensor in inputs.items()}
@@ -276,5 +242,4 @@ def _seconds(candidates: Mapping[str, Any], batch: Mapping[str, torch.Tensor]) -
     for name, model in candidates.items():
         works[f"{name} read"] = partial(model, **inputs, use_cache=False)
         works[f"{name} write"] = partial(model.generate, **first, **exact)
-    taken = {work: statistics.median(times) for work, times in interleaved(works, TIMED_TURNS).items()}
-    return {name: (taken[f"{name} read"], taken[f"{name} write"] / TIMED_TOKENS) for name in candidates}
+    return {work: statistics.median(times) for work, times in interleaved(works, TIMED_TURNS).items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -185,4 +184,8 @@ def export(
     from fluxlib.app import exports
 
     report = exports.save_participant(source, folder, participant, tune, merge)
-    print(json.dumps(asdict(report)) if as_json else report.table())
+    if as_json:
+        print(json.dumps(report.to_dict() | {"path": str(folder)}))
+    else:
+        print(report.table.round(3).to_string())
+        print(f"{report.num_experts} experts in {report.num_slots} slots; in {folder}")

@@ -14,15 +14,13 @@ import pandas as pd
 
 from fluxlib import figures
 from fluxlib.analysis import store as stored
-from fluxlib.analysis.store import SEARCH, folders, place_of, run_id
+from fluxlib.analysis.store import folders, place_of, run_id
 from fluxlib.analysis.time_to_target import reach
-from fluxlib.app.widgets.background import BackgroundRun, InTurn, count_tuned, going_on
+from fluxlib.app.widgets.background import HEADLESS, BackgroundRun, InTurn, count_tuned, going_on
 from fluxlib.app.widgets.controls import Controls, with_labels
-from fluxlib.app.widgets.history import History, table
-from fluxlib.app.widgets.monitor import HEADLESS
+from fluxlib.app.widgets.history import BROWN, RED, History, beginning, compared, note, paragraphs, status, table
 from fluxlib.app.widgets.preview import Preview, preview
-from fluxlib.app.widgets.wording import BROWN, RED, beginning, compared, note, paragraphs, status
-from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, results_dir
+from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
 from fluxlib.figures import style
 
 TARGET_FRAC = 0.95
@@ -38,8 +36,7 @@ class Dashboard:
     Args:
         config: where the controls start, and everything that has no control.
         out: folder of the tables and checkpoints of runs that are started here.
-        store: more folders of runs to compare with; None: all of :func:`fluxlib.analysis.store.folders`, the search's
-            trials when they are asked for.
+        store: more folders of runs to compare with; None: all of :func:`fluxlib.analysis.store.folders` but trials.
 
     Raises:
         ConfigError: a name in ``config`` that no menu has.
@@ -50,10 +47,9 @@ class Dashboard:
 
         self.out = Path(out) if out else REPO_ROOT / "build" / "explore"
         places = [self.out, *(folders(trials=False) if store is None else store)]
-        trials = [results_dir(SEARCH)] if store is None else []
         self.controls = Controls(config)
         self.in_turn = InTurn(lambda error: self._say(f"{type(error).__name__}: {error}"))
-        self.history = History(places, self._draw, self._take_over, trials, self.in_turn)
+        self.history = History(places, self._draw, self._take_over, self.in_turn)
         self.preview: Preview | None = None
         self.run: BackgroundRun | None = None
         self._paused, self._change_waits = False, False
@@ -130,7 +126,7 @@ class Dashboard:
         buttons = ipywidgets.HBox([self.start, self.halt, self.progress])
         left = column([*self.controls.view(), buttons], layout=layout(width="330px", min_width="330px"))
         title = ipywidgets.HTML("<b>Compare with earlier runs</b> of this model and task (ctrl or shift for several)")
-        below = ipywidgets.HBox([self.history.take_over, self.history.with_trials, self.history.note])
+        below = ipywidgets.HBox([self.history.take_over, self.history.note])
         running = column([self.status, self.curve, self.table, title, self.history.choice, below])
         planned = column([self.summary, self.plan])
         self.tabs = ipywidgets.Tab([planned, running], titles=["Plan", "Run and compare"])

@@ -7,7 +7,9 @@ the planner's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,14 @@ import torch
 from torch import Tensor
 
 from fluxlib import methods, models, profiling, roles, seeding
-from fluxlib.app.widgets.forecast import Share, expected_work, predict_memory, predict_seconds, shapes_name, what_fits
 from fluxlib.config import ConfigError, RunConfig, make_config
-from fluxlib.devices import catalogue, memory
-from fluxlib.devices.memory import MemoryPlan
+from fluxlib.devices import catalogue, clock, memory
+from fluxlib.devices.memory import MemoryPlan, Step
 from fluxlib.federation import load_task
 from fluxlib.federation.checks import check, make_budgets
+from fluxlib.federation.protocol.wire import bits_per_weight
 from fluxlib.figures import Picture, dashboard
-from fluxlib.methods import flux, fmes
+from fluxlib.methods import flux, fmes, fmq
 from fluxlib.methods.base import Budget, Work
 from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
@@ -47,8 +49,6 @@ class Preview:
     device: catalogue.Device
     memory: dict[str, MemoryPlan]
     """By method, at the shapes of the clock's model: the chosen one and FMD."""
-    epsilon: float
-    """Share of the budget that exploits in the last round; 1 for a method that does not explore."""
     works: dict[str, Work]
     """What the participant is expected to do in the last round, by method."""
     seconds: dict[str, dict[str, float]]
@@ -56,7 +56,7 @@ class Preview:
 
     @property
     def warning(self) -> str:
-        """Empty, or why the device does not hold what was chosen, and what it would hold."""
+        """Empty, or why the device does not hold what was chosen."""
         found = self.memory.get(self.config.method)
         if found is None or found.fits is not False:
             return ""
@@ -64,15 +64,8 @@ class Preview:
         return (
             f"Does not fit: {found.num_tuned} tuned and {found.num_merged} merged experts of "
             f"{shapes_name(self.config)} need {needed / 2**30:.1f} GiB, {self.device.title} has "
-            f"{(found.usable_bytes or 0) / 2**30:.1f} to use. {self._what_fits()}"
+            f"{(found.usable_bytes or 0) / 2**30:.1f} to use. `fluxlib plan` says what would."
         )
-
-    def _what_fits(self) -> str:
-        found = what_fits(self.config, self.device)
-        if found is None or not found[0]:
-            return f"With batches of {self.config.training.batch_size} no budget does: take another device or method."
-        merged = f" with budget.merge_frac {found[1]:.2f}" if found[1] else ""
-        return f"About budget.tune_frac {found[0]:.2f}{merged} would."
 
     def summary(self) -> list[str]:
         """The picture in three sentences."""
@@ -148,14 +141,9 @@ def preview(config: RunConfig, participant: int = 0) -> Preview:
         budget,
         device,
         {name: predict_memory(config, name, budget, known, device) for name in compared if name in memory.METHODS},
-        _epsilon(config, config.federation.rounds) if explores else 1.0,
         works,
         {name: predict_seconds(config, work, device) for name, work in works.items()},
     )
-
-
-def _epsilon(config: RunConfig, round_number: int) -> float:
-    return roles.epsilon_schedule(round_number - 1, config.federation.rounds, config.roles.epsilon)
 
 
 def _plan(
@@ -164,7 +152,8 @@ def _plan(
     """What the method does with every expert of one participant, where frequencies are all that is known."""
     state = roles.RoleState.start(known.frequency[None])
     chance = seeding.generator(config.seed, "assign", round_number)
-    assigned = methods.get(config.method).assign(state, [budget], _epsilon(config, round_number), chance, config)
+    epsilon = roles.epsilon_schedule(round_number - 1, config.federation.rounds, config.roles.epsilon)
+    assigned = methods.get(config.method).assign(state, [budget], epsilon, chance, config)
     part = assigned[0]
     model, _ = _model(config.model)
     if config.method == "fmes":
@@ -206,3 +195,146 @@ def _cached_profile(config: RunConfig, participant: int) -> tuple[profiling.Prof
         raise ConfigError(str(error)) from None
     found = profiling.profile(model, [batch], bits=config.profiling.bits)
     return found, found.num_tokens / len(examples)
+
+
+def shapes_name(config: RunConfig) -> str:
+    """Its name without a folder."""
+    return Path(shapes_of(config)).name
+
+
+def shapes_of(config: RunConfig) -> str:
+    """The model that memory and time are predicted for."""
+    return config.model if config.clock.model == "self" else config.clock.model
+
+
+def predict_memory(
+    config: RunConfig, method: str, budget: Budget, known: profiling.Profile, device: catalogue.Device
+) -> MemoryPlan:
+    """The planner's answer for the same shares of the experts of the clock's model.
+
+    Raises:
+        ConfigError: the model does not have as many or as few experts.
+    """
+    name, total = shapes_of(config), clock.shapes(shapes_of(config)).num_experts
+    share = 1.0 if method in ("fmd", "fmq") else budget.num_tuned / known.frequency.numel()
+    num_tuned = max(1, round(share * total))
+    num_merged = round(budget.num_merged / known.frequency.numel() * total) if method == "flux" else 0
+    limit = device.memory_bytes if method == config.method else None
+    try:
+        return _planned(name, method, limit, num_tuned, num_merged, _step(config))
+    except ValueError as error:
+        said = f"budget.tune_frac is {share:.3g}, {num_tuned} of {total} experts of {Path(name).name}"
+        raise ConfigError(f"{said}: {error}") from None
+
+
+def _step(config: RunConfig) -> Step:
+    tokens = min(config.clock.tokens_per_sample or config.training.max_tokens, 512)
+    bits = config.training.fmq_bits if config.method == "fmq" else config.profiling.bits
+    return Step(config.training.batch_size, tokens, bits=min(bits, 8))
+
+
+@lru_cache(maxsize=64)
+def _planned(
+    name: str, method: str, memory_bytes: int | None, num_tuned: int | None, num_merged: int | None, step: Step
+) -> MemoryPlan:
+    return memory.plan_memory(models.config(name), method, memory_bytes, num_tuned, num_merged, step)
+
+
+def predict_seconds(config: RunConfig, work: Work, device: catalogue.Device) -> dict[str, float]:
+    """Phases of a later round (its profile is a round old), for one participant."""
+    shapes, link = clock.shapes(shapes_of(config)), catalogue.link(config.clock.link)
+    found = clock.phase_seconds(work, shapes, device, link, config.clock.tokens_per_sample)
+    return {phase: seconds for phase, seconds in found.items() if seconds}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A participant's part in a round, before it is done.
+
+    Attributes:
+        assigned: its roles, ``[L, E]`` each.
+        plans: one per MoE layer.
+        frequency: ``[L, E]`` of its profile.
+        top_k_sum: experts that a token passes through, over all layers.
+        tokens_per_sample: mean of its data.
+    """
+
+    assigned: roles.Roles
+    plans: Sequence[LayerPlan]
+    frequency: Tensor
+    top_k_sum: int
+    tokens_per_sample: float
+
+
+def expected_work(config: RunConfig, method: str, share: Share) -> Work:
+    """What one participant does in a round, by count; the account that :class:`Work` gives afterwards.
+
+    Three numbers are estimates: tokens are those of mean samples, routed as the profile says; each choice of a token is
+    computed by itself (``slot_tokens``); what others changed is taken to be spread evenly over the experts, so
+    downloads are rather too many where participants tune the same ones.
+
+    Args:
+        method: the one of ``config``, for which ``share`` holds, or one that tunes every expert.
+    """
+    exploit, explore, tokens_per_sample = share.assigned.exploit, share.assigned.explore, share.tokens_per_sample
+    work = _training(config, tokens_per_sample, exploit.numel())
+    if method != config.method or bool(exploit.all()):
+        return _tuning_everything(config, method, work)
+    total, num_tuned = work.num_experts, int(exploit.sum())
+    dropped = torch.zeros_like(exploit)
+    for row, plan in zip(dropped, share.plans, strict=True):
+        row[list(plan.dropped)] = True
+    reached = share.frequency.masked_fill(dropped, 0.0)
+    routed = work.train_tokens * share.top_k_sum
+    samples = config.profiling.batches * config.training.batch_size
+    keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
+    passes = flux.forward_passes(keys, len(share.frequency), config) if method == "flux" else 0.0
+    if passes > 1 and config.roles.explore_by == "probes":
+        passes = 1 + (passes - 1) * roles.num_probed(config.roles, len(keys)) / len(keys)
+    return replace(
+        work,
+        num_tuned=num_tuned,
+        num_frozen=sum(len(plan.groups) for plan in share.plans),
+        num_merge_sources=sum(len(group) for plan in share.plans for group in plan.groups if len(group) > 1),
+        routed_tokens=routed,
+        slot_tokens=routed,
+        tuned_tokens=round(routed * float(reached[exploit].sum() / reached.sum())),
+        profile_samples=samples,
+        profile_tokens=round(samples * tokens_per_sample),
+        profile_bits=config.profiling.bits,
+        num_quantized=total,
+        probe_samples=round(passes * config.training.batch_size),
+        probe_tokens=round(passes * config.training.batch_size * tokens_per_sample),
+        num_downloaded=math.ceil(total * (1 - (1 - num_tuned / total) ** config.federation.participants)),
+        num_uploaded=num_tuned,
+        download_bits=bits_per_weight(config.wire.downlink),
+        upload_bits=bits_per_weight(config.wire.uplink),
+    )
+
+
+def _training(config: RunConfig, tokens_per_sample: float, num_experts: int) -> Work:
+    samples = config.training.local_steps * config.training.batch_size
+    return Work(
+        num_experts=num_experts,
+        train_steps=config.training.local_steps,
+        train_samples=samples,
+        train_tokens=round(samples * tokens_per_sample),
+    )
+
+
+def _tuning_everything(config: RunConfig, method: str, work: Work) -> Work:
+    """The account of FMD and FMQ, and of any other budget that is everything."""
+    total = work.num_experts
+    down, up = bits_per_weight(config.wire.downlink), bits_per_weight(config.wire.uplink)
+    work = replace(work, num_tuned=total, num_downloaded=total, num_uploaded=total, offloaded=method in ("fmd", "fmq"))
+    if method != "fmq" or config.training.fmq_bits == 16:
+        return replace(work, download_bits=down, upload_bits=up)
+    travelling = config.training.fmq_bits + fmq.SCALE_BITS
+    return replace(
+        work,
+        num_quantized=total,
+        profile_bits=config.training.fmq_bits,
+        weight_bits=config.training.fmq_bits,
+        download_bits=min(travelling, down),
+        upload_bits=min(travelling, up),
+    )
