@@ -108,13 +108,8 @@ def _memory() -> Iterator[Check]:
 
 def _disk() -> Iterator[Check]:
     free = shutil.disk_usage(REPO_ROOT).free / GIB
-    status = "ok" if free >= 2 else "problem"
-    yield Check(
-        "disk",
-        status,
-        f"{free:.1f} GiB free",
-        "" if status == "ok" else "free at least 2 GiB, or `make clean`",
-    )
+    status, advice = ("ok", "") if free >= 2 else ("problem", "free at least 2 GiB, or `make clean`")
+    yield Check("disk", status, f"{free:.1f} GiB free", advice)
 
 
 def _devices() -> Iterator[Check]:
