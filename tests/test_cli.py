@@ -117,6 +117,8 @@ def test_names_are_refused_by_those_who_know_them(call, tmp_path):
     code, _, err = call("run", "--out", tmp_path, "--task", "gsm9k")
     assert code == 2
     assert "task is 'gsm9k', allowed are mini-dolly, mini-gsm8k" in err
+    for name in ("fleet", "link", "model"):
+        assert call("run", "--out", tmp_path, "--set", f"clock.{name}=nope")[2].startswith(f"error: clock.{name}")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(call, engine, tmp_path):

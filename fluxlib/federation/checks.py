@@ -33,7 +33,10 @@ def check(config: RunConfig, out: Path | None = None) -> None:
         if people > num_train:
             raise ValueError(f"federation.participants is {people}, allowed is at most {num_train} training samples")
         if config.clock.model not in ("self", config.model):
-            models.config(config.clock.model)
+            try:
+                models.config(config.clock.model)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"clock.model: {error}") from None
         make_budgets(config, *_moe_shape(config.model))
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
