@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from safetensors.torch import save_file
 
 from fluxlib import records
 from fluxlib.analysis import store
@@ -188,14 +189,15 @@ def test_list_shows_what_can_be_read_and_names_the_rest(call, rounds, tmp_path):
     good = records.write("rounds", rounds, tmp_path / "rounds" / "flux-m-t-seed0.parquet", {})
     records.write("rounds", rounds[:0], good.with_name("flux-m-t-seed1.parquet"), {})
     good.with_name("flux-m-t-seed2.parquet").write_bytes(good.read_bytes()[:200])
-    for number, text in enumerate(('{"files": {"rou', "3", '{"files": [1]}', '{"files": {"rounds": 5}}')):
-        (folder := tmp_path / "checkpoints" / f"run{number}").mkdir(parents=True)
-        (folder / "manifest.json").write_text(text)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "run.safetensors").write_text("cut off")
+    save_file({}, tmp_path / "checkpoints" / "run2.safetensors", {"about": "[1]"})
     code, out, err = call("list", "--out", tmp_path, "--json")
     assert (code, [row["run_id"] for row in json.loads(out)]) == (1, ["flux-m-t-seed0"])
     lines = err.strip().splitlines()
     assert all(line.startswith("cannot be read: ") for line in lines)
     assert ["seed1" in lines[0], "no round in it" in lines[0], "seed2" in lines[1]] == [True] * 3
+    assert all(f"{name}.safetensors: its checkpoint cannot be read" in err for name in ("run", "run2"))
     for text in ("[]", '{"parameters": 3}', '{"par'):
         good.with_suffix(".json").write_text(text)
         assert store.parameters(good) == {}

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fluxlib import federation, records
 from fluxlib.analysis import store
@@ -180,15 +181,10 @@ def test_roles_of_a_run_that_goes_on_begin_with_its_first_round(tmp_path):
 def test_a_run_that_is_killed_keeps_its_rounds_in_the_store(tmp_path):
     """A kernel that dies leaves a checkpoint and no tables: the newest of both is what the store has."""
     config = make_config(SMALL | {"federation.rounds": 3})
-    folder = tmp_path / "checkpoints" / config.run_id
-    rounds = pd.DataFrame([row(0), row(1)])
-    records.write("rounds", rounds, folder / "rounds-1.parquet", {})
-    manifest = {
-        "round": 1,
-        "files": {"rounds": "rounds-1.parquet"},
-        "config": config.model_dump(mode="json"),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    checkpoint = tmp_path / "checkpoints" / f"{config.run_id}.safetensors"
+    checkpoint.parent.mkdir()
+    about = {"round": 1, "rows": {"rounds": [row(0), row(1)]}, "config": config.model_dump(mode="json")}
+    save_file({}, checkpoint, {"about": json.dumps(about)})
     assert len(store.load([config.run_id], [tmp_path])[config.run_id]) == 2
     history = widgets.history.History([tmp_path], lambda: None, lambda config: taken.append(config))
     taken: list[object] = []
@@ -200,7 +196,7 @@ def test_a_run_that_is_killed_keeps_its_rounds_in_the_store(tmp_path):
     history.choice.value = (file,)
     history.take_over.click()
     assert taken == [config]
-    (folder / "rounds-1.parquet").unlink()
+    checkpoint.write_text("cut off")
     with pytest.raises(records.TableError, match="no 'rounds' table"):
         store.read(file)
 

@@ -1,7 +1,7 @@
 """The store of runs: which there are, and finding one by what a person would type.
 
 A run is named by the file of its ``rounds`` table. One that was stopped or killed is in the store too, with the rounds
-it finished: they lie in its checkpoint, from which the same configuration goes on.
+it finished: they are in its checkpoint, a safetensors file from which the same configuration goes on.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import json
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from safetensors import SafetensorError, safe_open
 
 from fluxlib import records
 from fluxlib.config import PROFILES, REPO_ROOT, ConfigError, RunConfig, make_config, results_dir
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 CHECKPOINTS = "checkpoints"
 SEARCH = "tune"
 """The profile whose runs are trials of settings."""
-RETRIES = 3
 LISTED = 12
 """Runs that a message names, at most."""
 HOW = "give a run id, a unique part of one, or a path"
@@ -46,11 +45,7 @@ def runs(places: Sequence[Path] | None = None) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for place, title in zip(places, _place_names(places), strict=True):
         written = {file.stem: file for file in place.glob("rounds/*.parquet")}
-        kept = {}
-        for folder in place.glob(f"{CHECKPOINTS}/*"):
-            name = _mapping(_manifest(folder).get("files")).get("rounds")
-            if isinstance(name, str) and (folder / name).is_file():
-                kept[folder.name] = folder / name
+        kept = {file.stem: file for file in place.glob(f"{CHECKPOINTS}/*.safetensors")}
         for name in sorted({*written, *kept}):
             files = [files[name] for files in (written, kept) if name in files]
             found[f"{name}  ({title}{', unfinished' if name in kept else ''})"] = max(files, key=modified)
@@ -59,17 +54,17 @@ def runs(places: Sequence[Path] | None = None) -> dict[str, Path]:
 
 def run_id(file: Path) -> str:
     """The run that a table of :func:`runs` belongs to."""
-    return file.parent.name if is_checkpoint(file) else file.stem
+    return file.stem
 
 
 def place_of(file: Path) -> Path:
     """The folder of runs that a table of :func:`runs` lies in."""
-    return file.parent.parent.parent if is_checkpoint(file) else file.parent.parent
+    return file.parent.parent
 
 
 def is_checkpoint(file: Path) -> bool:
     """Whether a table of :func:`runs` is part of a checkpoint, not of the results."""
-    return file.parent.parent.name == CHECKPOINTS
+    return file.suffix == ".safetensors"
 
 
 def modified(file: Path) -> float:
@@ -86,35 +81,36 @@ def read(file: Path, table: str = "rounds") -> pd.DataFrame:
     Raises:
         records.TableError: no such table, one that does not fit the schema, or ``rounds`` without a row.
     """
-    for attempt in range(RETRIES):
-        try:
-            found = records.read(table, _table(file, table))
-        except (records.TableError, KeyError) as error:
-            # A run that goes on replaces its checkpoint after every round.
-            if not is_checkpoint(file) or attempt == RETRIES - 1:
-                raise records.TableError(f"no {table!r} table of {file}: {error}") from None
+    try:
+        if is_checkpoint(file):
+            rows, columns = _mapping(_about(file).get("rows")).get(table), records.columns(table)
+            if rows is None:
+                raise records.TableError("its checkpoint cannot be read")
+            frame = pd.DataFrame(rows, columns=[column.name for column in columns])
+            found = records.validate(table, frame).to_pandas()
         else:
-            break
+            found = records.read(table, file if table == "rounds" else place_of(file) / table / file.name)
+    except records.TableError as error:
+        raise records.TableError(f"no {table!r} table of {file}: {error}") from None
     if table == "rounds" and found.empty:
         raise records.TableError(f"{file}: no round in it")
     return found
 
 
-def _table(file: Path, table: str) -> Path:
-    if is_checkpoint(file):
-        return file.parent / _manifest(file.parent)["files"][table]
-    return file if table == "rounds" else place_of(file) / table / file.name
-
-
 def parameters(file: Path) -> dict[str, Any]:
     """The configuration of the run whose ``rounds`` are in ``file``, as it was stored; empty where none was."""
     if is_checkpoint(file):
-        return _mapping(_manifest(file.parent).get("config"))
+        return _mapping(_about(file).get("config"))
     return _mapping(_object(file.with_suffix(".json")).get("parameters"))
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    return _object(folder / "manifest.json")
+def _about(checkpoint: Path) -> dict[str, Any]:
+    """The JSON object beside a checkpoint's tensors; empty where there is none."""
+    try:
+        with safe_open(checkpoint, "np") as opened:
+            return _mapping(json.loads((opened.metadata() or {}).get("about", "{}")))
+    except (OSError, ValueError, SafetensorError):
+        return {}
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -166,7 +162,7 @@ def find(name: str, places: Sequence[Path] | None = None) -> Path:
     path = Path(name)
     if not name.strip():
         raise ConfigError(f"the name of a run is empty; {HOW}")
-    if path.suffix == ".parquet" and path.is_file():
+    if path.suffix in (".parquet", ".safetensors") and path.is_file():
         return path
     known = runs([path]) if path.is_dir() else runs(places)
     exact = [file for file in known.values() if run_id(file) == name]

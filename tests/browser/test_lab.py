@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from fluxlib import records
 
@@ -157,8 +158,10 @@ def dashboard(browser, address: str) -> Iterator[Page]:
 
 def finished(out: Path, part: str) -> int:
     """Rounds in the checkpoint of the run whose name holds ``part``."""
-    found = list((out / "checkpoints").glob(f"*{part}*/manifest.json"))
-    return int(json.loads(found[0].read_text())["round"]) if found else 0
+    for file in (out / "checkpoints").glob(f"*{part}*.safetensors"):
+        with safe_open(file, "np") as opened:
+            return int(json.loads(opened.metadata()["about"])["round"])
+    return 0
 
 
 def test_the_dashboard_opens_moves_refuses_runs_and_stops(browser, lab, out):

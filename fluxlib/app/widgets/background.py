@@ -124,7 +124,7 @@ class BackgroundRun:
 
     def _earlier(self, table: str, before: int) -> pd.DataFrame:
         """Rows of a run that goes on, of rounds before ``before``, from its checkpoint."""
-        file = self.out / store.CHECKPOINTS / self.config.run_id / "rounds.parquet"
+        file = self.out / store.CHECKPOINTS / f"{self.config.run_id}.safetensors"
         try:
             found = store.read(file, table)
         except records.TableError:
