@@ -92,13 +92,15 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
 
     secret = privacy.noise_generator(config, "noise", number, participant)
     update, within = privacy.protect(update, config, instruction.clip_norm, secret)
-    changes, residual = wires.encode_changes(update.changes, config.wire.uplink, context.state.get(RESIDUAL, {}))
+    # Who withholds how many tokens an expert got does not tell which got none.
+    sent = update.changes if config.privacy.withhold_reports else wires.moved(update.changes)
+    changes, residual = wires.encode_changes(sent, config.wire.uplink, context.state.get(RESIDUAL, {}))
     if residual:
         context.state[RESIDUAL] = wires.make_record(residual)
     work = replace(
         update.work,
         num_downloaded=instruction.delta.num_experts + instruction.delta.num_approximate,
-        num_uploaded=len(update.changes),
+        num_uploaded=len(sent),
         upload_bits=min(update.work.upload_bits, wires.bits_per_weight(config.wire.uplink)),
     )
     report = messages.TrainReport(

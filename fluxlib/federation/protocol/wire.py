@@ -106,6 +106,18 @@ def decode(array: Array, wire: Form = "float32", shape: Sequence[int] = ()) -> T
     return values.view(torch.bfloat16) if wire == "bfloat16" else values
 
 
+def moved(changes: Experts) -> dict[ExpertKey, Mapping[str, Tensor]]:
+    """The experts among ``changes`` that did change: those without a token did not, and do not travel."""
+    return {key: tensors for key, tensors in changes.items() if any(bool(tensor.any()) for tensor in tensors.values())}
+
+
+def whole(changes: Experts, assigned: Tensor, wire: Form, shapes: Shapes) -> Experts:
+    """``changes`` in order, with zeros (in no memory) for ``assigned`` experts, bool ``[L, E]``, that did not come."""
+    zero = torch.zeros((), dtype=torch.bfloat16 if wire == "bfloat16" else torch.float32)
+    keys = sorted({*changes, *((layer, expert) for layer, expert in assigned.nonzero().tolist())})
+    return {key: changes.get(key) or {name: zero.expand(s) for name, s in shapes[key].items()} for key in keys}
+
+
 @torch.no_grad()
 def encode_changes(changes: Experts, wire: Form, residual: Mapping[str, Array]) -> tuple[ArrayRecord, dict[str, Array]]:
     """A reply's changes as they travel, and what rounding took from them.

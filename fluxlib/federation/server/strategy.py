@@ -26,6 +26,7 @@ from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction, ProfileReport
 from fluxlib.federation.protocol.privacy import Guard
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
+from fluxlib.federation.protocol.wire import moved, whole
 from fluxlib.federation.results import Participation, RoundResult
 from fluxlib.federation.server.aggregation import ExpertMean, RobustAggregate, make_aggregate
 from fluxlib.federation.server.join import Member
@@ -169,7 +170,9 @@ class FluxStrategy:
         epsilon = self.epsilon(number) if self.method.explores else math.nan
         self.last = result = RoundResult(number, epsilon, tuple(self.current.values()), tuple(extra), len(changes))
         result.require(self.config.federation.min_replies_frac)
-        self.store.apply(self.guard.finish(number, changes, mean.num_tuners, len(result.accepted)))
+        changed = moved(self.guard.finish(number, changes, mean.num_tuners, len(result.accepted)))
+        self.store.apply(changed)
+        self.last = result = replace(result, num_tuned=len(changed))
         self._remember_utilities(result, utilities)
         return result
 
@@ -211,7 +214,8 @@ class FluxStrategy:
             return ""
         part.accept(report.update, report.num_bytes)
         self.members[sender].held = part.download.after
-        mean.add(*self.guard.admit(report.update.changes, report.update.tokens, report.within))
+        changes = whole(report.update.changes, part.roles.exploit, self.config.wire.uplink, self.store.shapes)
+        mean.add(*self.guard.admit(changes, report.update.tokens, report.within))
         utilities[sender] = report.update.utilities
         return ""
 
