@@ -31,6 +31,9 @@ MergeWeights = Literal["attention_frequency", "frequency", "uniform", "gate"]
 WireType = Literal["float32", "bfloat16", "int8"]
 """How weights travel between server and participants; see :mod:`fluxlib.federation.protocol.wire`."""
 
+Offloading = Literal["overlapped", "on_demand"]
+"""How experts come to a device that they do not fit on; see :mod:`fluxlib.devices.step`."""
+
 
 NO_NUMBERS: dict[str, Any] = {
     "engine": True,

@@ -5,27 +5,37 @@
 - :class:`OffloadedExperts` -- the layer: every expert a host parameter of its own, with its own gradient,
 - :func:`offload` -- a whole model, in place.
 
-On CUDA, host memory is pinned, an expert is copied on a stream of its own while the one before it computes, and
-gradients travel back the same way. On a CPU nothing is copied and the accounting is the same.
+There are two forms, the setting ``offloading``. ``on_demand``, the paper's: an expert is copied when its layer needs
+it, its gradient when it is made, and everything waits for that; the optimizer steps after the backward pass.
+``overlapped``: on CUDA an expert is copied on a stream of its own while the one before it computes, the first of the
+next layer too, and gradients travel back the same way; a layer's optimizer may step on the host, in a thread, while
+earlier layers are still at their backward pass. Both forms move what is computed with (16 bit, if the model computes in
+that) between pinned memory and the device, and compute the same numbers. On a CPU nothing is copied and the accounting
+is the same. What either costs on a device is :mod:`fluxlib.devices.step`'s matter.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fluxlib.config import Offloading
+
 from .dispatch import SlotExperts
 from .expert import Matrices, to_matrices
-from .find import check_expert
+from .find import MoELayer, check_expert
 from .replace import replace_all
 
 Key = tuple[int, int]
 """Layer and expert."""
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass
@@ -64,27 +74,38 @@ class DeviceSet:
 
     Args:
         capacity: Number of experts, of all layers together; from 2 on, one is copied ahead of its use.
+        offloading: ``overlapped``, or ``on_demand``: nothing is copied ahead, and every copy is waited for.
 
     Raises:
         ValueError: No room for a single expert.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, offloading: Offloading = "overlapped") -> None:
         if capacity < 1:
             raise ValueError(f"capacity: expected room for at least 1 expert, got {capacity}")
-        self.capacity = capacity
+        self.capacity, self.overlaps = capacity, offloading == "overlapped"
         self.traffic = Traffic()
+        self.layers: dict[int, OffloadedExperts] = {}
+        self.next_layer: dict[Key, Key] = {}
+        """What came after a layer's last expert, the last time."""
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
+        self._working: dict[Key, _Entry] = {}
+        self._before: Key | None = None
         self._stream: Any = None
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: Key, host: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Tensors of an expert on the device, current with the host's."""
+    def get(
+        self, key: Key, host: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Tensors of an expert on the device, current with the host's, in ``dtype`` (None: the host's)."""
+        if self._before is not None and self._before[0] != key[0]:
+            self.next_layer[self._before] = key
+        self._before = key
         entry = self._current(key, host)
         if entry is None:
-            entry = self._load(key, host, device)
+            entry = self._load(key, host, device, dtype)
         elif not entry.is_ahead:
             self.traffic.hits += 1
         entry.is_ahead = False
@@ -93,10 +114,12 @@ class DeviceSet:
             torch.cuda.current_stream(device).wait_event(entry.ready)
         return entry.tensors
 
-    def ahead(self, key: Key, host: Mapping[str, Tensor], device: torch.device) -> None:
+    def ahead(
+        self, key: Key, host: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
         """Start copying an expert that will be used next, unless it is there or would push out the one in use."""
-        if self.capacity > 1 and self._current(key, host) is None:
-            self._load(key, host, device).is_ahead = True
+        if self.overlaps and self.capacity > 1 and self._current(key, host) is None:
+            self._load(key, host, device, dtype).is_ahead = True
 
     def stream(self, device: torch.device) -> Any:
         """The stream that copies."""
@@ -108,23 +131,38 @@ class DeviceSet:
         entry = self._entries.get(key)
         return entry if entry is not None and entry.version == _version(host) else None
 
-    def _load(self, key: Key, host: Mapping[str, Tensor], device: torch.device) -> _Entry:
+    def _load(self, key: Key, host: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None) -> _Entry:
         stale = self._entries.pop(key, None)
         while len(self._entries) >= self.capacity:
             stale = self._entries.popitem(last=False)[1]
+        entry = self._as_computed(key, host, dtype)
         self.traffic.misses += 1
-        self.traffic.to_device_bytes += sum(tensor.numel() * tensor.element_size() for tensor in host.values())
-        entry = _Entry({name: tensor.detach() for name, tensor in host.items()}, _version(host))
+        self.traffic.to_device_bytes += sum(tensor.numel() * tensor.element_size() for tensor in entry.tensors.values())
         if device.type == "cuda":
             self._copy(entry, stale, device)
         self._entries[key] = entry
         return entry
 
+    def _as_computed(self, key: Key, host: Mapping[str, Tensor], dtype: torch.dtype | None) -> _Entry:
+        """The host's tensors in ``dtype``; a copy of another type is kept on the host until they change."""
+        tensors, version = {name: tensor.detach() for name, tensor in host.items()}, _version(host)
+        if all(tensor.dtype == (dtype or tensor.dtype) for tensor in tensors.values()):
+            return _Entry(tensors, version)
+        kept = self._working.get(key)
+        if kept is None:
+            empty = {n: torch.empty_like(t, dtype=dtype, pin_memory=t.is_pinned()) for n, t in tensors.items()}
+            kept = self._working[key] = _Entry(empty, -1)
+        if kept.version != version:
+            for name, tensor in tensors.items():
+                kept.tensors[name].copy_(tensor)
+            kept.version = version
+        return _Entry(dict(kept.tensors), version)
+
     def _copy(self, entry: _Entry, stale: _Entry | None, device: torch.device) -> None:
-        """Copy to the device on the copying stream, into the buffers of an expert that goes."""
-        stream = self.stream(device)
+        """Copy to the device, into the buffers of an expert that goes; on the copying stream where that overlaps."""
         if stale is None:
             stale = _Entry({n: torch.empty_like(t, device=device) for n, t in entry.tensors.items()}, -1)
+        stream = self.stream(device) if self.overlaps else torch.cuda.current_stream(device)
         # What computes with the old contents is already in the queue of the current stream.
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -134,6 +172,8 @@ class DeviceSet:
             entry.ready = torch.cuda.Event()
             entry.ready.record(stream)
         entry.tensors = stale.tensors
+        if not self.overlaps:
+            entry.ready.synchronize()
 
 
 class OffloadedExperts(SlotExperts):
@@ -146,9 +186,19 @@ class OffloadedExperts(SlotExperts):
         original: The experts module to stand in for; its stacks move to (pinned) host memory.
         device_set: Where experts stay on the device; shared between layers.
         index: Number of the layer, part of the key in the set.
+        optimizer: Makes the optimizer that steps as soon as the layer's gradients are on the host; None: the caller's
+            does, when it likes. Gradients are gone afterwards.
+        worker: What it steps in; the layer's next use waits for it. None: it steps at once.
     """
 
-    def __init__(self, original: nn.Module, device_set: DeviceSet, index: int) -> None:
+    def __init__(
+        self,
+        original: nn.Module,
+        device_set: DeviceSet,
+        index: int,
+        optimizer: MakeOptimizer | None = None,
+        worker: ThreadPoolExecutor | None = None,
+    ) -> None:
         super().__init__(original)
         self.device_set, self.index = device_set, index
         stacks = {name: getattr(original, name) for name in self.layout.names}
@@ -160,6 +210,9 @@ class OffloadedExperts(SlotExperts):
         )
         self._versions = self._now()
         self._finish_return: Callable[[], None] = lambda: None
+        self._optimizer = optimizer(self.host.parameters()) if optimizer else None
+        self._worker = worker
+        self._update: Future[None] | None = None
 
     def parameters_of(self, expert: int) -> dict[str, nn.Parameter]:
         """Host parameters of one expert, by stack name."""
@@ -168,29 +221,40 @@ class OffloadedExperts(SlotExperts):
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """Tensors of an expert, on the host."""
+        self.wait()
         return {name: parameter.detach() for name, parameter in self.parameters_of(expert).items()}
+
+    def write_back(self) -> None:
+        """Nothing but to wait: what was learned is in the original's memory."""
+        self.wait()
 
     def discard(self) -> None:
         """Refuse to forget what was trained, for the original's memory was written to."""
+        self.wait()
         changed = [e for e, (now, before) in enumerate(zip(self._now(), self._versions, strict=True)) if now != before]
         if changed:
             raise ValueError(f"write: offloaded experts are trained in place, expected True; changed were {changed}")
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
-        tensors = self.device_set.get((self.index, slot), self.parameters_of(slot), self.device)
-        if upcoming:
-            self.device_set.ahead((self.index, upcoming[0]), self.parameters_of(upcoming[0]), self.device)
+        self.wait()
+        there, key = self.device_set, (self.index, slot)
+        tensors = there.get(key, self.parameters_of(slot), self.device, dtype)
+        following = (self.index, upcoming[0]) if upcoming else there.next_layer.get(key)
+        if following is not None and (layer := there.layers.get(following[0])) is not None:
+            there.ahead(following, layer.parameters_of(following[1]), self.device, dtype)
         return to_matrices(tensors, self.layout, dtype)
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
         parameters = self.parameters_of(slot)
-        gradients = {name: gradient.to(parameters[name].dtype) for name, gradient in gradients.items()}
         self.device_set.traffic.to_host_bytes += sum(g.numel() * g.element_size() for g in gradients.values())
         if self.device.type == "cuda":
             before, self._finish_return = self._finish_return, self._send_back(parameters, gradients)
             before()
+            if not self.device_set.overlaps:
+                self._finish_return()
+                self._finish_return = lambda: None
         else:
             _accumulate(parameters, gradients)
 
@@ -198,7 +262,22 @@ class OffloadedExperts(SlotExperts):
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
         self._finish_return()
         self._finish_return = lambda: None
+        if self._optimizer is not None:
+            self._update = self._worker.submit(self._step) if self._worker else None
+            if self._update is None:
+                self._step()
         return super().end_gradients(counts)
+
+    def wait(self) -> None:
+        """Until the layer's own optimizer, if it has one, is done with its last step."""
+        if self._update is not None:
+            self._update.result()
+            self._update = None
+
+    def _step(self) -> None:
+        assert self._optimizer is not None
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _send_back(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Callable[[], None]:
         """Start copying gradients to the host; the function returned waits and adds them up."""
@@ -222,12 +301,17 @@ class OffloadedExperts(SlotExperts):
         return [_version(self.parameters_of(expert)) for expert in range(self.num_experts)]
 
 
-def offload(model: nn.Module, capacity: int) -> DeviceSet:
+def offload(
+    model: nn.Module, capacity: int, offloading: Offloading = "overlapped", optimizer: MakeOptimizer | None = None
+) -> DeviceSet:
     """Put an :class:`OffloadedExperts` at every MoE layer, in place, and freeze everything but the experts.
 
     Args:
         model: A model of any handled layout, on the host or on the device.
         capacity: Experts that may be on the device at once, of all layers together.
+        offloading: ``overlapped`` or ``on_demand``.
+        optimizer: Makes a layer's optimizer from its parameters; it steps by itself after every backward pass, behind
+            that of earlier layers where ``offloading`` overlaps. None: the caller's optimizer steps.
 
     Returns:
         The set of experts on the device, with its :attr:`~DeviceSet.traffic`.
@@ -235,8 +319,15 @@ def offload(model: nn.Module, capacity: int) -> DeviceSet:
     Raises:
         ValueError: No capacity, or experts that were replaced before.
     """
-    device_set = DeviceSet(capacity)
-    replace_all(model, lambda layer: OffloadedExperts(layer.experts, device_set, layer.index))
+    device_set = DeviceSet(capacity, offloading)
+    worker = ThreadPoolExecutor(1) if optimizer and device_set.overlaps else None
+
+    def make(layer: MoELayer) -> OffloadedExperts:
+        made = OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker)
+        device_set.layers[layer.index] = made
+        return made
+
+    replace_all(model, make)
     return device_set
 
 
@@ -251,6 +342,7 @@ class _HostParameters(nn.ParameterDict):
 def _accumulate(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
     for name, gradient in gradients.items():
         held = parameters[name].grad
+        gradient = gradient.to(parameters[name].dtype)
         parameters[name].grad = gradient if held is None else held.add_(gradient)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +48,65 @@ def test_training_equals_the_resident_model_bit_by_bit(tiny: SimpleNamespace, ar
     compact.restore(model)
     for (name, ours), theirs in zip(model.state_dict().items(), resident.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def _trained(model: nn.Module, step: Callable[[], None], batch: dict) -> dict[str, torch.Tensor]:
+    for _ in range(3):
+        model(**batch).loss.backward()
+        step()
+    compact.restore(model)
+    return model.state_dict()
+
+
+def test_both_forms_and_the_pipeline_train_the_same(tiny: SimpleNamespace) -> None:
+    """One optimizer after the backward pass, or one per layer behind it: bit for bit, in either form."""
+    states = []
+    for offloading, pipelined in product(("on_demand", "overlapped"), (False, True)):
+        model = tiny.build("olmoe")
+        make = partial(torch.optim.AdamW, lr=0.01)
+        there = offloaded.offload(model, 3, offloading, make if pipelined else None)
+        plain = None if pipelined else make(p for p in model.parameters() if p.requires_grad)
+
+        def step(plain: torch.optim.Optimizer | None = plain) -> None:
+            if plain is not None:
+                plain.step()
+                plain.zero_grad()
+
+        states.append(_trained(model, step, tiny.batch(seed=0)))
+        assert there.traffic.misses > 0
+    for state in states[1:]:
+        assert all(torch.equal(tensor, states[0][name]) for name, tensor in state.items())
+
+
+def test_on_demand_copies_nothing_ahead_and_overlapping_copies_the_next_layers_first(tiny: SimpleNamespace) -> None:
+    hidden, weights, chosen = torch.randn(2, 16), torch.ones(2, 2), torch.tensor([[0, 1]] * 2)
+    ahead = {}
+    for offloading in ("on_demand", "overlapped"):
+        model = tiny.build("olmoe")
+        there = offloaded.offload(model, 2, offloading)
+        first, second = (layer.experts for layer in find.layers(model))
+        with torch.no_grad():
+            for _ in range(2):
+                first(hidden, chosen, weights)
+                second(hidden, chosen, weights)
+            first(hidden, chosen, weights)
+        ahead[offloading] = [key for key, entry in there._entries.items() if entry.is_ahead]
+        assert there.traffic.hits == 0
+    assert ahead == {"on_demand": [], "overlapped": [(1, 0)]}
+
+
+def test_what_is_computed_with_crosses_the_bus(tiny: SimpleNamespace) -> None:
+    """Master weights of 32 bit, products in 16: half the bytes both ways, and a copy that follows the masters."""
+    model = tiny.build("olmoe")
+    there = offloaded.offload(model, capacity=2)
+    experts = find.layers(model)[0].experts.to(torch.bfloat16)
+    hidden, chosen = torch.randn(2, 16, dtype=torch.bfloat16), torch.tensor([[1]] * 2)
+    experts(hidden, chosen, torch.ones(2, 1)).sum().backward()
+    assert (there.traffic.to_device_bytes, there.traffic.to_host_bytes) == (EXPERT_BYTES // 2, EXPERT_BYTES // 2)
+    assert experts.parameters_of(1)["down_proj"].grad.dtype == torch.float32
+    with torch.no_grad():
+        experts.parameters_of(1)["down_proj"].zero_()
+        assert not experts(hidden, chosen, torch.ones(2, 1)).any()
 
 
 def test_every_expert_has_its_own_gradient_and_state(tiny: SimpleNamespace) -> None:
