@@ -202,6 +202,9 @@ class ClockConfig(_Group):
     link: str = Field("1gbps", description="connection of each participant, by its name in devices/catalogue.yaml")
     model: str = Field("self", description="the model whose shapes count; self: the run's own")
     tokens_per_sample: int | None = Field(None, ge=1, description="None: the run's own token counts")
+    offloading: Offloading = Field(
+        "overlapped", description="how experts come that do not fit: behind the arithmetic, or when a layer needs them"
+    )
 
 
 class RunConfig(_Group):

@@ -231,7 +231,7 @@ class _Planner:
             fitting = (usable - by_kind.total()) // self._resident_bytes
             num_resident = min(self.total, max(MIN_RESIDENT, fitting))
             by_kind["tuned"] += num_resident * self._resident_bytes
-            host = self.total * size * (2 * TUNED_DTYPE.itemsize + MOMENT_BYTES)
+            host = self.total * size * (2 * TUNED_DTYPE.itemsize + MOMENT_BYTES + self.step.dtype.itemsize)
         if self.method in ("flux", "fmes"):
             host = self.parameters.total * self.step.dtype.itemsize
         return MemoryPlan(
@@ -269,8 +269,8 @@ class _Planner:
 
     @property
     def _resident_bytes(self) -> int:
-        """An offloaded expert's copy on the device."""
-        return self.parameters.per_expert * TUNED_DTYPE.itemsize
+        """An offloaded expert's copy on the device, in the type that it computes in."""
+        return self.parameters.per_expert * self.step.dtype.itemsize
 
     def _rows(self, by_kind: Counter[str], num_tuned: int, num_merged: int, host: int) -> list[Row]:
         size, rest, rows = self.parameters.per_expert, by_kind["others"], []

@@ -39,6 +39,8 @@ class Work:
     """Routed experts of the whole model: the unit that fractions are taken of when shapes change."""
     num_tuned: int = 0
     """Experts with a gradient and an optimizer state."""
+    num_updated: int = 0
+    """Those of them that got a token: the others have no gradient, no step and no change."""
     num_frozen: int = 0
     """Frozen expert slots held beside them: merged groups and explored experts."""
     num_merge_sources: int = 0
@@ -59,7 +61,10 @@ class Work:
     """Experts quantised for the profile."""
     probe_samples: int = 0
     probe_tokens: int = 0
-    """Tokens of one forward pass of the probes, times the passes, counted in those of the full model."""
+    """Of forward passes through the whole model that looking takes, however many experts are looked at."""
+    expert_probe_samples: int = 0
+    expert_probe_tokens: int = 0
+    """Of the passes made for each of the explored experts alone, together; more experts take more of them."""
     weight_bits: int = 16
     """Bits per weight of the experts while training (FMQ: 4)."""
     offloaded: bool = False
@@ -69,8 +74,8 @@ class Work:
     download_bits: float = 16.0
     """Bits per weight of the downloaded experts on the link, on average."""
     upload_bits: float = 16.0
-    first_profile: bool = False
-    """Whether the profile was made before training, in the round's critical path (round 1 or a fresh profile)."""
+    hidden_profile: bool = False
+    """Whether the profile is for the next round and nothing of it is in the reply: it runs beside upload and server."""
 
 
 @dataclass(frozen=True)

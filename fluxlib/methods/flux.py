@@ -50,7 +50,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         with watch.phase("train"):
             tuned = tune(model, compact, data.train, config)
     groups = [group for plan in plans for group in plan.groups]
-    passes, (samples, tokens) = forward_passes(probed, len(plans), config), size(data.train[:1])
+    (once, each), (samples, tokens) = forward_passes(probed, len(plans), config), size(data.train[:1])
     update = report(
         local,
         tuned,
@@ -58,9 +58,11 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         utilities=roles.utility(torch.cat([tuned.squared_norms, probe_norms]), tuned.tokens),
         num_frozen=len(groups),
         num_merge_sources=sum(len(group) for group in groups if len(group) > 1),
-        probe_samples=round(passes * samples),
-        probe_tokens=round(passes * tokens),
-        first_profile=is_first,
+        probe_samples=round(once * samples),
+        probe_tokens=round(once * tokens),
+        expert_probe_samples=round(each * samples),
+        expert_probe_tokens=round(each * tokens),
+        hidden_profile=config.profiling.stale and not is_first,
         **profile_account(data, known.frequency.numel(), config),
     )
     return update, ParticipantState(known, local.number) if is_first else local.state
@@ -118,18 +120,18 @@ def probe(model: nn.Module, local: LocalRound, probed: Sequence[ExpertKey]) -> T
     return norms
 
 
-def forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConfig) -> float:
-    """What measuring the explored experts is worth, in forward passes of the whole model.
+def forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConfig) -> tuple[float, float]:
+    """What measuring the explored experts is worth, in forward passes of the whole model: once, and for each of them.
 
     Probes: one pass to cache every layer's input, then each side of each runs the layers from the expert's upwards. A
-    backward pass is worth two, after a forward pass of its own.
+    backward pass is worth two, after a forward pass of its own, however many experts it measures.
     """
     if not probed:
-        return 0.0
+        return 0.0, 0.0
     if config.roles.explore_by == "backward":
-        return 3.0
+        return 3.0, 0.0
     above = sum((num_layers - layer) / num_layers for layer, _ in probed)
-    return 1 + 2 * config.roles.num_probes * above
+    return 1.0, 2 * config.roles.num_probes * above
 
 
 METHOD = Method("flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, afterwards=profile)

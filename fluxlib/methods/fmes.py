@@ -51,7 +51,6 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         watch,
         utilities=roles.first_utilities(found.frequency),
         num_frozen=sum(len(plan.groups) for plan in plans),
-        first_profile=local.state.profile is None,
         **profile_account(data, found.frequency.numel(), config),
     )
     return update, ParticipantState(found, local.number)

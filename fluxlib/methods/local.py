@@ -194,6 +194,7 @@ def report(local: LocalRound, tuned: Tuned, watch: Stopwatch, utilities: Tensor 
     account = Work(
         num_experts=exploit.numel(),
         num_tuned=int(exploit.sum()),
+        num_updated=int((exploit & (tuned.tokens > 0)).sum()),
         train_steps=len(local.data.train),
         train_samples=num_samples,
         train_tokens=num_tokens,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fluxlib import models
-from fluxlib.devices import clock, memory
+from fluxlib.devices import clock, memory, step
 from fluxlib.devices.catalogue import DEVICES, LINKS, Device, Link
-from fluxlib.devices.clock import Shapes, phase_seconds, round_seconds
+from fluxlib.devices.clock import ParticipantSeconds, Shapes, phase_seconds, round_seconds
 from fluxlib.methods.base import Work
 from fluxlib.records import PHASES
 
@@ -39,6 +39,11 @@ DEVICE = Device(
 )
 LINK = Link("round", "1 kB/s up, 2 kB/s down", 1e3, 2e3, 0.0)
 WORK = Work(num_experts=100, train_steps=2, train_samples=20, train_tokens=200_000)
+
+
+def tuning(work: Work, count: int, **more) -> Work:
+    """With ``count`` experts tuned, each of which got a token."""
+    return replace(work, num_tuned=count, num_updated=count, **more)
 
 
 def seconds(work: Work, device: Device = DEVICE, link: Link = LINK, **more) -> dict[str, float]:
@@ -83,8 +88,8 @@ def test_training_arithmetic_is_two_passes_and_the_weight_gradients_of_the_tuned
     fast_memory = replace(DEVICE, memory_bytes_per_s=1e15)
     tokens = 200_000
     frozen = seconds(replace(WORK, num_frozen=100), fast_memory)["train"]
-    half = seconds(replace(WORK, num_frozen=50, num_tuned=50), fast_memory)["train"]
-    full = seconds(replace(WORK, num_tuned=100), fast_memory)["train"]
+    half = seconds(tuning(replace(WORK, num_frozen=50), 50), fast_memory)["train"]
+    full = seconds(tuning(WORK, 100), fast_memory)["train"]
     assert frozen == pytest.approx(tokens * 16_000 / 1e9)
     assert half == pytest.approx(tokens * 18_000 / 1e9)
     assert full == pytest.approx(tokens * 20_000 / 1e9)
@@ -93,7 +98,7 @@ def test_training_arithmetic_is_two_passes_and_the_weight_gradients_of_the_tuned
 def test_training_arithmetic_counts_tokens_where_they_were_counted():
     fast_memory = replace(DEVICE, memory_bytes_per_s=1e15)
     tokens = 200_000
-    work = replace(WORK, num_frozen=50, num_tuned=50, routed_tokens=40, slot_tokens=40, tuned_tokens=40)
+    work = tuning(WORK, 50, num_frozen=50, routed_tokens=40, slot_tokens=40, tuned_tokens=40)
     # 8,000 FLOPs forward (2,000 dense, 2 experts of 1,000), as many backward, 4,000 for all weight gradients.
     assert seconds(work, fast_memory)["train"] == pytest.approx(tokens * 20_000 / 1e9)
     rare = replace(work, tuned_tokens=10)
@@ -104,7 +109,7 @@ def test_training_arithmetic_counts_tokens_where_they_were_counted():
 
 def test_training_traffic_is_kept_weights_twice_then_gradients_then_the_optimizer():
     slow = replace(DEVICE, memory_bytes_per_s=1e3)
-    work = replace(WORK, num_tuned=20, num_frozen=30)
+    work = tuning(WORK, 20, num_frozen=30)
     # Kept: 3,000 others and 3 merged experts, 2 bytes; 2 tuned ones, read in 4, written and read again in 2; all that
     # twice. Then the gradients of 2 experts; weight and two moments read and written, the gradient read.
     step = 2 * (6_000 + 3 * 2_000 + 2 * 8_000) + 2 * 4_000 + 2_000 * 28
@@ -119,8 +124,7 @@ def test_fewer_kept_experts_never_take_longer():
     device, link = DEVICES["l20"], LINKS["1gbps"]
     shapes = clock.shapes("llama-moe-3.5b")
     times = [
-        sum(phase_seconds(replace(WORK, num_tuned=n, num_uploaded=n), shapes, device, link).values())
-        for n in (10, 25, 50, 100)
+        sum(phase_seconds(tuning(WORK, n, num_uploaded=n), shapes, device, link).values()) for n in (10, 25, 50, 100)
     ]
     assert times == sorted(times)
 
@@ -131,33 +135,38 @@ def test_tokens_are_counted_or_assumed_per_sample():
 
 
 def test_offloading_costs_nothing_where_everything_fits():
-    work = replace(WORK, num_tuned=100, offloaded=True)
+    work = tuning(WORK, 100, offloaded=True)
     assert seconds(work)["pcie"] == 0.0
     assert seconds(work) == seconds(replace(work, offloaded=False))
 
 
-def test_what_does_not_fit_crosses_the_bus_behind_the_arithmetic_in_the_better_placement():
-    # 90 % of the memory, less 6,000 bytes of others, holds 5 of the 10 experts with 16 bytes per parameter, or all 10
-    # with the 4 bytes of their weights.
+def test_what_does_not_fit_crosses_the_bus_in_the_best_placement():
+    # 90 % of the memory, less 6,000 bytes of others, holds 5 of the 10 experts with 16 bytes per parameter.
     small = replace(DEVICE, memory_bytes=(6_000 + 5 * 16_000) / 0.9, memory_bytes_per_s=1e15)
-    work = replace(WORK, num_tuned=100, offloaded=True)
-    slow_bus = replace(small, bus_bytes_per_s=1e3, host_bytes_per_s=1e15)
-    step = seconds(work, slow_bus)["train"] / 2
-    # 5 experts twice, in 4 bytes; or all 10 once: the same.
-    assert seconds(work, slow_bus)["pcie"] == pytest.approx(2 * (2 * 5_000 * 4 / 1e3 - step))
+    work = tuning(WORK, 100, offloaded=True)
     slow_host = replace(small, bus_bytes_per_s=1e15, host_bytes_per_s=1e3)
-    assert seconds(work, slow_host)["pcie"] == pytest.approx(2 * (5_000 * 28 / 1e3 - step * 2 / 3))
-    assert seconds(work, small)["pcie"] == 0.0
-    # Room for 2 experts with state, or 8 with weights alone: 8 twice, or 10 once and 2 once more.
-    smaller = replace(slow_bus, memory_bytes=(6_000 + 2 * 16_000) / 0.9)
-    assert seconds(work, smaller)["pcie"] == pytest.approx(2 * (12_000 * 4 / 1e3 - step))
-    # In 4 bits all weights stay; codes come and gradients of 2 bytes go.
+    # The other 5 are updated on the host: 28 bytes a parameter. One layer: there is nothing to overlap with.
+    assert seconds(work, slow_host, offloading="on_demand")["pcie"] == pytest.approx(2 * 5_000 * 28 / 1e3)
+    assert seconds(work, slow_host)["pcie"] == pytest.approx(2 * 5_000 * 28 / 1e3)
+    slow_bus = replace(small, bus_bytes_per_s=1e3, host_bytes_per_s=1e15)
+    # Parts are sixteenths. 7 of them trained leave room for the weights of 5 experts: 5.625 come and go back, 0.625
+    # come again, in 2 bytes. (8 parts: 5 come, come again and go back; 6 parts: 6.25 come and go back.)
+    crossing = 2 * (5_625 + 625 + 5_625) / 1e3
+    assert seconds(work, slow_bus, offloading="on_demand")["pcie"] == pytest.approx(2 * crossing)
+    # Two layers: half of what comes lies behind half of the other stages. Computing takes 0.8 s and 1.2 s.
+    two = replace(SHAPES, num_layers=2)
+    passes = (0.8 + 11.25) / 2 + 11.25 / 2 + (1.2 + 1.25 + 11.25) / 2 + 11.25 / 2
+    found = phase_seconds(work, two, slow_bus, LINK)
+    assert found["pcie"] == pytest.approx(2 * (passes - 2.0))
+    assert phase_seconds(work, two, slow_bus, LINK, offloading="on_demand")["pcie"] == pytest.approx(2 * crossing)
+    # In 4 bits codes come and gradients of 2 bytes go; half of the experts get no token and do neither.
     few = replace(work, weight_bits=4)
-    assert seconds(few, smaller)["pcie"] < seconds(work, smaller)["pcie"] / 2
+    assert seconds(few, slow_bus)["pcie"] < seconds(work, slow_bus)["pcie"]
+    assert seconds(replace(work, num_updated=50), slow_bus)["pcie"] == 0.0
 
 
 def test_what_stays_on_the_device_is_what_the_planner_says():
-    """Weights alone, in the planner's type. The planner also sees the cast copy and the gradient of the expert at work;
+    """Weights alone, in 16 bit. The planner also sees the cast copy and the gradient of the expert at work;
     activations are each module's own estimate, so the batch is tiny."""
     config = models.LlamaMoeConfig(
         vocab_size=64, hidden_size=64, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=4,
@@ -167,22 +176,22 @@ def test_what_stays_on_the_device_is_what_the_planner_says():
     plan = memory.plan_memory(config, "fmd", device.memory_bytes, step=memory.Step(1, 4))
     with torch.device("meta"):
         shapes = clock.shapes_of("tiny", models.LlamaMoeForCausalLM(config))
-    work = Work(num_experts=100, num_tuned=100, train_steps=1, train_samples=1, train_tokens=4, offloaded=True)
-    found = clock.placements(clock._Load(work, shapes, None), device)[1]
+    work = tuning(Work(num_experts=100, train_steps=1, train_samples=1, train_tokens=4, offloaded=True), 100)
+    found = step.placements(step.Load(work, shapes, None), device)[0]
     assert 2 < plan.num_resident < plan.num_experts
     assert found.resident / shapes.expert_parameters == pytest.approx(plan.num_resident, abs=2)
-    resident_bytes = clock.TUNED_DTYPE.itemsize * shapes.expert_parameters * plan.num_resident
+    resident_bytes = step.WEIGHT_BYTES * shapes.expert_parameters * plan.num_resident
     assert resident_bytes == next(row.num_bytes for row in plan.rows if row.kind == "tuned experts")
 
 
 def test_memory_is_weights_state_and_activations_and_offloading_stays_within_the_device():
     shapes = replace(SHAPES, hidden_size=1)
-    work = replace(WORK, num_tuned=20, num_frozen=30)
+    work = tuning(WORK, 20, num_frozen=30)
     # 3,000 others, 2 tuned experts with 16 bytes a parameter, 3 frozen ones; 100,000 tokens a step, 34 bytes each.
     expected = 6_000 + 2 * 16_000 + 3 * 2_000 + 3_400_000
     assert clock.device_bytes(work, shapes, DEVICE) == expected
     assert clock.device_bytes(work, shapes, DEVICE, tokens_per_sample=20_000) == expected + 3_400_000
-    all_tuned = replace(WORK, num_tuned=100)
+    all_tuned = tuning(WORK, 100)
     quantised = replace(all_tuned, weight_bits=4)
     assert clock.device_bytes(all_tuned, SHAPES, DEVICE) == 6_000 + 10 * 16_000
     assert clock.device_bytes(quantised, SHAPES, DEVICE) == 6_000 + 10 * 10_500
@@ -205,22 +214,31 @@ def phases(**named: float) -> dict[str, float]:
 
 
 def test_a_round_waits_for_the_slowest_participant_then_for_the_server():
-    times = [phases(train=3.0, upload=1.0), phases(train=1.0, upload=2.5)]
-    found = round_seconds(times, [False, False], server_s=0.5)
+    times = [ParticipantSeconds(phases(train=3.0, upload=1.0)), ParticipantSeconds(phases(train=1.0, upload=2.5))]
+    found = round_seconds(times, server_s=0.5)
     assert (found.total_s, found.server_s) == (4.5, 0.5)
 
 
-def test_a_stale_profile_runs_beside_the_upload_and_a_first_one_does_not():
+def test_only_a_profile_for_the_next_round_runs_beside_the_upload():
     times = phases(train=3.0, quantize=0.5, profile=1.0, upload=1.0)
-    assert round_seconds([times], [False], 1.0).total_s == 5.0
-    assert round_seconds([times], [True], 1.0).total_s == 6.5
+    assert round_seconds([ParticipantSeconds(times, hidden_profile=True)], 1.0).total_s == 5.0
+    assert round_seconds([ParticipantSeconds(times)], 1.0).total_s == 6.5
+    assert round_seconds([ParticipantSeconds(times, {"quantize": 0.5, "profile": 0.5}, True)], 1.0).total_s == 6.0
     long_profile = times | {"profile": 5.0}
-    assert round_seconds([long_profile], [False], 1.0).total_s == 8.5
+    assert round_seconds([ParticipantSeconds(long_profile, hidden_profile=True)], 1.0).total_s == 8.5
+
+
+def test_probes_are_made_for_a_share_of_the_experts():
+    work = replace(WORK, probe_samples=10, probe_tokens=100_000, expert_probe_samples=40, expert_probe_tokens=400_000)
+    # 8,000 FLOPs per token, once; 4 passes for the probed ones of 100 experts are 0.4 for those of 10.
+    assert seconds(work)["probe"] == pytest.approx((100_000 + 40_000) * 8_000 / 1e9)
+    larger = phase_seconds(work, replace(SHAPES, num_experts=200), DEVICE, LINK)
+    assert larger["probe"] == pytest.approx((100_000 + 800_000) * 8_000 / 1e9)
 
 
 def test_a_round_without_participants_is_refused():
-    with pytest.raises(ValueError, match="at least one participant"):
-        round_seconds([], [], 0.0)
+    with pytest.raises(ValueError, match="at least one"):
+        round_seconds([], 0.0)
 
 
 def test_the_server_reads_every_upload_and_writes_the_mean():

@@ -116,8 +116,8 @@ def test_the_peak_with_offloading_is_within_ten_percent(monkeypatch, num_bytes):
     assert plan.fits and 2 < plan.num_resident < plan.num_experts
     plain = offloaded.DeviceSet._load
 
-    def load(self, key, host, device):
-        entry = plain(self, key, host, device)
+    def load(self, key, host, device, dtype):
+        entry = plain(self, key, host, device, dtype)
         entry.tensors = {name: tensor.clone() for name, tensor in entry.tensors.items()}
         return entry
 

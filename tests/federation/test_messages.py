@@ -39,7 +39,7 @@ def test_a_report_is_read_as_it_was_written(wire: Form) -> None:
         tokens=torch.tensor([[7, 0]]),
         loss=2.5,
         num_samples=12,
-        work=Work(8, num_tuned=2, first_profile=True),
+        work=Work(8, num_tuned=2, hidden_profile=True),
         phases_s={"train": 0.5},
     )
     held = ModelVersion(3, "d" * 64, frozenset({(0, 1)}))

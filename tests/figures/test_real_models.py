@@ -8,6 +8,7 @@ import torch
 from fluxlib.analysis import studies
 from fluxlib.analysis.studies import real_models as real
 from fluxlib.devices import clock
+from fluxlib.devices import step as training_step
 from fluxlib.devices.catalogue import DEVICES
 from fluxlib.figures import real_models
 from fluxlib.moe.offloaded import DeviceSet
@@ -50,7 +51,7 @@ def test_placement_shares_add_up_and_follow_the_memory():
     assert all(0 <= share <= 1 for share in found.values())
     assert found["l20"] >= found["rtx-3060"]
     work = real.works(shapes.num_experts)["fmd"]
-    placed = clock.placed(work, shapes, DEVICES["l20"], 256)
+    placed = training_step.placed(training_step.Load(work, shapes, 256), DEVICES["l20"])
     assert placed.trained + placed.resident + placed.away == pytest.approx(
         shapes.num_experts * shapes.expert_parameters
     )

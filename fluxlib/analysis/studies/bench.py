@@ -177,13 +177,15 @@ def _mask(known: profiling.Profile, chosen: Tensor) -> Tensor:
 def typical_round(num_experts: int, samples: int, tokens_per_sample: int, profiled: int) -> Work:
     """One participant's round of FLUX: a quarter tuned and uploaded, as much changed elsewhere and downloaded.
 
-    Trained in batches of 16; 8 two-sided probes on 16 samples, each about half a forward pass.
+    Trained in batches of 16; an eighth of the experts probed on 16 samples, on two sides, each half a forward pass.
     """
-    quarter, probed = num_experts // 4, 16 * 9
+    quarter, probes = num_experts // 4, num_experts // 8
     return Work(
-        num_experts=num_experts, num_tuned=quarter, num_frozen=quarter, num_merge_sources=num_experts - quarter,
+        num_experts=num_experts, num_tuned=quarter, num_updated=quarter, num_frozen=quarter,
+        num_merge_sources=num_experts - quarter, hidden_profile=True,
         train_steps=max(1, samples // BATCH), train_samples=samples, train_tokens=samples * tokens_per_sample,
         profile_samples=profiled, profile_tokens=profiled * tokens_per_sample, profile_bits=4,
-        num_quantized=num_experts, probe_samples=probed, probe_tokens=probed * tokens_per_sample,
+        num_quantized=num_experts, probe_samples=BATCH, probe_tokens=BATCH * tokens_per_sample,
+        expert_probe_samples=BATCH * probes, expert_probe_tokens=BATCH * probes * tokens_per_sample,
         num_downloaded=quarter, num_uploaded=quarter,
     )  # fmt: skip

@@ -154,7 +154,10 @@ def round_saving(model: str, clock_model: str, profiled_fraction: float = 1.0) -
             work = typical_round(shapes.num_experts, samples, tokens, round(profiled_fraction * samples))
             phases = clock.phase_seconds(work, shapes, device, link, tokens)
             server_s = clock.server_seconds([work] * 10, shapes)
-            after, inline = (clock.round_seconds([phases], [first], server_s).total_s for first in (False, True))
+            after, inline = (
+                clock.round_seconds([clock.ParticipantSeconds(phases, None, hidden)], server_s).total_s
+                for hidden in (True, False)
+            )
             yield row("round_saving", link.title, 1 - after / inline, model=model, x=samples)
             yield row("round_seconds", f"{link.title}, overlapped", after, model=model, x=samples, unit="s")
             yield row("round_seconds", f"{link.title}, in the way", inline, model=model, x=samples, unit="s")

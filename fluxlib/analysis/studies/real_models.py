@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from fluxlib import models
 from fluxlib.analysis.studies.bench import Row, row, typical_round
-from fluxlib.devices import catalogue, clock
+from fluxlib.devices import catalogue, clock, step
 from fluxlib.devices.memory import Step, plan_memory
 from fluxlib.methods.base import Work
 
@@ -41,7 +41,12 @@ def works(
         train_tokens=flux.train_tokens, download_bits=wire_bits, upload_bits=wire_bits,
     )  # fmt: skip
     everything = replace(
-        training, num_tuned=num_experts, num_downloaded=num_experts, num_uploaded=num_experts, offloaded=True
+        training,
+        num_tuned=num_experts,
+        num_updated=num_experts,
+        num_downloaded=num_experts,
+        num_uploaded=num_experts,
+        offloaded=True,
     )
     return {
         "flux": replace(flux, num_downloaded=changed, download_bits=wire_bits, upload_bits=wire_bits),
@@ -51,7 +56,8 @@ def works(
             download_bits=FMQ_WIRE_BITS, upload_bits=FMQ_WIRE_BITS,
         ),
         "fmes": replace(
-            training, num_tuned=flux.num_tuned, num_quantized=num_experts, num_downloaded=changed,
+            training, num_tuned=flux.num_tuned, num_updated=flux.num_tuned, num_quantized=num_experts,
+            num_downloaded=changed,
             num_uploaded=flux.num_uploaded, routed_tokens=1, slot_tokens=1, tuned_tokens=1,
             profile_samples=flux.profile_samples, profile_tokens=flux.profile_tokens, profile_bits=4,
         ),
@@ -79,7 +85,7 @@ def rounds(
         where = f"{name}, {device}, {link.name}, {wire}"
         for phase, seconds in (phases | {"server": server_s}).items():
             yield row("real_phase", f"{where}, {phase}", seconds, model=model, unit="s")
-        total = clock.round_seconds([phases], [False], server_s).total_s
+        total = clock.round_seconds([clock.ParticipantSeconds(phases, None, work.hidden_profile)], server_s).total_s
         yield row("real_round", where, total, model=model, x=8 * link.up_bytes_per_s, unit="s")
 
 
@@ -92,7 +98,7 @@ def resident(model: str, devices: Iterable[str], samples: int = 64, tokens_per_s
     shapes = clock.shapes(model)
     work = works(shapes.num_experts, 10, samples, tokens_per_sample)["fmd"]
     for device in devices:
-        placed = clock.placed(work, shapes, catalogue.DEVICES[device], tokens_per_sample)
+        placed = step.placed(step.Load(work, shapes, tokens_per_sample), catalogue.DEVICES[device])
         share = (placed.trained + placed.resident) / (placed.trained + placed.resident + placed.away)
         yield row("real_resident", device, share, model=model)
 

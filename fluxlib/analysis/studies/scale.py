@@ -15,10 +15,10 @@ import torch
 from fluxlib.analysis import store
 from fluxlib.analysis.studies.bench import Row
 from fluxlib.analysis.studies.merging import Case, own_share_measured
-from fluxlib.config import RunConfig
+from fluxlib.config import Offloading, RunConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.devices.memory import RESERVE_FRAC
-from fluxlib.federation.store.tables import participant_seconds, read_work, round_time
+from fluxlib.federation.store.tables import read_work
 from fluxlib.methods.base import Work
 from fluxlib.moe import find
 
@@ -68,6 +68,7 @@ def recounts(
     runs: Mapping[str, RunConfig],
     fleets: Sequence[str | None] = FLEETS,
     links: Sequence[str | None] = tuple(catalogue.LINKS),
+    offloading: Offloading | None = None,
 ) -> pd.DataFrame:
     """Every run of ``rounds``, for every fleet and link, as the device clock counts it there, one below the other.
 
@@ -79,6 +80,7 @@ def recounts(
         runs: of :func:`fluxlib.analysis.store.configs`, of runs with works (:func:`with_works`).
         fleets: of :func:`fluxlib.devices.catalogue.fleet`; None: the devices that the run's participants stood for.
         links: of the catalogue; None: the run's.
+        offloading: how experts come that do not fit; None: as in the run.
 
     Returns:
         ``rounds`` with other ``round_device_s``, ``server_device_s``, ``device_s`` and ``link``, and with ``fleet`` and
@@ -100,7 +102,8 @@ def recounts(
         config = runs[str(run_id)]
         shapes = clock.shapes(config.model if config.clock.model == "self" else config.clock.model)
         for fleet, link in itertools.product(fleets, links):
-            found.append(_recount(replies, run.sort_values("round", kind="stable"), config, shapes, fleet, link))
+            ordered, how = run.sort_values("round", kind="stable"), offloading or config.clock.offloading
+            found.append(_recount(replies, ordered, config, shapes, fleet, link, how))
     return pd.concat(found, ignore_index=True) if found else rounds.assign(fleet="", memory_share=0.0)
 
 
@@ -111,6 +114,7 @@ def _recount(
     shapes: clock.Shapes,
     fleet: str | None,
     link: str | None,
+    offloading: Offloading,
 ) -> pd.DataFrame:
     over, tokens = catalogue.link(link or run.clock.link), run.clock.tokens_per_sample
     devices = catalogue.fleet(fleet, run.federation.participants) if fleet else None
@@ -120,10 +124,10 @@ def _recount(
         for participant, name, work, first in replies.get(number, ()):
             device = devices[participant] if devices else catalogue.DEVICES[name]
             works.append(work)
-            seconds.append(participant_seconds(work, first, shapes, device, over, tokens))
+            seconds.append(clock.participant_seconds(work, first, shapes, device, over, tokens, offloading))
             usable = device.memory_bytes * (1 - RESERVE_FRAC)
             shares.append(clock.device_bytes(work, shapes, device, tokens) / usable)
-        whole = round_time(seconds, works, shapes) if works else None
+        whole = clock.round_seconds(seconds, clock.server_seconds(works, shapes)) if works else None
         counted.append((whole.total_s if whole else 0.0, whole.server_s if whole else 0.0, max(shares)))
     totals, servers, largest = zip(*counted, strict=True)
     since_start = list(itertools.accumulate(totals))
@@ -179,12 +183,13 @@ def _work(case: Case) -> Work:
     batch, probed = case.data[0], case.data[0]["attention_mask"][:PROBED_SAMPLES]
     profiled = case.data[:2]
     num_layers = len(find.layers(case.bench.model))
-    passes = 1 + 2 * PROBES * (num_layers + 1) / (2 * num_layers)
+    each = PROBES * (num_layers + 1) / num_layers
     return Work(
-        num_experts=num_experts, num_tuned=num_tuned, num_frozen=case.num_merged,
+        num_experts=num_experts, num_tuned=num_tuned, num_updated=num_tuned, num_frozen=case.num_merged,
         num_merge_sources=num_experts - num_tuned, train_steps=STEPS, train_samples=STEPS * len(batch["input_ids"]),
         train_tokens=STEPS * int(batch["attention_mask"].sum()),
         profile_samples=sum(len(b["input_ids"]) for b in profiled), profile_bits=4, num_quantized=num_experts,
         profile_tokens=sum(int(b["attention_mask"].sum()) for b in profiled),
-        probe_samples=round(passes * len(probed)), probe_tokens=round(passes * int(probed.sum())),
+        probe_samples=len(probed), probe_tokens=int(probed.sum()),
+        expert_probe_samples=round(each * len(probed)), expert_probe_tokens=round(each * int(probed.sum())),
     )  # fmt: skip

@@ -243,7 +243,7 @@ def _planned(
 def predict_seconds(config: RunConfig, work: Work, device: catalogue.Device) -> dict[str, float]:
     """Phases of a later round (its profile is a round old), for one participant."""
     shapes, link = clock.shapes(shapes_of(config)), catalogue.link(config.clock.link)
-    found = clock.phase_seconds(work, shapes, device, link, config.clock.tokens_per_sample)
+    found = clock.phase_seconds(work, shapes, device, link, config.clock.tokens_per_sample, config.clock.offloading)
     return {phase: seconds for phase, seconds in found.items() if seconds}
 
 
@@ -269,9 +269,9 @@ class Share:
 def expected_work(config: RunConfig, method: str, share: Share) -> Work:
     """What one participant does in a round, by count; the account that :class:`Work` gives afterwards.
 
-    Three numbers are estimates: tokens are those of mean samples, routed as the profile says; each choice of a token is
-    computed by itself (``slot_tokens``); what others changed is taken to be spread evenly over the experts, so
-    downloads are rather too many where participants tune the same ones.
+    Four numbers are estimates: tokens are those of mean samples, routed as the profile says; an expert that got no
+    token there gets none; each choice of a token is computed by itself (``slot_tokens``); what others changed is taken
+    to be spread evenly over the experts, so downloads are rather too many where participants tune the same ones.
 
     Args:
         method: the one of ``config``, for which ``share`` holds, or one that tunes every expert.
@@ -279,8 +279,8 @@ def expected_work(config: RunConfig, method: str, share: Share) -> Work:
     exploit, explore, tokens_per_sample = share.assigned.exploit, share.assigned.explore, share.tokens_per_sample
     work = _training(config, tokens_per_sample, exploit.numel())
     if method != config.method or bool(exploit.all()):
-        return _tuning_everything(config, method, work)
-    total, num_tuned = work.num_experts, int(exploit.sum())
+        return _tuning_everything(config, method, work, int((share.frequency > 0).sum()))
+    total, num_updated = work.num_experts, int((exploit & (share.frequency > 0)).sum())
     dropped = torch.zeros_like(exploit)
     for row, plan in zip(dropped, share.plans, strict=True):
         row[list(plan.dropped)] = True
@@ -288,12 +288,12 @@ def expected_work(config: RunConfig, method: str, share: Share) -> Work:
     routed = work.train_tokens * share.top_k_sum
     samples = config.profiling.batches * config.training.batch_size
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
-    passes = flux.forward_passes(keys, len(share.frequency), config) if method == "flux" else 0.0
-    if passes > 1 and config.roles.explore_by == "probes":
-        passes = 1 + (passes - 1) * roles.num_probed(config.roles, len(keys)) / len(keys)
+    once, each = flux.forward_passes(keys, len(share.frequency), config) if method == "flux" else (0.0, 0.0)
+    once, each = (n * config.training.batch_size for n in (once, each * _probed_share(config, len(keys))))
     return replace(
         work,
-        num_tuned=num_tuned,
+        num_tuned=int(exploit.sum()),
+        num_updated=num_updated,
         num_frozen=sum(len(plan.groups) for plan in share.plans),
         num_merge_sources=sum(len(group) for plan in share.plans for group in plan.groups if len(group) > 1),
         routed_tokens=routed,
@@ -303,10 +303,13 @@ def expected_work(config: RunConfig, method: str, share: Share) -> Work:
         profile_tokens=round(samples * tokens_per_sample),
         profile_bits=config.profiling.bits,
         num_quantized=total,
-        probe_samples=round(passes * config.training.batch_size),
-        probe_tokens=round(passes * config.training.batch_size * tokens_per_sample),
-        num_downloaded=math.ceil(total * (1 - (1 - num_tuned / total) ** config.federation.participants)),
-        num_uploaded=num_tuned,
+        probe_samples=round(once),
+        probe_tokens=round(once * tokens_per_sample),
+        expert_probe_samples=round(each),
+        expert_probe_tokens=round(each * tokens_per_sample),
+        hidden_profile=method == "flux" and config.profiling.stale,
+        num_downloaded=_changed(config, total, num_updated),
+        num_uploaded=num_updated,
         download_bits=bits_per_weight(config.wire.downlink),
         upload_bits=bits_per_weight(config.wire.uplink),
     )
@@ -322,11 +325,28 @@ def _training(config: RunConfig, tokens_per_sample: float, num_experts: int) -> 
     )
 
 
-def _tuning_everything(config: RunConfig, method: str, work: Work) -> Work:
-    """The account of FMD and FMQ, and of any other budget that is everything."""
+def _probed_share(config: RunConfig, num_explored: int) -> float:
+    """Explored experts that are probed, as a share."""
+    return roles.num_probed(config.roles, num_explored) / max(1, num_explored)
+
+
+def _changed(config: RunConfig, total: int, num_changed: int) -> int:
+    """Experts that change somewhere when each participant changes ``num_changed``, whichever."""
+    return math.ceil(total * (1 - (1 - num_changed / total) ** config.federation.participants))
+
+
+def _tuning_everything(config: RunConfig, method: str, work: Work, num_used: int) -> Work:
+    """The account of FMD and FMQ, and of any other budget that is everything; ``num_used`` experts get tokens."""
     total = work.num_experts
     down, up = bits_per_weight(config.wire.downlink), bits_per_weight(config.wire.uplink)
-    work = replace(work, num_tuned=total, num_downloaded=total, num_uploaded=total, offloaded=method in ("fmd", "fmq"))
+    work = replace(
+        work,
+        num_tuned=total,
+        num_updated=num_used,
+        num_downloaded=_changed(config, total, num_used),
+        num_uploaded=num_used,
+        offloaded=method in ("fmd", "fmq"),
+    )
     if method != "fmq" or config.training.fmq_bits == 16:
         return replace(work, download_bits=down, upload_bits=up)
     travelling = config.training.fmq_bits + fmq.SCALE_BITS

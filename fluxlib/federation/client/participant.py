@@ -62,7 +62,7 @@ def profile(instruction: Instruction, context: Context) -> RecordDict:
     if config.privacy.withhold_reports:
         frequency = torch.full_like(frequency, 1 / frequency.shape[1])
     size = frequency.numel()
-    work = Work(size, first_profile=True, **profile_account(data, size, config))
+    work = Work(size, **profile_account(data, size, config))
     report = messages.ProfileReport(instruction.participant, instruction.round, held, frequency, work, phases_s)
     return report.to_records()
 

@@ -6,7 +6,6 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,8 @@ class Tables:
     def add_round(self, result: RoundResult, evaluation: Evaluation | None, wall_s: float) -> None:
         """A round that took ``wall_s`` here, evaluation left out."""
         works = [one.work for one in result.accepted if one.work is not None]
-        took = round_time([self._seconds(one) for one in result.accepted], works, self.shapes)
+        seconds = [self._seconds(one) for one in result.accepted]
+        took = clock.round_seconds(seconds, clock.server_seconds(works, self.shapes))
         self.totals = Totals(self.totals.wall_s + wall_s, self.totals.device_s + took.total_s)
         self.rows["rounds"].append(self._round_row(result, evaluation, Totals(wall_s, took.total_s), took.server_s))
         self.add_participants(result)
@@ -143,53 +143,17 @@ class Tables:
             **{f"{phase}_wall_s": one.phases_s.get(phase, math.nan) for phase in PHASES},
         }
 
-    def _seconds(self, one: Participation) -> ParticipantSeconds:
-        device, tokens = self.fleet[one.participant], self.config.clock.tokens_per_sample
-        return participant_seconds(charged(one), one.profile_work, self.shapes, device, self.link, tokens)
+    def _seconds(self, one: Participation) -> clock.ParticipantSeconds:
+        device, how = self.fleet[one.participant], self.config.clock
+        return clock.participant_seconds(
+            charged(one), one.profile_work, self.shapes, device, self.link, how.tokens_per_sample, how.offloading
+        )
 
     def _device_bytes(self, result: RoundResult) -> int | None:
         """Predicted memory of the most loaded participant, at the clock model's shapes."""
         tokens = self.config.clock.tokens_per_sample
         works = [(one.work, self.fleet[one.participant]) for one in result.accepted if one.work is not None]
         return max((clock.device_bytes(work, self.shapes, device, tokens) for work, device in works), default=None)
-
-
-@dataclass(frozen=True)
-class ParticipantSeconds:
-    """Device seconds of one participant: its round, and a profile made before it (round 1 only)."""
-
-    main: dict[str, float]
-    first: dict[str, float] | None
-
-    def all(self) -> dict[str, float]:
-        """Seconds by phase, both profiles together."""
-        return {name: value + (self.first or {}).get(name, 0.0) for name, value in self.main.items()}
-
-    def serial(self) -> dict[str, float]:
-        """Seconds by phase with the first profile where it stands: before merging, in the critical path."""
-        return self.main | {"merge": self.main["merge"] + sum((self.first or {}).values())}
-
-
-def participant_seconds(
-    work: Work,
-    first: Work | None,
-    shapes: clock.Shapes,
-    device: catalogue.Device,
-    link: catalogue.Link,
-    tokens_per_sample: int | None,
-) -> ParticipantSeconds:
-    """One participant's round on the device clock; ``first`` is the work of a profile made before the round, if any."""
-    main = clock.phase_seconds(work, shapes, device, link, tokens_per_sample)
-    if first is None:
-        return ParticipantSeconds(main, None)
-    found = clock.phase_seconds(first, shapes, device, link, tokens_per_sample)
-    return ParticipantSeconds(main, {name: found[name] for name in ("quantize", "profile")})
-
-
-def round_time(seconds: Sequence[ParticipantSeconds], works: Sequence[Work], shapes: clock.Shapes) -> clock.RoundTime:
-    """When a round is over whose accepted participants took ``seconds`` for ``works``, in the same order."""
-    server_s = clock.server_seconds(works, shapes)
-    return clock.round_seconds([s.serial() for s in seconds], [w.first_profile for w in works], server_s)
 
 
 def charged(one: Participation) -> Work:
@@ -207,13 +171,25 @@ def write_work(one: Participation) -> str:
 
 
 def read_work(text: str) -> tuple[Work, Work | None]:
-    """Inverse of :func:`write_work`: the round's work, and the first profile's or ``None``.
-
-    Older tables may count what is no longer done; that is left out.
-    """
-    known = {f.name for f in fields(Work)}
-    works = [Work(**{name: item[name] for name in item.keys() & known}) for item in json.loads(text)]
+    """Inverse of :func:`write_work`: the round's work, and the first profile's or ``None``."""
+    works = [_work(item) for item in json.loads(text)]
     return works[0], works[1] if len(works) > 1 else None
+
+
+def _work(item: dict[str, Any]) -> Work:
+    """One account of work. Older tables count otherwise, and less: what they leave open is taken as it was meant."""
+    item = dict(item)
+    if item.get("num_tuned") and "num_updated" not in item:
+        passes = item.get("probe_samples", 0) * item["train_steps"] / item["train_samples"]
+        if passes and passes != 3:  # a backward pass; else one pass to begin with, and the probes
+            for name in ("probe_samples", "probe_tokens"):
+                whole = item[name]
+                item[name] = round(whole / passes)
+                item[f"expert_{name}"] = whole - item[name]
+        item["num_updated"] = item["num_tuned"]
+        item["hidden_profile"] = "num_merge_sources" in item and "first_profile" not in item
+    known = {f.name for f in fields(Work)}
+    return Work(**{name: value for name, value in item.items() if name in known})
 
 
 def peak_memory_bytes() -> int:

@@ -1,0 +1,75 @@
+"""What the device clock needs to know of a model: how many parameters, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from transformers import PreTrainedModel
+
+from fluxlib import models
+from fluxlib.moe import find
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a model. Parameters are counts, per expert or over the whole model."""
+
+    name: str
+    num_layers: int
+    num_experts: int
+    """Routed experts over all layers."""
+    top_k_sum: int
+    """Routed experts that one token passes through, over all layers."""
+    hidden_size: int
+    expert_parameters: int
+    """Parameters of one routed expert."""
+    other_parameters: int
+    """All parameters outside routed experts."""
+    embedding_parameters: int
+    """Those of the input embedding, which is looked up, not multiplied (0 when it is also the output head)."""
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the model."""
+        return self.other_parameters + self.num_experts * self.expert_parameters
+
+    def dense_flops(self, tokens: float, tokens_per_sample: float) -> float:
+        """Forward FLOPs outside routed experts: matrices, and causal attention over half of the positions."""
+        matrices = 2.0 * (self.other_parameters - self.embedding_parameters)
+        return tokens * (matrices + 2.0 * tokens_per_sample * self.hidden_size * self.num_layers)
+
+    def expert_flops(self, tokens: float) -> float:
+        """Forward FLOPs of the routed experts."""
+        return tokens * 2.0 * self.top_k_sum * self.expert_parameters
+
+
+@lru_cache(maxsize=8)
+def shapes(name: str) -> Shapes:
+    """Shapes of a model by name (see :func:`fluxlib.models.known`), from its configuration alone."""
+    from transformers import AutoModelForCausalLM
+
+    settings = models.config(name)
+    with torch.device("meta"):
+        return shapes_of(name, AutoModelForCausalLM.from_config(settings, dtype=torch.float32))
+
+
+def shapes_of(name: str, model: PreTrainedModel) -> Shapes:
+    """Shapes of a model in memory; its weights may be on the meta device."""
+    moe = find.layers(model)
+    experts = sum(layer.num_experts for layer in moe)
+    in_experts = sum(p.numel() for layer in moe for p in layer.experts.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is embedding
+    return Shapes(
+        name=name,
+        num_layers=model.config.num_hidden_layers,
+        num_experts=experts,
+        top_k_sum=sum(layer.top_k for layer in moe),
+        hidden_size=moe[0].hidden_size,
+        expert_parameters=in_experts // experts,
+        other_parameters=total - in_experts,
+        embedding_parameters=0 if tied else embedding.numel(),
+    )
