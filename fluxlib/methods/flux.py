@@ -102,9 +102,10 @@ def keys_to_probe(local: LocalRound) -> list[ExpertKey]:
 def probe(model: nn.Module, local: LocalRound, probed: Sequence[ExpertKey]) -> Tensor:
     """``[1, L, E]`` squared gradient norms of the probed experts on the first batch, NaN elsewhere.
 
-    Paper: estimates from forward passes. Deviation, with ``explore_by="backward"``: exact norms of all explored experts
-    from one backward pass, which keeps one expert's gradient at a time and no optimizer state. Its activations are
-    those of a training step, so it fits where training fits.
+    Paper: estimates from forward passes, of every explored expert. Deviation: at most ``probes_per_round`` of them.
+    Deviation: with ``explore_by="guided_probes"`` directions contain a guess of the gradient. Deviation: with
+    ``"backward"`` exact norms of all explored experts from one backward pass, which keeps one expert's gradient at a
+    time and no optimizer state. Its activations are those of a training step, so it fits where training fits.
     """
     seed = int(torch.randint(2**62, (1,), generator=local.generator))
     norms = torch.full((1, *local.roles.explore.shape), float("nan"))
@@ -114,7 +115,8 @@ def probe(model: nn.Module, local: LocalRound, probed: Sequence[ExpertKey]) -> T
     if local.config.roles.explore_by == "backward":
         values = gradients.true_norms(model, batch, probed)
     else:
-        values = gradients.probe_norms(model, batch, probed, local.config.roles.num_probes, seed)
+        guided = local.config.roles.explore_by == "guided_probes"
+        values = gradients.probe_norms(model, batch, probed, local.config.roles.num_probes, seed, guided=guided)
     layer, expert = zip(*probed, strict=True)
     norms[0, layer, expert] = values.to(norms)
     return norms
@@ -123,15 +125,16 @@ def probe(model: nn.Module, local: LocalRound, probed: Sequence[ExpertKey]) -> T
 def forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConfig) -> tuple[float, float]:
     """What measuring the explored experts is worth, in forward passes of the whole model: once, and for each of them.
 
-    Probes: one pass to cache every layer's input, then each side of each runs the layers from the expert's upwards. A
-    backward pass is worth two, after a forward pass of its own, however many experts it measures.
+    Probes: one pass to cache every layer's input, then each side of each runs the layers from the expert's upwards.
+    Guidance is charged as one pass: a product with the head, and the probed experts' own weight gradients. A backward
+    pass is worth two, after a forward pass of its own, however many experts it measures.
     """
     if not probed:
         return 0.0, 0.0
     if config.roles.explore_by == "backward":
         return 3.0, 0.0
     above = sum((num_layers - layer) / num_layers for layer, _ in probed)
-    return 1.0, 2 * config.roles.num_probes * above
+    return 1.0 + (config.roles.explore_by == "guided_probes"), 2 * config.roles.num_probes * above
 
 
 METHOD = Method("flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, afterwards=profile)

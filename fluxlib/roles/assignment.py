@@ -68,14 +68,15 @@ def assign(
     """Eq. 4: per participant the ``round(epsilon * B)`` experts of highest utility, the rest of B to explore.
 
     The problem is separable, so top-B is its exact solution; equal utilities go to the lower index. Explored
-    experts are drawn uniformly from ALL experts outside the exploited ones.
+    experts are drawn uniformly. Deviation: from ALL experts outside the exploited ones, not from the next best alone.
 
     Args:
         utilities: ``[P, L, E]``, finite.
         budgets: ``[P]``, ``B_tune`` of each participant, 0..L*E.
         epsilon: exploitation share, 0..1. A participant with a budget exploits at least one expert if epsilon > 0.
         generator: draws the explored experts, on the CPU.
-        ages: ``[P, L, E]`` rounds since the last measurement. Given, exploration rotates: oldest first, ties at random.
+        ages: ``[P, L, E]`` rounds since the last measurement. Deviation: given, exploration rotates: oldest first, ties
+            at random.
 
     Raises:
         ValueError: naming the participant whose utilities or budget are not allowed.

@@ -62,7 +62,8 @@ def current_utilities(state: RoleState) -> Tensor:
     """``[P, L, E]`` utilities to assign by: the last measured ones; first ones where nothing was measured.
 
     After the first measurement a participant's first utilities are scaled so that, over the experts it did
-    measure, they have the same mean as the measurements: both are then in one unit and neither always wins.
+    measure, they have the same mean as the measurements: both are then in one unit and neither always wins. Deviation:
+    the paper does not say how frequencies and measured utilities are compared.
     """
     known = ~state.measured.isnan()
     measured_sum = state.measured.nan_to_num().sum(dim=(1, 2), keepdim=True)

@@ -48,6 +48,7 @@ def epsilon_schedule(round_index: int, num_rounds: int, kind: str | float = "dyn
             form that the paper gives; a number in 0..1: fixed.
 
     Paper: epsilon is the EXPLOITATION share and rises; its constants are not given (0.3 and 0.7 are compared).
+    Deviation: ``dynamic`` is at its end after a third of the rounds.
     """
     if isinstance(kind, int | float) and 0 <= kind <= 1:
         return float(kind)
