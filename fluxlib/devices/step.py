@@ -8,9 +8,10 @@ both of which :class:`fluxlib.moe.offloaded.OffloadedExperts` has:
     The paper's: an expert is copied when its layer needs it, for the forward and again for the backward pass; its
     gradient is copied back and the host's AdamW follows. Nothing overlaps, every second is added to the step.
 ``overlapped``
-    Deviation: the best engineering known in place of the paper's. A pipeline over layers: while one computes, the next one's experts come over the bus, gradients of the one before
-    go back (the other direction), and AdamW updates the one before that, as fast as the host's memory lets it
-    (ZeRO-Offload, Ren et al. 2021). Each pass takes its longest stage, and one layer's share of the others.
+    The best engineering known (ZeRO-Offload, Ren et al. 2021). Deviation: the paper does not have it. A pipeline over
+    layers: while one computes, the next one's experts come over the bus, gradients of the one before go back (the other
+    direction), and AdamW updates the one before that, as fast as the host's memory lets it. Each pass takes its longest
+    stage, and one layer's share of the others.
 
 Over the bus goes what the device computes with, 16 bit (or codes), in both directions.
 """

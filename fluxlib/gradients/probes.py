@@ -2,8 +2,8 @@
 
 The directional derivative ``p = (L(W + sigma z) - L(W - sigma z)) / 2 sigma`` of a random direction z with
 ``E[z z'] = I`` has ``E[p^2] = |g|^2``: the square of one number estimates the squared norm of millions, in
-the same unit as backpropagation. Deviation: the paper prints ``L(W + sigma z) - L(W)``, one side. (The norm of a rebuilt gradient ``p z`` would be too large by the root of
-the number of parameters.)
+the same unit as backpropagation. (The norm of a rebuilt gradient ``p z`` would be too large by the root of the number
+of parameters.) Deviation: the paper prints one side, ``L(W + sigma z) - L(W)``.
 """
 
 from __future__ import annotations
