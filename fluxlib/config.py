@@ -153,8 +153,7 @@ class RolesConfig(_Group):
         "dynamic", description="share of B_tune that exploits; see fluxlib.roles.epsilon_schedule"
     )
     explore_by: Literal["probes", "guided_probes", "backward"] = Field(
-        "guided_probes",
-        description="utilities of explored experts: forward passes, or one backward pass for all of them",
+        "probes", description="utilities of explored experts: forward passes, or one backward pass for all of them"
     )
     num_probes: int = Field(1, ge=1, description="directions that an explored expert is probed in")
     probes_per_round: int | None = Field(8, ge=0, description="explored experts probed each round; None: all of them")

@@ -42,7 +42,7 @@ def probe_norms(
         num_probes: random directions per expert.
         seed: directions are drawn from it, the layer, the expert and the number of the probe.
         guided: leave less to chance by a guess of the gradient, the one that comes straight down the residual stream
-            from the head; False: plain random directions.
+            from the head. Deviation: the paper's are plain random directions.
         sides: 2, or 1 as the paper prints it: ``(L(W + sigma z) - L(W)) / sigma``.
         sigma: length of a step in each weight. 1e-3 suits float32; a 16-bit model rounds such a step away.
 

@@ -118,6 +118,14 @@ class TestFlux:
         both = ~probed.utilities.isnan() & given.explore & (update.utilities > 0)
         torch.testing.assert_close(probed.utilities[both], update.utilities[both], rtol=0.3, atol=0)
 
+    def test_guidance_is_charged(self, model: nn.Module, data: LocalData) -> None:
+        """One pass to cache inputs, one more for the guess; what each probed expert takes is the same."""
+        plain, guided = (
+            train("flux", model, data, {"roles.explore_by": how})[0].work for how in ("probes", "guided_probes")
+        )
+        assert guided.probe_samples == 2 * plain.probe_samples == 2 * len(data.train[0]["input_ids"])
+        assert guided.expert_probe_samples == plain.expert_probe_samples > 0
+
     def test_only_assignments_that_use_probes_pay_for_them(self, model: nn.Module, data: LocalData) -> None:
         update, _, given = train("flux", model, data, {"roles.assignment": "utility"})
         assert torch.equal(~update.utilities.isnan(), given.exploit)
