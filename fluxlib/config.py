@@ -155,6 +155,9 @@ class RolesConfig(_Group):
     explore_by: Literal["probes", "guided_probes", "backward"] = Field(
         "probes", description="utilities of explored experts: forward passes, or one backward pass for all of them"
     )
+    exploration: Literal["random", "oldest"] = Field(
+        "random", description="which experts are explored: drawn at random, or least recently measured first"
+    )
     num_probes: int = Field(1, ge=1, description="directions that an explored expert is probed in")
     probes_per_round: int | None = Field(8, ge=0, description="explored experts probed each round; None: all of them")
 

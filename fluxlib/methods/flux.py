@@ -24,14 +24,16 @@ from fluxlib.tasks.batches import to_device
 def assign(
     state: roles.RoleState, budgets: Sequence[Budget], epsilon: float, generator: torch.Generator, config: RunConfig
 ) -> roles.Roles:
-    """Eq. 4 on the utilities known so far; the least recently measured experts are explored first.
+    """Eq. 4 on the utilities known so far; explored experts are drawn at random.
+
+    Deviation: with ``roles.exploration="oldest"`` the least recently measured ones come first.
 
     ``config.roles.assignment`` puts other values in the place of utilities (:func:`fluxlib.roles.priorities`), in the
     same budget: as many experts are exploited in each round, and as many held unmerged beside them.
     """
     values, counts = roles.priorities(state, config.roles.assignment, generator), [one.num_tuned for one in budgets]
-    ages = roles.ages(state) if config.roles.assignment == "flux" else None
-    return roles.assign(values, counts, epsilon, generator, ages)
+    by_age = config.roles.assignment == "flux" and config.roles.exploration == "oldest"
+    return roles.assign(values, counts, epsilon, generator, roles.ages(state) if by_age else None)
 
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:

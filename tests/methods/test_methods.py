@@ -1,6 +1,7 @@
 """What every method promises, and what FLUX and FMD do beyond that."""
 
 import dataclasses
+import math
 from typing import get_args
 
 import pytest
@@ -109,6 +110,18 @@ class TestFlux:
         found = flux.assign(state, [BUDGET] * 3, 0.5, seeding.generator(0, "assign"), config)
         assert found.exploit.sum(dim=(1, 2)).tolist() == [8] * 3
         assert found.explore.sum(dim=(1, 2)).tolist() == [8] * 3
+
+    def test_exploration_is_random_unless_it_is_to_rotate(self) -> None:
+        """Half of the experts were measured last round: who rotates explores the others, who draws does not."""
+        state = roles.RoleState.start(torch.ones(1, LAYERS, EXPERTS))
+        fresh = torch.arange(LAYERS * EXPERTS).view(1, LAYERS, EXPERTS) % 2 == 0
+        state = roles.update(state, torch.where(fresh, 1.0, math.nan))
+        shares = {}
+        for how in ("random", "oldest"):
+            config = CONFIG.updated({"roles.exploration": how})
+            found = flux.assign(state, [BUDGET], 0.01, seeding.generator(0, "assign"), config)
+            shares[how] = float(fresh[found.explore].float().mean())
+        assert shares["oldest"] < shares["random"]
 
     def test_a_backward_pass_measures_all_explored_experts_exactly(self, model: nn.Module, data: LocalData) -> None:
         update, _, given = train("flux", model, data, {"roles.explore_by": "backward"})
