@@ -185,12 +185,13 @@ def scores_to_markdown(times: pd.DataFrame, rounds: pd.DataFrame) -> str:
     """
     plain = times[times["variant"] == ""].sort_values("model", key=in_order, kind="stable")
     first = rounds[(rounds["round"] == 0) & (rounds["variant"] == "")]
-    before, methods = first.groupby(["model", "task"])["metric"].mean(), methods_in_order(plain["method"])
+    methods = methods_in_order(plain["method"])
+    scores: dict[Any, float] = first.groupby(["model", "task"])["metric"].mean().to_dict()
     rows = []
     for (model, task), part in plain.groupby(["model", "task"], sort=False):
         metric, seeds = part["metric_name"].iloc[0], part["seed"].nunique()
         cells = [f"`{Path(str(model)).name}`", f"`{task}`", METRICS.get(metric, metric), seeds]
-        cells.append(f"{before[model, task]:.3f}")
+        cells.append(f"{scores[model, task]:.3f}")
         for column, write in (("final_metric", "{:.3f}"), ("device_s_to_target", ""), ("round_s", "{:.0f}")):
             cells.append(" / ".join(_mean(part.loc[part["method"] == name, column], write) for name in methods))
         rows.append(cells)

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -177,7 +177,7 @@ def declared_parameters(notebook: Path) -> dict[str, Any]:
     for line in ast.parse(tagged[0]["source"]).body:
         try:
             target = line.targets[0] if isinstance(line, ast.Assign) else line.target  # type: ignore[attr-defined]
-            found[target.id] = ast.literal_eval(line.value)  # type: ignore[attr-defined]
+            found[cast("ast.Name", target).id] = ast.literal_eval(line.value)  # type: ignore[attr-defined]
         except (AttributeError, ValueError):
             wrong = ast.unparse(line)
             raise ConfigError(f"{notebook.name}: the parameters cell may only give literals to names, not {wrong!r}"

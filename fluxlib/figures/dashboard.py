@@ -172,7 +172,8 @@ def curves(runs: Mapping[str, pd.DataFrame], target: float, roles: Any = None, f
     """
     with_roles = roles is not None and len(roles) > 0
     figure, clocks = Picture(figsize=(8.4, 3.0 + 2.1 * with_roles)), ("device_s", "wall_s")
-    upper, *lower = figure.subfigures(2, 1, height_ratios=(2.9, 2.1)) if with_roles else (figure,)
+    halves: Any = figure.subfigures(2, 1, height_ratios=(2.9, 2.1)) if with_roles else (figure,)
+    upper, *lower = halves
     every = [run.assign(run=label, seed=0) for label, run in runs.items() if len(run)]
     figure.numbers, looks = pd.concat(every), _looks(runs)
     scored = figure.numbers.dropna(subset=["metric"])

@@ -200,7 +200,8 @@ def sensitivity(table: pd.DataFrame) -> Picture:
     size = max(5.4, 2.2 + 1.6 * len(tasks)), 0.8 + (0.4 + 0.2 * len(fleets)) * len(baselines)
     figure, axes = panels(table, size, len(baselines), len(tasks), sharex=True, sharey=True, squeeze=False)
     shown = cells.loc[cells["bound"].isin([REACHED, AT_LEAST]), "speedup"].dropna()
-    norm = LogNorm(min([0.5, *shown]), max([2.0, *shown]))
+    low, high = min([0.5, *shown]), max([2.0, *shown])
+    norm = LogNorm(low, high)
     for (row, baseline), (column, task) in itertools.product(enumerate(baselines), enumerate(tasks)):
         ax, own = axes[row, column], cells[(cells["baseline"] == baseline) & (cells["task"] == task)]
         _map(ax, own.set_index(["fleet", "link"]).reindex(pd.MultiIndex.from_product([fleets, links])), norm)
@@ -208,7 +209,7 @@ def sensitivity(table: pd.DataFrame) -> Picture:
         ax.set_xticks(np.arange(len(links)) + 0.5, [catalogue.LINKS[name].title for name in links], fontsize=7)
         ax.set_yticks(np.arange(len(fleets)) + 0.5, fleets, fontsize=7)
     bar = figure.colorbar(mpl.cm.ScalarMappable(norm, style.SEQUENTIAL), ax=axes, fraction=0.03, pad=0.02)
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if norm.vmin <= tick <= norm.vmax]
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.minorticks_off()
     bar.set_label("FLUX sooner by this factor")

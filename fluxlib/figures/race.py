@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -64,7 +64,8 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
         # A seed that missed the target makes the mean meaningless: the count is written instead.
         whole = times.assign(**{column: times[column].where(~missed.transform("any"))}).sort_values("task")
         marks.bars(ax, whole, "task", column, looks, by="method")
-        for (task, method), runs in missed:
+        for pair, runs in missed:
+            task, method = map(str, cast("tuple[Any, Any]", pair))
             if runs.any():
                 place = tasks.index(task) + (list(looks).index(method) + 0.5) * 0.8 / len(looks) - 0.4
                 count = f" ({runs.sum()}/{len(runs)})" if len(runs) > 1 else ""
@@ -134,7 +135,7 @@ def trials(table: pd.DataFrame) -> Picture:
     }
     looks = {name: replace(look, title=name) for name, look in looks.items()}
     for ax, part in places:
-        who = [f"{style.method(row.method).title}, {row.local_steps} steps" for row in part.itertuples()]
+        who = [f"{style.method(str(row.method)).title}, {row.local_steps} steps" for row in part.itertuples()]
         marks.lines(ax, part.assign(who=who, seed=0), "learning_rate", "score", "who", looks)
         chosen = part[part["is_chosen"]]
         ax.plot(chosen["learning_rate"], chosen["score"], "o", ms=11, mfc="none", mec="black")

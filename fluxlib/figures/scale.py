@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import seaborn as sns
@@ -139,7 +139,8 @@ def _points(ax: Any, part: pd.DataFrame, measure: str, looks: Mapping[str, style
     sns.pointplot(part, x="at", y=measure, order=order, dodge=width or False, linestyles=lines, ax=ax, **look)
     if measure == "device_s_at_least":
         missed = part[part["device_s_to_target"].isna() & part["target"].notna()]
-        for (name, at), seeds in missed.groupby(["series", "at"]):
+        for pair, seeds in missed.groupby(["series", "at"]):
+            name, at = map(str, cast("tuple[Any, Any]", pair))
             spot, height = order.index(at) + 0.08 * list(looks).index(name) - width / 2, seeds[measure].mean()
             ax.plot([spot], [height], marker=looks[name].marker, mfc="w", mec=looks[name].color, ls="none", zorder=4)
             arrow = {"textcoords": "offset points", "ha": "center", "color": looks[name].color}

@@ -131,4 +131,4 @@ class DeepseekMoeForCausalLM(MoeForCausalLM):
     """DeepSeek-MoE with its language-model head."""
 
     config_class = DeepseekMoeConfig
-    build_block = build_block
+    build_block = staticmethod(build_block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -47,7 +47,8 @@ def unevenness(claim: Claim, tables: Tables) -> Iterator[Reading]:
     for model, table in tables.measurements.get(claim.notebook, {}).items():
         per_task = table[table["study"] == "activation"].groupby(["seed", "layer", "task"])["value"].agg(["max", "min"])
         ends = per_task.groupby(["seed", "layer"]).mean().unstack("layer")
-        first, last, rarest = ends["max"].iloc[:, 0], ends["max"].iloc[:, -1], ends["min"].iloc[:, 0]
+        busiest, least = cast("pd.DataFrame", ends["max"]), cast("pd.DataFrame", ends["min"])
+        first, last, rarest = busiest.iloc[:, 0], busiest.iloc[:, -1], least.iloc[:, 0]
         even = 1 / table["expert"].nunique()
         size = bool((first > 0.30).all() and (rarest < 0.05).all() and (last <= 2 * even).all())
         verdict = judge(first / last, 1.0, ratio=True)

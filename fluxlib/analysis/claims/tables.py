@@ -39,6 +39,7 @@ class Tables:
     @cached_property
     def times(self) -> pd.DataFrame:
         """:func:`fluxlib.analysis.speedups.against_all` of plain and improved runs, the longest of each."""
+        assert self.rounds is not None
         return against_all(longest(self.rounds))
 
     @cached_property
