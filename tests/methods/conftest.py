@@ -7,7 +7,8 @@ from torch import nn
 from fluxlib import seeding, tasks
 from fluxlib.config import make_config
 from fluxlib.methods.base import LocalData
-from fluxlib.pretraining import build_model, build_tokenizer
+from fluxlib.models import LlamaMoeConfig, LlamaMoeForCausalLM
+from fluxlib.pretraining import build_tokenizer
 from fluxlib.tasks.batches import sample_batches
 
 CONFIG = make_config(
@@ -29,7 +30,22 @@ def model(tokenizer: object) -> nn.Module:
     """Random weights: 4 MoE layers of 16 experts, top-4."""
     with torch.random.fork_rng():
         torch.manual_seed(0)  # noqa: TID251 - transformers draws initial weights from the global generator
-        return build_model("mini-llama-moe", len(tokenizer)).eval()
+        return LlamaMoeForCausalLM(
+            LlamaMoeConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=16 * 32,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_experts=16,
+                num_selects=4,
+                gate_network="mlp",
+                gate_add_noise=False,
+                score_scale_factor=4.0,
+                max_position_embeddings=256,
+                pad_token_id=0,
+            )
+        ).eval()
 
 
 @pytest.fixture(scope="session")

@@ -41,8 +41,7 @@ def test_it_keeps_what_every_method_promises(promise: str, model: nn.Module, dat
 
 @pytest.mark.usefixtures("method")
 def test_it_runs_in_a_federation_and_is_drawn(model: nn.Module, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path)
-    build_tokenizer().save_pretrained(tmp_path)
+    models.export(model, tmp_path, build_tokenizer())
     config = make_config({
         "method": "average", "model": str(tmp_path), "task": "mini-mmlu", "data.task_size": 40, "federation.rounds": 2,
         "federation.participants": 2, "training.local_steps": 1, "training.batch_size": 2, "profiling.batches": 1,
