@@ -445,7 +445,7 @@ def test_the_command_prints_and_refuses(tmp_path: Path, monkeypatch, capsys) -> 
     monkeypatch.setattr("sys.argv", ["fluxlib", "claims", "--profile", "nope"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    assert stop.value.code == 2 and "allowed are full, mini" in capsys.readouterr().err
+    assert stop.value.code == 2 and "allowed for --profile are full" in capsys.readouterr().err
 
 
 def test_a_notebook_tells_its_own_claims_and_what_goes_beyond_them() -> None:

@@ -200,7 +200,8 @@ def test_offloading_takes_what_fits_and_leaves_the_rest_on_the_host():
     plan = memory.plan_memory(config, "fmd", 1_200_000, step=step)
     assert plan.fits and plan.num_tuned == 36 and 2 <= plan.num_resident < 36
     assert plan.peak_bytes + expert_bytes > plan.usable_bytes
-    assert plan.host_bytes == 36 * expert_bytes * 4
+    # Weights, gradient and two moments in 32 bits, and the copy in the computing type, here 32 bits too.
+    assert plan.host_bytes == 36 * expert_bytes * 5
 
 
 def test_fewer_bits_need_less():

@@ -176,7 +176,8 @@ def claims(
 
     folder = out or results_dir(profile_name)
     if not folder.is_dir():
-        raise ConfigError(f"--profile is {profile_name!r}, and there is no folder {folder}")
+        known = ", ".join(sorted(path.name for path in folder.parent.glob("*/")))
+        raise ConfigError(f"there are no results in {folder}; allowed for --profile are {known or 'none yet'}")
     try:
         table = judged.claims(judged.load(folder))
     except (ValueError, OSError) as error:
