@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -100,7 +100,7 @@ class MoeModel(MoePreTrainedModel, LlamaModel):
 class MoeForCausalLM(MoePreTrainedModel, LlamaForCausalLM):
     """A :class:`MoeModel` with a language-model head; abstract in ``build_block``."""
 
-    build_block: Callable[[Any, int], nn.Module]
+    build_block: ClassVar[Any]
     """From the configuration and a layer's number: what stands there in the place of LLaMA's MLP."""
 
     def __init__(self, config: Any) -> None:
