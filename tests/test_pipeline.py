@@ -17,7 +17,7 @@ from fluxlib.config import REPO_ROOT, ConfigError, check_writable
 
 PROFILE = {
     "profile": "mini",
-    "grid": {"methods": ["flux", "fmd"], "models": ["m"], "tasks": ["mmlu"], "seeds": [0]},
+    "grid": {"methods": ["flux", "fmd"], "models": ["mini-llama-moe"], "tasks": ["mmlu"], "seeds": [0]},
     "run": {"federation.rounds": 3, "training.learning_rate": 1e-3},
     "per_method": {"flux": {"training.learning_rate": 2e-3}},
 }
@@ -36,7 +36,7 @@ from pathlib import Path
 for figure in ("convergence", "time_to_accuracy"):
     for kind in ("pdf", "png", "csv"):
         Path(figures_folder).mkdir(parents=True, exist_ok=True)
-        (Path(figures_folder) / f"{figure}-m.{kind}").write_text(figure)
+        (Path(figures_folder) / f"{figure}-mini-llama-moe.{kind}").write_text(figure)
 """
 REPORT_CODE = """\
 from pathlib import Path
@@ -67,21 +67,25 @@ def profile(path: Path, **changes) -> Path:
 def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
     more = {
         "per_task": {"mmlu": {"federation.rounds": 5}},
-        "per_model": {"m": {"federation.rounds": 4, "federation.participants": 7}},
+        "per_model": {"mini-llama-moe": {"federation.rounds": 4, "federation.participants": 7}},
     }
     found = pipeline.load(profile(tmp_path / "mini.yaml", **more))
-    assert list(found.runs) == ["flux-m-mmlu-seed0", "fmd-m-mmlu-seed0"]
+    assert list(found.runs) == ["flux-mini-llama-moe-mmlu-seed0", "fmd-mini-llama-moe-mmlu-seed0"]
     flux, fmd = found.runs.values()
     assert (flux.training.learning_rate, fmd.training.learning_rate) == (2e-3, 1e-3)
     assert (flux.federation.rounds, flux.federation.participants) == (5, 7)
-    assert found.models == {"m": "m"}
+    assert found.models == {"mini-llama-moe": "mini-llama-moe"}
 
 
 def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
     variants = {"slow": {"methods": ["flux"], "run": {"training.learning_rate": 1e-5}}}
     found = pipeline.load(profile(tmp_path / "mini.yaml", variants=variants))
-    assert list(found.runs) == ["flux-m-mmlu-seed0", "fmd-m-mmlu-seed0", "flux-slow-m-mmlu-seed0"]
-    slow = found.runs["flux-slow-m-mmlu-seed0"]
+    assert list(found.runs) == [
+        "flux-mini-llama-moe-mmlu-seed0",
+        "fmd-mini-llama-moe-mmlu-seed0",
+        "flux-slow-mini-llama-moe-mmlu-seed0",
+    ]
+    slow = found.runs["flux-slow-mini-llama-moe-mmlu-seed0"]
     assert (slow.variant, slow.training.learning_rate, slow.federation.rounds) == ("slow", 1e-5, 3)
 
 
@@ -98,15 +102,15 @@ def test_a_variant_may_have_parts(tmp_path):
 
 
 def test_a_study_reads_the_runs_of_the_variants_it_names(tmp_path):
-    grid = PROFILE["grid"] | {"models": ["m", "folder/n"]}
-    variants = {"slow": {"methods": ["flux"], "models": ["m"], "run": {"training.learning_rate": 1e-5}}}
+    grid = PROFILE["grid"] | {"models": ["mini-llama-moe", "folder/n"]}
+    variants = {"slow": {"methods": ["flux"], "models": ["mini-llama-moe"], "run": {"training.learning_rate": 1e-5}}}
     found = pipeline.load(profile(tmp_path / "mini.yaml", grid=grid, variants=variants))
     plain = ["flux-n-mmlu-seed0", "fmd-n-mmlu-seed0"]
     assert pipeline.runs_read(found, "n", [""]) == pipeline.runs_read(found, "n", ["", "slow"]) == plain
-    assert pipeline.runs_read(found, "m", ["slow"]) == ["flux-slow-m-mmlu-seed0"]
-    assert pipeline.runs_read(found, "m", []) == []
+    assert pipeline.runs_read(found, "mini-llama-moe", ["slow"]) == ["flux-slow-mini-llama-moe-mmlu-seed0"]
+    assert pipeline.runs_read(found, "mini-llama-moe", []) == []
     with pytest.raises(ConfigError, match=r"has the variants \['fast'\]; it has \['', 'slow'\]"):
-        pipeline.runs_read(found, "m", ["slow", "fast"])
+        pipeline.runs_read(found, "mini-llama-moe", ["slow", "fast"])
 
 
 @pytest.mark.parametrize(
@@ -137,12 +141,12 @@ def test_an_unknown_profile_lists_the_known_ones(tmp_path):
 
 def test_what_a_notebook_declares_is_passed_by_name_the_rest_in_settings(tmp_path):
     path = notebook(tmp_path / "a.ipynb", "method = 'fmd'  # which\nrounds: int = 1\nsettings = {}")
-    run = pipeline.load(profile(tmp_path / "mini.yaml")).runs["flux-m-mmlu-seed0"]
+    run = pipeline.load(profile(tmp_path / "mini.yaml")).runs["flux-mini-llama-moe-mmlu-seed0"]
     assert pipeline.declared_parameters(path) == {"method": "fmd", "rounds": 1, "settings": {}}
     assert pipeline.notebook_parameters(path, run) == {
         "method": "flux",
         "rounds": 3,
-        "settings": {"model": "m", "task": "mmlu", "training.learning_rate": 2e-3},
+        "settings": {"task": "mmlu", "training.learning_rate": 2e-3},
     }
 
 
@@ -182,7 +186,7 @@ class Repository:
     def __init__(self, root: Path) -> None:
         self.root = root
         shutil.copy(REPO_ROOT / "Snakefile", root)
-        names = "method='flux'\nmodel='m'\ntask='mmlu'\nseed=0\nrounds=1\nsettings={}\nout=''"
+        names = "method='flux'\nmodel='mini-llama-moe'\ntask='mmlu'\nseed=0\nrounds=1\nsettings={}\nout=''"
         for plain in ("00_start_here", "explore"):
             notebook(root / "notebooks" / f"{plain}.ipynb", "seed = 0")
         notebook(root / "notebooks" / "04_federated_run.ipynb", names, RUN_CODE)
@@ -215,14 +219,14 @@ def finished(tmp_path_factory) -> Repository:
     assert code == 0, said
     assert sorted(files) == [
         "claims.pdf",
-        "convergence-m.pdf",
-        "flux-m-mmlu-seed0.parquet",
-        "fmd-m-mmlu-seed0.parquet",
+        "convergence-mini-llama-moe.pdf",
+        "flux-mini-llama-moe-mmlu-seed0.parquet",
+        "fmd-mini-llama-moe-mmlu-seed0.parquet",
         "speed_up.pdf",
-        "time_to_accuracy-m.pdf",
+        "time_to_accuracy-mini-llama-moe.pdf",
     ]
-    assert (repository.root / "build/mini/notebooks/04_federated_run-flux-m-mmlu-seed0.ipynb").is_file()
-    assert (repository.root / "build/mini/benchmarks/04_federated_run/flux-m-mmlu-seed0.tsv").is_file()
+    assert (repository.root / "build/mini/notebooks/04_federated_run-flux-mini-llama-moe-mmlu-seed0.ipynb").is_file()
+    assert (repository.root / "build/mini/benchmarks/04_federated_run/flux-mini-llama-moe-mmlu-seed0.tsv").is_file()
     return repository
 
 
@@ -235,10 +239,10 @@ def test_a_second_run_does_no_work(finished):
 
 def test_a_lost_table_is_made_again(finished):
     _, before, _ = finished.make()
-    (finished.root / "data/results/mini/rounds/fmd-m-mmlu-seed0.parquet").unlink()
+    (finished.root / "data/results/mini/rounds/fmd-mini-llama-moe-mmlu-seed0.parquet").unlink()
     code, after, said = finished.make()
     assert code == 0 and set(after) == set(before), said
-    assert after["flux-m-mmlu-seed0.parquet"] == before["flux-m-mmlu-seed0.parquet"]
+    assert after["flux-mini-llama-moe-mmlu-seed0.parquet"] == before["flux-mini-llama-moe-mmlu-seed0.parquet"]
 
 
 def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
@@ -247,8 +251,8 @@ def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
     code, after, said = finished.make()
     assert code == 0, said
     changed = {name for name in after if after[name] != before[name]}
-    drawn = {"claims.pdf", "convergence-m.pdf", "speed_up.pdf", "time_to_accuracy-m.pdf"}
-    assert changed == drawn | {"flux-m-mmlu-seed0.parquet"}
+    drawn = {"claims.pdf", "convergence-mini-llama-moe.pdf", "speed_up.pdf", "time_to_accuracy-mini-llama-moe.pdf"}
+    assert changed == drawn | {"flux-mini-llama-moe-mmlu-seed0.parquet"}
 
 
 def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path):
@@ -256,10 +260,10 @@ def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path
     repository.configure(per_method={"flux": {"training.local_steps": 13}})
     code, files, _ = repository.make()
     assert code != 0
-    assert list(files) == ["fmd-m-mmlu-seed0.parquet"]
-    log = (tmp_path / "build/mini/logs/04_federated_run/flux-m-mmlu-seed0.log").read_text()
+    assert list(files) == ["fmd-mini-llama-moe-mmlu-seed0.parquet"]
+    log = (tmp_path / "build/mini/logs/04_federated_run/flux-mini-llama-moe-mmlu-seed0.log").read_text()
     assert "AssertionError: unlucky" in log
-    assert (tmp_path / "build/mini/notebooks/04_federated_run-flux-m-mmlu-seed0.ipynb").is_file()
+    assert (tmp_path / "build/mini/notebooks/04_federated_run-flux-mini-llama-moe-mmlu-seed0.ipynb").is_file()
 
 
 def test_results_that_cannot_be_written_are_refused_first(tmp_path):
@@ -273,9 +277,9 @@ def test_results_that_cannot_be_written_are_refused_first(tmp_path):
 
 def test_tables_of_other_runs_are_not_drawn_by_accident(tmp_path):
     repository = Repository(tmp_path)
-    stray = tmp_path / "data" / "results" / "mini" / "rounds" / "old-m-mmlu-seed0.parquet"
+    stray = tmp_path / "data" / "results" / "mini" / "rounds" / "old-mini-llama-moe-mmlu-seed0.parquet"
     stray.parent.mkdir(parents=True)
     stray.write_text("")
     code, _, said = repository.make()
     assert code != 0
-    assert "old-m-mmlu-seed0; move them away" in said
+    assert "old-mini-llama-moe-mmlu-seed0; move them away" in said
