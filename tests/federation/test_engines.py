@@ -6,9 +6,10 @@ import gc
 import importlib
 import importlib.util
 import json
+import logging
 import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,26 @@ from fluxlib.tasks.base import Example
 Make = Callable[..., RunConfig]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+@pytest.fixture
+def ray() -> Iterator[None]:
+    """Ray, started. It gives up after 30 s, which a machine at work may need: it is started again then."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own files and processes
+        for tries_left in (2, 1, 0):
+            try:
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+                break
+            except Exception:
+                ray.shutdown()
+                if not tries_left:
+                    raise
+        yield
+        ray.shutdown()
+        gc.collect()
+
+
+@pytest.mark.usefixtures("ray")
 def test_simulation_gives_the_same_tables(make_config: Make) -> None:
     small = {"method": "flux", "federation.rounds": 2, "training.local_steps": 1}
     one = federation.run(make_config({"engine": "local"} | small))
