@@ -14,9 +14,9 @@ import torch
 from fluxlib import federation, records
 from fluxlib.config import RunConfig
 from fluxlib.federation import CheckpointError, LocalGrid, Output
-from fluxlib.federation.client import client_app, node_state
+from fluxlib.federation.client import client_app
 from fluxlib.federation.server import rounds
-from fluxlib.federation.store import checkpoint
+from fluxlib.federation.store import checkpoint, tensor_file
 
 Make = Callable[..., RunConfig]
 
@@ -125,7 +125,7 @@ def test_killed_while_writing_the_checkpoint_before_is_whole(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(node_state, "save_file", half)
+        patch.setattr(tensor_file, "save_file", half)
         with pytest.raises(Killed):
             federation.run(config, out=tmp_path)
     rows: list[dict[str, Any]] = []
@@ -186,10 +186,12 @@ def test_another_configuration_starts_anew(make_config: Make, tmp_path: Path) ->
     assert rows[0]["round"] == 0
 
 
-def test_a_damaged_checkpoint_is_named(make_config: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [lambda data: b"rubbish", lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_a_damaged_checkpoint_is_named(make_config: Make, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     with pytest.raises(Killed):
         federation.run(make_config(), on_round=kill_after(2), out=tmp_path)
-    path_of(make_config(), tmp_path).write_bytes(b"rubbish")
+    path = path_of(make_config(), tmp_path)
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError, match="remove it to start the run anew"):
         federation.run(make_config(), out=tmp_path)
 

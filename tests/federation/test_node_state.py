@@ -11,12 +11,14 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from safetensors import SafetensorError
 
 from fluxlib.config import RunConfig
 from fluxlib.federation import LocalGrid, Output, RunResult
 from fluxlib.federation.client import background_profile, client_app, local_copy, node_state
 from fluxlib.federation.protocol import wire
 from fluxlib.federation.server import server_app
+from fluxlib.federation.store import tensor_file
 
 Make = Callable[..., RunConfig]
 
@@ -38,7 +40,26 @@ def test_what_is_kept_comes_back(state: RecordDict, tmp_path: Path) -> None:
     assert not node_state.restore(tmp_path / "nothing", RecordDict())
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"12", lambda data: data[:-5], lambda data: data[10:]])
+def flipped(data: bytes, at: int) -> bytes:
+    return bytes(byte ^ (i == at % len(data)) for i, byte in enumerate(data))
+
+
+def test_no_flipped_bit_is_taken_for_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    tensor_file.write_tensors(path, {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.tensor(3)}, '{"c": 1}')
+    data = path.read_bytes()
+    for at in range(len(data)):
+        path.write_bytes(flipped(data, at))
+        with pytest.raises((OSError, ValueError, SafetensorError)):
+            tensor_file.read_tensors(path)
+    path.write_bytes(data)
+    tensors, about = tensor_file.read_tensors(path)
+    assert tensors["a"].tolist() == [1, 1] and tensors["b"].item() == 3 and about == '{"c": 1}'
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"12", lambda data: data[:-5], lambda data: data[10:], lambda data: flipped(data, -5)]
+)
 def test_damage_is_noticed_and_the_file_is_usable_again(
     state: RecordDict, tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -62,7 +83,7 @@ def test_a_full_disk_costs_a_warning(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(node_state, "save_file", full)
+    monkeypatch.setattr(tensor_file, "save_file", full)
     with caplog.at_level(logging.WARNING):
         node_state.keep(path, RecordDict({"experts": arrays(a=9.0)}))
     assert "No space left" in caplog.text
@@ -119,13 +140,13 @@ def test_a_restarted_node_goes_on_from_its_disk(make_config: Make, tmp_path: Pat
     assert (found.participants["rejected"] == "").all()
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-5])
+def flip(path: Path) -> None:
+    path.write_bytes(flipped(path.read_bytes(), -5))
 
 
 def test_a_damaged_disk_costs_a_full_download(make_config: Make, tmp_path: Path) -> None:
     config = make_config()
-    found = run(config, restarting(2, truncate, tmp_path), **{node_state.STATE_DIR: str(tmp_path)})
+    found = run(config, restarting(2, flip, tmp_path), **{node_state.STATE_DIR: str(tmp_path)})
     plain = run(config)
     assert (found.participants["rejected"] == "").all()
     assert found.rounds["downlink_bytes"].iloc[3] > plain.rounds["downlink_bytes"].iloc[3]

@@ -4,15 +4,14 @@ The copy of the global model is :class:`~fluxlib.federation.client.local_copy.Lo
 written here. Tensors go into an ``ArrayRecord``, everything else into a JSON text, so that any engine can carry it.
 
 A node whose configuration names a ``state-dir`` goes on after a restart: it loads from there what its context lacks
-and writes there after every message. A file that cannot be read is dropped: the participant then holds nothing, says
-so, and gets every changed expert from the server. So it does where an expert is not the one that the server knows of.
+and writes there after every message. A file that is not as it was written is dropped: the participant then holds
+nothing, says so, and gets every changed expert from the server.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -22,10 +21,10 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fluxlib.federation.protocol import wire as wires
+from fluxlib.federation.store.tensor_file import read_tensors, write_tensors
 from fluxlib.methods.base import ParticipantState
 from fluxlib.profiling import Profile
 
@@ -75,7 +74,7 @@ def restore(path: Path, state: RecordDict) -> bool:
     if not path.is_file():
         return False
     try:
-        state.update(from_tensors(load_file(path)))
+        state.update(from_tensors(read_tensors(path)[0]))
         return True
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         log.warning("the participant's state in %s cannot be used, it starts anew: %s", path, error)
@@ -110,16 +109,6 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> RecordDict:
         else:
             state[name] = (MetricRecord if value[0] else ConfigRecord)(value[1])
     return state
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
-    """Write safetensors in place of what is there, all at once, when they are on disk; ``about`` goes beside them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, about)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _tuples(value: object) -> object:

@@ -14,7 +14,6 @@ from fluxlib import models, records
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation.checks import check
 from fluxlib.federation.client.local_data import load_task
-from fluxlib.federation.client.node_state import write_tensors
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.results import Output, RunFailed, RunResult, experts_path
 from fluxlib.federation.server.join import join
@@ -22,6 +21,7 @@ from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store import lock
 from fluxlib.federation.store.checkpoint import Checkpoint, changed_tensors
 from fluxlib.federation.store.tables import Evaluation, Tables
+from fluxlib.federation.store.tensor_file import write_tensors
 from fluxlib.models.loading import torch_device
 from fluxlib.tasks.batches import encode
 from fluxlib.tasks.evaluate import evaluate

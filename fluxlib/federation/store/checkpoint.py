@@ -19,18 +19,18 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fluxlib.config import RunConfig
 from fluxlib.federation.client.local_copy import LocalCopy
-from fluxlib.federation.client.node_state import from_tensors, to_tensors, write_tensors
+from fluxlib.federation.client.node_state import from_tensors, to_tensors
 from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store.tables import Tables, Totals
+from fluxlib.federation.store.tensor_file import read_tensors, write_tensors
 from fluxlib.methods.base import ExpertKey
 from fluxlib.roles import RoleState
 
@@ -74,7 +74,7 @@ class Checkpoint:
         }
         tensors = {f"experts/{name}": tensor for name, tensor in changed_tensors(store).items()}
         tensors |= {f"roles/{name}": getattr(state, name) for name in ROLES}
-        write_tensors(self.path, tensors | _node_tensors(strategy.grid), {"about": json.dumps(about)})
+        write_tensors(self.path, tensors | _node_tensors(strategy.grid), json.dumps(about))
 
     def resume(self, strategy: FluxStrategy, tables: Tables) -> int:
         """Put the saved state into ``strategy``, its grid and ``tables``; the rounds that are done already.
@@ -85,12 +85,12 @@ class Checkpoint:
         if not self.path.is_file():
             return 0
         try:
-            with safe_open(self.path, "pt") as file:
-                about = json.loads(file.metadata()["about"])
+            tensors, text = read_tensors(self.path)
+            about = json.loads(text)
             if {name: about.get(name) for name in self._identity} != self._identity:
                 log.warning("%s is of another configuration: it is not resumed from, and will be replaced", self.path)
                 return 0
-            self._restore(about, _by_kind(load_file(self.path)), strategy, tables)
+            self._restore(about, _by_kind(tensors), strategy, tables)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(
                 f"the checkpoint {self.path} cannot be used: it is damaged, or of something else ({error}); "

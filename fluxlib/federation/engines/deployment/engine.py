@@ -14,8 +14,6 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from fluxlib import models, records
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
 from fluxlib.federation.checks import check
@@ -24,6 +22,7 @@ from fluxlib.federation.results import TABLES, Output, RunFailed, RunResult, exp
 from fluxlib.federation.store import lock
 from fluxlib.federation.store.checkpoint import by_expert
 from fluxlib.federation.store.progress import Progress
+from fluxlib.federation.store.tensor_file import read_tensors
 from fluxlib.moe import find
 
 POLL_S = 0.5
@@ -126,6 +125,6 @@ def _read(config: RunConfig, out: Path, keep: bool) -> RunResult:
     frames = {table: records.read(table, path) for table, path in paths.items()}
     model, _ = models.load(config.model)
     found = find.layers(model)
-    for (layer, expert), tensors in by_expert(load_file(experts_path(out, config.run_id))).items():
+    for (layer, expert), tensors in by_expert(read_tensors(experts_path(out, config.run_id))[0]).items():
         find.write_expert(found[layer].experts, expert, tensors)
     return RunResult(config.run_id, **frames, path=out if keep else None, model=model)
