@@ -83,7 +83,8 @@ class _Group(BaseModel):
 class FederationConfig(_Group):
     """Who takes part, for how long, and how long they are waited for."""
 
-    rounds: int = Field(10, ge=1, description="rounds of the run")
+    rounds: int = Field(10, ge=1, description="rounds of the run, at most")
+    device_seconds: float | None = Field(None, gt=0, description="the run ends when the device clock has counted these")
     participants: int = Field(10, ge=1, le=100_000, description="participants among whom the samples are dealt")
     participants_per_round: int | None = Field(None, ge=1, description="None: every participant, every round")
     min_replies_frac: float = Field(0.5, gt=0, le=1, description="fewer good replies than this share: the run fails")
@@ -124,6 +125,9 @@ class EvaluationConfig(_Group):
 class BudgetConfig(_Group):
     """What fits on a participant, as shares of all routed experts of the model."""
 
+    by: Literal["shares", "device"] = Field(
+        "shares", description="shares: the two below; device: the most that fits its memory, at clock.model's shapes"
+    )
     tune_frac: float = Field(0.25, gt=0, le=1, description="B_tune as a share of all experts")
     merge_frac: float = Field(0.25, ge=0, le=1, description="B_non as a share of all experts")
 

@@ -28,7 +28,7 @@ def test_every_setting_has_a_meaning_and_what_is_allowed():
     text = pages.settings()
     rows = {row[0]: row[1:] for row in re.findall(r"^\| `(\S+)` \| (.+) \| `(.*)` \| (.+) \|$", text, re.M)}
     assert list(rows) == list(SETTINGS) and not any(meaning == "None" for _, _, meaning in rows.values())
-    assert rows["federation.rounds"] == ("integer ≥ 1", "10", "rounds of the run")
+    assert rows["federation.rounds"] == ("integer ≥ 1", "10", "rounds of the run, at most")
     assert rows["merging.budgets"][0] == "`adaptive`, `uniform`, `single`, `joint`"
     assert rows["roles.epsilon"][0] == "`dynamic`, `paper` or number"
     assert rows["evaluation.samples"][:2] == ("integer ≥ 1 or None", "None")

@@ -22,6 +22,7 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from fluxlib import models
+from fluxlib.config import RunConfig
 from fluxlib.devices import dry_run
 from fluxlib.devices.dry_run import MOMENT_BYTES, TUNED_DTYPE, Slots, Step
 from fluxlib.models.parameters import KINDS, count_parameters
@@ -166,6 +167,29 @@ def plan(model: str, memory: str | int | None = None, method: str = "flux", **st
     except ValidationError:
         raise ValueError(f"memory: expected a size such as 24GiB, 24GB or 512MiB, got {memory!r}") from None
     return replace(plan_memory(models.config(model), method, num_bytes, step=Step(**step)), model=str(model))
+
+
+def share_that_fits(run: RunConfig, memory_bytes: int) -> tuple[float, float]:
+    """``(B_tune, B_non)`` as shares of all experts: the largest plan of a run's method that fits into a memory.
+
+    At the shapes that the run's device clock has, for its batch and tokens. FMD and FMQ tune everything and offload
+    what does not fit: their share is 1 where the rest is there.
+
+    Raises:
+        ValueError: see :func:`plan_memory`.
+    """
+    model = run.model if run.clock.model == "self" else run.clock.model
+    tokens = run.clock.tokens_per_sample or run.training.max_tokens
+    return _share_that_fits(model, run.method, memory_bytes, run.training.batch_size, tokens)
+
+
+@lru_cache(maxsize=64)
+def _share_that_fits(model: str, method: str, memory_bytes: int, batch: int, tokens: int) -> tuple[float, float]:
+    config, step = models.config(model), Step(batch=batch, tokens=tokens)
+    if method == "fmq" and plan_memory(config, method, memory_bytes, num_tuned=1, step=step).fits:
+        return 1.0, 0.0
+    found = plan_memory(config, method, memory_bytes, step=step)
+    return found.num_tuned / found.num_experts, found.num_merged / found.num_experts
 
 
 class _Planner:

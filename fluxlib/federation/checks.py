@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from fluxlib import methods, models, tasks
 from fluxlib.config import ConfigError, RunConfig, check_writable
 from fluxlib.devices import catalogue
+from fluxlib.devices.memory import METHODS as PLANNED
+from fluxlib.devices.memory import share_that_fits
 from fluxlib.methods.base import Budget
 from fluxlib.models.loading import torch_device
 from fluxlib.moe import find
@@ -53,18 +56,28 @@ def _moe_shape(name: str) -> tuple[int, int]:
     return len(found), max(layer.num_experts for layer in found)
 
 
-def make_budgets(config: RunConfig, num_layers: int, num_experts: int) -> list[Budget]:
+def make_budgets(
+    config: RunConfig, num_layers: int, num_experts: int, devices: Mapping[int, str] | None = None
+) -> list[Budget]:
     """The budget of every participant, in order: shares of all ``num_layers * num_experts`` routed experts.
 
-    Slots never outnumber the experts that are not tuned.
+    With ``budget.by="device"`` the largest shares that fit the memory of each one's device: the fleet's, or the one
+    that ``devices`` names for a participant. Slots never outnumber the experts that are not tuned.
 
     Paper: ``B_tune`` (section 6) and ``B_non`` (section 5.1); how they follow from a device's resources is not said.
 
     Raises:
         ConfigError: fewer tuned experts than layers, or fewer merged slots than layers that may need one; the
-            message names the setting and the smallest value that is allowed.
+            message names the setting and the smallest value that is allowed. Or a device that the method does not
+            fit on, by name.
     """
     total = num_layers * num_experts
+    if config.budget.by == "device":
+        fleet = catalogue.fleet(config.clock.fleet, config.federation.participants)
+        return [
+            _fitting(config, catalogue.DEVICES[(devices or {}).get(i, device.name)], num_layers, total)
+            for i, device in enumerate(fleet)
+        ]
     least = math.ceil(10_000 / num_experts - 1e-9) / 10_000  # upwards: a value that is printed is one that is accepted
     tuned = min(total, round(config.budget.tune_frac * total))
     if tuned < num_layers:
@@ -80,3 +93,20 @@ def make_budgets(config: RunConfig, num_layers: int, num_experts: int) -> list[B
             f"do not give each of {needed} layers with experts that are not tuned a slot"
         )
     return [Budget(tuned, slots)] * config.federation.participants
+
+
+def _fitting(config: RunConfig, device: catalogue.Device, num_layers: int, total: int) -> Budget:
+    """The largest budget that fits on ``device``, rounded down to whole experts of the model that is trained."""
+    if config.method not in PLANNED:
+        raise ConfigError(
+            f"budget.by is 'device', allowed for method {config.method!r} is 'shares': memory is planned for "
+            f"{', '.join(PLANNED)}"
+        )
+    try:
+        tuned_share, merged_share = share_that_fits(config, int(device.memory_bytes))
+    except ValueError as error:
+        raise ConfigError(f"budget.by is 'device', {config.method} does not fit on {device.name}: {error}") from None
+    if config.method in ("fmd", "fmq"):  # they tune everything; what does not fit waits in host memory
+        return Budget(total, 0)
+    tuned = max(1, int(tuned_share * total))
+    return Budget(tuned, min(total - tuned, max(num_layers, int(merged_share * total))))

@@ -22,7 +22,7 @@ def test_participants_take_the_devices_of_a_fleet_in_turn():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match="clock.fleet is 'strong', allowed are paper, mixed, weak, l20"):
+    with pytest.raises(ValueError, match="clock.fleet is 'strong', allowed are paper, consumer, edge, mixed, l20"):
         catalogue.fleet("strong", 1)
-    with pytest.raises(ValueError, match="clock.link is '5g', allowed are 1gbps, 100mbps, lte"):
+    with pytest.raises(ValueError, match="clock.link is '5g', allowed are none, 10gbps, 1gbps, 100mbps, lte"):
         catalogue.link("5g")

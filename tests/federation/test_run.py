@@ -129,6 +129,21 @@ def test_evaluation_is_skipped_between_and_never_at_the_end(make_config: Make) -
     assert rounds["metric"].notna().tolist() == [True, False, False, True, False, True]
 
 
+def test_a_run_ends_when_the_device_clock_has_counted_its_seconds(make_config: Make, tmp_path: Path) -> None:
+    whole = federation.run(make_config({"federation.rounds": 4, "evaluation.every": 4})).rounds
+    seconds = float(whole["device_s"].iloc[2])
+    changes = {"federation.rounds": 4, "evaluation.every": 4, "federation.device_seconds": seconds}
+    result = federation.run(make_config(changes), out=tmp_path)
+    assert result.rounds["round"].tolist() == [0, 1, 2] and result.rounds["metric"].notna().tolist() == [
+        True,
+        False,
+        True,
+    ]
+    assert not records.unfinished(tmp_path)
+    again = federation.run(make_config(changes), out=tmp_path)
+    assert again.rounds["device_s"].tolist() == result.rounds["device_s"].tolist()
+
+
 def test_returning_true_stops_and_the_run_goes_on_later(make_config: Make, tmp_path: Path) -> None:
     stopped = federation.run(make_config(), on_round=lambda row: row["round"] == 1, out=tmp_path)
     assert stopped.rounds["round"].tolist() == [0, 1]

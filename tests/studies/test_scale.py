@@ -51,13 +51,13 @@ def test_with_nothing_changed_every_digit_is_the_stored_one(stored, method):
 
 
 def test_what_was_named_is_what_a_run_there_would_have_said(stored, tmp_path):
-    changes = {"method": "flux", "clock.fleet": "weak", "clock.link": "lte", "clock.model": "llama-moe-3.5b"}
+    changes = {"method": "flux", "clock.fleet": "edge", "clock.link": "lte", "clock.model": "llama-moe-3.5b"}
     federation.run(make_config(TINY | changes | {"clock.tokens_per_sample": 256}), out=tmp_path)
     there = records.read_all("rounds", tmp_path)
-    found = scale.recounts(*one(stored, "flux"), ["weak"], ["lte"])
+    found = scale.recounts(*one(stored, "flux"), ["edge"], ["lte"])
     assert found["device_s"].tolist() == there["device_s"].tolist()
     assert found["metric"].tolist() == there["metric"].tolist()
-    assert found["fleet"].unique().tolist() == ["weak"]
+    assert found["fleet"].unique().tolist() == ["edge"]
 
 
 def test_a_reply_that_was_refused_does_not_count(stored):
@@ -84,7 +84,7 @@ def test_runs_without_works_are_named_and_every_place_is_counted(stored):
     (kept,) = scale.with_works(old)
     assert kept == "flux-mini-llama-moe-mini-gsm8k-seed0"
     runs, before = store.configs(folder, [kept]), rounds.copy()
-    found = scale.recounts(old, rounds[rounds["run_id"] == kept], runs, ["paper", "weak"], ["lte"])
+    found = scale.recounts(old, rounds[rounds["run_id"] == kept], runs, ["paper", "edge"], ["lte"])
     assert set(found["method"]) == {"flux"} and len(found) == 2 * 4
     pd.testing.assert_frame_equal(rounds, before)
     assert scale.recounts(old, rounds[:0], {}).empty

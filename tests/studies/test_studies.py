@@ -16,7 +16,7 @@ from fluxlib.analysis.claims.tables import values as by_seed
 from fluxlib.analysis.studies import bench as common
 from fluxlib.analysis.studies import merging, profiling
 from fluxlib.config import ConfigError
-from fluxlib.devices import clock
+from fluxlib.devices import catalogue, clock
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_rows_of_section_4_fit_the_table_and_leave_the_model_as_it_was(bench: st
     shares = table[table["study"] == "activation"].groupby("layer")["value"].sum()
     assert shares.to_numpy() == pytest.approx(np.ones(len(shares)), abs=1e-5)
     saved = table[table["study"] == "round_saving"]
-    assert saved["value"].between(0, 1).all() and len(saved) == 3 * len(profiling.SAMPLES)
+    assert saved["value"].between(0, 1).all() and len(saved) == len(catalogue.LINKS) * len(profiling.SAMPLES)
     assert "error of a 4-bit profile: paper 11.01 %, ours" in claims.in_notebook("01_profiling", table, "a test")
 
 

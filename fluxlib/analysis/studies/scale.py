@@ -33,7 +33,7 @@ SETTINGS = {
     "merge_fraction": "budget.merge_frac",
 }
 """Settings that the runs of a sweep differ in, by the column that they become."""
-FLEETS = ("paper", "rtx-4090", "rtx-3060", "jetson-agx-orin", "macbook-m1-max", "cpu-laptop", "mixed", "weak")
+FLEETS = ("paper", "rtx-4090", "rtx-3060", "jetson-agx-orin", "macbook-m1-max", "cpu-laptop", "consumer", "edge")
 """The paper's L20s, then each other device of the catalogue for all participants, then fleets of several devices."""
 BLOCKS = {"train": ("train",), "profile": ("quantize", "profile"), "merge": ("merge",), "probe": ("probe",)}
 """Measured block: phases of the clock that it consists of."""

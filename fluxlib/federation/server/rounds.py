@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from fluxlib import models, records
 from fluxlib.config import ConfigError, RunConfig
-from fluxlib.federation.checks import check
+from fluxlib.federation.checks import check, make_budgets
 from fluxlib.federation.client.local_data import load_task
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.results import Output, RunFailed, RunResult, experts_path
@@ -75,20 +75,30 @@ class _Run:
         done = self.checkpoint.resume(self.strategy, self.tables) if self.checkpoint else 0
         self.strategy.members = join(self.strategy.grid, self.config, self.strategy.store)
         self._notice_lost_states(done)
-        self.tables.use_devices({one: member.device for one, member in self.strategy.members.items() if member.device})
-        stopped, last = False, self.config.federation.rounds
+        self._use_devices({one: member.device for one, member in self.strategy.members.items() if member.device})
+        stopped = False
         if done == 0:
             self.tables.add_base(self._evaluate())
             stopped = self._tell()
-        while not stopped and done < last:
+        while not (stopped or self._is_last(done)):
             done += 1
             stopped = self._round(done)
-        self._write("complete" if done == last else "stopped")
+        self._write("complete" if self._is_last(done) else "stopped")
         if self.output.keep_experts and self.output.out:  # with the base, they are the tuned model
             write_tensors(experts_path(self.output.out, self.config.run_id), changed_tensors(self.strategy.store))
-        if self.checkpoint and done == last:
+        if self.checkpoint and self._is_last(done):
             self.checkpoint.remove()
         return RunResult(self.config.run_id, **self.tables.frames(), path=self.output.out, model=self.model)
+
+    def _use_devices(self, devices: dict[int, str]) -> None:
+        """These participants said what their devices are; the others stand for the run's fleet."""
+        self.tables.use_devices(devices)
+        self.strategy.budgets = make_budgets(self.config, *self.strategy.store.shape, devices)
+
+    def _is_last(self, number: int, more_s: float = 0.0) -> bool:
+        """Whether the run ends with round ``number``, if that takes it ``more_s`` further on the device clock."""
+        rounds, seconds = self.config.federation.rounds, self.config.federation.device_seconds
+        return number >= rounds or (seconds is not None and self.tables.totals.device_s + more_s >= seconds)
 
     def _notice_lost_states(self, done: int) -> None:
         """Say who does not hold any more what it had when the run was interrupted, in the log and beside the tables.
@@ -119,9 +129,10 @@ class _Run:
             self._write("failed", str(error))
             raise
         wall_s = time.perf_counter() - start
-        due = number % config.evaluation.every == 0 or number == config.federation.rounds
+        is_last = self._is_last(number, self.tables.round_time(result).total_s)
+        due = number % config.evaluation.every == 0 or is_last
         self.tables.add_round(result, self._evaluate() if due else None, wall_s)
-        if self.checkpoint and number < config.federation.rounds:
+        if self.checkpoint and not is_last:
             self.checkpoint.save(number, self.strategy, self.tables)
         if self.output.on_result:
             self.output.on_result(result)
