@@ -155,7 +155,10 @@ def test_plan_says_what_fits_on_a_device(call):
     ("arguments", "message"),
     [
         (["--memory", "1GiB", "--device", "l20"], "error: --memory and --device say the same thing"),
-        (["--device", "l21"], "error: --device is 'l21', allowed are l20, rtx-4090, rtx-4080, rtx-3060, jetson-agx-orin"),
+        (
+            ["--device", "l21"],
+            "error: --device is 'l21', allowed are l20, rtx-4090, rtx-4080, rtx-3060, jetson-agx-orin",
+        ),
         (["--device", "paper"], "error: --device is 'paper', allowed are l20"),
         (["--batch", "9999999999"], "error: batch: expected 1 to 16384, got 9999999999"),
         (
