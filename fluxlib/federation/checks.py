@@ -96,7 +96,10 @@ def make_budgets(
 
 
 def _fitting(config: RunConfig, device: catalogue.Device, num_layers: int, total: int) -> Budget:
-    """The largest budget that fits on ``device``, rounded down to whole experts of the model that is trained."""
+    """The largest budget that fits on ``device``, rounded down to whole experts of the model that is trained.
+
+    At least one is tuned and one slot a layer merged: a small model has no smaller share, however little would fit.
+    """
     if config.method not in PLANNED:
         raise ConfigError(
             f"budget.by is 'device', allowed for method {config.method!r} is 'shares': memory is planned for "

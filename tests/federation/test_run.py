@@ -134,11 +134,8 @@ def test_a_run_ends_when_the_device_clock_has_counted_its_seconds(make_config: M
     seconds = float(whole["device_s"].iloc[2])
     changes = {"federation.rounds": 4, "evaluation.every": 4, "federation.device_seconds": seconds}
     result = federation.run(make_config(changes), out=tmp_path)
-    assert result.rounds["round"].tolist() == [0, 1, 2] and result.rounds["metric"].notna().tolist() == [
-        True,
-        False,
-        True,
-    ]
+    assert result.rounds["round"].tolist() == [0, 1, 2]
+    assert result.rounds["metric"].notna().tolist() == [True, False, True]
     assert not records.unfinished(tmp_path)
     again = federation.run(make_config(changes), out=tmp_path)
     assert again.rounds["device_s"].tolist() == result.rounds["device_s"].tolist()

@@ -93,7 +93,8 @@ class _Run:
     def _use_devices(self, devices: dict[int, str]) -> None:
         """These participants said what their devices are; the others stand for the run's fleet."""
         self.tables.use_devices(devices)
-        self.strategy.budgets = make_budgets(self.config, *self.strategy.store.shape, devices)
+        if devices:
+            self.strategy.budgets = make_budgets(self.config, *self.strategy.store.shape, devices)
 
     def _is_last(self, number: int, more_s: float = 0.0) -> bool:
         """Whether the run ends with round ``number``, if that takes it ``more_s`` further on the device clock."""
