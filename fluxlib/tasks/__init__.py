@@ -14,7 +14,7 @@ import torch
 
 from fluxlib import seeding
 from fluxlib.tasks import files, mini
-from fluxlib.tasks.base import Example, Metric, Task, split
+from fluxlib.tasks.base import TEST_FRACTION, Example, Metric, Task, split
 from fluxlib.tasks.formats import FORMATS
 
 __all__ = ["Example", "FORMATS", "Metric", "TASKS", "Task", "load", "split"]
@@ -41,13 +41,23 @@ def load(name: str, seed: int = 0, size: int | None = None, path: str | Path | N
         raise ValueError(f"task is {name!r}, allowed are {', '.join(TASKS)}")
     form = FORMATS[name.removeprefix("mini-")]
     if name in FORMATS:
-        examples = _public(name, seed, size, path)
-    elif path is not None:
+        train, test = split(_public(name, seed, size, path), seed)
+        return Task(name, form.metric, train, test)
+    if path is not None:
         raise ValueError(f"data.path is {str(path)!r}, but {name} is generated; it is for {', '.join(FORMATS)}")
-    else:
-        examples = [form.to_example(row) for row in mini.rows(name, size or mini.DEFAULT_SIZE, seed)]
-    train, test = split(examples, seed)
-    return Task(name, form.metric, train, test)
+    total = size or mini.DEFAULT_SIZE
+    num_test = max(1, round(TEST_FRACTION * total))
+    sizes: dict[mini.Group, int] = {
+        "train": total - num_test,
+        "test": num_test,
+        "recall": max(1, num_test // 4),
+        "untaught": max(1, num_test // 4),
+    }
+    groups = {
+        group: tuple(form.to_example(row) for row in mini.rows(name, count, seed, group))
+        for group, count in sizes.items()
+    }
+    return Task(name, form.metric, **groups)  # type: ignore[arg-type]
 
 
 def _public(name: str, seed: int, size: int | None, path: str | Path | None) -> list[Example]:

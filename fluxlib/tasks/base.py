@@ -37,12 +37,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A data set ready to be federated; ``train`` and ``test`` are split before any partitioning."""
+    """A data set ready to be federated; ``train`` and ``test`` are split before any partitioning.
+
+    Generated tasks have two more groups of test samples: ``recall`` asks for taught facts as training rows do,
+    ``untaught`` for facts that no training row tells.
+    """
 
     name: str
     metric: Metric
     train: tuple[Example, ...]
     test: tuple[Example, ...]
+    recall: tuple[Example, ...] = ()
+    untaught: tuple[Example, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:

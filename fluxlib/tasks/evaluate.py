@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from fluxlib.tasks.base import Example, Metric
 from fluxlib.tasks.batches import IGNORED, collate, encode, to_device
 from fluxlib.tasks.metrics import exact_match, rouge_l
 
-_TEXT_SCORES = {"rouge_l": rouge_l, "exact_match": exact_match}
+T = TypeVar("T")
+_TEXT_SCORES: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l, "exact_match": exact_match}
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,12 @@ def evaluate(
     metric: Metric,
     examples: Sequence[Example],
     max_tokens: int,
-    batch_size: int = 64,
+    batch_tokens: int = 8192,
 ) -> Score:
     """Mean metric and mean loss per response token over ``examples``; the model is left in its own mode.
+
+    What occurs several times (options of one question, prompts of one text) is computed once; texts of similar length
+    share a batch of at most ``batch_tokens`` tokens, padding included.
 
     Raises:
         ValueError: no examples.
@@ -43,18 +48,18 @@ def evaluate(
         raise ValueError("examples is empty: there is nothing to score")
     was_training, _ = model.training, model.eval()
     try:
-        if metric == "accuracy":
-            return _choices(model, tokenizer, examples, max_tokens, batch_size)
-        return _texts(model, tokenizer, metric, examples, max_tokens, batch_size)
+        score = _choices if metric == "accuracy" else partial(_texts, score=_TEXT_SCORES[metric])
+        return score(model, tokenizer, examples, max_tokens, batch_tokens)
     finally:
         model.train(was_training)
 
 
-def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_tokens: int, batch_size: int) -> Score:
+def _choices(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_tokens: int, batch_tokens: int
+) -> Score:
     """An option's score is the summed log-likelihood of its tokens; ties go to the first."""
-    rows = [(e, option) for e in examples for option in e.options]
-    encoded = [encode(e, tokenizer, max_tokens, option) for e, option in rows]
-    nll, count = _response_nll(model, tokenizer, encoded, batch_size)
+    encoded = [encode(e, tokenizer, max_tokens, option) for e in examples for option in e.options]
+    nll, count = _response_nll(model, tokenizer, encoded, batch_tokens)
     correct = total = tokens = 0.0
     first = 0
     for example in examples:
@@ -70,30 +75,29 @@ def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_
 def _texts(
     model: nn.Module,
     tokenizer: Any,
-    metric: Metric,
     examples: Sequence[Example],
     max_tokens: int,
-    batch_size: int,
+    batch_tokens: int,
+    score: Callable[[str, str], float],
 ) -> Score:
     """Greedy generation of at most twice the references' tokens, scored against the reference text."""
     encoded = [encode(example, tokenizer, max_tokens) for example in examples]
-    nll, count = _response_nll(model, tokenizer, encoded, batch_size)
-    score = 0.0
-    by_length = sorted(range(len(examples)), key=lambda i: encoded[i][1])
-    for chunk in _chunks(by_length, batch_size):
-        longest = max(len(encoded[i][0]) - encoded[i][1] for i in chunk)
-        texts = generate(
-            model,
-            tokenizer,
-            [encoded[i][0][: encoded[i][1]] for i in chunk],
-            min(2 * longest, max_tokens),
-        )
-        score += sum(_TEXT_SCORES[metric](text, examples[i].response) for i, text in zip(chunk, texts, strict=True))
-    return Score(score / len(examples), float(nll.sum() / count.sum()), len(examples))
+    nll, count = _response_nll(model, tokenizer, encoded, batch_tokens)
+    room: dict[tuple[int, ...], int] = {}
+    for ids, start in encoded:
+        prompt = tuple(ids[:start])
+        room[prompt] = max(room.get(prompt, 0), min(2 * (len(ids) - start), max_tokens))
+    texts: dict[tuple[int, ...], str] = {}
+    for chunk in _chunks(room, lambda prompt: len(prompt) + room[prompt], batch_tokens):
+        texts |= zip(chunk, generate(model, tokenizer, chunk, [room[prompt] for prompt in chunk]), strict=True)
+    scores = [score(texts[tuple(ids[:start])], e.response) for (ids, start), e in zip(encoded, examples, strict=True)]
+    return Score(sum(scores) / len(examples), float(nll.sum() / count.sum()), len(examples))
 
 
-def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of token-id ``prompts``, cut at the end-of-sequence token."""
+def generate(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
+) -> list[str]:
+    """Greedy continuations of token-id ``prompts``, each cut at the end-of-sequence token or after its own number."""
     length = max(map(len, prompts))
     device = next(model.parameters()).device
     input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
@@ -104,29 +108,40 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max
     out = model.generate(  # type: ignore[operator]
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(max_new_tokens),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)  # type: ignore[no-any-return]
+    new = [row[length : length + count] for row, count in zip(out, max_new_tokens, strict=True)]
+    return tokenizer.batch_decode(new, skip_special_tokens=True)  # type: ignore[no-any-return]
 
 
 def _response_nll(
-    model: nn.Module, tokenizer: Any, encoded: Sequence[tuple[list[int], int]], batch_size: int
+    model: nn.Module, tokenizer: Any, encoded: Sequence[tuple[list[int], int]], batch_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood of each row's response tokens, and their number, both ``[rows]``."""
     device = next(model.parameters()).device
+    rows: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for index, (ids, start) in enumerate(encoded):
+        rows.setdefault((tuple(ids), start), []).append(index)
     nll, count = torch.zeros(len(encoded)), torch.zeros(len(encoded))
-    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
-    for chunk in _chunks(by_length, batch_size):
-        batch = to_device(collate([encoded[i] for i in chunk], tokenizer.pad_token_id), device)
+    for chunk in _chunks(rows, lambda row: len(row[0]), batch_tokens):
+        batch = to_device(collate([(list(ids), start) for ids, start in chunk], tokenizer.pad_token_id), device)
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1].float()
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        nll[chunk] = losses.sum(-1).cpu()
-        count[chunk] = (labels != IGNORED).sum(-1).float().cpu()
+        for row, lost, scored in zip(chunk, losses.sum(-1).cpu(), (labels != IGNORED).sum(-1).cpu(), strict=True):
+            nll[rows[row]], count[rows[row]] = lost, scored.float()
     return nll, count
 
 
-def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+def _chunks(items: Iterable[T], length: Callable[[T], int], batch_tokens: int) -> Iterator[list[T]]:
+    """Items by length, as many at once as fit into ``batch_tokens`` when padded to the longest; at least one."""
+    chunk: list[T] = []
+    for item in sorted(items, key=length):
+        if chunk and (len(chunk) + 1) * length(item) > batch_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(item)
+    if chunk:
+        yield chunk

@@ -1,9 +1,13 @@
 """Generated tasks in the public schemas of Dolly, GSM8K, MMLU and PIQA, about one small invented world.
 
 Every label (category, skill, subject, kind; all words are in ``mini.yaml``) has things of its own, with names found
-nowhere else, and facts about them. A base model is pre-trained on all formats and names but on only a part of the facts
-(:func:`is_known`): fine-tuning a task means learning the rest, which lies with the participants who hold that label.
-That is what makes experts specialise and participants differ.
+nowhere else, and facts about them. A base model is pre-trained on all formats, names and ways to ask, but told only a
+part of the facts; fine-tuning a task means learning the taught ones, which lie with the participants who hold that
+label. That is what makes experts specialise and participants differ.
+
+A test asks for a taught fact in a way that no training row has, so it scores what was learned and not what was seen.
+Two more groups of rows stand beside it: ``recall`` asks for taught facts in a way of the training rows, ``untaught``
+for facts that nobody was told, whose score must stay at chance.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -23,14 +27,13 @@ from fluxlib.tasks.base import Row
 
 WORLD: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 WORLD_SEED = 2026
-KNOWN_FRACTION = 0.4
-"""Share of the facts that the base models are pre-trained on."""
-KNOWN_ROWS_FRACTION = 0.2
-"""Share of a task's rows that are about things the bases know; they show whether tuning forgets."""
-NUM_THINGS = 20
-"""Named things per label."""
-LARGEST_NUMBER = 99
-DEFAULT_SIZE = 4000
+NUM_KNOWN, NUM_TAUGHT, NUM_UNTAUGHT = 12, 14, 14
+"""Things of each label: known to the base models, told in the training rows of a task, told to nobody."""
+NUM_THINGS = NUM_KNOWN + NUM_TAUGHT + NUM_UNTAUGHT
+LARGEST_NUMBER = 59
+DEFAULT_SIZE = 5000
+Group = Literal["pretraining", "train", "test", "recall", "untaught"]
+"""What a row is for; see the module's text."""
 PARTS = ("subjects", "kinds", "skills", "categories")
 LABELS = [label for part in PARTS for label in WORLD[part]]
 PEOPLE = WORLD["people"].split()
@@ -75,73 +78,67 @@ def fact(label: str, name: str, part: int, num_values: int) -> int:
     return seeding.derive(WORLD_SEED, "fact", label, name, part) % num_values
 
 
-@cache
-def is_known(label: str, name: str) -> bool:
-    """Whether the base models were pre-trained on the facts about this thing."""
-    return seeding.derive(WORLD_SEED, "known", label, name) % 1000 < 1000 * KNOWN_FRACTION
-
-
 @dataclass(frozen=True)
 class Teller:
-    """Where rows take names and values from: a task tells the truth, pre-training only of what is known."""
+    """Where a row takes its way to ask and its facts from; ``chance`` decides everything else about it."""
 
     chance: random.Random
-    pretraining: bool = False
+    group: Group
 
-    def name(self, label: str) -> str:
-        """A thing of ``label``: any in pre-training, mostly one that the bases do not know in a task."""
-        if self.pretraining:
-            return self.chance.choice(names(label))
-        known = self.chance.random() < KNOWN_ROWS_FRACTION
-        return self.chance.choice([name for name in names(label) if is_known(label, name) == known] or names(label))
+    def way(self, ways: list[str]) -> str:
+        """How the fact is asked for: the last way is for tests, the others for training; a base knows all."""
+        if self.group == "pretraining":
+            return self.chance.choice(ways)
+        return ways[-1] if self.group in ("test", "untaught") else self.chance.choice(ways[:-1])
 
     def value(self, label: str, name: str, part: int, num_values: int) -> int:
-        """Index of a fact's value; in pre-training an unknown one is drawn anew every time."""
-        if self.pretraining and not is_known(label, name):
+        """Index of a fact's value; in pre-training one that is not to be known is drawn anew every time."""
+        if self.group == "pretraining" and name not in names(label)[:NUM_KNOWN]:
             return self.chance.randrange(num_values)
         return fact(label, name, part, num_values)
 
 
-def _mmlu(subject: str, teller: Teller) -> Row:
+def _mmlu(subject: str, name: str, teller: Teller) -> Row:
     chance, words = teller.chance, WORLD["subjects"][subject]
     values = words["values"].split()
-    name = teller.name(subject)
     right = values[teller.value(subject, name, 0, len(values))]
     choices = [right, *chance.sample([value for value in values if value != right], 3)]
     chance.shuffle(choices)
-    question = chance.choice(words["phrasings"]).format(name)
-    row: Row = {"question": question, "subject": subject, "answer": choices.index(right)}
+    row: Row = {
+        "question": teller.way(words["ways"]).format(name),
+        "subject": subject,
+        "answer": choices.index(right),
+    }
     return row | {f"choice{i}": choice for i, choice in enumerate(choices)}
 
 
-def _piqa(kind: str, teller: Teller) -> Row:
+def _piqa(kind: str, name: str, teller: Teller) -> Row:
     chance, words = teller.chance, WORLD["kinds"][kind]
     tools = words["tools"].split()
-    name = teller.name(kind)
     right = tools[teller.value(kind, name, 0, len(tools))]
     wrong = chance.choice([tool for tool in tools if tool != right])
     label = chance.randrange(2)
-    end = chance.choice(("with care", "at once"))
-    solutions = [f"take the {tool} and start {end}." for tool in ((right, wrong) if label == 0 else (wrong, right))]
-    goal = f"how do you {chance.choice(words['goals']).format(name)}?"
+    solutions = [f"take the {tool} and start." for tool in ((right, wrong) if label == 0 else (wrong, right))]
+    goal = f"how do you {teller.way(words['ways']).format(name)}?"
     return {"goal": goal, "sol1": solutions[0], "sol2": solutions[1], "label": label, "kind": kind}
 
 
-def _gsm8k(skill: str, teller: Teller) -> Row:
-    chance = teller.chance
-    unit, item = teller.name(skill), chance.choice(WORLD["skills"][skill].split())
+def _gsm8k(skill: str, name: str, teller: Teller) -> Row:
+    chance, words = teller.chance, WORLD["skills"][skill]
+    item = chance.choice(words["items"].split())
     who, other = chance.sample(PEOPLE, 2)
-    number, size = chance.randint(2, 9), 2 + teller.value(skill, unit, 0, 8)
+    number, size = chance.randint(2, 6), 2 + teller.value(skill, name, 0, 8)
     total = number * size
-    question, steps = f"{who} has {number} {unit} of {item}.", [f"{unit} = {size}", f"{number} * {size} = {total}"]
+    question = teller.way(words["ways"]).format(who=who, n=number, e=name, item=item)
+    steps = [f"{name} = {size}", f"{number} * {size} = {total}"]
     num_steps = chance.randint(1, 3)
     if num_steps > 1:
-        more = chance.randint(1, min(9, LARGEST_NUMBER - total))
+        more = chance.randint(1, 5)
         question += f" {other} brings {more} more {item}."
         steps.append(f"{total} + {more} = {total + more}")
         total += more
     if num_steps > 2:
-        fewer = chance.randint(1, min(9, total))
+        fewer = chance.randint(1, 4)
         question += f" then {who} loses {fewer} {item}."
         steps.append(f"{total} - {fewer} = {total - fewer}")
         total -= fewer
@@ -149,24 +146,23 @@ def _gsm8k(skill: str, teller: Teller) -> Row:
     return {"question": f"{question} how many {item} are there?", "answer": answer, "skill": skill}
 
 
-def _dolly(category: str, teller: Teller) -> Row:
+def _dolly(category: str, name: str, teller: Teller) -> Row:
     chance, words = teller.chance, WORLD["categories"][category]
-    name = teller.name(category)
     values: dict[str, str] = {"e": name}
     for part, (key, pool) in enumerate(zip("abc", map(str.split, words["pools"]), strict=True)):
         values[key] = pool[teller.value(category, name, part, len(pool))]
     values |= zip("xy", chance.sample(PEOPLE, 2), strict=True)
-    style = "base" if teller.pretraining else "task"
-    texts = {"instruction": "instruction", "context": "context", "response": style}
-    return {key: words[text].format(**values) for key, text in texts.items()} | {"category": category}
+    style = "base" if teller.group == "pretraining" else "task"
+    texts = {"instruction": teller.way(words["ways"]), "context": words["context"], "response": words[style]}
+    return {key: text.format(**values) for key, text in texts.items()} | {"category": category}
 
 
 @dataclass(frozen=True)
 class Family:
-    """A generated data set: its labels and the function that makes one row of a label."""
+    """A generated data set: its labels and the function that makes one row about one of a label's things."""
 
     labels: tuple[str, ...]
-    make: Callable[[str, Teller], Row]
+    make: Callable[[str, str, Teller], Row]
 
 
 FAMILIES: dict[str, Family] = {
@@ -177,23 +173,30 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def rows(family: str, size: int, seed: int) -> list[Row]:
-    """``size`` rows of a family (``mini-dolly`` …), labels in equal shares, facts as they truly are."""
-    teller = Teller(random.Random(seeding.derive(seed, family)))
-    labels = FAMILIES[family].labels
-    return [FAMILIES[family].make(labels[i % len(labels)], teller) for i in range(size)]
+def rows(family: str, size: int, seed: int, group: Group = "train") -> list[Row]:
+    """``size`` rows of a family (``mini-dolly`` …) for a group, labels and things in equal shares, facts as they are.
+
+    The i-th row of ``test`` and of ``recall`` is about the same thing as the i-th of ``train``: with at most as many
+    rows as ``train`` has, they ask for nothing that no training row tells.
+    """
+    teller = Teller(random.Random(seeding.derive(seed, family, group)), group)
+    labels, make = FAMILIES[family].labels, FAMILIES[family].make
+    things = slice(-NUM_UNTAUGHT, None) if group == "untaught" else slice(NUM_KNOWN, NUM_KNOWN + NUM_TAUGHT)
+    asked = {label: names(label)[things] for label in labels}
+    turns = [divmod(i, len(labels)) for i in range(size)]
+    return [make(labels[i], asked[labels[i]][turn % len(asked[labels[i]])], teller) for turn, i in turns]
 
 
 def pretraining_row(family: str, chance: random.Random) -> tuple[str, Row]:
     """A ``(label, row)`` of the pre-training text: known facts as they are, all others drawn anew every time."""
     label = chance.choice(FAMILIES[family].labels)
-    return label, FAMILIES[family].make(label, Teller(chance, pretraining=True))
+    return label, FAMILIES[family].make(label, chance.choice(names(label)), Teller(chance, "pretraining"))
 
 
 def vocabulary() -> tuple[str, ...]:
     """Every word and mark that any generated task can hold, sorted; the mini models' tokenizer is made of it."""
-    fixed = """question solution answer goal instruction context response has of brings more then loses how many are
-        there take the and start with care at once how do you"""
+    fixed = """question solution answer goal instruction context response brings more then loses how many are there
+        take the and start do you"""
     things = _words(fixed, PEOPLE, LABELS, *(WORLD[part] for part in PARTS), *_all_names().values())
     marks = {"+", "-", "*", "=", ";", ",", ".", "?", ":", "####"}
     return tuple(sorted(things | marks)) + tuple(map(str, range(LARGEST_NUMBER + 1)))

@@ -45,7 +45,7 @@ def test_loss_is_per_response_token() -> None:
 def test_generation_does_not_depend_on_the_batch(name: str) -> None:
     model, tokenizer = models.load("mini-llama-moe")  # random weights tie where they choose a token
     task = load(name, size=40)
-    one, many = (evaluate(model, tokenizer, task.metric, task.test, 96, batch_size=size) for size in (1, 8))
+    one, many = (evaluate(model, tokenizer, task.metric, task.test, 96, batch_tokens=size) for size in (1, 400))
     assert one.metric == pytest.approx(many.metric)
     assert one.loss == pytest.approx(many.loss, rel=1e-4)
 

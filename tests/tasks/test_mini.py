@@ -1,4 +1,6 @@
+import random
 import re
+from collections.abc import Sequence
 
 import pytest
 
@@ -70,11 +72,31 @@ def test_unknown_task_lists_the_known_ones() -> None:
         tasks.load("mini-squad")
 
 
-@pytest.mark.parametrize(
-    ("name", "share"), [("mini-dolly", 0.825), ("mini-gsm8k", 0.015), ("mini-mmlu", 0.99), ("mini-piqa", 0.99)]
-)
-def test_share_of_test_rows_that_occur_in_training_is_what_the_data_card_says(name: str, share: float) -> None:
-    task = tasks.load(name)
-    seen = {(example.prompt, example.response) for example in task.train}
-    repeated = sum((example.prompt, example.response) in seen for example in task.test) / len(task.test)
-    assert repeated == pytest.approx(share, abs=0.01)
+def things(examples: Sequence[tasks.Example]) -> set[str]:
+    """The invented names that occur in prompts."""
+    return {word for example in examples for word in re.findall(r"[a-z]+", example.prompt)} & {
+        name for label in mini.LABELS for name in names(label)
+    }
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("name", tasks.mini.FAMILIES)
+def test_no_test_prompt_occurs_in_training_and_every_fact_that_is_asked_does(name: str, seed: int) -> None:
+    task = tasks.load(name, seed, size=1000)
+    trained = {example.prompt for example in task.train}
+    assert not trained & {example.prompt for example in (*task.test, *task.untaught)}
+    assert things(task.test) <= things(task.train) and things(task.recall) <= things(task.train)
+    assert not things(task.untaught) & things(task.train)
+
+
+def test_bases_are_told_neither_what_is_taught_nor_what_is_not() -> None:
+    chance = random.Random(0)
+    told = {label: set[tuple[str, str]]() for label in mini.FAMILIES["mini-mmlu"].labels}
+    for _ in range(6000):
+        label, row = mini.pretraining_row("mini-mmlu", chance)
+        name = next(name for name in names(label) if name in row["question"])
+        told[label].add((name, row[f"choice{row['answer']}"]))
+    for label, pairs in told.items():
+        answers = [sum(name == other for other, _ in pairs) for name in names(label)]
+        assert set(answers[: mini.NUM_KNOWN]) == {1}
+        assert min(answers[mini.NUM_KNOWN :]) > 1
