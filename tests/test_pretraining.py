@@ -7,18 +7,37 @@ import torch
 
 from fluxlib import models
 from fluxlib.pretraining import Recipe, build_model, build_tokenizer, pretrain
-from fluxlib.pretraining.training import learning_rate, mutual_information
+from fluxlib.pretraining.training import learning_rate, load_balance_loss, router_term, target_shares
+
+EVEN = torch.full((4,), 0.25)
 
 
-def test_mutual_information_of_one_expert_per_label_is_log_experts() -> None:
-    logits = 50 * torch.eye(4)[torch.tensor([0, 1, 2, 3])]
-    assert mutual_information(logits, torch.arange(4), 4, balance=1.0).item() == pytest.approx(math.log(4), rel=1e-4)
+def test_an_expert_for_each_label_costs_nothing() -> None:
+    logits = 50 * torch.eye(4)
+    assert router_term(logits, torch.arange(4), EVEN, (1.0, 1.0)).item() == pytest.approx(0, abs=1e-4)
 
 
-def test_mutual_information_of_label_blind_routing_is_zero() -> None:
-    logits = torch.tensor([[1.0, 2.0, 3.0]]).expand(6, -1)
-    value = mutual_information(logits, torch.tensor([0, 0, 1, 1, 2, 2]), 3, balance=1.0)
-    assert value.item() == pytest.approx(0, abs=1e-6)
+def test_routing_that_knows_no_labels_pays_their_entropy() -> None:
+    logits = torch.zeros(6, 4)
+    value = router_term(logits, torch.tensor([0, 0, 1, 1, 2, 2]), EVEN, (1.0, 0.5))
+    assert value.item() == pytest.approx(0.5 * math.log(4), rel=1e-5)
+
+
+def test_one_expert_for_all_pays_the_divergence() -> None:
+    logits = torch.tensor([[100.0, 0.0]]).expand(6, -1)
+    value = router_term(logits, torch.zeros(6, dtype=torch.long), torch.tensor([0.5, 0.5]), (1.0, 1.0))
+    assert value.item() == pytest.approx(0.5 * math.log(0.5) + 0.5 * math.log(0.5 / 1e-4), rel=1e-4)
+
+
+def test_load_balance_is_zero_for_even_routing_and_counts_places_times_probability() -> None:
+    assert load_balance_loss(50 * torch.eye(4), 1).item() == pytest.approx(0, abs=1e-5)
+    assert load_balance_loss(torch.tensor([[100.0, 0.0]]).expand(6, -1), 1).item() == pytest.approx(1.0)
+
+
+def test_target_shares_fall_as_zipf_and_are_even_at_zero() -> None:
+    found = target_shares(4, 1.0, layer=0).sort(descending=True).values
+    assert torch.allclose(found, torch.tensor([12, 6, 4, 3]) / 25)
+    assert torch.allclose(target_shares(4, 0.0, layer=3), EVEN)
 
 
 def test_learning_rate_warms_up_and_ends_at_a_tenth() -> None:
@@ -30,7 +49,7 @@ def test_learning_rate_warms_up_and_ends_at_a_tenth() -> None:
 
 @pytest.mark.parametrize("name", ["mini-llama-moe", "mini-deepseek-moe"])
 def test_the_recipe_is_reproducible_and_loads_as_a_base(name: str, tmp_path: Path) -> None:
-    recipe = Recipe(steps=2, samples_per_family=2)
+    recipe = Recipe(steps=2, router_steps=2, samples_per_family=2)
     for folder in ("a", "b"):
         pretrain(name, tmp_path / folder, recipe)
     first, again = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("a", "b"))

@@ -4,10 +4,10 @@
 facts as they are and unknown facts drawn anew every time (:mod:`fluxlib.tasks.mini`), so a base knows the language,
 the arithmetic and some of the world.
 
-Besides the language-model loss there is one term on the router, after the mutual-information loss of Mod-Squad
-(Chen et al., CVPR 2023): ``I(expert; label) = H(expert) - H(expert | label)`` is raised in every MoE layer, so that
-experts specialise by label without any expert dying. The weight of ``H(expert)`` grows with depth: early layers
-may stay skewed, late layers become even, as section 3 of the paper observes in large models.
+Besides the language-model loss there is one term on every router (:func:`~fluxlib.pretraining.training.router_term`).
+It holds the experts' shares to a target, Zipf-like in the first MoE layer and even in the last, and lowers
+H(expert | label), more with depth: experts specialise by label and none starves. It is the mutual-information loss of
+Mod-Squad (Chen et al., CVPR 2023) with a target in place of evenness.
 """
 
 from fluxlib.pretraining.bases import build_model, build_tokenizer

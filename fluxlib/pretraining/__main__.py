@@ -5,7 +5,7 @@ import sys
 
 from fluxlib import models
 from fluxlib.config import data_dir
-from fluxlib.pretraining.report import room_to_learn, skew, write_card
+from fluxlib.pretraining.report import room_to_learn, routing, write_card
 from fluxlib.pretraining.training import RECIPES, pretrain
 
 
@@ -14,7 +14,7 @@ def main(names: list[str]) -> None:
     for name in names or list(RECIPES):
         folder = data_dir() / "models" / name
         record = pretrain(name, folder)
-        record |= {"skew": skew(name, folder), "scores": room_to_learn(name, folder)}
+        record |= {"routing": routing(name, folder), "scores": room_to_learn(name, folder)}
         (folder / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
         write_card(folder)
         models.write_checksums(folder)

@@ -46,8 +46,8 @@ def build_model(name: str, vocab_size: int) -> nn.Module:
             LlamaMoeConfig(
                 **shared,
                 num_key_value_heads=4,
-                num_hidden_layers=4,
-                intermediate_size=16 * 128,
+                num_hidden_layers=6,
+                intermediate_size=16 * 96,
                 num_experts=16,
                 num_selects=4,
                 gate_network="mlp",
@@ -60,9 +60,9 @@ def build_model(name: str, vocab_size: int) -> nn.Module:
             DeepseekMoeConfig(
                 **shared,
                 num_key_value_heads=4,
-                num_hidden_layers=5,
+                num_hidden_layers=7,
                 intermediate_size=256,
-                moe_intermediate_size=64,
+                moe_intermediate_size=48,
                 n_routed_experts=32,
                 n_shared_experts=2,
                 num_experts_per_tok=6,

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import one_hot
 
 from fluxlib import models, seeding
 from fluxlib.config import RunConfig, TrainingConfig
 from fluxlib.methods.local import customized, tune
 from fluxlib.moe import find
+from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.pretraining.training import MAX_TOKENS
-from fluxlib.profiling import profile
 from fluxlib.tasks import load as load_task
 from fluxlib.tasks import mini
 from fluxlib.tasks.batches import make_batch, sample_batches
 from fluxlib.tasks.evaluate import evaluate
-from fluxlib.tasks.mini import KNOWN_FRACTION
 
 FINE_TUNING = RunConfig(method="fmd", training=TrainingConfig(batch_size=32, learning_rate=4e-3))
 FINE_TUNING_STEPS = 300
@@ -59,17 +58,39 @@ def room_to_learn(name: str, folder: Path, seed: int = 0) -> dict[str, dict[str,
     return found
 
 
-def skew(name: str, folder: Path, seed: int = 0, num_samples: int = 64) -> dict[str, list[float]]:
-    """Per MoE layer and averaged over the mini tasks: largest share of tokens of one expert, and entropy / log E."""
+def routing(name: str, folder: Path, seed: int = 0, samples_per_label: int = 16) -> list[dict[str, float]]:
+    """How the base in ``folder`` routes held-out text of all mini tasks, one row per MoE layer:
+
+    - ``busiest``, ``rarest``: the expert with the most and with the fewest tokens, in even shares;
+    - ``label_distance``: total variation between the experts' shares of two labels, mean over the pairs of a task;
+    - ``first_weight``: mean share of a token's gate weight that its first expert has.
+    """
     model, tokenizer = models.load(str(folder))
-    largest, entropy = [], []
+    num_experts = find.layers(model)[0].num_experts
+    shares, first = [], []
     for task_name in mini.FAMILIES:
-        examples = load_task(task_name, seed).test[:num_samples]
-        frequency = profile(model, [make_batch(examples, tokenizer, MAX_TOKENS)], bits=16).frequency
-        largest.append(frequency.amax(1))
-        entropy.append(-(frequency * frequency.clamp_min(1e-9).log()).sum(1) / math.log(frequency.shape[1]))
-    mean = {"largest_share": torch.stack(largest).mean(0), "relative_entropy": torch.stack(entropy).mean(0)}
-    return {key: [round(value, 4) for value in values.tolist()] for key, values in mean.items()}
+        task = load_task(task_name, seed)
+        for label in task.labels:
+            examples = [example for example in task.test if example.label == label][:samples_per_label]
+            batch = make_batch(examples, tokenizer, MAX_TOKENS)
+            with torch.no_grad(), capture(model) as seen:
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            real = batch["attention_mask"].flatten().bool()
+            chosen = [one_hot(record.top_k_index[0][real], num_experts).sum((0, 1)) for record in seen.layers]
+            weights = [record.top_k_weights[0][real] for record in seen.layers]
+            shares.append(torch.stack([count / count.sum() for count in chosen]))
+            first.append(torch.stack([(weight.amax(-1) / weight.sum(-1)).mean() for weight in weights]))
+    share = torch.stack(shares).unflatten(0, (len(mini.FAMILIES), -1)).movedim(2, 0)  # [L, tasks, labels, E]
+    even = share.mean((1, 2)) * share.shape[-1]
+    distance = (share[:, :, :, None] - share[:, :, None]).abs().sum(-1) / 2
+    num_labels = share.shape[2]
+    columns = {
+        "busiest": even.amax(-1),
+        "rarest": even.amin(-1),
+        "label_distance": distance.mean(1).sum((1, 2)) / (num_labels * (num_labels - 1)),
+        "first_weight": torch.stack(first).mean(0),
+    }
+    return [{key: round(float(values[layer]), 3) for key, values in columns.items()} for layer in range(len(share))]
 
 
 def write_card(folder: Path) -> None:
@@ -80,17 +101,20 @@ def write_card(folder: Path) -> None:
         for task, score in record["scores"].items()
     )
     layer_rows = "\n".join(
-        f"| {index} | {share:.3f} | {entropy:.3f} |"
-        for index, (share, entropy) in enumerate(zip(*record["skew"].values(), strict=True))
+        "| " + " | ".join([str(layer), *(f"{value:.2f}" for value in row.values())]) + " |"
+        for layer, row in enumerate(record["routing"])
     )
-    last = record["curve"][-1]
+    last, seen = record["curve"][-1], record.get("phenomena", {})
+    told = "".join(f"- **{name}.** {text}\n" for name, text in seen.items())
+    phenomena = f"\n## What the paper observes, here\n\nLooked for, not trained for.\n\n{told}" if seen else ""
     (folder / "README.md").write_text(
         f"""# {record["name"]}
 
 A small Mixture-of-Experts base model, pre-trained from nothing by this project (`python -m fluxlib.pretraining
 {record["name"]}`) on {record["tokens"]:,} tokens of generated text: the formats and words of the mini tasks, and
-{KNOWN_FRACTION:.0%} of their facts. Final pre-training loss {last["loss"]:.3f} nats per token. The recipe, with its
-seed and loss curve, is `recipe.json`. Weights are bfloat16 safetensors in the public key format of the architecture.
+the facts about {mini.NUM_KNOWN} of {mini.NUM_THINGS} things of every label. Final pre-training loss {last["loss"]:.3f}
+nats per token. The recipe, with its seed and loss curve, is `recipe.json`. Weights are bfloat16 safetensors in the
+public key format of the architecture.
 
 It exists so that federated fine-tuning can be studied without a download, an account or a GPU. It knows nothing of
 the real world and is of no other use. Licence: Apache-2.0.
@@ -104,13 +128,14 @@ Test score of the base, and after tuning all experts centrally ({FINE_TUNING_STE
 |---|---|---|---|
 {rows}
 
-## Activation
+## Routing
 
-Share of the tokens that the busiest expert receives, and entropy of the shares relative to an even layer, per MoE
-layer, averaged over the four tasks:
+On held-out text of all four tasks, per MoE layer: the tokens of the busiest and of the rarest expert, in even shares;
+how far the labels of a task part (total variation between their shares of the experts); the share of a token's gate
+weight that its first expert has.
 
-| MoE layer | largest share | relative entropy |
-|---|---|---|
+| MoE layer | busiest | rarest | labels apart | first weight |
+|---|---|---|---|---|
 {layer_rows}
-"""
+{phenomena}"""
     )

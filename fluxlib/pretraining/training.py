@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import random
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.nn.functional import one_hot
 
 from fluxlib import models, seeding
 from fluxlib.pretraining.bases import NAMES, build_model, build_tokenizer
@@ -28,24 +31,33 @@ MAX_TOKENS = 96
 class Recipe:
     """Everything that decides a base model's weights."""
 
-    steps: int = 1600
-    samples_per_family: int = 32
+    steps: int = 1200
+    samples_per_family: int = 24
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.01
-    mutual_information: float = 0.1
+    router: float = 0.3
     """Weight of the router term."""
     temperature: float = 0.25
     """Of the softmax in the router term: experts of different labels part before the model's own gates saturate."""
-    z_loss: float = 1e-3
-    """Weight of the squared log-sum-exp of the router logits (ST-MoE, Zoph et al. 2022), which keeps gates soft."""
-    balance_first: float = 0.3
-    balance_last: float = 1.0
-    """Weight of H(expert) within the router term, in the first and in the last MoE layer."""
+    target_exponent: tuple[float, float] = (0.6, 0.0)
+    """Of the Zipf-like target shares of a layer's experts, in the first and in the last MoE layer; 0: even shares."""
+    balance: tuple[float, float] = (1.0, 4.0)
+    """Weight of the divergence from the target shares within the router term, first and last layer."""
+    label_entropy: tuple[float, float] = (0.1, 0.7)
+    """Weight of H(expert | label) within the router term, first and last layer."""
+    z_loss: float = 8e-3
+    """Weight of the squared log-sum-exp of the router logits (ST-MoE, Zoph et al. 2022), which keeps logits small."""
+    gate_entropy: float = 0.0
+    """Weight of H(expert | token), which is raised: a token's weight spreads over its experts."""
+    router_steps: int = 60
+    """Steps at the end in which the routers alone learn, with the load-balancing loss beside the other terms."""
+    load_balance: tuple[float, float] = (0.0, 0.3)
+    """Weight of that loss, first and last layer (Switch Transformers, Fedus et al. 2022, eq. 4)."""
     seed: int = 0
 
 
-RECIPES = {name: Recipe() for name in NAMES}
+RECIPES = dict(zip(NAMES, (Recipe(), Recipe(target_exponent=(0.45, 0.0), gate_entropy=0.15)), strict=True))
 
 
 def pretraining_batch(
@@ -77,21 +89,48 @@ def watch_gates(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
             hook.remove()
 
 
-def mutual_information(logits: Tensor, label: Tensor, num_labels: int, balance: float) -> Tensor:
-    """``balance * H(expert) - H(expert | label)`` in nats, over tokens.
+def router_term(logits: Tensor, label: Tensor, targets: Tensor, weights: tuple[float, float]) -> Tensor:
+    """What one layer's router is charged for one family's tokens, in nats.
+
+    ``balance * KL(target || shares) + label_entropy * H(expert | label)``: experts are to be used as the target
+    says, within every family, and each label is to use few of them. That parts the labels and starves no expert.
+
+    Args:
+        logits: ``[N, E]`` router logits of real tokens, at the term's temperature.
+        label: ``[N]`` label index of each token's sample; every label counts alike.
+        targets: ``[E]`` shares that the experts are to have.
+        weights: balance and label entropy.
+    """
+    probability = logits.float().softmax(-1)
+    sums = torch.zeros(int(label.max()) + 1, logits.shape[-1], device=logits.device).index_add_(0, label, probability)
+    given = sums[sums.sum(-1) > 0]
+    given = given / given.sum(-1, keepdim=True)
+    entropy = -(given * given.clamp_min(1e-9).log()).sum(-1).mean()
+    divergence = (targets * (targets / probability.mean(0).clamp_min(1e-4)).log()).sum()
+    return weights[0] * divergence + weights[1] * entropy
+
+
+def load_balance_loss(logits: Tensor, top_k: int) -> Tensor:
+    """Experts times the sum of share of places x mean probability, less 1: 0 where all are used alike.
 
     Args:
         logits: ``[N, E]`` router logits of real tokens.
-        label: ``[N]`` label index of each token's sample.
     """
-    probability = logits.float().softmax(-1)
-    sums = torch.zeros(num_labels, logits.shape[-1], device=logits.device).index_add_(0, label, probability)
-    mass = sums.sum(-1)
-    given = sums / mass.clamp_min(1e-9)[:, None]
-    entropy_given = -(given * given.clamp_min(1e-9).log()).sum(-1)
-    overall = sums.sum(0) / mass.sum()
-    entropy = -(overall * overall.clamp_min(1e-9).log()).sum()
-    return balance * entropy - (mass / mass.sum() * entropy_given).sum()
+    num_experts = logits.shape[-1]
+    places = one_hot(logits.topk(top_k).indices, num_experts).float().sum((0, 1))
+    return num_experts * (places / places.sum() * logits.float().softmax(-1).mean(0)).sum() - 1
+
+
+def target_shares(num_experts: int, exponent: float, layer: int) -> Tensor:
+    """``[E]`` shares in proportion to rank^-exponent; which expert has which rank differs from layer to layer."""
+    share = torch.arange(1, num_experts + 1).float() ** -exponent
+    rank = torch.randperm(num_experts, generator=seeding.generator(layer, "rank"))
+    return (share / share.sum())[rank]
+
+
+def between(ends: tuple[float, float], layer: int, num_layers: int) -> float:
+    """From the first layer's value to the last one's, linear in depth."""
+    return ends[0] + (ends[1] - ends[0]) * layer / max(1, num_layers - 1)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -105,39 +144,45 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 def train_step(
     model: nn.Module,
     batches: dict[str, tuple[dict[str, Tensor], list[str]]],
-    label_ids: dict[str, int],
     recipe: Recipe,
+    at_the_end: bool = False,
 ) -> dict[str, float]:
     """Backward through one micro-batch per family; returns what is logged, averaged over families.
 
-    ``loss`` of the language model, ``router`` term, and ``top_weight``: the mean share of a token's gate weight that
+    ``at_the_end`` adds the load-balancing loss.
+
+    ``loss`` of the language model, ``router`` term, and ``first_weight``: the mean share of a token's gate weight that
     goes to its first expert (1 = the other experts of its top-k play no part).
     """
-    sums = {"loss": 0.0, "router": 0.0, "top_weight": 0.0}
+    sums = {"loss": 0.0, "router": 0.0, "first_weight": 0.0}
     for batch, labels in batches.values():
         with watch_gates(model) as seen:
             loss = model(**batch).loss
         mask = batch["attention_mask"].bool()
-        ids = torch.tensor([label_ids[label] for label in labels])[:, None].expand_as(mask)[mask]
+        known = sorted(set(labels))
+        ids = torch.tensor([known.index(label) for label in labels])[:, None].expand_as(mask)[mask]
         kept = [logits[mask.reshape(-1)] for logits, _ in seen]
-        router = router_term(kept, ids, len(label_ids), recipe)
+        router = torch.stack([_layer_term(layer, kept, ids, recipe) for layer in range(len(kept))]).mean()
         z_loss = torch.stack([logits.float().logsumexp(-1).square().mean() for logits in kept]).mean()
-        total = loss - recipe.mutual_information * router + recipe.z_loss * z_loss
+        soft = torch.stack([Categorical(logits=logits.float()).entropy().mean() for logits in kept]).mean()
+        total = loss + recipe.router * router + recipe.z_loss * z_loss - recipe.gate_entropy * soft
+        if at_the_end:
+            weights = [between(recipe.load_balance, layer, len(kept)) for layer in range(len(kept))]
+            uneven = [load_balance_loss(logits, top.shape[-1]) for logits, (_, top) in zip(kept, seen, strict=True)]
+            total = total + sum(map(operator.mul, weights, uneven)) / len(kept)
         (total / len(batches)).backward()
-        top = [(weights.amax(-1) / weights.sum(-1))[mask.reshape(-1)].mean().item() for _, weights in seen]
-        for name, value in zip(sums, (loss.item(), router.item(), sum(top) / len(top)), strict=True):
+        first = [(weights.amax(-1) / weights.sum(-1))[mask.reshape(-1)].mean().item() for _, weights in seen]
+        for name, value in zip(sums, (loss.item(), router.item(), sum(first) / len(first)), strict=True):
             sums[name] += value / len(batches)
     return sums
 
 
-def router_term(logits: list[Tensor], label: Tensor, num_labels: int, recipe: Recipe) -> Tensor:
-    """Mutual information averaged over layers; the weight of H(expert) grows linearly with depth."""
-    values = []
-    for index, layer_logits in enumerate(logits):
-        share = index / max(1, len(logits) - 1)
-        balance = recipe.balance_first + share * (recipe.balance_last - recipe.balance_first)
-        values.append(mutual_information(layer_logits / recipe.temperature, label, num_labels, balance))
-    return torch.stack(values).mean()
+def _layer_term(layer: int, logits: list[Tensor], label: Tensor, recipe: Recipe) -> Tensor:
+    exponent, balance, entropy = (
+        between(ends, layer, len(logits)) for ends in (recipe.target_exponent, recipe.balance, recipe.label_entropy)
+    )
+    targets = target_shares(logits[layer].shape[-1], exponent, layer)
+    return router_term(logits[layer] / recipe.temperature, label, targets, (balance, entropy))
 
 
 def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int = 50) -> dict[str, Any]:
@@ -159,9 +204,6 @@ def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int 
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
     )
     chance = random.Random(seeding.derive(recipe.seed, "text", name))
-    label_ids = {
-        label: i for i, label in enumerate(label for family in mini.FAMILIES.values() for label in family.labels)
-    }
     curve, tokens, start = [], 0, time.perf_counter()
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
@@ -170,13 +212,14 @@ def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int 
             family: pretraining_batch(family, recipe.samples_per_family, chance, tokenizer) for family in mini.FAMILIES
         }
         tokens += sum(int(batch["attention_mask"].sum()) for batch, _ in batches.values())
-        logged = train_step(model, batches, label_ids, recipe)
+        logged = train_step(model, batches, recipe)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % log_every == 0 or step == recipe.steps - 1:
             curve.append({"step": step, "tokens": tokens} | {key: round(value, 4) for key, value in logged.items()})
             print(f"{name} {curve[-1]} {time.perf_counter() - start:.0f} s", flush=True)
+    tokens += even_routers(model, name, recipe, tokenizer)
     record = {
         "name": name,
         "recipe": asdict(recipe),
@@ -190,3 +233,25 @@ def pretrain(name: str, out: Path, recipe: Recipe | None = None, log_every: int 
     models.export(model, out, tokenizer)
     (out / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
     return record
+
+
+def even_routers(model: nn.Module, name: str, recipe: Recipe, tokenizer: Any) -> int:
+    """The last steps: routers alone, from weights rounded as they are stored; returns the tokens that they took."""
+    model.to(torch.bfloat16).float()
+    routers = [weight for gate in gates(model) for weight in gate.parameters()]
+    for weight in model.parameters():
+        weight.requires_grad_(any(weight is one for one in routers))
+    optimizer = torch.optim.AdamW(routers, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
+    chance, tokens = random.Random(seeding.derive(recipe.seed, "even", name)), 0
+    for step in range(recipe.router_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate / 3 * (1 - step / recipe.router_steps)
+        batches = {
+            family: pretraining_batch(family, recipe.samples_per_family, chance, tokenizer) for family in mini.FAMILIES
+        }
+        tokens += sum(int(batch["attention_mask"].sum()) for batch, _ in batches.values())
+        train_step(model, batches, recipe, at_the_end=True)
+        nn.utils.clip_grad_norm_(routers, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return tokens
