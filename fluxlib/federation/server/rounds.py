@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from flwr.serverapp import Grid
@@ -23,8 +25,9 @@ from fluxlib.federation.store.checkpoint import Checkpoint, changed_tensors
 from fluxlib.federation.store.tables import Evaluation, Tables
 from fluxlib.federation.store.tensor_file import write_tensors
 from fluxlib.models.loading import torch_device
+from fluxlib.tasks.base import Example
 from fluxlib.tasks.batches import encode
-from fluxlib.tasks.evaluate import evaluate
+from fluxlib.tasks.evaluate import Score, evaluate
 from fluxlib.tasks.partition import histogram
 
 log = logging.getLogger(__name__)
@@ -140,11 +143,17 @@ class _Run:
         return self._tell()
 
     def _evaluate(self) -> Evaluation:
-        """Score the full global model on the server's test split."""
-        config, start = self.config, time.perf_counter()
-        examples = self.task.test[: config.evaluation.samples]
-        score = evaluate(self.model, self.tokenizer, self.task.metric, examples, config.training.max_tokens)
-        return Evaluation(score, time.perf_counter() - start)
+        """Score the full global model on the test split, and on a quarter as many samples of its other groups."""
+        start, samples = time.perf_counter(), self.config.evaluation.samples
+        score, quarter = self._score(self.task.test[:samples]), samples and max(1, samples // 4)
+        recall, untaught = (
+            self._score(group[:quarter]).metric if group else math.nan
+            for group in (self.task.recall, self.task.untaught)
+        )
+        return Evaluation(score, time.perf_counter() - start, recall, untaught)
+
+    def _score(self, examples: Sequence[Example]) -> Score:
+        return evaluate(self.model, self.tokenizer, self.task.metric, examples, self.config.training.max_tokens)
 
     def _tell(self) -> bool:
         """Show the newest row to who asked for it; whether the run is to stop."""

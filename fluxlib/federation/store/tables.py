@@ -32,10 +32,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A score of the global model and the seconds it took."""
+    """A score of the global model and the seconds it took.
+
+    ``recall`` and ``untaught`` are metrics of the two other groups of a generated task's test samples; NaN: none.
+    """
 
     score: Score
     wall_s: float
+    recall: float = math.nan
+    untaught: float = math.nan
 
 
 class Tables:
@@ -101,6 +106,8 @@ class Tables:
             "metric": evaluation.score.metric if evaluation else math.nan,
             "metric_name": self.metric_name,
             "loss": evaluation.score.loss if evaluation else math.nan,
+            "recall": evaluation.recall if evaluation else math.nan,
+            "untaught": evaluation.untaught if evaluation else math.nan,
             "train_loss": result.train_loss,
             "epsilon": result.epsilon,
             "wall_s": self.totals.wall_s,
