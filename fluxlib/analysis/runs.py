@@ -25,15 +25,14 @@ SERIAL = tuple(phase for phase in PHASES if phase not in ("quantize", "profile")
 """Phases that follow one another; a stale profile runs beside upload and server."""
 
 
-def final_quality(plain: pd.DataFrame, longest: pd.DataFrame, reference: str = "fmd") -> pd.DataFrame:
+def final_quality(rounds: pd.DataFrame, reference: str = "fmd") -> pd.DataFrame:
     """Each run's score beside that of the reference with the same seed: one row per pair and way of comparing.
 
-    ``equal rounds``: the final score of both, where they have as many rounds. ``equal seconds``: the score of both at
-    the device second at which the reference's run ends, or the other's if that is earlier; linear between rounds.
+    ``equal rounds``: the final score of both after the last round that both have. ``equal seconds``: the score of both
+    at the device second at which the reference's run ends, or the other's if that is earlier; linear between rounds.
 
     Args:
-        plain: ``rounds`` of one run per model, task, seed and method, all with the same number of rounds.
-        longest: the same, a longer run in the place of a plain one where there is such.
+        rounds: of one run per model, task, seed and method.
 
     Returns:
         ``model``, ``task``, ``seed``, ``method``, ``compared``, ``score``, ``reference_score``, their ``ratio``,
@@ -41,8 +40,8 @@ def final_quality(plain: pd.DataFrame, longest: pd.DataFrame, reference: str = "
         over by then: below 1 where the other run ended first, ``clock_model`` and ``link``.
     """
     rows = []
-    for compared, rounds in ((EQUAL_ROUNDS, plain), (EQUAL_SECONDS, longest)):
-        scored = rounds.dropna(subset=["metric"]).sort_values("round", kind="stable")
+    scored = rounds.dropna(subset=["metric"]).sort_values("round", kind="stable")
+    for compared in (EQUAL_ROUNDS, EQUAL_SECONDS):
         for _, runs in scored.groupby(list(PAIR), sort=False):
             base = runs[runs["method"] == reference]
             for method in methods_in_order(set(runs["method"]) - {reference}) if len(base) else ():
@@ -51,10 +50,9 @@ def final_quality(plain: pd.DataFrame, longest: pd.DataFrame, reference: str = "
                 if compared == EQUAL_SECONDS:
                     at_s = min(end_s, float(own["device_s"].max()))
                     pair = [np.interp(at_s, run["device_s"], run["metric"], left=math.nan) for run in (own, base)]
-                elif own["round"].max() == base["round"].max():
-                    pair = [final_score(run["metric"].tolist()) for run in (own, base)]
                 else:
-                    continue
+                    last = min(own["round"].max(), base["round"].max())
+                    pair = [final_score(run.loc[run["round"] <= last, "metric"].tolist()) for run in (own, base)]
                 ratio, share = pair[0] / (pair[1] or math.nan), 1.0 if at_s != at_s else at_s / end_s
                 rows.append((*own[[*PAIR, "method"]].iloc[0], compared, *pair, ratio, at_s, share,
                              *own[["clock_model", "link"]].iloc[0]))  # fmt: skip

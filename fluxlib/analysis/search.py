@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fluxlib.config import RunConfig
@@ -22,9 +22,8 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
     That moment, ``at_s`` on the device clock, is when the quickest of the method's trials on this model and task had
     ended: more local work per round must pay within the same time. ``is_best`` marks the highest mean score over seeds
     there (the first of the table among equals). ``mean`` is a setting's score over all models and tasks, and
-    ``is_chosen`` marks one setting per method, since nobody tunes a method per task: the lowest learning rate, and of
-    that the fewest steps, among the settings whose mean is within one standard error of the highest (Hastie et al.,
-    The Elements of Statistical Learning, 7.10). That error is of the scored test samples.
+    ``is_chosen`` marks one setting per method, since nobody tunes a method per task: that of the highest mean, among
+    equals the lowest learning rate and then the fewest steps.
 
     Args:
         rounds: the ``rounds`` table of all trials.
@@ -43,9 +42,8 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
             config = runs[same["run_id"].iloc[0]]
             row = dict(zip(PANEL, panel, strict=True)) | {name: getattr(config.training, name) for name in SETTINGS}
             row |= {"variant": variant, "num_seeds": len(found), "final": final, "at_s": at_s, "score": score}
-            samples = config.evaluation.samples  # None: all that there are, their number is not known here
-            rows.append(row | {"variance": score * (1 - score) / (samples * len(found)) if samples else 0.0})
-    frame = pd.DataFrame(rows, columns=[*COLUMNS, "variance"]).sort_values(
+            rows.append(row)
+    frame = pd.DataFrame(rows, columns=[*COLUMNS]).sort_values(
         [*PANEL, "local_steps", "learning_rate"], kind="stable", ignore_index=True
     )
     counts = frame.groupby(PANEL).size()
@@ -54,27 +52,18 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
         raise ValueError(f"methods must have equally many trials on each model and task; there are: {listed}")
     frame["is_best"] = frame.groupby(PANEL)["score"].transform("idxmax").to_numpy() == frame.index.to_numpy()
     frame["mean"] = frame.groupby(["method", *SETTINGS])["score"].transform("mean")
-    chosen = [_gentlest(own) for _, own in frame.groupby("method")]
+    order = frame.sort_values(["mean", *SETTINGS], ascending=[False, True, True], kind="stable")
+    chosen = order.drop_duplicates("method").set_index(["method", *SETTINGS]).index
     frame["is_chosen"] = frame.set_index(["method", *SETTINGS]).index.isin(chosen)
     return frame[list(COLUMNS)]
 
 
 def _scores(run: pd.DataFrame, at_s: float) -> tuple[float, float]:
-    """Last score of a run, and its last score by ``at_s``."""
+    """Last score of a run, and its score at ``at_s``, linear between scored rounds."""
     scored = run.dropna(subset=["metric"]).sort_values("round")
     if scored.empty:
         raise ValueError(f"{run['run_id'].iloc[0]} was never scored")
-    by_then = scored.loc[scored["device_s"] <= at_s * (1 + 1e-9), "metric"]
-    return float(scored["metric"].iloc[-1]), float(by_then.iloc[-1])
-
-
-def _gentlest(trials: pd.DataFrame) -> tuple[str, float, int]:
-    """Method and settings of the gentlest of its trials that are as good as the best, as far as can be told."""
-    best = trials[trials["mean"] == trials["mean"].max()]
-    panels = len(trials[["model", "task"]].drop_duplicates())
-    error = math.sqrt(best["variance"].iloc[:panels].sum()) / panels
-    alike = trials[trials["mean"] >= trials["mean"].max() - error]
-    return min(alike[["method", *SETTINGS]].itertuples(index=False, name=None))
+    return float(scored["metric"].iloc[-1]), float(np.interp(at_s, scored["device_s"], scored["metric"]))
 
 
 def _span(numbers: pd.Series) -> str:

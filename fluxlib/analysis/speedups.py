@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pandas as pd
 
 from fluxlib.analysis import store
 from fluxlib.analysis.statistics import geometric
-from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_target
+from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, by_loss, times_to_target
 from fluxlib.analysis.wording import (
     METRICS,
     in_order,
@@ -24,25 +23,13 @@ from fluxlib.analysis.wording import (
 from fluxlib.config import results_dir
 
 OURS, REFERENCE = "flux", "fmd"
-LONG = "long"
-"""Variant of runs with more rounds than the plain ones and the same settings otherwise.
-
-They do not begin with the same rounds: epsilon rises over a third of a run.
-"""
 BEYOND = "improved"
 """Variant with all that goes beyond the paper: FLUX+ against FMD+ and FMES+."""
 
 
-def longest(rounds: pd.DataFrame, variants: Sequence[str] = ("", BEYOND)) -> pd.DataFrame:
-    """The runs that are compared by time: those of ``variants``, of the plain ones the run of variant ``long`` instead.
-
-    A method whose rounds are short has had little time when all have had twenty rounds; where it has not reached the
-    target by then a run of its own may last as long as FMD's.
-    """
-    longer = rounds.loc[rounds["variant"] == LONG].assign(variant="")
-    key = [rounds[name] for name in (*PAIR, "method")]
-    replaced = (rounds["variant"] == LONG).groupby(key).transform("any") & (rounds["variant"] == "")
-    return pd.concat([rounds[rounds["variant"].isin(variants) & ~replaced], longer], ignore_index=True)
+def entered(rounds: pd.DataFrame) -> pd.DataFrame:
+    """The runs that are compared by time: plain ones, and those with all that goes beyond the paper."""
+    return rounds[rounds["variant"].isin(["", BEYOND])]
 
 
 def against_all(rounds: pd.DataFrame, fraction: float = TARGET_FRACTION, **target: Any) -> pd.DataFrame:
@@ -60,9 +47,9 @@ def against_all(rounds: pd.DataFrame, fraction: float = TARGET_FRACTION, **targe
     found = []
     for _, runs in rounds.groupby(list(PAIR), sort=False):
         for variant in sorted(runs.loc[runs["method"] == OURS, "variant"].unique()):
-            entered = _opponents(runs, variant)
-            if REFERENCE in set(entered["method"]):
-                times = times_to_target(entered, fraction, REFERENCE, **target)
+            field = _opponents(runs, variant)
+            if REFERENCE in set(field["method"]):
+                times = times_to_target(field, fraction, REFERENCE, **target)
                 found.append(times.rename(columns={"variant": "own_variant"}).assign(variant=variant))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*PAIR, "variant", "method"])
 
@@ -70,14 +57,14 @@ def against_all(rounds: pd.DataFrame, fraction: float = TARGET_FRACTION, **targe
 def _opponents(runs: pd.DataFrame, variant: str) -> pd.DataFrame:
     """FLUX in ``variant`` and who runs against it: runs of one model, task and seed, one per method."""
     ours = runs[(runs["method"] == OURS) & (runs["variant"] == variant)]
-    entered = [ours]
+    field = [ours]
     for method in methods_in_order(set(runs["method"]) - {OURS}):
         own = runs[runs["method"] == method]
         same, plain = own[own["variant"] == variant], own[own["variant"] == ""]
         as_long = plain["round"].max() == ours["round"].max() or plain["device_s"].max() >= ours["device_s"].max()
         alike = as_long and plain["num_participants"].max() == ours["num_participants"].max()
-        entered.append(same if len(same) else plain if alike else own.head(0))
-    return pd.concat(entered, ignore_index=True)
+        field.append(same if len(same) else plain if alike else own.head(0))
+    return pd.concat(field, ignore_index=True)
 
 
 def speed_ups(times: pd.DataFrame) -> pd.DataFrame:
@@ -217,7 +204,7 @@ def page(results: Path | None = None) -> str:
     rounds = store.finished(results or results_dir("full"), "rounds")
     if rounds is None:
         return "# Time to target\n\n*No runs.*\n"
-    times, share = against_all(longest(rounds)), percent(TARGET_FRACTION)
+    times, share = against_all(entered(rounds)), percent(TARGET_FRACTION)
     plain, beyond = (times[(times["variant"] == BEYOND) == whether] for whether in (False, True))
     parts = [
         "# Time to target",
@@ -225,6 +212,9 @@ def page(results: Path | None = None) -> str:
         " A factor is a geometric mean over seeds with its 95 % t interval. *never*: the target was not reached.",
         scores_to_markdown(against_all(rounds[rounds["variant"] == ""]), rounds),
         to_markdown(speed_ups(plain)),
+        f"**By loss**: the same runs, the target {share} of how far FMD's negative log-likelihood of the right answers"
+        " falls. It has less noise than a score, and counts what a score does not see.",
+        to_markdown(speed_ups(against_all(by_loss(rounds[rounds["variant"] == ""])))),
     ]
     if len(beyond):
         parts += [

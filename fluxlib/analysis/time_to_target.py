@@ -139,6 +139,15 @@ def times_to_target(
     return pd.concat(tables, ignore_index=True).assign(target_fraction=fraction) if tables else pd.DataFrame()
 
 
+def by_loss(rounds: pd.DataFrame) -> pd.DataFrame:
+    """``rounds`` with another measure as ``metric``: how far the loss has fallen since the base model, nats per token.
+
+    Time to target is then the time to a share of the reference's fall.
+    """
+    start = rounds["run_id"].map(rounds.sort_values("round", kind="stable").groupby("run_id")["loss"].first())
+    return rounds.assign(metric=start - rounds["loss"], metric_name="fall of the loss")
+
+
 def without_reference(rounds: pd.DataFrame, reference: str = "fmd") -> list[str]:
     """Run ids of the runs that have no partner: the reference was not run on their model and task with their seed."""
     partnered = (rounds["method"] == reference).groupby([rounds[name] for name in PAIR]).transform("any")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.colors import LogNorm
 
+from fluxlib.analysis import where
 from fluxlib.analysis.statistics import geometric, interval
 from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_target
 from fluxlib.analysis.wording import clock_shapes, percent
@@ -219,6 +222,65 @@ def sensitivity(table: pd.DataFrame) -> Picture:
     more = "≤: FLUX did not in every seed", "–: neither", "paper: NVIDIA L20"
     caption(figure, *told, f"device clock, shapes of {unique(table, 'clock_model')}", signs, *more)
     return figure
+
+
+@drawn
+def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> Picture:
+    """The map: FLUX over the best baseline that fits, memory of the device down, link across, one panel per model.
+
+    A thick line is the break-even. The name below a factor is the baseline that FLUX meets there.
+
+    Args:
+        table: of :func:`fluxlib.analysis.where.pays`.
+    """
+    cells = where.over_tasks(table)
+    models, devices, links = (list(pd.unique(cells[name])) for name in ("model", "device", "link"))
+    figure, axes = panels(table, (1.6 + 3.3 * len(models), 3.4), 1, len(models), sharey=True, squeeze=False)
+    norm = LogNorm(0.25, 4.0, clip=True)
+    grid = pd.MultiIndex.from_product([devices, links])
+    for ax, model in zip(axes[0], models, strict=True):
+        own = cells[cells["model"] == model].set_index(["device", "link"]).reindex(grid)
+        factors = own["factor"].unstack(sort=False)
+        texts = own.apply(_race, axis=1).unstack(sort=False)
+        look = {"cbar": False, "linewidths": 0.5, "linecolor": "#bbbbbb", "annot_kws": {"fontsize": 7}}
+        sns.heatmap(factors, ax=ax, annot=texts, fmt="", norm=norm, cmap=style.DIVERGING, **look)
+        for y, x in np.argwhere(factors.isna().to_numpy()):
+            ax.text(x + 0.5, y + 0.5, texts.iloc[y, x], ha="center", va="center", fontsize=7)
+        _break_even(ax, factors.to_numpy())
+        ax.set(xlabel="", ylabel="", title=Path(model).name)
+        ax.set_xticks(np.arange(len(links)) + 0.5, [catalogue.LINKS[name].title for name in links], fontsize=7)
+        ax.set_yticks(np.arange(len(devices)) + 0.5, [_memory(name) for name in devices], fontsize=7, rotation=0)
+        ax.tick_params(length=0)
+    bar = figure.colorbar(mpl.cm.ScalarMappable(norm, style.DIVERGING), ax=axes, fraction=0.03, pad=0.02)
+    bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["≤ 1/4", "1/2", "1", "2", "≥ 4"])
+    bar.minorticks_off()
+    bar.set_label("FLUX sooner by this factor")
+    races = f"time to {percent(fraction)} of FMD's final score", f"geometric mean over {unique(table, 'task')}"
+    rule = f"{table['seed'].nunique()} seed(s)", "every method with the fastest of its stored budgets that fits"
+    caption(figure, *races, *rule, "≥: no baseline arrives · ≤: FLUX does not · –: neither, or none fits")
+    return figure
+
+
+def _race(cell: pd.Series) -> str:
+    """A factor with its sign, and below it whom FLUX meets."""
+    if cell["factor"] != cell["factor"]:
+        return "–"
+    return f"{cell['sign']}{cell['factor']:.2g}\n{cell['baseline']}"
+
+
+def _memory(name: str) -> str:
+    device = catalogue.DEVICES[name]
+    return f"{device.memory_bytes / GIB:.0f} GB\n{name}"
+
+
+def _break_even(ax: Any, factors: np.ndarray) -> None:
+    """A line between cells on different sides of 1."""
+    above = np.where(np.isnan(factors), np.nan, factors > 1)
+    for (y, x), here in np.ndenumerate(above):
+        if x + 1 < above.shape[1] and {here, above[y, x + 1]} == {0.0, 1.0}:
+            ax.plot([x + 1, x + 1], [y, y + 1], color="black", linewidth=2)
+        if y + 1 < above.shape[0] and {here, above[y + 1, x]} == {0.0, 1.0}:
+            ax.plot([x, x + 1], [y + 1, y + 1], color="black", linewidth=2)
 
 
 def _map(ax: Any, cells: pd.DataFrame, norm: Any) -> None:

@@ -141,6 +141,6 @@ def trials(table: pd.DataFrame) -> Picture:
         ax.plot(chosen["learning_rate"], chosen["score"], "o", ms=11, mfc="none", mec="black")
         ax.set(xscale="log", xlabel="learning rate", ylabel="score at equal device time")
     marks.legend(figure, looks, loc="outside right center")
-    told = "ring: chosen, the gentlest within a standard error of the best mean over panels"
+    told = "ring: chosen, the highest mean over panels"
     caption(figure, told, f"{int(table['num_seeds'].max())} seed(s)", "device clock")
     return figure

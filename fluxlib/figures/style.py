@@ -61,6 +61,8 @@ PHASE_COLORS: dict[str, str] = {
 PHASE_HATCHES = dict(zip(PHASE_COLORS, ("", "//", "..", "xx", "\\\\", "++", "oo", ""), strict=True))
 """Several phases' colours have one lightness; download (dark) and upload (light) need none."""
 
+DIVERGING = "PuOr"
+"""Of factors around 1: orange below, purple above."""
 SEQUENTIAL = "cividis"
 """Colour map for shares and counts: even in lightness, safe for colour-blind readers."""
 GREY = "#444444"

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from fluxlib.analysis.statistics import geometric, interval
-from fluxlib.analysis.time_to_target import crossing, option_table, reach, times_to_target, without_reference
+from fluxlib.analysis.time_to_target import by_loss, crossing, option_table, reach, times_to_target, without_reference
 
 
 def run(method: str, seed: int, metrics: list[float], round_s: float, variant: str = "") -> pd.DataFrame:
@@ -40,6 +40,14 @@ def test_a_crossing_is_linear_between_scored_rounds_and_the_first_one_counts():
     assert crossing([0, 10], [0.0, 0.4], 0.4) == pytest.approx(10.0)
     assert crossing([3, 10], [0.5, 0.6], 0.4) == 3.0
     assert crossing([0, 1, 2, 3], [0.0, 1.0, 0.0, 1.0], 1.0) == 1.0
+
+
+def test_by_loss_the_score_is_how_far_the_loss_has_fallen():
+    rounds = pd.DataFrame(
+        {"run_id": ["a"] * 3 + ["b"] * 2, "round": [0, 1, 2, 0, 1], "loss": [3.0, math.nan, 1.0, 2.0, 2.5]}
+    )
+    found = by_loss(rounds.assign(metric=0.5))
+    assert found["metric"].fillna(-9).tolist() == [0.0, -9, 2.0, 0.0, -0.5]
 
 
 def test_a_target_that_is_never_reached_has_no_time():

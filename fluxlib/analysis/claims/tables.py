@@ -13,7 +13,7 @@ import pandas as pd
 from fluxlib import records
 from fluxlib.analysis import store
 from fluxlib.analysis.runs import final_quality
-from fluxlib.analysis.speedups import REFERENCE, against_all, longest
+from fluxlib.analysis.speedups import REFERENCE, against_all, entered
 from fluxlib.analysis.wording import models_in_order
 
 JOINS = {
@@ -38,15 +38,15 @@ class Tables:
 
     @cached_property
     def times(self) -> pd.DataFrame:
-        """:func:`fluxlib.analysis.speedups.against_all` of plain and improved runs, the longest of each."""
+        """:func:`fluxlib.analysis.speedups.against_all` of plain and improved runs."""
         assert self.rounds is not None
-        return against_all(longest(self.rounds))
+        return against_all(entered(self.rounds))
 
     @cached_property
     def quality(self) -> pd.DataFrame:
-        """:func:`fluxlib.analysis.runs.final_quality` of the plain runs, and of longer ones."""
+        """:func:`fluxlib.analysis.runs.final_quality` of the plain runs."""
         assert self.rounds is not None
-        return final_quality(self.rounds[self.rounds["variant"] == ""], longest(self.rounds, [""]), REFERENCE)
+        return final_quality(self.rounds[self.rounds["variant"] == ""], REFERENCE)
 
     def plain(self) -> Iterator[tuple[str, pd.DataFrame]]:
         """Model by model: its name, and the ``rounds`` of its unchanged runs."""

@@ -1,0 +1,69 @@
+"""Where FLUX pays, on times made by hand: everybody takes the fastest of the runs that fit."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from fluxlib.analysis import where
+from fluxlib.config import make_config
+from fluxlib.devices.catalogue import DEVICES
+
+
+def times(*rows: tuple[str, str, float, float]) -> pd.DataFrame:
+    """Runs by method, id, seconds to the target (NaN: never) and seconds of the whole run."""
+    names = ["method", "run_id", "device_s_to_target", "end"]
+    table = pd.DataFrame(rows, columns=names)
+    return table.assign(device_s_at_least=table["device_s_to_target"].fillna(table["end"]))
+
+
+def test_the_fastest_run_of_flux_meets_the_fastest_baseline() -> None:
+    found = where._best(times(
+        ("flux", "slow", 40.0, 90.0), ("flux", "fast", 20.0, 90.0), ("fmd", "d", 60.0, 90.0), ("fmes", "e", 50.0, 90.0)
+    ))  # fmt: skip
+    assert (found["factor"], found["sign"], found["baseline"], found["flux_run"]) == (2.5, "", "fmes", "fast")
+
+
+def test_who_never_arrives_gives_a_bound_and_stands_behind_who_does() -> None:
+    never = math.nan
+    lower = where._best(times(("flux", "f", 20.0, 90.0), ("fmd", "d", never, 60.0), ("fmq", "q", never, 50.0)))
+    assert (lower["factor"], lower["sign"]) == (2.5, where.LATER)
+    upper = where._best(times(("flux", "f", never, 90.0), ("fmd", "d", 45.0, 60.0), ("fmq", "q", never, 5.0)))
+    assert (upper["factor"], upper["sign"], upper["baseline"]) == (0.5, where.NEVER, "fmd")
+    neither = where._best(times(("flux", "f", never, 90.0), ("fmd", "d", never, 60.0)))
+    assert neither["sign"] == where.ABSENT and math.isnan(neither["factor"])
+    assert where._best(times(("fmd", "d", 45.0, 60.0)))["sign"] == where.ABSENT
+
+
+def test_bounds_of_one_kind_make_a_bound_and_of_both_nothing() -> None:
+    place = {"model": "m", "device": "l20", "link": "1gbps", "baseline": "fmd"}
+    kinds = {"": 2.0, where.LATER: 8.0, where.NEVER: 0.5}
+
+    def mean(*signs: str) -> tuple[str, float]:
+        (row,) = where.over_tasks(pd.DataFrame([place | {"sign": s, "factor": kinds[s]} for s in signs])).to_dict(
+            "records"
+        )
+        return row["sign"], row["factor"]
+
+    assert mean("", "") == ("", pytest.approx(2.0)) and mean("", where.LATER) == (where.LATER, pytest.approx(4.0))
+    assert mean("", where.NEVER)[0] == where.NEVER and mean(where.LATER, where.NEVER)[0] == where.ABSENT
+
+
+def test_a_run_fits_where_its_share_of_tuned_experts_does_and_what_offloads_where_the_rest_does() -> None:
+    def config(method: str):
+        return make_config({"method": method, "clock.model": "llama-moe-3.5b", "clock.tokens_per_sample": 128})
+
+    small, large = DEVICES["rtx-4090"], DEVICES["l20"]
+    assert where.fits(config("flux"), 0.125, small) and not where.fits(config("flux"), 0.25, small)
+    assert where.fits(config("flux"), 0.25, large)
+    assert where.fits(config("fmd"), 1.0, DEVICES["rtx-3060"]) and not where.fits(
+        config("fmq"), 1.0, DEVICES["rtx-3060"]
+    )
+    assert not where.fits(config("fmes"), 0.25, small)
+
+
+def test_a_budget_is_what_is_tuned_and_explored() -> None:
+    table = pd.DataFrame({"run_id": ["a", "a", "b"], "num_tuned": [3, 1, 5], "num_explored": [1, 3, 0]})
+    assert where.budget_shares(table).to_dict() == {"a": 4, "b": 5}
