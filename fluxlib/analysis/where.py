@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from fluxlib import methods
 from fluxlib.analysis.statistics import geometric
 from fluxlib.analysis.studies.scale import recounts
 from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_target
@@ -24,9 +25,10 @@ SOONER, LATER, NEVER, ABSENT = "", "≥", "≤", "–"
 """What a factor is: known, a lower bound (no baseline arrives), an upper one (FLUX does not), or there is none."""
 
 
-def budget_shares(participants: pd.DataFrame) -> pd.Series:
-    """Experts that a participant tunes or explores, at most, over those that it has, by ``run_id``."""
-    kept = participants[["num_tuned", "num_explored"]].sum(axis=1)
+def budgets(participants: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.Series:
+    """Experts that a participant has a place for, at most, by ``run_id``: tuned ones, and FLUX's explored ones."""
+    explores = participants["run_id"].map(lambda name: methods.get(runs[name].method).explores)
+    kept = participants["num_tuned"] + participants["num_explored"].where(explores, 0)
     return kept.groupby(participants["run_id"]).max()
 
 
@@ -64,7 +66,7 @@ def pays(
         ``baseline``, which one it is; ``flux_run`` and ``baseline_run``, the runs that were the fastest; their times
         ``flux_s`` and ``baseline_s`` (the whole run where the target was not reached).
     """
-    tuned = budget_shares(participants) / rounds.groupby("run_id")["num_experts"].max()
+    tuned = budgets(participants, runs) / rounds.groupby("run_id")["num_experts"].max()
     counted = recounts(participants, rounds, runs, devices, links, offloading)
     rows = []
     for key, part in counted.groupby(["fleet", "link"], sort=False):

@@ -64,6 +64,8 @@ def test_a_run_fits_where_its_share_of_tuned_experts_does_and_what_offloads_wher
     assert not where.fits(config("fmes"), 0.25, small)
 
 
-def test_a_budget_is_what_is_tuned_and_explored() -> None:
-    table = pd.DataFrame({"run_id": ["a", "a", "b"], "num_tuned": [3, 1, 5], "num_explored": [1, 3, 0]})
-    assert where.budget_shares(table).to_dict() == {"a": 4, "b": 5}
+def test_a_budget_is_what_is_tuned_and_what_flux_explores() -> None:
+    """Whom FMES does not tune it calls explored: it is asked for their frequencies and keeps none of them."""
+    table = pd.DataFrame({"run_id": ["a", "a", "b"], "num_tuned": [3, 1, 5], "num_explored": [1, 3, 9]})
+    runs = {"a": make_config({"method": "flux"}), "b": make_config({"method": "fmes"})}
+    assert where.budgets(table, runs).to_dict() == {"a": 4, "b": 5}
