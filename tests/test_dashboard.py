@@ -115,13 +115,13 @@ def test_a_message_names_the_control_too():
 def test_a_preview_holds_every_expert_once_and_compares_with_the_full_model():
     found = widgets.preview(make_config(SMALL), participant=1)
     assert all(sorted(plan.experts) == list(range(16)) for plan in found.plans)
-    assert sum(len(plan.tuned) for plan in found.plans) + int(found.explored.sum()) == found.budget.num_tuned == 16
+    assert sum(len(plan.tuned) for plan in found.plans) + int(found.explored.sum()) == found.budget.num_tuned == 24
     assert set(found.memory) == set(found.seconds) == {"flux", "fmd"}
     assert found.memory["flux"].peak_bytes < found.memory["fmd"].peak_bytes
     assert sum(found.seconds["flux"].values()) < sum(found.seconds["fmd"].values())
     assert found.warning == ""
     first, _, last = found.summary()
-    assert first.startswith("Participant 1 in round 1: 5 of 64 experts tuned, 11 explored, ")
+    assert first.startswith("Participant 1 in round 1: 7 of 96 experts tuned, 17 explored, ")
     assert "FMD takes" in last
     with pytest.raises(ConfigError, match="participant is 2, allowed is 0 to 1"):
         widgets.preview(make_config(SMALL), participant=2)
@@ -140,7 +140,7 @@ def test_the_work_of_a_preview_is_that_of_a_run(method):
     }  # fmt: skip
     assert {name: getattr(expected, name) for name in counted} == {name: getattr(was, name) for name in counted}
     for name in ("train_tokens", "profile_tokens", "probe_samples", "num_frozen", "num_merge_sources", "num_uploaded"):
-        assert getattr(expected, name) == pytest.approx(getattr(was, name), rel=0.3), name
+        assert getattr(expected, name) == pytest.approx(getattr(was, name), rel=0.3, abs=2), name
 
 
 def test_too_few_experts_of_the_real_model_are_said_in_the_words_of_the_controls():
@@ -174,7 +174,7 @@ def test_roles_of_a_run_that_goes_on_begin_with_its_first_round(tmp_path):
         second.state == "complete" and second.first_round == 1 and [row["round"] for row in second.rows] == [0, 1, 2, 3]
     )
     people = records.read("participants", tmp_path / "participants" / f"{config.run_id}.parquet")
-    stored = count_tuned(people, (4, 16))
+    stored = count_tuned(people, (6, 16))
     assert [counts.tolist() for counts in second.tuned] == [counts.tolist() for counts in stored]
     assert second.tuned[0].tolist() == first.tuned[0].tolist()
     assert list(store.runs([tmp_path])) == [f"{config.run_id}  ({tmp_path.name})"]
