@@ -44,7 +44,7 @@ def error_growth(table: pd.DataFrame) -> Picture:
     figure, (left, right) = panels(study(table, "growth", "accumulated"), (7.6, 3.0), 1, 2, sharey=True)
     layers = style.in_shades(sorted(rows["x"].unique()))
     marks.lines(left, rows, "layer", "value", "x", layers, errorbar=RANGE, err_style="bars", err_kws={"capsize": 2})
-    left.set(ylabel="error of the hidden state", yscale="log", ylim=(3e-4, 2))
+    left.set(ylabel="error of the hidden state", yscale="log", ylim=(0.01, 2))
     marks.legend(left, layers, title="merged alone: layer", fontsize=7, title_fontsize=7, ncols=2)
     both = style.of_settings({"discarded": "all layers: dropped", "merged": "all layers: merged"})
     marks.lines(right, study(table, "accumulated"), "layer", "value", "setting", both, errorbar=RANGE)
@@ -53,7 +53,7 @@ def error_growth(table: pd.DataFrame) -> Picture:
         ax.set(xlabel="after MoE layer", xticks=sorted(rows["x"].unique()))
     seeds = rows["seed"].nunique()
     told = f"{seeds} seeds: mean and min to max" if seeds > 1 else "1 seed: no band"
-    footer(figure, rows, "uniform budgets, errors under 3e-4 not drawn", seeds=told)
+    footer(figure, rows, "uniform budgets, errors under 0.01 not drawn", seeds=told)
     return figure
 
 

@@ -53,7 +53,7 @@ def activation_by_layer(table: pd.DataFrame) -> Picture:
     marks.lines(right, ranked, "layer", "times", "rank", looks)
     marks.reference(right, 1)
     right.set(xlabel="MoE layer", ylabel="times an even share", xticks=sorted(rows["layer"].unique()), ylim=(0, None))
-    marks.legend(right, looks)
+    marks.legend(right, looks, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     footer(figure, rows, "experts at full precision")
     return figure
 
