@@ -95,13 +95,6 @@ def align_neurons(layer: find.MoELayer, plan: LayerPlan) -> LayerPlan:
     return replace(plan, permutations=tuple(permutations))
 
 
-def discard(profile: Profile, tuned: Tensor) -> list[LayerPlan]:
-    """The comparison: what is not tuned is dropped from the routing (FMES)."""
-    if tuned.shape != profile.frequency.shape:
-        raise ValueError(f"tuned must be {tuple(profile.frequency.shape)}, got {tuple(tuned.shape)}")
-    return [LayerPlan(tuned=_numbers(row.nonzero()), dropped=_numbers((~row).nonzero())) for row in tuned.cpu().bool()]
-
-
 def _shares(gram: Tensor, alpha: Tensor, members: Tensor) -> Tensor:
     """Scalar products of a layer's experts to merge, in units of the layer's whole weighted square."""
     total = float(alpha.to(gram) @ gram.diagonal())

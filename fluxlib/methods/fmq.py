@@ -19,7 +19,7 @@ the optimizer's state, for which nothing is said, is kept in 32 bits, and on the
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -63,41 +63,47 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
 
 
 class QuantizedLearner:
-    """All experts of quantised layers, each with an optimizer of its own and no weights but the quantised ones.
+    """All experts of quantised layers, each with an optimizer's state and no weights but the quantised ones.
 
-    An expert that saw no token in a step keeps its codes. Between steps only codes, scales and the optimizers' state
+    An expert that saw no token in a step keeps its codes. Between steps only codes, scales and the optimizer's state
     are held.
     """
 
     def __init__(self, experts: Sequence[QuantizedExperts], config: RunConfig) -> None:
-        self.experts, self.config = experts, config
+        self.experts = experts
         self.before = [copy.deepcopy(layer.packed) for layer in experts]
-        self.optimizers: dict[ExpertKey, tuple[dict[str, nn.Parameter], torch.optim.Optimizer]] = {}
+        self.parameters: dict[ExpertKey, dict[str, nn.Parameter]] = {
+            (index, expert): {
+                name: nn.Parameter(torch.empty(0, dtype=packed.dtype, device=packed.codes.device))
+                for name, packed in layer.packed.items()
+            }
+            for index, layer in enumerate(experts)
+            for expert in range(layer.num_experts)
+        }
+        self.optimizer = make_optimizer([p for held in self.parameters.values() for p in held.values()], config)
         for layer in experts:
             layer.collects_gradients = True
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Dequantise, step, quantise anew, one expert after the other; nobody asks for norms."""
+        """Dequantise, step, quantise anew, small experts together, large ones one by one; nobody asks for norms."""
         for index, layer in enumerate(self.experts):
-            for expert in range(layer.num_experts):
-                gradients = layer.grads(expert)
-                if any(bool(gradient.any()) for gradient in gradients.values()):
-                    self._step((index, expert), gradients)
+            moved = [n for n in range(layer.num_experts) if any(bool(g.any()) for g in layer.grads(n).values())]
+            for first in range(0, len(moved), layer.at_once):
+                self._step(index, moved[first : first + layer.at_once])
             layer.zero_grad()
         return torch.full((len(self.experts), self.experts[0].num_experts), float("nan"))
 
-    def _step(self, key: ExpertKey, gradients: Mapping[str, Tensor]) -> None:
-        layer, expert = self.experts[key[0]], key[1]
-        if key not in self.optimizers:
-            empty = {name: nn.Parameter(torch.empty_like(gradient)) for name, gradient in gradients.items()}
-            self.optimizers[key] = empty, make_optimizer(list(empty.values()), self.config)
-        parameters, optimizer = self.optimizers[key]
-        for name, weight in layer.expert_tensors(expert).items():
-            parameters[name].data, parameters[name].grad = weight, gradients[name].to(weight)
-        optimizer.step()
-        layer.requantize(expert, {name: parameter.detach() for name, parameter in parameters.items()})
-        for parameter in parameters.values():
+    def _step(self, index: int, experts: list[int]) -> None:
+        layer = self.experts[index]
+        held, weights = [self.parameters[index, expert] for expert in experts], layer.expert_tensors(experts)
+        for place, (expert, parameters) in enumerate(zip(experts, held, strict=True)):
+            for name, gradient in layer.grads(expert).items():
+                weight = weights[name][place]
+                parameters[name].data, parameters[name].grad = weight, gradient.to(weight)
+        self.optimizer.step()  # those without a gradient are left as they are
+        layer.requantize(experts, weights)
+        for parameter in (p for parameters in held for p in parameters.values()):
             parameter.data, parameter.grad = parameter.data.new_empty(0), None
 
     def changes(self) -> dict[ExpertKey, dict[str, Tensor]]:
@@ -105,10 +111,9 @@ class QuantizedLearner:
         return {
             (index, expert): {
                 name: weight - self.before[index][name].read(expert)
-                for name, weight in layer.expert_tensors(expert).items()
+                for name, weight in self.experts[index].expert_tensors(expert).items()
             }
-            for index, layer in enumerate(self.experts)
-            for expert in range(layer.num_experts)
+            for index, expert in self.parameters
         }
 
 

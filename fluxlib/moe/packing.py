@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,9 @@ class Packed(nn.Module):
         self.register_buffer("codes", torch.zeros(num, blocks * block * bits // 8, dtype=torch.uint8, device=place))
         self.register_buffer("scale_bits", torch.zeros(num, blocks, dtype=torch.int16, device=place))
         self.register_buffer("unit_bits", torch.zeros(num, dtype=torch.int32, device=place))
-        for expert, tensor in enumerate(stack.detach()):
-            self.write(expert, tensor)
+        for first in range(0, num, self.at_once):
+            some = range(num)[first : first + self.at_once]
+            self.write(some, stack[first : first + self.at_once])
 
     @property
     def unit(self) -> Tensor:
@@ -77,24 +79,38 @@ class Packed(nn.Module):
         """Memory at rest."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
-    @torch.no_grad()
-    def write(self, expert: int, tensor: Tensor) -> None:
-        """Quantize one expert's tensor into its place; one that is not finite makes its unit NaN."""
-        values = tensor.detach().to(device=self.codes.device, dtype=torch.float32).flatten()
-        values = F.pad(values, (0, -values.numel() % self.block)).view(-1, self.block)
-        if not torch.isfinite(values.sum()):
-            self.unit[expert] = math.nan
-            return
-        scale = self._encode(values, self.codes[expert].view(len(values), -1))
-        self.unit[expert] = scale.amax().clamp(min=1e-30)
-        self.scales[expert] = (scale / self.unit[expert]).to(torch.float16)
+    @property
+    def at_once(self) -> int:
+        """Experts that are coded together: small ones, as many as fit a core's cache."""
+        return max(1, CACHE_VALUES // math.prod(self.shape))
 
     @torch.no_grad()
-    def read(self, expert: int, dtype: torch.dtype | None = None) -> Tensor:
-        """One expert's tensor, in the type it had or in ``dtype``."""
-        codes = self.codes[expert].view(self.scales.shape[1], -1)
-        scales = self.scales[expert].float() * self.unit[expert]
-        return self._decode(codes, scales, dtype or self.dtype).flatten()[: math.prod(self.shape)].view(self.shape)
+    def write(self, experts: int | Sequence[int], tensors: Tensor) -> None:
+        """Quantize an expert's tensor into its place, or the stack of several; one not finite makes its unit NaN."""
+        index = torch.tensor([experts] if isinstance(experts, int) else list(experts), device=self.codes.device)
+        values = tensors.detach().to(device=self.codes.device, dtype=torch.float32).reshape(len(index), -1)
+        finite = torch.isfinite(values.sum(1))
+        if not finite.all():
+            self.unit[index[~finite]] = math.nan
+            index, values = index[finite], values[finite]
+        if not len(index):
+            return
+        values = F.pad(values, (0, -values.shape[1] % self.block)).view(-1, self.block)
+        codes = self.codes.new_empty(len(values), self.block * self.bits // 8)
+        scale = self._encode(values, codes).view(len(index), -1)
+        unit = scale.amax(1).clamp(min=1e-30)
+        self.codes[index] = codes.view(len(index), -1)
+        self.unit[index], self.scales[index] = unit, (scale / unit[:, None]).to(torch.float16)
+
+    @torch.no_grad()
+    def read(self, experts: int | Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """One expert's tensor, or the stack of several, in the type it had or in ``dtype``."""
+        index: int | list[int] = experts if isinstance(experts, int) else list(experts)
+        codes = self.codes[index].view(-1, self.block * self.bits // 8)
+        scales = self.scales[index].float() * self.unit[index, None]
+        values = self._decode(codes, scales.view(-1), dtype or self.dtype)
+        shape = self.shape if isinstance(index, int) else (len(index), *self.shape)
+        return values.view(scales.shape[:-1].numel(), -1)[:, : math.prod(self.shape)].reshape(shape)
 
     def _encode(self, values: Tensor, codes: Tensor) -> Tensor:
         """Fill ``codes [blocks, bytes]`` for ``values [blocks, block]`` float32; gives the scales ``[blocks]``."""

@@ -47,15 +47,21 @@ class QuantizedExperts(SlotExperts):
         """Memory at rest."""
         return sum(packed.num_bytes for packed in self.packed.values())
 
-    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
-        """One expert dequantized; a copy."""
-        check_expert(expert, self.num_experts)
-        return {name: packed.read(expert) for name, packed in self.packed.items()}
+    @property
+    def at_once(self) -> int:
+        """Experts that are best read and written together; one where they are large."""
+        return min(packed.at_once for packed in self.packed.values())
 
-    def requantize(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
-        """Quantize one expert anew from full-precision tensors."""
+    def expert_tensors(self, experts: int | Sequence[int]) -> dict[str, Tensor]:
+        """One expert dequantized, or the stacks of several; copies."""
+        for expert in [experts] if isinstance(experts, int) else experts:
+            check_expert(expert, self.num_experts)
+        return {name: packed.read(experts) for name, packed in self.packed.items()}
+
+    def requantize(self, experts: int | Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        """Quantize one expert anew from full-precision tensors, or several from stacks."""
         for name, tensor in tensors.items():
-            self.packed[name].write(expert, tensor)
+            self.packed[name].write(experts, tensor)
 
     def grads(self, expert: int) -> dict[str, Tensor]:
         """Gradients collected for an expert, zeros where it saw no token."""

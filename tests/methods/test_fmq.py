@@ -58,7 +58,7 @@ def test_experts_are_in_few_bits_after_every_step(model: nn.Module, data: LocalD
             run_steps(model, learner, [batch], CONFIG)
             values = experts[0].expert_tensors(0)["down_proj"].flatten()[:64]
             assert len(values.unique()) <= 16
-            assert all(p.numel() == 0 for held, _ in learner.optimizers.values() for p in held.values())
+            assert all(p.numel() == 0 for held in learner.parameters.values() for p in held.values())
 
 
 def test_a_movement_of_less_than_half_a_level_is_lost(model: nn.Module, data: LocalData) -> None:

@@ -16,8 +16,8 @@ from fluxlib.analysis.runs import OWN_PHASES
 from fluxlib.analysis.studies.bench import Bench, Row, at_random, interleaved, most_used, row, typical_round
 from fluxlib.config import MergingConfig
 from fluxlib.devices import catalogue, clock
+from fluxlib.methods import fmes
 from fluxlib.methods.local import customized
-from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.profiling import Profile
 
@@ -53,10 +53,8 @@ class Case:
         return merging.plan(self.bench.model, self.known, self.tuned, self.num_merged, MergingConfig(**rules))
 
     def discard(self) -> list[LayerPlan]:
-        """The comparison; where a layer has fewer than top-k tuned experts its most used others stay too."""
-        order = (self.known.frequency + 2 * self.tuned).argsort(dim=1, descending=True)
-        top_k = find.layers(self.bench.model)[0].top_k
-        return merging.discard(self.known, self.tuned | torch.zeros_like(self.tuned).scatter(1, order[:, :top_k], True))
+        """The comparison, as FMES has it."""
+        return fmes.make_plans(self.bench.model, self.known.frequency, self.tuned)
 
     def errors(self, plans: list[LayerPlan]) -> tuple[float, float]:
         """Error of the model's last hidden state, and of a layer alone (mean), on held-out samples."""
