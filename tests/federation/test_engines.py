@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
@@ -119,15 +120,45 @@ class SlowGrid:
     def _reply(self, number: int) -> SimpleNamespace:
         source = 1 if number == self.gone else 10 + number
         metadata = SimpleNamespace(src_node_id=source, reply_to_message_id=str(number))
-        return SimpleNamespace(number=number, metadata=metadata, error=SimpleNamespace(reason="node unavailable"))
+        return SimpleNamespace(
+            number=number,
+            metadata=metadata,
+            has_content=lambda: False,
+            error=SimpleNamespace(reason="node unavailable"),
+        )
+
+
+def to_send(number: int) -> SimpleNamespace:
+    return SimpleNamespace(number=number, content=RecordDict(), metadata=SimpleNamespace(dst_node_id=10 + number))
 
 
 def test_replies_come_in_order_and_late_ones_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_grid, "POLL_S", 0.01)
     grid: Any = SlowGrid({0: 4, 1: 0, 2: 1e9, 3: 0, 4: 0}, gone=1)
-    sent: Any = [SimpleNamespace(number=n, metadata=SimpleNamespace(dst_node_id=10 + n)) for n in range(5)]
+    sent: Any = [
+        SimpleNamespace(number=n, content=RecordDict(), metadata=SimpleNamespace(dst_node_id=10 + n)) for n in range(5)
+    ]
     replies: Any = list(engine_grid.send_and_receive(grid, sent, 0.5))
     assert [reply.number for reply in replies] == [0, 3, 4]
+
+
+def test_a_superlink_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_grid, "POLL_S", 0.0)
+    grid: Any = SlowGrid({0: 0}, gone=1)
+    sent: Any = [to_send(0)]
+    answer, failures = grid.pull_messages, [500, 503]
+
+    def pull(identifiers: list[str]) -> list[SimpleNamespace]:
+        if failures:
+            asked = httpx.Request("POST", "https://superlink")
+            raise httpx.HTTPStatusError("database is locked", request=asked, response=httpx.Response(failures.pop()))
+        return answer(identifiers)
+
+    monkeypatch.setattr(grid, "pull_messages", pull)
+    assert [reply.number for reply in engine_grid.send_and_receive(grid, sent, 0.5)] == [0]
+    failures.append(403)
+    with pytest.raises(httpx.HTTPStatusError):
+        list(engine_grid.send_and_receive(grid, sent, 0.5))
 
 
 def request(config: RunConfig, store: Any, node: int = 2) -> Message:

@@ -16,10 +16,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fluxlib.federation.client import background_profile, local_copy, node_state, participant
-from fluxlib.federation.protocol import messages
+from fluxlib.federation.protocol import messages, parcels
 from fluxlib.federation.protocol.messages import Instruction
 
-app = ClientApp()
+app = ClientApp(mods=[parcels.use_parcels])
 
 Result = TypeVar("Result")
 Work = Callable[[Instruction, Context], RecordDict]

@@ -16,13 +16,17 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
+import httpx
 from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fluxlib.federation.client.client_app import TimeLimitExceeded
+from fluxlib.federation.protocol import parcels
+from fluxlib.federation.protocol.wire import WireError
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,9 @@ RAISED = 2
 
 POLL_S = 0.2
 
+TRIES = 10
+"""Times that a SuperLink is asked which answers with an error of its own: its database is locked for moments."""
+
 
 def send_and_receive(grid: Grid, messages: Iterable[Message], timeout_s: float | None) -> Iterator[Message]:
     """Replies to ``messages``, one at a time and in their order; one that is late is left out.
@@ -42,24 +49,50 @@ def send_and_receive(grid: Grid, messages: Iterable[Message], timeout_s: float |
     when it is asked for. On a SuperLink all participants work at once, and a reply waits there until it is fetched.
     Either way the server has one reply in memory, however many participants there are.
     """
-    sent = [(name, m.metadata.dst_node_id) for m in messages for name in grid.push_messages([m]) if name]
+    sent = [(name, m.metadata.dst_node_id) for m in messages for name in _push(grid, m) if name]
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     for name, node_id in sent:
         yield from _fetch(grid, name, node_id, deadline)
 
 
+def _push(grid: Grid, message: Message) -> Iterable[str]:
+    if not isinstance(grid, LocalGrid):
+        message.content = parcels.pack(message.content)
+    return grid.push_messages([message])
+
+
 def _fetch(grid: Grid, name: str, node_id: int, deadline: float | None) -> Iterator[Message]:
     """The reply to one message: none or one. What has come is fetched even when the time is over."""
     while True:
-        for reply in grid.pull_messages([name]):
+        for reply in _pull(grid, name):
             if reply.metadata.src_node_id == node_id:
-                yield reply
+                yield _opened(reply)
             else:  # the SuperLink answers for a node that is gone, or did not answer in time
                 log.warning("no reply of node %d: %s", node_id, reply.error.reason)
             return
         if deadline is not None and time.monotonic() >= deadline:
             return
         time.sleep(POLL_S)
+
+
+def _pull(grid: Grid, name: str) -> list[Message]:
+    for left in range(TRIES)[::-1]:
+        try:
+            return list(grid.pull_messages([name]))
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500 or not left:
+                raise
+            log.warning("the SuperLink failed, it is asked again: %s", error)
+            time.sleep(POLL_S)
+    raise AssertionError("the last try returns or raises")
+
+
+def _opened(reply: Message) -> Message:
+    """With its parcels unpacked; one that cannot be is left as it is, and refused for what is in it."""
+    if reply.has_content():
+        with suppress(WireError):
+            reply.content = parcels.unpack(reply.content)
+    return reply
 
 
 class ServerMessage(Message):

@@ -79,9 +79,7 @@ def encode(tensor: Tensor, wire: Form = "float32") -> Array:
     else:
         values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
     data = b"".join((_header(values.dtype.str, values.shape), values))  # type: ignore[arg-type]
-    array = Array.__new__(Array)  # the constructor's checks cost more than all of the above
-    vars(array).update(dtype=_NUMPY_NAME[wire], shape=values.shape, stype=_STYPE, data=data)
-    return array
+    return make_array(_NUMPY_NAME[wire], values.shape, _STYPE, data)
 
 
 def decode(array: Array, wire: Form = "float32", shape: Sequence[int] = ()) -> Tensor:
@@ -154,6 +152,13 @@ def decode_changes(arrays: ArrayRecord, wire: Form, shapes: Shapes) -> dict[Expe
         unknown = wire in _CODE_BITS and shape is None
         found.setdefault(key, {})[part] = torch.zeros(0) if unknown else decode(array, wire, shape or ())
     return found
+
+
+def make_array(dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> Array:
+    """A Flower array of these very bytes; its constructor's checks cost more than all the rest."""
+    array = Array.__new__(Array)
+    vars(array).update(dtype=dtype, shape=shape, stype=stype, data=data)
+    return array
 
 
 def make_record(arrays: Mapping[str, Array]) -> ArrayRecord:
