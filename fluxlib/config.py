@@ -206,7 +206,11 @@ class ClockConfig(_Group):
     fleet: str = Field(
         "paper", description="devices of the participants: a fleet or a device of devices/catalogue.yaml"
     )
-    link: str = Field("1gbps", description="connection of each participant, by its name in devices/catalogue.yaml")
+    link: str = Field(
+        "1gbps",
+        description="connection of each participant: one of devices/catalogue.yaml, or a rate such as 2.5mbps",
+    )
+    shaped: bool = Field(False, description="engine deployment: the nodes that are started here really have that link")
     model: str = Field("self", description="the model whose shapes count; self: the run's own")
     tokens_per_sample: int | None = Field(None, ge=1, description="None: the run's own token counts")
     offloading: Offloading = Field(

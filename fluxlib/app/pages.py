@@ -57,6 +57,7 @@ TITLES: dict[str, str] = {
     "round_memory": "Memory by method",
     "link_speed": "The speed-up over the link",
     "clock_check": "The device clock against this machine",
+    "race_measured": "A race over real links, and what the clock said of it",
     "real_memory": "Memory of a training step at real size",
     "real_phases": "A round at real size, by device and phase",
     "real_links": "A round at real size, by link and bits",
@@ -67,7 +68,7 @@ CLOCKS: dict[str, str] = {
     "time_to_accuracy": BOTH, "round_saving": DEVICE, "clustering_time": HERE, "own_share": BOTH, "role_seconds": BOTH,
     "role_ablation": DEVICE,
     "where_flux_pays": DEVICE, "sensitivity": DEVICE, "scale_settings": DEVICE, "scale_participants": DEVICE,
-    "role_options": DEVICE, "round_phases": DEVICE, "link_speed": DEVICE, "clock_check": BOTH,
+    "role_options": DEVICE, "round_phases": DEVICE, "link_speed": DEVICE, "clock_check": BOTH, "race_measured": BOTH,
     "real_phases": DEVICE, "real_links": DEVICE,
 }  # fmt: skip
 """Whose seconds a figure shows where the numbers beside it do not say; others show none."""

@@ -5,6 +5,7 @@ Every number there has its source beside it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -96,11 +97,15 @@ def fleet(name: str, num_participants: int) -> list[Device]:
 
 
 def link(name: str) -> Link:
-    """The link called ``name``.
+    """The link called ``name``, or one of a rate such as ``2.5mbps``: both directions, without latency.
 
     Raises:
         ValueError: unknown name, with the known ones.
     """
-    if name not in LINKS:
-        raise ValueError(f"clock.link is {name!r}, allowed are {', '.join(LINKS)}")
-    return LINKS[name]
+    if name in LINKS:
+        return LINKS[name]
+    if rate := re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bps", name):
+        per_s = float(rate[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[rate[2]] / 8
+        if per_s:
+            return Link(name=name, title=name, up_bytes_per_s=per_s, down_bytes_per_s=per_s, latency_s=0.0)
+    raise ValueError(f"clock.link is {name!r}, allowed are {', '.join(LINKS)}, or a rate such as 2.5mbps")

@@ -11,7 +11,7 @@ import pandas as pd
 
 from fluxlib.analysis.wording import METRICS, clock_shapes, percent
 from fluxlib.figures import marks, style
-from fluxlib.figures.picture import Picture, caption, drawn, facets, footer, panels, unique
+from fluxlib.figures.picture import Picture, caption, drawn, facets, footer, panels, split, study, unique
 
 
 @drawn
@@ -46,6 +46,33 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
 def _within_scores(scores: pd.Series) -> tuple[float, ...]:
     """An interval over seeds, within what a score may be."""
     return tuple(np.clip(marks.over_seeds(scores), 0, 1))
+
+
+@drawn
+def measured(table: pd.DataFrame) -> Picture:
+    """Scores over seconds that were measured, one panel per link; and of every round what the clock said beforehand.
+
+    Args:
+        table: ``measurements`` with the studies ``race_score`` and ``race_seconds`` (``benchmarks/race.py``).
+    """
+    scores = split(study(table, "race_score"), "method", "link")
+    seconds = split(study(table, "race_seconds"), "method", "link", "kind")
+    links, looks = list(scores["link"].unique()), style.of_methods(scores["method"])
+    figure, axes = panels(table, (2.3 * (len(links) + 1) + 1.2, 2.6), 1, len(links) + 1)
+    for ax, link in zip(axes, links, strict=False):
+        marks.lines(ax, scores[scores["link"] == link], "x", "value", "method", looks)
+        ax.set(title=link, xlabel="measured seconds", ylabel="score", ylim=(0, None))
+    rounds = seconds.pivot(index=["method", "link", "x"], columns="kind", values="value").reset_index()
+    for name, look in looks.items():
+        one = rounds[rounds["method"] == name]
+        axes[-1].plot(one["measured"], one["predicted"], look.marker, color=look.color, ms=4)
+    most = 1.1 * float(rounds[["measured", "predicted"]].max().max())
+    axes[-1].plot([0, most], [0, most], color="0.5", lw=0.8)
+    axes[-1].set(title="every round", xlabel="measured seconds", ylabel="the clock's seconds")
+    marks.legend(figure, looks, loc="outside right center")
+    error = (rounds["predicted"] / rounds["measured"] - 1).abs().median()
+    caption(figure, f"{unique(table, 'model')} over relays on one machine", f"clock off by {percent(error)} (median)")
+    return figure
 
 
 @drawn

@@ -24,5 +24,13 @@ def test_participants_take_the_devices_of_a_fleet_in_turn():
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match="clock.fleet is 'strong', allowed are paper, consumer, edge, mixed, l20"):
         catalogue.fleet("strong", 1)
-    with pytest.raises(ValueError, match="clock.link is '5g', allowed are none, 10gbps, 1gbps, 100mbps, lte"):
-        catalogue.link("5g")
+    for name in ("5g", "0mbps", "-1mbps", "1e3mbps"):
+        with pytest.raises(ValueError, match=f"clock.link is '{name}', allowed are none, 10gbps, 1gbps, 100mbps, lte"):
+            catalogue.link(name)
+
+
+@pytest.mark.parametrize(("name", "bytes_per_s"), [("800kbps", 1e5), ("2.5mbps", 312_500), ("4gbps", 5e8)])
+def test_a_link_may_be_a_rate(name, bytes_per_s):
+    found = catalogue.link(name)
+    assert (found.up_bytes_per_s, found.down_bytes_per_s, found.latency_s) == (bytes_per_s, bytes_per_s, 0)
+    assert catalogue.link("1gbps").latency_s == 0.001

@@ -90,6 +90,7 @@ def make_folders(root: Path, config: RunConfig) -> list[Path]:
     for number, device in enumerate(catalogue.fleet(config.clock.fleet, config.federation.participants)):
         folder = check_writable(root / f"node-{number}")
         write_examples(folder / SAMPLES, [task.train[index] for index in parts[number]])
-        (folder / SETTINGS).write_text(yaml.safe_dump(asdict(Participant(number, device.name)), sort_keys=False))
+        about = Participant(number, device.name, background_profile=config.clock.shaped)  # while what it sent travels
+        (folder / SETTINGS).write_text(yaml.safe_dump(asdict(about), sort_keys=False))
         folders.append(folder)
     return folders

@@ -20,7 +20,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from fluxlib.config import RunConfig
+from fluxlib.devices import catalogue
 from fluxlib.federation.engines.deployment import credentials, folders
+from fluxlib.federation.engines.deployment.relay import Relay
 from fluxlib.federation.results import RunFailed
 
 CONNECTION = "federation"
@@ -121,7 +123,10 @@ class LocalFederation:
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config = folder.resolve(), config
         self.home = self.folder / "flwr"
-        self.port, *self.node_ports = free_ports(1 + config.federation.participants)
+        self.port, *ports = free_ports(1 + 2 * config.federation.participants)
+        self.node_ports, relay_ports = ports[::2], ports[1::2]
+        link = catalogue.link(config.clock.link)
+        self.relays = [Relay(port, self.port, link) for port in relay_ports] if config.clock.shaped else []
         self.address = f"{HOST}:{self.port}"
         self.node_folders: list[Path] = []
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -152,13 +157,16 @@ class LocalFederation:
             f'root-certificates = "{authority}"\n'
         )
         self._await_superlink(authority)
-        for folder, port in zip(self.node_folders, self.node_ports, strict=True):
+        for relay in self.relays:
+            relay.start()
+        doors = [f"{HOST}:{relay.port}" for relay in self.relays] or [self.address] * len(self.node_folders)
+        for folder, door, port in zip(self.node_folders, doors, self.node_ports, strict=True):
             credentials.make_node_key(folder)
             (folder / credentials.CA_CERTIFICATE).write_bytes(authority.read_bytes())
             done = flwr(self.home, "supernode", "register", str(folder / credentials.NODE_PUBLIC_KEY), CONNECTION)
             if done.returncode and "already" not in done.stdout + done.stderr:
                 raise RunFailed(f"the SuperLink did not register {folder.name}: {done.stdout}{done.stderr}")
-            self.spawn(folder.name, supernode_command(folder, self.address, port))
+            self.spawn(folder.name, supernode_command(folder, door, port))
 
     def spawn(self, name: str, command: Sequence[str]) -> None:
         """Start one of the federation's processes; its log is ``logs/<name>.log``."""
@@ -174,6 +182,8 @@ class LocalFederation:
         for name in sorted(self.processes, key=lambda name: name == "superlink"):
             stop(self.processes[name])
         self.processes.clear()
+        while self.relays:
+            self.relays.pop().stop()
 
     def _await_superlink(self, authority: Path) -> None:
         context = ssl.create_default_context(cafile=str(authority))

@@ -1,0 +1,107 @@
+"""Four methods as real SuperNodes over links of a given rate: seconds by the wall clock, and what the clock said.
+
+    python benchmarks/race.py            three rates, under half an hour; an interrupted one goes on
+    python benchmarks/race.py --quick    one rate, two methods, five minutes
+
+Each participant's SuperNode reaches the SuperLink through a relay that lets bytes through at the link's rate. The rate
+is chosen so that sending takes as many times as long as training as it does for FMD with the shapes of LLaMA-MoE-3.5B
+on an NVIDIA L20 at 1 Gb/s; then twice and half of it. Two participants: this machine may have no more cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from _measure import Row, machine, table
+
+from fluxlib import federation, models, records
+from fluxlib.analysis.studies import measurements, race, scale
+from fluxlib.config import REPO_ROOT, RunConfig, make_config
+from fluxlib.devices import catalogue, clock
+
+MODEL, TASK, REAL, TOKENS = "mini-llama-moe", "mini-mmlu", "llama-moe-3.5b", 128
+COMMON = {
+    "engine": "deployment", "model": MODEL, "task": TASK, "federation.participants": 2, "federation.rounds": 60,
+    "training.batch_size": 16, "training.local_steps": 4, "training.learning_rate": 3e-3, "evaluation.samples": 250,
+    "wire.uplink": "bfloat16", "wire.downlink": "bfloat16",
+}  # fmt: skip
+SMALL = {"budget.tune_frac": 0.0625, "budget.merge_frac": 0.0625}
+# FMQ's codes do not travel as codes: eight bits a weight are the closest that the wire has.
+METHODS: dict[str, dict[str, Any]] = {
+    "fmd": {}, "flux": SMALL, "fmes": SMALL,
+    "fmq": {"training.learning_rate": 1e-2, "wire.uplink": "int8", "wire.downlink": "int8"},
+}  # fmt: skip
+RATES = {"as 1 Gb/s": 1.0, "as 2 Gb/s": 2.0, "as 500 Mb/s": 0.5}
+UNSHAPED, CALIBRATION_ROUNDS = "none", 3
+
+
+def measured(config: RunConfig, limit_s: float, out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of a run that ends with the first round after ``limit_s``; those of ``out`` where it is over."""
+    paths = [out / f"{config.run_id}-{name}.parquet" for name in ("rounds", "participants")]
+    if not all(path.exists() for path in paths):
+        found = federation.run(config, on_round=lambda new: bool(new["wall_s"] >= limit_s))
+        for path, frame in zip(paths, (found.rounds, found.participants), strict=True):
+            frame.to_parquet(path)
+    rounds, participants = (pd.read_parquet(path) for path in paths)
+    return rounds, participants
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seconds", type=float, default=80.0, help="a run ends with the first round after these")
+    parser.add_argument("--out", type=Path, default=REPO_ROOT / "data" / "results" / "full" / "measurements")
+    parser.add_argument("--runs", type=Path, default=REPO_ROOT / "build" / "race", help="where single runs are kept")
+    given = parser.parse_args()
+    given.runs.mkdir(parents=True, exist_ok=True)
+    names = ["fmd", "flux"] if given.quick else list(METHODS)
+    rates = dict(list(RATES.items())[: 1 if given.quick else None])
+    start = pd.Timestamp.now("UTC").to_pydatetime()
+    device, shapes = scale.this_machine(), clock.shapes_of(MODEL, models.load(MODEL)[0])
+
+    def place(config: RunConfig, link: str) -> race.Place:
+        return race.Place(shapes, device, catalogue.link(link), config.wire.uplink)
+
+    speeds, per_s = {}, 0.0
+    for name in names:
+        unshaped = {"variant": "unshaped", "clock.link": UNSHAPED, "federation.rounds": CALIBRATION_ROUNDS}
+        config = make_config({**COMMON, **METHODS[name], "method": name, **unshaped})
+        rounds, participants = measured(config, 1e9, given.runs)
+        speeds[name] = race.calibrated(rounds, participants, place(config, UNSHAPED))
+        print(f"{name} here: {speeds[name]}", flush=True)
+        if name == "fmd":
+            real = race.Place(clock.shapes(REAL), catalogue.DEVICES["l20"], catalogue.link("1gbps"), "bfloat16")
+            per_s = race.rate(participants, place(config, UNSHAPED), real, TOKENS)
+            print(f"sending to training as there: {8 * per_s / 1e6:.2f} Mb/s", flush=True)
+    rows: list[Row] = []
+    for label, times in rates.items():
+        link = f"{8 * per_s * times / 1e3:.0f}kbps"
+        for name in names:
+            shaped = {
+                "variant": label.lower().replace(" ", "-").replace("/", ""),
+                "clock.link": link,
+                "clock.shaped": True,
+            }
+            config = make_config({**COMMON, **METHODS[name], "method": name, **shaped})
+            rounds, participants = measured(config, given.seconds, given.runs)
+            said = race.predicted(participants, place(config, link), speeds[name])
+            rows += race.rows(rounds, said, f"{name}, {label}")
+            print(f"{name} {label}: {len(rounds) - 1} rounds, score {rounds['metric'].iloc[-1]:.3f}", flush=True)
+    frame = measurements(rows, f"race-{MODEL}")
+    parameters = {"link_mbps": 8 * per_s / 1e6, "seconds": given.seconds, "machine": machine(torch.device("cpu")),
+                  "besides_s": {name: speed.besides_s for name, speed in speeds.items()},
+                  "factors": {name: dict(speed.factors) for name, speed in speeds.items()}}  # fmt: skip
+    given.out.mkdir(parents=True, exist_ok=True)
+    records.write("measurements", frame, given.out / f"race-{MODEL}.parquet", records.about_run(parameters, start))
+    print(json.dumps(parameters, indent=1))
+    found = race.summary(frame)
+    print(table(found.to_dict("records"), list(found)))
+
+
+if __name__ == "__main__":
+    main()

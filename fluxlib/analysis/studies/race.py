@@ -1,0 +1,153 @@
+"""Measured races: methods as SuperNodes over links of a given rate, and what the device clock says of their rounds.
+
+The clock is told this machine by one run of each method over a link that is not shaped: how much longer than the clock
+says its phases take here (mini models are mostly Python), and what a round takes besides (Flower starts a process per
+message and asks every three seconds). What is predicted is every round of the runs over shaped links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fluxlib.analysis.studies.bench import Row, row
+from fluxlib.analysis.studies.scale import BLOCKS
+from fluxlib.analysis.time_to_target import TARGET_FRACTION, crossing, final_score
+from fluxlib.devices import catalogue, clock
+from fluxlib.federation.protocol.wire import Form, bits_per_weight
+from fluxlib.federation.store.tables import read_work
+from fluxlib.methods.base import Work
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+FINAL = 2
+"""A final score is the mean of this many last rounds: a run has few."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """This machine, for one method."""
+
+    factors: Mapping[str, float]
+    """Measured over predicted seconds of each block of :data:`~fluxlib.analysis.studies.scale.BLOCKS`."""
+    besides_s: float = 0.0
+    """Seconds of a round that are in none of them, nor on the link."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the clock is told: shapes, device, the link, and how weights travel (codes of FMQ do not, here)."""
+
+    shapes: clock.Shapes
+    device: catalogue.Device
+    link: catalogue.Link
+    wire: Form
+
+
+def _works(participants: pd.DataFrame) -> Iterator[tuple[int, list[tuple[pd.Series, Work, Work | None]]]]:
+    """Of each round of one run: the accepted replies, with their work and that of a profile made before."""
+    accepted = participants[participants["rejected"] == ""]
+    for number, rows in accepted.groupby("round"):
+        yield int(str(number)), [(row, *read_work(row["work"])) for _, row in rows.iterrows()]
+
+
+def predicted(participants: pd.DataFrame, place: Place, speed: Speed) -> dict[int, float]:
+    """Seconds of each round of one run, by the clock."""
+    found = {}
+    for number, replies in _works(participants):
+        seconds = [_seconds(work, first, place, speed) for _, work, first in replies]
+        found[number] = clock.round_seconds(seconds, 0.0).total_s + speed.besides_s
+    return found
+
+
+def calibrated(rounds: pd.DataFrame, participants: pd.DataFrame, place: Place) -> Speed:
+    """This machine, from a run over a link that was not shaped: medians over replies and rounds."""
+    ratios: dict[str, list[float]] = {block: [] for block in BLOCKS}
+    for _, replies in _works(participants):
+        for reply, work, _ in replies:
+            said = clock.phase_seconds(_on_wire(work, place.wire), place.shapes, place.device, place.link)
+            for block, phases in BLOCKS.items():
+                took = np.nansum([reply[f"{phase}_wall_s"] for phase in phases])
+                if took and (expected := sum(said[phase] for phase in phases)):
+                    ratios[block].append(float(took) / expected)
+    speed = Speed({block: float(np.median(found)) for block, found in ratios.items() if found})
+    known = predicted(participants, place, speed)
+    took = rounds.set_index("round")["round_wall_s"]
+    return replace(speed, besides_s=float(np.median([took[number] - seconds for number, seconds in known.items()])))
+
+
+def rate(participants: pd.DataFrame, place: Place, real: Place, tokens: int) -> float:
+    """Bytes/s at which sending takes as many times as long as training here as it does at ``real``.
+
+    Args:
+        participants: of an FMD run; its last round is looked at, in which all that can travel does.
+        tokens: of a sample of the real data sets.
+    """
+    *_, (_, replies) = _works(participants)
+    found = []
+    for reply, work, _ in replies:
+        there = clock.phase_seconds(work, real.shapes, real.device, real.link, tokens)
+        ratio = (there["download"] + there["upload"]) / (there["train"] + there["pcie"])
+        sent = reply["downlink_bytes"] + reply["uplink_bytes"]
+        found.append(sent / (ratio * reply["train_wall_s"]))
+    return float(np.median(found))
+
+
+def rows(rounds: pd.DataFrame, predicted_s: Mapping[int, float], setting: str) -> Iterator[Row]:
+    """Scores over measured seconds, and each round's seconds as they were measured and :func:`predicted`."""
+    for one in rounds.to_dict("records"):
+        about = {"model": one["model"], "task": one["task"], "seed": one["seed"]}
+        yield row("race_score", setting, one["metric"], x=one["wall_s"], **about)
+        if one["round"]:
+            for kind, seconds in (("measured", one["round_wall_s"]), ("predicted", predicted_s[one["round"]])):
+                yield row("race_seconds", f"{setting}, {kind}", seconds, x=float(one["round"]), unit="s", **about)
+
+
+def summary(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> pd.DataFrame:
+    """One row per link and method of the studies ``race_score`` and ``race_seconds``.
+
+    Returns:
+        ``link``, ``method``, ``rounds``, ``final`` score, ``to_target_s`` to ``fraction`` of FMD's final score on that
+        link (NaN: not reached), ``clock_error``: median over rounds of how far the predicted seconds are off.
+    """
+    import pandas as pd
+
+    parts = table["setting"].str.split(", ", expand=True)
+    table = table.assign(method=parts[0], link=parts[1], kind=parts[2])
+    scores, seconds = (table[table["study"] == f"race_{name}"] for name in ("score", "seconds"))
+    found = []
+    for (link, method), run in scores.groupby(["link", "method"], sort=False):
+        fmd = scores[(scores["link"] == link) & (scores["method"] == "fmd")]
+        target = fraction * final_score(fmd["value"].tolist(), FINAL)
+        rounds = seconds[(seconds["link"] == link) & (seconds["method"] == method)].pivot(
+            index="x", columns="kind", values="value"
+        )
+        found.append({
+            "link": link, "method": method, "rounds": len(rounds), "final": final_score(run["value"].tolist(), FINAL),
+            "to_target_s": crossing(run["x"].tolist(), run["value"].tolist(), target),
+            "clock_error": (rounds["predicted"] / rounds["measured"] - 1).abs().median(),
+        })  # fmt: skip
+    return pd.DataFrame(found)
+
+
+def _seconds(work: Work, first: Work | None, place: Place, speed: Speed) -> clock.ParticipantSeconds:
+    said = clock.participant_seconds(
+        _on_wire(work, place.wire), first, place.shapes, place.device, place.link, tokens_per_sample=None
+    )
+    factors = {phase: speed.factors.get(block, 1.0) for block, phases in BLOCKS.items() for phase in phases}
+
+    def here(seconds: Mapping[str, float]) -> dict[str, float]:
+        # The host's memory is the device's here: what offloading adds is in the measured training.
+        return {name: value * factors.get(name, 1.0) for name, value in seconds.items() if name != "pcie"}
+
+    return replace(said, main=here(said.main), first=said.first and here(said.first))
+
+
+def _on_wire(work: Work, wire: Form) -> Work:
+    bits = bits_per_weight(wire)
+    return replace(work, download_bits=bits, upload_bits=bits)
