@@ -338,7 +338,7 @@ def test_profile_says_which_experts_a_text_uses(call, tmp_path):
     assert code == 0 and "128 tokens of" in out and "busiest" in out
     answer = json.loads(call(*arguments, "--json")[1])
     assert f"{answer['unknown_frac']:.0%} of them unknown to its tokenizer" in out
-    assert answer["tokens"] == 128 and len(answer["layers"]) == 4
+    assert answer["tokens"] == 128 and len(answer["layers"]) == 6
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -102,8 +102,8 @@ def test_the_tuned_model_is_one_that_can_be_loaded_and_its_card_tells_where_it_i
 def test_a_participants_model_is_smaller_and_measured_beside_the_full_one(tuned, tmp_path):
     folder, _ = tuned
     report = exports.save_participant(folder, tmp_path / "compact", participant=1)
-    # An eighth of 64 experts alone, a quarter merged.
-    assert (report.num_slots, report.num_experts) == (24, 64)
+    # An eighth of 96 experts alone, a quarter merged.
+    assert (report.num_slots, report.num_experts) == (36, 96)
     ratios = report.table["ratio"]
     assert ratios["parameters (M)"] < 0.6 and ratios["stored, 16 bit (MB)"] < 0.6
     assert ratios["held in memory, 32 bit (MB)"] < 0.6
@@ -111,7 +111,7 @@ def test_a_participants_model_is_smaller_and_measured_beside_the_full_one(tuned,
     assert held >= 4 * parameters and (report.table.filter(like="(ms)", axis="index") > 0).all(axis=None)
     assert json.loads((tmp_path / "compact" / "report.json").read_text()) == json.loads(json.dumps(report.to_dict()))
     card = (tmp_path / "compact" / "README.md").read_text()
-    assert "64 experts in 24 slots" in card
+    assert "96 experts in 36 slots" in card
     for name, row in report.table.iterrows():
         assert f"| {name} | {row['full']:.3f} | {row['compact']:.3f} | {row['ratio']:.2f} |" in card
     loaded, _ = models.load_compact(tmp_path / "compact")
