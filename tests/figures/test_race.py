@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 
 from fluxlib import figures, records
+from fluxlib.analysis.studies import measurements
+from fluxlib.analysis.studies.race import rows as rows_of
 from fluxlib.analysis.time_to_target import times_to_target
 from fluxlib.figures import race, style
 
@@ -94,3 +96,14 @@ def test_drawing_changes_no_global_setting(rounds):
     picture = race.convergence(rounds)
     assert picture._repr_png_().startswith(b"\x89PNG")
     assert dict(mpl.rcParams) == before
+
+
+def test_a_measured_race_has_a_panel_per_link_and_one_for_the_clock() -> None:
+    rows = []
+    for link in ("fast", "slow"):
+        for method, seconds in (("fmd", 10.0), ("flux", 4.0)):
+            runs = run(method, 0, [0.1, 0.3, 0.4], 1.0).assign(round_wall_s=seconds, wall_s=seconds * np.arange(3))
+            rows += rows_of(runs, {1: seconds, 2: 1.2 * seconds}, f"{method}, {link}")
+    picture = race.measured(measurements(rows, "race"))
+    assert [ax.get_title() for ax in picture.axes] == ["fast", "slow", "every round"]
+    assert "clock off by 10 % (median)" in picture.get_supxlabel()

@@ -36,7 +36,7 @@ class Speed:
     factors: Mapping[str, float]
     """Measured over predicted seconds of each block of :data:`~fluxlib.analysis.studies.scale.BLOCKS`."""
     besides_s: float = 0.0
-    """Seconds of a round that are in none of them, nor on the link."""
+    """Seconds that a message to all takes besides: processes that start, waiting to be asked."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def predicted(participants: pd.DataFrame, place: Place, speed: Speed) -> dict[in
     found = {}
     for number, replies in _works(participants):
         seconds = [_seconds(work, first, place, speed) for _, work, first in replies]
-        found[number] = clock.round_seconds(seconds, 0.0).total_s + speed.besides_s
+        times = 2 if any(first for _, _, first in replies) else 1  # a profile before the round is asked for by itself
+        found[number] = clock.round_seconds(seconds, 0.0).total_s + times * speed.besides_s
     return found
 
 
@@ -78,7 +79,8 @@ def calibrated(rounds: pd.DataFrame, participants: pd.DataFrame, place: Place) -
     speed = Speed({block: float(np.median(found)) for block, found in ratios.items() if found})
     known = predicted(participants, place, speed)
     took = rounds.set_index("round")["round_wall_s"]
-    return replace(speed, besides_s=float(np.median([took[number] - seconds for number, seconds in known.items()])))
+    besides = [took[number] - seconds for number, seconds in known.items() if number > 1]  # the first asks for more
+    return replace(speed, besides_s=float(np.median(besides)))
 
 
 def rate(participants: pd.DataFrame, place: Place, real: Place, tokens: int) -> float:
