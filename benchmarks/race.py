@@ -54,13 +54,14 @@ def measured(config: RunConfig, limit_s: float, out: Path) -> tuple[pd.DataFrame
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rates", type=int, default=len(RATES), help="how many of the rates, from the first")
     parser.add_argument("--seconds", type=float, default=80.0, help="a run ends with the first round after these")
     parser.add_argument("--out", type=Path, default=REPO_ROOT / "data" / "results" / "full" / "measurements")
     parser.add_argument("--runs", type=Path, default=REPO_ROOT / "build" / "race", help="where single runs are kept")
     given = parser.parse_args()
     given.runs.mkdir(parents=True, exist_ok=True)
     names = ["fmd", "flux"] if given.quick else list(METHODS)
-    rates = dict(list(RATES.items())[: 1 if given.quick else None])
+    rates = dict(list(RATES.items())[: 1 if given.quick else given.rates])
     start = pd.Timestamp.now("UTC").to_pydatetime()
     device, shapes = scale.this_machine(), clock.shapes_of(MODEL, models.load(MODEL)[0])
 
