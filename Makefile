@@ -56,7 +56,7 @@ bench: $(STAMP)  ## The benchmarks (tables on the terminal)
 	@for script in $(filter-out benchmarks/new_user.py benchmarks/race.py,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 .PHONY: race
-race: $(STAMP)  ## Four methods over real links of three rates, by the wall clock: half an hour, on an idle machine
+race: $(STAMP)  ## Four methods over real links of three rates, by the wall clock: three quarters of an hour, on an idle machine
 	$(BIN)/python benchmarks/race.py
 
 .PHONY: deploy-demo

@@ -1,7 +1,7 @@
 """Four methods as real SuperNodes over links of a given rate: seconds by the wall clock, and what the clock said.
 
-    python benchmarks/race.py            three rates, under half an hour; an interrupted one goes on
-    python benchmarks/race.py --quick    one rate, two methods, five minutes
+    python benchmarks/race.py              three rates, about three quarters of an hour; an interrupted one goes on
+    python benchmarks/race.py --rates 2    the first two, half an hour
 
 Each participant's SuperNode reaches the SuperLink through a relay that lets bytes through at the link's rate. The rate
 is chosen so that sending takes as many times as long as training as it does for FMD with the shapes of LLaMA-MoE-3.5B
@@ -53,15 +53,13 @@ def measured(config: RunConfig, limit_s: float, out: Path) -> tuple[pd.DataFrame
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rates", type=int, default=len(RATES), help="how many of the rates, from the first")
-    parser.add_argument("--seconds", type=float, default=80.0, help="a run ends with the first round after these")
+    parser.add_argument("--seconds", type=float, default=60.0, help="a run ends with the first round after these")
     parser.add_argument("--out", type=Path, default=REPO_ROOT / "data" / "results" / "full" / "measurements")
     parser.add_argument("--runs", type=Path, default=REPO_ROOT / "build" / "race", help="where single runs are kept")
     given = parser.parse_args()
     given.runs.mkdir(parents=True, exist_ok=True)
-    names = ["fmd", "flux"] if given.quick else list(METHODS)
-    rates = dict(list(RATES.items())[: 1 if given.quick else given.rates])
+    rates = dict(list(RATES.items())[: given.rates])
     start = pd.Timestamp.now("UTC").to_pydatetime()
     device, shapes = scale.this_machine(), clock.shapes_of(MODEL, models.load(MODEL)[0])
 
@@ -69,7 +67,7 @@ def main() -> None:
         return race.Place(shapes, device, catalogue.link(link), config.wire.uplink)
 
     speeds, per_s = {}, 0.0
-    for name in names:
+    for name in METHODS:
         unshaped = {"variant": "unshaped", "clock.link": UNSHAPED, "federation.rounds": CALIBRATION_ROUNDS}
         config = make_config({**COMMON, **METHODS[name], "method": name, **unshaped})
         rounds, participants = measured(config, 1e9, given.runs)
@@ -77,12 +75,12 @@ def main() -> None:
         print(f"{name} here: {speeds[name]}", flush=True)
         if name == "fmd":
             real = race.Place(clock.shapes(REAL), catalogue.DEVICES["l20"], catalogue.link("1gbps"), "bfloat16")
-            per_s = race.rate(participants, place(config, UNSHAPED), real, TOKENS)
+            per_s = race.rate(participants, real, TOKENS)
             print(f"sending to training as there: {8 * per_s / 1e6:.2f} Mb/s", flush=True)
     rows: list[Row] = []
     for label, times in rates.items():
         link = f"{8 * per_s * times / 1e3:.0f}kbps"
-        for name in names:
+        for name in METHODS:
             shaped = {
                 "variant": label.lower().replace(" ", "-").replace("/", ""),
                 "clock.link": link,

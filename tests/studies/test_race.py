@@ -52,7 +52,7 @@ def test_a_slower_link_adds_what_its_bytes_take() -> None:
 
 def test_the_rate_makes_sending_as_long_against_training_as_on_the_real_device() -> None:
     real = race.Place(shapes("mini-deepseek-moe"), catalogue.DEVICES["l20"], catalogue.link("1gbps"), "bfloat16")
-    per_s = race.rate(replies(2.0), place("none"), real, 128)
+    per_s = race.rate(replies(2.0), real, 128)
     there = clock.phase_seconds(
         next(iter(race._works(replies(2.0))))[1][0][1], real.shapes, real.device, real.link, 128
     )

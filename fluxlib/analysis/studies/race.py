@@ -83,7 +83,7 @@ def calibrated(rounds: pd.DataFrame, participants: pd.DataFrame, place: Place) -
     return replace(speed, besides_s=float(np.median(besides)))
 
 
-def rate(participants: pd.DataFrame, place: Place, real: Place, tokens: int) -> float:
+def rate(participants: pd.DataFrame, real: Place, tokens: int) -> float:
     """Bytes/s at which sending takes as many times as long as training here as it does at ``real``.
 
     Args:

@@ -102,9 +102,7 @@ def _unpacked(record: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
             start += size
 
 
-def _checked(
-    name: str, dtype: str, shape: list[int], stype: str, size: int
-) -> tuple[str, str, tuple[int, ...], str, int]:
+def _checked(name: str, dtype: str, shape: list[int], stype: str, size: int) -> _Entry:
     if not all(isinstance(text, str) for text in (name, dtype, stype)) or stype == _STYPE:
         raise ValueError(f"{name!r} of type {dtype!r} ({stype!r})")
     if not all(type(length) is int and length >= 0 for length in (*shape, size)):

@@ -22,13 +22,12 @@ from pathlib import Path
 from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue
 from fluxlib.federation.engines.deployment import credentials, folders
-from fluxlib.federation.engines.deployment.relay import Relay
+from fluxlib.federation.engines.deployment.relay import HOST, Relay
 from fluxlib.federation.results import RunFailed
 
 CONNECTION = "federation"
 """Name of the SuperLink in the Flower configuration that a :class:`LocalFederation` writes."""
 
-HOST = "127.0.0.1"
 START_S, COMMAND_S = 120.0, 300.0
 """Patience with a SuperLink that starts, and with a command; seconds each on an idle machine."""
 
