@@ -2,7 +2,7 @@
 
     python benchmarks/wire.py                                       FLUX and FMD, all wire options, 12 rounds
     python benchmarks/wire.py --methods flux --options protection   clipping, noise, robust rules, withheld reports
-    python benchmarks/wire.py --methods flux --options exact 4bit --rounds 30
+    python benchmarks/wire.py --methods flux --options exact stale --rounds 30
 
 One JSON line per run: bytes per participant and round, device seconds per round at the shapes of ``--clock-model``
 (medians over the rounds after the first), score and loss after the last round. Everything but the option is equal.
@@ -22,8 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"wire.uplink": "bfloat16", "wire.downlink": "bfloat16"},
     "int8 up": {"wire.uplink": "int8"},
     "int8 both": {"wire.uplink": "int8", "wire.downlink": "int8"},
-    "4bit": {"wire.merged": "4bit"},
-    "4bit, int8 both": {"wire.merged": "4bit", "wire.uplink": "int8", "wire.downlink": "int8"},
+    "stale": {"wire.max_staleness": 2},
+    "stale, int8 both": {"wire.max_staleness": 2, "wire.uplink": "int8", "wire.downlink": "int8"},
 }
 PROTECTION: dict[str, dict[str, Any]] = {
     "clip at the median": {"privacy.clip_norm": 1.0, "privacy.clip_quantile": 0.5},

@@ -176,8 +176,8 @@ class WireConfig(_Group):
 
     uplink: WireType = Field("float32", description="type of changes on their way to the server")
     downlink: WireType = Field("float32", description="type of experts on their way to participants")
-    merged: Literal["exact", "4bit"] = Field(
-        "exact", description="how experts travel that the participant will only merge"
+    max_staleness: int | None = Field(
+        None, ge=0, description="rounds that experts a participant does not tune may lag behind; None: the method's own"
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib.moe import find
-from fluxlib.moe.capture import LayerCapture, capture
+from fluxlib.moe.capture import Capture, LayerCapture, capture
 from fluxlib.moe.quantized import QuantizedExperts, quantized
 
 BITS = (2, 3, 4, 8, 16)
@@ -97,11 +97,30 @@ def profile(model: nn.Module, batches: Iterable[dict[str, Tensor]], bits: int = 
             received, gate, counts, num_tokens = _count(model, batches, attention)
         finally:
             model.train(training)
+    return of_counts(model, counts, gate, num_tokens, received, bits)
+
+
+def of_counts(
+    model: nn.Module,
+    counts: Tensor,
+    gate: Tensor,
+    num_tokens: int,
+    received: Tensor | None = None,
+    bits: int = 16,
+) -> Profile:
+    """What passes through ``model`` counted, as a profile.
+
+    Args:
+        counts: ``[S, L, E]`` tokens of each sample routed to each expert.
+        gate: ``[L, E]`` sum of squared gate weights.
+        received: ``[L, E]`` sum of the attention that the tokens received; None: it was not measured.
+    """
     tokens = counts.sum(dim=0)
+    attention = torch.zeros(tokens.shape) if received is None else received / tokens.clamp(min=1)
     return Profile(
         frequency=tokens / tokens.sum(dim=1, keepdim=True),
         tokens=tokens,
-        attention=(received / tokens.clamp(min=1)).float(),
+        attention=attention.float(),
         gate=(gate / gate.sum(dim=1, keepdim=True)).float(),
         samples=counts > 0,
         bits=bits,
@@ -187,16 +206,30 @@ def _count(
         for batch in batches:
             body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             mask = batch["attention_mask"].bool()
-            found = [_count_layer(layer, mask, max(sizes)) for layer in seen.layers]
-            received += torch.stack([attended.double().cpu() for _, attended, _ in found])
-            gate += torch.stack([squares.double().cpu() for *_, squares in found])
-            counts.append(torch.stack([hits for hits, *_ in found], dim=1).cpu())
+            hits, attended, squares = count(seen, mask, max(sizes))
+            received += attended
+            gate += squares
+            counts.append(hits)
             num_tokens += int(mask.sum())
             num_samples += len(mask)
             seen.clear()
     if num_tokens == 0:
         raise ValueError(f"batches must hold at least one token, got {num_samples} samples of padding only")
     return received, gate, torch.cat(counts), num_tokens
+
+
+def count(seen: Capture, mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the newest pass through a model routed where; padding is not counted.
+
+    Args:
+        mask: bool ``[B, T]``, True at tokens.
+
+    Returns:
+        On the CPU: tokens ``[B, L, E]`` of each sample, and of all tokens the attention that they received (0 where it
+        was not captured) and their squared gate weights, ``[L, E]`` float64.
+    """
+    hits, attended, squares = zip(*(_count_layer(layer, mask, num_experts) for layer in seen.layers), strict=True)
+    return torch.stack(hits, dim=1).cpu(), torch.stack(attended).double().cpu(), torch.stack(squares).double().cpu()
 
 
 def _count_layer(layer: LayerCapture, mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +241,9 @@ def _count_layer(layer: LayerCapture, mask: Tensor, num_experts: int) -> tuple[T
     attended = torch.zeros(num_experts, device=index.device)
     if layer.attention:
         attended = torch.einsum("bte,bt->e", hits, layer.attention[-1].to(hits))
-    squares = torch.zeros_like(hits).scatter_(2, index, layer.top_k_weights[-1].view(index.shape).float().square())
+    squares = torch.zeros_like(hits).scatter_(
+        2, index, layer.top_k_weights[-1].detach().view(index.shape).float().square()
+    )
     return hits.sum(dim=1).long(), attended, (squares * mask[:, :, None]).sum(dim=(0, 1))
 
 

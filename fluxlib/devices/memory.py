@@ -28,7 +28,7 @@ from fluxlib.devices.dry_run import MOMENT_BYTES, TUNED_DTYPE, Slots, Step
 from fluxlib.models.parameters import KINDS, count_parameters
 from fluxlib.moe import find
 
-METHODS = ("flux", "fmd", "fmq", "fmes")
+METHODS = ("flux", "flux_plus", "fmd", "fmq", "fmes")
 RESERVE_FRAC = 0.1
 """Share of a device's memory that is left to runtime, fragmentation and workspaces."""
 MIN_RESIDENT = 2
@@ -125,8 +125,9 @@ def plan_memory(
 
     Args:
         config: of any MoE model of transformers, or of the project's two.
-        method: ``flux`` (tuned and merged slots; a quantised profile model after the step), ``fmd`` (all experts
-            tuned, those that do not fit offloaded), ``fmq`` (all experts at rest in few bits, tuned ones with
+        method: ``flux`` (tuned and merged slots; a quantised profile model after the step), ``flux_plus`` (the same:
+            what it watches takes the place of tuned experts), ``fmd`` (all experts tuned, those that do not fit
+            offloaded), ``fmq`` (all experts at rest in few bits, tuned ones with
             gradient and state), ``fmes`` (tuned experts, the others dropped).
         memory_bytes: of the device, reserve included.
         step: sizes of a training step.
@@ -139,7 +140,7 @@ def plan_memory(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if memory_bytes is not None and memory_bytes < 1:
         raise ValueError(f"memory: expected at least 1 byte, got {memory_bytes}")
-    planner = _Planner(config, method, step)
+    planner = _Planner(config, "flux" if method == "flux_plus" else method, step)
     usable = None if memory_bytes is None else int(memory_bytes * (1 - RESERVE_FRAC))
     if num_tuned is None and usable is not None:
         num_tuned = planner.largest(usable)
@@ -152,12 +153,12 @@ def plan_memory(
         num_merged = planner.num_merged(num_tuned)
     elif not 0 <= num_merged <= left:
         raise ValueError(f"num_merged: expected 0..{left} beside {num_tuned} tuned, got {num_merged}")
-    elif method == "flux" and num_merged < (least := sum(rest > 0 for rest in planner.left(num_tuned))):
+    elif planner.method == "flux" and num_merged < (least := sum(rest > 0 for rest in planner.left(num_tuned))):
         raise ValueError(
             f"num_merged: expected at least {least}, one for each layer with experts that are not tuned,"
             f" got {num_merged}"
         )
-    return planner.plan(num_tuned, num_merged, memory_bytes, usable)
+    return replace(planner.plan(num_tuned, num_merged, memory_bytes, usable), method=method)
 
 
 def plan(model: str, memory: str | int | None = None, method: str = "flux", **step: Any) -> MemoryPlan:

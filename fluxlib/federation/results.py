@@ -36,8 +36,8 @@ class Download:
 
     def plus(self, delta: Delta, wire: Form) -> Download:
         """With one more message; its arrays are not kept."""
-        bits = delta.num_experts * bits_per_weight(wire) + delta.num_approximate * bits_per_weight("int4")
-        count = self.num_experts + delta.num_experts + delta.num_approximate
+        bits = delta.num_experts * bits_per_weight(wire)
+        count = self.num_experts + delta.num_experts
         return Download(self.num_bytes + delta.num_bytes, count, self.weight_bits + bits, delta.after)
 
     @property

@@ -6,10 +6,10 @@ To add a method, write a file with a :class:`~fluxlib.methods.base.Method` and n
 
 from __future__ import annotations
 
-from fluxlib.methods import flux, fmd, fmes, fmq
+from fluxlib.methods import flux, flux_plus, fmd, fmes, fmq
 from fluxlib.methods.base import Method
 
-REGISTERED = (flux.METHOD, fmd.METHOD, fmq.METHOD, fmes.METHOD)
+REGISTERED = (flux.METHOD, flux_plus.METHOD, fmd.METHOD, fmq.METHOD, fmes.METHOD)
 METHODS: dict[str, Method] = {method.name: method for method in REGISTERED}
 
 

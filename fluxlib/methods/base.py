@@ -53,7 +53,8 @@ class Work:
     slot_tokens: int = 0
     """(token, slot) pairs that were computed for them: fewer where choices of one token fall on one merged slot."""
     tuned_tokens: int = 0
-    """Those of the choices that went to tuned experts: the weight gradients are computed from them."""
+    """Those of the choices that went to experts whose weight gradients are computed: the tuned ones, and those that
+    are only watched."""
     profile_samples: int = 0
     profile_tokens: int = 0
     profile_bits: int = 16
@@ -142,6 +143,7 @@ class Method:
     ``explores``: the budget is split by epsilon, which is empty in the tables otherwise.
     ``afterwards(model, data, config)``: the profile for the next round, of the model that was held in this one, before
     training. It may be made when the reply is out, so nothing of it can be in the reply (stale by one).
+    ``max_staleness``: rounds that the copies of experts which a participant does not tune may lag behind.
     """
 
     name: str
@@ -152,3 +154,4 @@ class Method:
     utilities: bool = False
     explores: bool = False
     afterwards: ProfileFn | None = None
+    max_staleness: int = 0

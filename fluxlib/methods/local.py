@@ -28,12 +28,19 @@ class Tuned:
     """New minus old weights."""
     squared_norms: Tensor
     """``[K, L, E]`` squared gradient norm per step, NaN where it is not known."""
-    tokens: Tensor
-    """``[L, E]`` real tokens routed to each expert, over all steps."""
+    counts: Tensor
+    """``[S, L, E]`` real tokens of each sample routed to each expert, over all steps."""
+    gate: Tensor
+    """``[L, E]`` squared gate weights, summed over the tokens of all steps."""
     slot_tokens: int
     """(token, slot) pairs computed per pass; choices of one token that fall on one merged slot are one pair."""
     loss: float
     """Mean training loss of the steps, each before its update."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """``[L, E]`` real tokens routed to each expert, over all steps."""
+        return self.counts.sum(dim=0)
 
 
 class Learner(Protocol):
@@ -71,8 +78,8 @@ def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], conf
         FloatingPointError: the loss became NaN or infinite; the round's step and loss are named.
     """
     found, device = find.layers(model), next(model.parameters()).device
-    tokens = torch.zeros((len(found), found[0].num_experts), dtype=torch.long)
-    norms, losses, slot_tokens = [], [], 0
+    norms, losses, counts, slot_tokens = [], [], [], 0
+    gate = torch.zeros((len(found), found[0].num_experts), dtype=torch.float64)
     was_training = model.training
     model.train()
     try:
@@ -86,13 +93,15 @@ def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], conf
             loss.backward()
             losses.append(loss.item())
             norms.append(learner.step())
-            chosen = [layer.top_k_index[0] for layer in seen.layers]
-            tokens += routed_tokens(chosen, batch["attention_mask"], found[0].num_experts)
-            for layer, index in zip(found, chosen, strict=True):
-                slot_tokens += num_pairs(layer.experts, index, batch["attention_mask"])
+            mask = batch["attention_mask"].bool()
+            hits, _, squares = profiling.count(seen, mask, found[0].num_experts)
+            counts.append(hits)
+            gate += squares
+            for layer, one in zip(found, seen.layers, strict=True):
+                slot_tokens += num_pairs(layer.experts, one.top_k_index[0], mask)
     finally:
         model.train(was_training)
-    return Tuned(learner.changes(), torch.stack(norms), tokens, slot_tokens, sum(losses) / len(losses))
+    return Tuned(learner.changes(), torch.stack(norms), torch.cat(counts), gate, slot_tokens, sum(losses) / len(losses))
 
 
 class _CompactLearner:
@@ -121,31 +130,26 @@ class _CompactLearner:
 
 
 def squared_gradient_norms(compact: Sequence[CompactExperts]) -> Tensor:
-    """``[L, E]`` squared norm of each tuned expert's gradient, NaN for the others."""
+    """``[L, E]`` squared norm of each tuned and each watched expert's gradient, NaN for the others."""
     norms = torch.full((len(compact), compact[0].num_experts), float("nan"))
     for row, experts in zip(norms, compact, strict=True):
         stacks = [p for p in experts.tuned_stacks().values() if p.shape[0]]
+        for slot, expert in enumerate(experts.watched):
+            row[expert] = experts.watched_norms[slot]
         if stacks:
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in stacks]
             row[list(experts.plan.tuned)] = sum(g.flatten(1).float().square().sum(1) for g in grads).cpu()  # type: ignore[union-attr]
     return norms
 
 
-def routed_tokens(top_k_index: Sequence[Tensor], attention_mask: Tensor, num_experts: int) -> Tensor:
-    """``[L, E]`` number of real tokens routed to each expert.
-
-    Args:
-        top_k_index: one ``[N, k]`` per layer, ``N = B * T``.
-        attention_mask: ``[B, T]``, 1 for real tokens.
-    """
-    real = attention_mask.reshape(-1).bool()
-    return torch.stack([torch.bincount(index[real].reshape(-1), minlength=num_experts) for index in top_k_index]).cpu()
-
-
 def num_pairs(experts: nn.Module, top_k_index: Tensor, attention_mask: Tensor) -> int:
-    """(token, slot) pairs that a layer computes for the real tokens; shapes as in :func:`routed_tokens`.
+    """(token, slot) pairs that a layer computes for the real tokens.
 
     Experts with a ``slot_of`` map compute a slot once per token.
+
+    Args:
+        top_k_index: ``[N, k]``, ``N = B * T``.
+        attention_mask: ``[B, T]``, 1 for real tokens.
     """
     chosen = top_k_index[attention_mask.reshape(-1).bool()]
     slot_of = getattr(experts, "slot_of", None)
@@ -183,11 +187,19 @@ class Stopwatch:
             self.phases_s[name] = time.perf_counter() - start
 
 
-def report(local: LocalRound, tuned: Tuned, watch: Stopwatch, utilities: Tensor | None = None, **work: Any) -> Update:
+def report(
+    local: LocalRound,
+    tuned: Tuned,
+    watch: Stopwatch,
+    utilities: Tensor | None = None,
+    watched: Tensor | None = None,
+    **work: Any,
+) -> Update:
     """The update of a round, with the account of its local steps.
 
     Args:
         utilities: ``[L, E]``, NaN where not measured; None: none was.
+        watched: bool ``[L, E]``, experts whose weight gradients were computed too, for their norms.
         work: what else was done, by the names of :class:`Work`.
     """
     exploit, (num_samples, num_tokens) = local.roles.exploit, size(local.data.train)
@@ -200,7 +212,7 @@ def report(local: LocalRound, tuned: Tuned, watch: Stopwatch, utilities: Tensor 
         train_tokens=num_tokens,
         routed_tokens=int(tuned.tokens.sum()),
         slot_tokens=tuned.slot_tokens,
-        tuned_tokens=int(tuned.tokens[exploit].sum()),
+        tuned_tokens=int(tuned.tokens[exploit if watched is None else exploit | watched].sum()),
         **work,
     )
     if utilities is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import mask
-from .dispatch import Pairs, StackedSlots, choices, dispatch, sort_pairs
+from .dispatch import Pairs, StackedSlots, WatchedSlots, choices, dispatch, sort_pairs
 from .expert import Activation
 from .find import (
     MoELayer,
@@ -123,6 +123,8 @@ class CompactExperts(ReplacedExperts):
         num_tuned: T.
         num_merged: M.
         method: How slots are computed; see :class:`fluxlib.moe.dispatch.StackedSlots`.
+        watched: Experts whose gradient norms are measured, see :meth:`watch`.
+        watched_norms: ``[W]`` squared norm of each one's gradient in the last backward pass.
     """
 
     slot_of: Tensor
@@ -138,6 +140,7 @@ class CompactExperts(ReplacedExperts):
             slot_of[list(members)] = slot
         self.register_buffer("slot_of", slot_of, persistent=False)
         self.method = "auto"
+        self.watch(0)
         self._joins = any(len(group) > 1 for group in plan.groups) and not self.layout.is_dense
         merged = [merge(original, plan, group) for group in range(self.num_merged)]
         for name in self.layout.names:
@@ -146,6 +149,20 @@ class CompactExperts(ReplacedExperts):
             setattr(self, f"tuned_{name}", nn.Parameter(tuned, requires_grad=True))
             frozen = torch.stack([tensors[name] for tensors in merged]) if merged else stack[:0].clone()
             self.register_buffer(f"merged_{name}", frozen, persistent=False)
+
+    def watch(self, count: int) -> None:
+        """Measure the gradient norms of the experts in the first ``count`` frozen slots from now on.
+
+        A backward pass then computes their weight gradients, one expert at a time, and keeps the norms alone.
+
+        Raises:
+            ValueError: Fewer frozen slots, or more than one expert in one of them.
+        """
+        groups = self.plan.groups[:count]
+        if len(groups) < count or any(len(group) > 1 for group in groups):
+            raise ValueError(f"count: expected at most the leading slots with one expert each, got {count}")
+        self.watched = tuple(group[0] for group in groups)
+        self.watched_norms = torch.zeros(count, device=self.device)
 
     def tuned_stacks(self) -> dict[str, Tensor]:
         """Trainable stacks ``[T, ...]`` by name."""
@@ -187,16 +204,19 @@ class CompactExperts(ReplacedExperts):
         return self.compute(hidden_states, sort_pairs(slot, weights, self.num_tuned + self.num_merged, self._joins))
 
     def compute(self, hidden: Tensor, pairs: Pairs) -> Tensor:
-        """Tuned slots, whose weights get gradients, and merged slots, whose weights don't, apart."""
-        out: Tensor | None = None
-        for first, count, stacks in (
-            (0, self.num_tuned, self.tuned_stacks()),
-            (self.num_tuned, self.num_merged, self.merged_stacks()),
-        ):
-            if count:
-                slots = StackedSlots(self.layout, self.activation, stacks, self.method)
-                made = dispatch(hidden, pairs.of_slots(first, first + count), slots)
+        """Tuned slots, whose weights get gradients, watched ones, and merged ones, whose weights don't, apart."""
+        out, first, watched, frozen = None, 0, len(self.watched), self.merged_stacks()
+        parts: list[StackedSlots] = [StackedSlots(self.layout, self.activation, self.tuned_stacks(), self.method)]
+        if watched:
+            seen = {name: stack[:watched] for name, stack in frozen.items()}
+            parts.append(WatchedSlots(self.layout, self.activation, seen, self.watched_norms))
+        rest = {name: stack[watched:] for name, stack in frozen.items()}
+        parts.append(StackedSlots(self.layout, self.activation, rest, self.method))
+        for slots in parts:
+            if slots.count:
+                made = dispatch(hidden, pairs.of_slots(first, first + slots.count), slots)
                 out = made if out is None else out + made
+                first += slots.count
         return torch.zeros_like(hidden) if out is None else out
 
 

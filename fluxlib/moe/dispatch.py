@@ -137,6 +137,11 @@ class StackedSlots(Slots):
         self.layout, self.activation, self.stacks, self.method = layout, activation, stacks, method
         self._gradients: dict[str, Tensor] = {}
 
+    @property
+    def count(self) -> int:
+        """Number of slots, S."""
+        return len(next(iter(self.stacks.values())))
+
     def learning(self) -> list[Tensor]:
         """The stacks."""
         return list(self.stacks.values()) if any(stack.requires_grad for stack in self.stacks.values()) else []
@@ -180,6 +185,31 @@ class StackedSlots(Slots):
             if not count:
                 made[name][slot].zero_()
         return [made[name] if made else torch.zeros_like(stack) for name, stack in self.stacks.items()]
+
+
+class WatchedSlots(StackedSlots):
+    """Frozen slots whose weight gradients are computed one at a time, for their squared norms alone.
+
+    Args:
+        norms: ``[S]``, where the squared norms go; 0 for a slot that no pair reaches.
+    """
+
+    def __init__(self, layout: Layout, activation: Activation, stacks: Mapping[str, Tensor], norms: Tensor) -> None:
+        super().__init__(layout, activation, stacks, "slots")
+        self.norms = norms
+
+    def learning(self) -> list[Tensor]:
+        """An empty tensor, so that autograd comes by and :meth:`add_gradients` is called."""
+        return [torch.zeros(0, device=self.norms.device, requires_grad=True)] if torch.is_grad_enabled() else []
+
+    def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
+        """Their squared norm; the gradients go."""
+        self.norms[slot] = sum(gradient.float().square().sum() for gradient in gradients.values())
+
+    def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
+        """None of them is kept."""
+        self.norms[[slot for slot, count in enumerate(counts) if not count]] = 0
+        return [None]
 
 
 class SlotExperts(ReplacedExperts, Slots):

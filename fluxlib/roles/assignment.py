@@ -61,7 +61,7 @@ def num_probed(config: RolesConfig, num_explored: int) -> int:
 def assign(
     utilities: Tensor,
     budgets: Tensor | Sequence[int],
-    epsilon: float,
+    epsilon: float | Tensor,
     generator: torch.Generator,
     ages: Tensor | None = None,
 ) -> Roles:
@@ -73,7 +73,8 @@ def assign(
     Args:
         utilities: ``[P, L, E]``, finite.
         budgets: ``[P]``, ``B_tune`` of each participant, 0..L*E.
-        epsilon: exploitation share, 0..1. A participant with a budget exploits at least one expert if epsilon > 0.
+        epsilon: exploitation share, 0..1, of all or ``[P]`` of each. A participant with a budget exploits at least one
+            expert if epsilon > 0.
         generator: draws the explored experts, on the CPU.
         ages: ``[P, L, E]`` rounds since the last measurement. Deviation: given, exploration rotates: oldest first, ties
             at random.
@@ -91,9 +92,9 @@ def assign(
     bad = (~torch.isfinite(values)).any(dim=1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"utilities must be finite, those of participants {bad} are not (see roles.update)")
-    num_exploit = (epsilon * counts.double() + 0.5).floor().long()
-    if epsilon > 0:
-        num_exploit = num_exploit.maximum(counts.clamp(max=1))
+    shares = torch.as_tensor(epsilon, device=utilities.device)
+    num_exploit = (shares * counts.double() + 0.5).floor().long()
+    num_exploit = num_exploit.maximum(counts.clamp(max=1) * (shares > 0))
     exploit = _top(values, num_exploit)
     keys = torch.rand(values.shape, generator=generator, dtype=torch.float32).to(values.device)
     if ages is not None:

@@ -102,7 +102,7 @@ def test_no_text_and_no_sample_leaves_a_participant(
     allowed = {
         "arrays": None,
         "metrics": {"loss", "num-examples"},
-        "config": {"participant", "round", "version", "digest", "frozen_digest", "approximate", "device",
+        "config": {"participant", "round", "version", "digest", "frozen_digest", "stale", "device",
                    "shape", "frequency", "utilities", "tokens", "work", "phases"},
     }  # fmt: skip
     for reply in sent:

@@ -127,7 +127,7 @@ def same(one: RunResult, other: RunResult, *columns: str) -> None:
 
 KINDS: dict[str, dict[str, Any]] = {
     "exact": {},
-    "coded": {"wire.uplink": "int8", "wire.merged": "4bit"},
+    "coded": {"wire.uplink": "int8", "wire.max_staleness": 2},
 }
 
 

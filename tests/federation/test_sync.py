@@ -148,17 +148,17 @@ def test_a_saved_state_is_put_back_and_a_damaged_one_refused(store: ExpertStore,
     store.apply(changes(store, (0, 0)))
     store.apply(changes(store, (1, 2)))
     experts = {key: {n: t.clone() for n, t in store.tensors(key).items()} for key in store.changed()}
-    changed_at = {key: store.changed_at[key] for key in store.changed()}
+    history = {key: list(store.history[key]) for key in store.changed()}
     again = ExpertStore(tiny.build_model())
-    again.set(experts, changed_at, store.digest_of_version)
-    assert (again.version, again.digest, again.changed_at) == (store.version, store.digest, store.changed_at)
+    again.set(experts, history, store.digest_of_version)
+    assert (again.version, again.digest, again.history) == (store.version, store.digest, store.history)
     assert same_weights(again.model, store.model)
     assert again.delta(ModelVersion(1, store.digest_of_version[1])).num_experts == 1
     experts[0, 0]["down_proj"][0, 0] += 1
     with pytest.raises(wire.WireError, match="damaged"):
-        ExpertStore(tiny.build_model()).set(experts, changed_at, store.digest_of_version)
+        ExpertStore(tiny.build_model()).set(experts, history, store.digest_of_version)
     with pytest.raises(wire.WireError, match="another base"):
-        ExpertStore(tiny.build_model(seed=1)).set(experts, changed_at, store.digest_of_version)
+        ExpertStore(tiny.build_model(seed=1)).set(experts, history, store.digest_of_version)
 
 
 def test_other_weights_than_experts_have_a_digest_too(tiny: Any) -> None:
@@ -176,7 +176,7 @@ def test_deltas_are_made_once_per_version(store: ExpertStore) -> None:
     assert store.delta(held) is store.delta(held)
 
 
-# Lossy forms: differences from the base, and experts that are only held approximately.
+# Lossy forms, and experts that are held as they were.
 
 
 @pytest.mark.parametrize(("kind", "error"), [("bfloat16", 2**-8), ("int8", 1 / 120)])
@@ -192,55 +192,53 @@ def test_rounding_is_of_the_whole_change_and_does_not_add_up(tiny: Any, kind: wi
         assert (tensor - store.tensors((0, 0))[name]).abs().max() <= error * change.abs().max() + 1e-7
 
 
-def test_merged_experts_come_in_4_bits_and_exactly_once_they_are_tuned(tiny: Any, space: Workspace) -> None:
-    store = ExpertStore(tiny.build_model(), approximates=True)
-    both = frozenset({(0, 0), (1, 1)})
+def test_an_expert_that_is_not_tuned_waits_until_it_is_or_until_it_is_too_old(tiny: Any, space: Workspace) -> None:
+    store, lazy = ExpertStore(tiny.build_model()), frozenset({(1, 1)})
     store.apply(changes(store, (0, 0), (1, 1)))
-    first = store.delta(base(space).version, merged=both - {(0, 0)})
-    assert (first.num_experts, first.num_approximate, first.after.approximate) == (1, 1, frozenset({(1, 1)}))
-    assert first.num_bytes == EXPERT_BYTES + 2 * (32 + 2 + 4)  # 64 codes of 4 bits, a scale, a unit
+    first = store.delta(base(space).version, lazy, max_staleness=2)
+    assert (first.num_experts, first.after.stale) == (1, frozenset({(1, 1, 0)})) and first.after.digest != store.digest
     held = base(space).updated(first, space.base)
-    assert held.version == first.after and first.after.digest != store.digest
+    assert held.version == first.after
     space.load(held)
-    got = ExpertStore(space.model).tensors((1, 1))["down_proj"]
-    assert 0 < (got - store.tensors((1, 1))["down_proj"]).norm() < 0.2 * store.tensors((1, 1))["down_proj"].norm()
-    store.apply(changes(store, (0, 0), seed=1))
-    second = store.delta(first.after, merged=frozenset({(0, 0)}))  # now the other one is tuned
-    assert (second.num_experts, second.num_approximate) == (1, 1) and second.after.approximate == {(0, 0)}
+    assert torch.equal(
+        ExpertStore(space.model).tensors((1, 1))["down_proj"],
+        ExpertStore(tiny.build_model()).tensors((1, 1))["down_proj"],
+    )
+    store.apply({})
+    second = store.delta(held.version, lazy, max_staleness=2)
+    assert (second.num_experts, second.after.stale) == (0, frozenset({(1, 1, 0)}))
     held = held.updated(second, space.base)
-    assert held.version.approximate == {(0, 0)} and len(held.arrays) == 4
-    last = store.delta(second.after)
-    assert (last.num_experts, last.num_approximate, last.after.digest) == (1, 0, store.digest)
-    space.load(held.updated(last, space.base))
+    assert store.delta(held.version, frozenset(), max_staleness=2).num_experts == 1  # now it is tuned
+    store.apply({})
+    third = store.delta(held.version, lazy, max_staleness=2)  # three rounds old
+    assert (third.num_experts, third.after.stale, third.after.digest) == (1, frozenset(), store.digest)
+    space.load(held.updated(third, space.base))
     assert same_weights(space.model, store.model)
 
 
-def test_an_approximate_expert_that_did_not_change_stays_as_it_is(tiny: Any, space: Workspace) -> None:
-    store, every = ExpertStore(tiny.build_model(), approximates=True), frozenset({(0, 0), (1, 1)})
-    store.apply(changes(store, (0, 0)))
-    first = store.delta(base(space).version, merged=every)
+def test_a_copy_that_waits_is_as_old_as_what_it_was_made_of(tiny: Any, space: Workspace) -> None:
+    store, lazy = ExpertStore(tiny.build_model()), frozenset({(1, 1)})
     store.apply(changes(store, (1, 1)))
-    second = store.delta(first.after, merged=every)
-    assert (second.num_experts, second.num_approximate, second.after.approximate) == (0, 1, every)
-    assert base(space).updated(first, space.base).updated(second, space.base).version.approximate == every
-
-
-def test_who_holds_another_approximation_than_the_server_thinks_gets_everything(tiny: Any, space: Workspace) -> None:
-    store, every = ExpertStore(tiny.build_model(), approximates=True), frozenset({(0, 0), (1, 1)})
+    held = base(space).updated(store.delta(base(space).version), space.base)
     store.apply(changes(store, (0, 0)))
-    held = base(space).updated(store.delta(base(space).version), space.base)  # exact
-    store.apply(changes(store, (1, 1)))
-    wrong = store.delta(ModelVersion(1, held.version.digest, frozenset({(0, 0)})), every)
-    with pytest.raises(ResyncNeeded, match="digest"):
-        held.updated(wrong, space.base)
-    full = store.delta(ModelVersion(), every)
-    again = base(space).updated(full, space.base)
-    assert (full.num_experts, full.num_approximate, again.version.approximate) == (0, 2, every)
+    held = held.updated(store.delta(held.version, lazy, max_staleness=1), space.base)
+    assert held.version.stale == frozenset()  # it did not change
+    store.apply(changes(store, (1, 1), seed=2))
+    late = store.delta(held.version, lazy, max_staleness=1)
+    assert late.after.stale == {(1, 1, 2)} and held.updated(late, space.base).version == late.after
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8"])
-def test_a_difference_from_another_base_is_noticed(tiny: Any, kind: wire.Form) -> None:
-    store, other = ExpertStore(tiny.build_model(), kind, approximates=True), Workspace(tiny.build_model(1), None, kind)
+def test_who_holds_other_copies_than_the_server_thinks_gets_everything(tiny: Any, space: Workspace) -> None:
+    store, lazy = ExpertStore(tiny.build_model()), frozenset({(0, 0), (1, 1)})
+    store.apply(changes(store, (0, 0), (1, 1)))
+    held = base(space).updated(store.delta(base(space).version), space.base)
+    for wrong in ({(0, 0, 0)}, {(0, 0, -5)}, {(7, 7, 0)}):
+        full = store.delta(ModelVersion(1, held.version.digest, frozenset(wrong)), lazy, max_staleness=9)
+        assert (full.since, full.num_experts, full.after.stale) == (-1, len(store.keys), frozenset())
+
+
+def test_a_difference_from_another_base_is_noticed(tiny: Any) -> None:
+    store, other = ExpertStore(tiny.build_model(), "int8"), Workspace(tiny.build_model(1), None, "int8")
     store.apply(changes(store, (0, 0)))
     with pytest.raises(ResyncNeeded, match="digest"):
         base(other).updated(store.delta(), other.base)

@@ -22,8 +22,8 @@ Make = Callable[..., RunConfig]
 OPTIONS: dict[str, dict[str, Any]] = {
     "int8 up": {"wire.uplink": "int8"},
     "int8 down": {"wire.downlink": "int8"},
-    "4bit": {"wire.merged": "4bit"},
-    "all": {"wire.merged": "4bit", "wire.uplink": "int8", "wire.downlink": "int8"},
+    "stale": {"wire.max_staleness": 2},
+    "all": {"wire.max_staleness": 2, "wire.uplink": "int8", "wire.downlink": "int8"},
 }
 
 
@@ -49,7 +49,7 @@ def test_fewer_bytes_less_time_nothing_refused_nearly_the_same_model(make_config
     link = ["download_device_s", "upload_device_s"]
     assert found.participants[link].sum().sum() < plain.participants[link].sum().sum()
     for direction in ("uplink", "downlink"):
-        less = f"wire.{direction}" in option or (direction == "downlink" and "wire.merged" in option)
+        less = f"wire.{direction}" in option or (direction == "downlink" and "wire.max_staleness" in option)
         name = f"{direction}_bytes"
         assert (found.rounds[name].sum() < plain.rounds[name].sum()) == less
     for a, b in zip(found.model.parameters(), plain.model.parameters(), strict=True):
@@ -95,5 +95,5 @@ def test_what_is_no_wire_type_is_refused_by_name() -> None:
     for name in ("wire.uplink", "wire.downlink"):
         with pytest.raises(ConfigError, match=f"{name}: Input should be 'float32', 'bfloat16' or 'int8', got 'int1'"):
             checked_config({name: "int1"})
-    with pytest.raises(ConfigError, match="wire.merged: Input should be 'exact' or '4bit'"):
-        checked_config({"wire.merged": "2bit"})
+    with pytest.raises(ConfigError, match="wire.max_staleness: Input should be greater than or equal to 0"):
+        checked_config({"wire.max_staleness": -1})

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from fluxlib import gradients, methods, roles, seeding
+from fluxlib import gradients, methods, models, profiling, roles, seeding
 from fluxlib.config import AssignmentKind
-from fluxlib.methods import flux
+from fluxlib.devices import dry_run
+from fluxlib.devices.memory import plan_memory
+from fluxlib.methods import flux, flux_plus
 from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Update
-from fluxlib.methods.local import customized, routed_tokens, squared_gradient_norms
+from fluxlib.methods.local import customized, squared_gradient_norms
+from fluxlib.models.parameters import count_parameters
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.roles import Roles
 
@@ -92,9 +95,60 @@ def test_gradient_norms_of_tuned_experts_are_the_models_own(model: nn.Module, da
     assert norms[:, 2:].isnan().all()
 
 
-def test_padding_is_not_counted() -> None:
-    index = [torch.tensor([[0, 1], [0, 2], [2, 1]])]
-    assert routed_tokens(index, torch.tensor([[1, 1, 0]]), 4).tolist() == [[2, 1, 1, 0]]
+def test_a_watched_expert_stays_frozen_and_shows_its_gradients_norm(model: nn.Module, data: LocalData) -> None:
+    alone = tuple((e,) for e in range(2, EXPERTS))
+    with customized(model, [LayerPlan(tuned=(0, 1), groups=alone)] * LAYERS) as compact:
+        for layer in compact:
+            layer.watch(3)
+        for _ in range(2):  # the norms are of the last pass
+            model.zero_grad()
+            model(**data.train[0]).loss.backward()
+        norms = squared_gradient_norms(compact)
+        with pytest.raises(ValueError, match="count: expected at most the leading slots"):
+            compact[0].watch(EXPERTS)
+    keys = [(layer, expert) for layer in range(LAYERS) for expert in range(5)]
+    expected = gradients.true_norms(model, data.train[0], keys)
+    torch.testing.assert_close(norms[:, :5].flatten(), expected, rtol=1e-3, atol=1e-12)
+    assert norms[:, 5:].isnan().all()
+
+
+class TestFluxPlus:
+    def test_it_tunes_nearly_its_whole_budget_and_watches_what_the_rest_makes_room_for(self) -> None:
+        assert flux_plus.split(Budget(16, 16), 64, 4) == (14, 12)
+        assert flux_plus.split(Budget(6, 6), 96, 6) == (5, 6)
+        assert flux_plus.split(Budget(1, 4), 64, 4) == (1, 0)
+        assert flux_plus.split(Budget(64, 0), 64, 4) == (64, 0)
+        assert flux_plus.split(Budget(50, 10), 64, 4) == (43, 17)  # one of each layer is left
+        given = assigned("flux_plus")
+        assert (int(given.exploit.sum()), int(given.explore.sum())) == (14, 12)
+
+    def test_what_it_watches_fits_where_what_it_gives_up_was(self) -> None:
+        config, step = models.config("llama-moe-3.5b"), dry_run.Step(batch=16, tokens=128)
+        before, after = (plan_memory(config, "flux_plus", None, *counts, step) for counts in ((32, 32), (28, 56)))
+        expert = count_parameters(dry_run.meta_model(config, torch.bfloat16)).per_expert
+        assert after.peak_bytes + 4 * expert <= before.peak_bytes  # and the one gradient that exists
+
+    def test_utilities_and_the_next_profile_come_from_the_training_itself(
+        self, model: nn.Module, data: LocalData
+    ) -> None:
+        update, state, given = train("flux_plus", model, data)
+        assert torch.equal(~update.utilities.isnan(), given.exploit | given.explore)
+        assert update.work.profile_samples == update.work.probe_samples == update.work.num_quantized == 0
+        seen = state.profile
+        assert seen is not None and torch.equal(seen.tokens, update.tokens)
+        assert seen.num_tokens == sum(int(batch["attention_mask"].sum()) for batch in data.train)
+        torch.testing.assert_close(seen.gate.sum(1), torch.ones(LAYERS))
+
+    def test_with_every_expert_tuned_the_profile_is_that_of_the_model(self, model: nn.Module, data: LocalData) -> None:
+        one = dataclasses.replace(data, train=data.train[:1])
+        nothing = torch.zeros(LAYERS, EXPERTS, dtype=torch.bool)
+        given = LocalRound(
+            ParticipantState(), Roles(~nothing, nothing), Budget(64, 0), one, CONFIG, 1, seeding.generator(0, "train")
+        )
+        _, state = flux_plus.train(model, given)
+        expected = profiling.profile(model, one.train, bits=16, attention=False)
+        assert state.profile is not None and torch.equal(state.profile.tokens, expected.tokens)
+        torch.testing.assert_close(state.profile.gate, expected.gate)
 
 
 class TestFlux:
@@ -191,7 +245,7 @@ class TestFlux:
 
 
 def test_unknown_method_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="method is 'fedavg', allowed are flux, fmd"):
+    with pytest.raises(ValueError, match="method is 'fedavg', allowed are flux, flux_plus, fmd, fmq, fmes"):
         methods.get("fedavg")
 
 

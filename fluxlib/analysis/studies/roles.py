@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fluxlib import gradients, records, roles, seeding
+from fluxlib import gradients, profiling, records, roles, seeding
 from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row
 from fluxlib.config import RunConfig
 from fluxlib.gradients.local import ExpertKey
-from fluxlib.methods.local import routed_tokens
 from fluxlib.moe import find
 from fluxlib.moe.capture import capture
 
@@ -49,8 +48,8 @@ def truth(bench: Bench, num_experts: int) -> tuple[dict[str, Tensor], list[Exper
     batch = bench.local(16)[0]
     with capture(bench.model) as seen, torch.no_grad():
         bench.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    chosen = [layer.top_k_index[0] for layer in seen.layers]
-    tokens = routed_tokens(chosen, batch["attention_mask"], find.layers(bench.model)[0].num_experts)
+    routed, _, _ = profiling.count(seen, batch["attention_mask"].bool(), find.layers(bench.model)[0].num_experts)
+    tokens = routed.sum(dim=0)
     reached = [(int(layer), int(expert)) for layer, expert in (tokens > 0).nonzero()]
     order = torch.randperm(len(reached), generator=seeding.generator(bench.seed, "probe study"))
     keys = sorted(reached[i] for i in order[:num_experts].tolist())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fluxlib import models
 from fluxlib.federation.protocol import sync
 from fluxlib.federation.protocol import wire as wires
-from fluxlib.federation.protocol.sync import APPROXIMATE, NOTHING, Delta, ModelVersion
+from fluxlib.federation.protocol.sync import NOTHING, Delta, ModelVersion
 from fluxlib.federation.protocol.wire import Form, WireError
 from fluxlib.methods.base import ExpertKey
 from fluxlib.models.loading import torch_device
@@ -66,10 +66,9 @@ class LocalCopy:
             raise ResyncNeeded(f"holds version {number}, the delta is {delta.since} to {wanted.number}")
         arrays = delta.arrays.copy()
         for name, array in self.arrays.items() if delta.since != NOTHING else ():
-            other = name.removesuffix(APPROXIMATE) if name.endswith(APPROXIMATE) else name + APPROXIMATE
-            if name not in delta.arrays and other not in delta.arrays:  # exact and approximate replace each other
+            if name not in delta.arrays:
                 arrays[name] = array
-        held = LocalCopy(ModelVersion(wanted.number, wanted.digest, sync.approximate_keys(arrays)), arrays)
+        held = LocalCopy(wanted, arrays)
         found = sync.model_digest({**base, **held.digests()})
         if found != wanted.digest:
             raise ResyncNeeded(f"digest is {found[:12]} after the delta, it should be {wanted.digest[:12]}")
@@ -131,14 +130,12 @@ class Workspace:
         base = self._base_tensors[key]
         tensors = dict(base)
         for name, array in arrays.items():
-            plain = name.removesuffix(APPROXIMATE)
-            if plain not in base:
-                raise WireError(f"an expert has no tensor {plain!r}, it has {', '.join(base)}")
-            form = self.wire if plain == name else "int4"
-            tensor = wires.decode(array, form, base[plain].shape)
-            if form != "float32":
-                tensor = base[plain].float() + tensor.float().to(base[plain].device)
-            tensors[plain] = tensor
+            if name not in base:
+                raise WireError(f"an expert has no tensor {name!r}, it has {', '.join(base)}")
+            tensor = wires.decode(array, self.wire, base[name].shape)
+            if self.wire != "float32":
+                tensor = base[name].float() + tensor.float().to(base[name].device)
+            tensors[name] = tensor
         find.write_expert(experts, key[1], tensors)
 
 

@@ -99,7 +99,7 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
         context.state[RESIDUAL] = wires.make_record(residual)
     work = replace(
         update.work,
-        num_downloaded=instruction.delta.num_experts + instruction.delta.num_approximate,
+        num_downloaded=instruction.delta.num_experts,
         num_uploaded=len(sent),
         upload_bits=min(update.work.upload_bits, wires.bits_per_weight(config.wire.uplink)),
     )

@@ -5,9 +5,8 @@ participant loads by itself. What changed since then travels as whole experts, s
 starts earlier than needed, gives the same model. ``float32`` carries weights, all other forms differences from the
 base: they are small, so rounding costs little and does not add up over rounds.
 
-Experts that a participant will only merge may come in 4 bits (``wire.merged: 4bit``), under names of their own
-(:data:`APPROXIMATE`). The server remembers who holds which approximately, and sends them exactly to who is to tune
-them.
+Experts that a participant will only merge need not be the newest (``wire.max_staleness``): they are sent when it is to
+tune them, or when its copy is too many rounds old. Which copies are older stands in its :class:`ModelVersion`.
 
 A version is named by its digest: SHA-256 over the SHA-256 of each expert as it travels. Where the server's
 (:class:`ExpertStore`) and a participant's (:class:`~fluxlib.federation.client.local_copy.LocalCopy`) differ, every
@@ -17,9 +16,11 @@ expert is sent anew.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
@@ -30,32 +31,43 @@ from fluxlib.federation.protocol.wire import Experts, Form, WireError
 from fluxlib.methods.base import ExpertKey
 from fluxlib.moe import find
 
+History = dict[ExpertKey, list[tuple[int, bytes]]]
+"""Of every expert the versions that changed it, and its digest since each; the first is version 0."""
+
 NOTHING = -1
 """Version of a participant of whom nothing is known: it gets everything."""
-
-APPROXIMATE = ":4bit"
-"""End of the name of an array that holds an approximate tensor."""
 
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A version of the global model as a participant holds it, some experts perhaps only approximately."""
+    """A version of the global model as a participant holds it.
+
+    ``stale``: ``(layer, expert, version)`` of the experts that it holds as they were in an older version.
+    """
 
     number: int = NOTHING
     digest: str = ""
-    approximate: frozenset[ExpertKey] = frozenset()
+    stale: frozenset[tuple[int, int, int]] = frozenset()
+
+    def of(self, key: ExpertKey) -> int:
+        """The version that an expert is held in."""
+        return self._older.get(key, self.number)
+
+    @cached_property
+    def _older(self) -> dict[ExpertKey, int]:
+        return {(layer, expert): version for layer, expert, version in self.stale}
 
     def values(self) -> dict[str, int | str | list[int]]:
         """As entries of a Flower record."""
-        flat = [number for key in sorted(self.approximate) for number in key]
-        return {"version": self.number, "digest": self.digest, "approximate": flat}
+        flat = [number for entry in sorted(self.stale) for number in entry]
+        return {"version": self.number, "digest": self.digest, "stale": flat}
 
     @classmethod
     def read(cls, record: ConfigRecord) -> ModelVersion:
         """Inverse of :meth:`values`."""
-        flat: list[int] = record["approximate"]  # type: ignore[assignment]
-        pairs = frozenset(zip(flat[::2], flat[1::2], strict=True))
-        return cls(int(record["version"]), str(record["digest"]), pairs)  # type: ignore[arg-type]
+        flat: list[int] = record["stale"]  # type: ignore[assignment]
+        stale = frozenset(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+        return cls(int(record["version"]), str(record["digest"]), stale)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -75,19 +87,9 @@ class Delta:
         return wires.record_bytes(self.arrays)
 
     @cached_property
-    def num_approximate(self) -> int:
-        """Experts that travel in 4 bits."""
-        return len(approximate_keys(self.arrays))
-
-    @cached_property
     def num_experts(self) -> int:
-        """Experts that travel in the usual form."""
-        return len({wires.parse_name(name)[0] for name in self.arrays}) - self.num_approximate
-
-
-def approximate_keys(names: Iterable[str]) -> frozenset[ExpertKey]:
-    """The experts among the arrays of these names that are in 4 bits."""
-    return frozenset(wires.parse_name(name)[0] for name in names if name.endswith(APPROXIMATE))
+        """Experts that travel."""
+        return len({wires.parse_name(name)[0] for name in self.arrays})
 
 
 def model_digest(experts: Mapping[ExpertKey, bytes]) -> str:
@@ -123,25 +125,24 @@ class ExpertStore:
     Args:
         model: the full model, at version 0.
         wire: form in which experts travel; the model itself keeps its own type.
-        approximates: whether some are to travel in 4 bits.
     """
 
-    def __init__(self, model: nn.Module, wire: Form = "float32", approximates: bool = False) -> None:
+    def __init__(self, model: nn.Module, wire: Form = "float32") -> None:
         self.model = model
         self.wire = wire
         self.version = 0
         self._base: dict[ExpertKey, dict[str, Tensor]] = {}
-        self._keeps_base = approximates or wire != "float32"
+        self._keeps_base = wire != "float32"
         self._layers = find.layers(model)
-        self._digests = base_digests(model)
-        self.keys = list(self._digests)
+        digests = base_digests(model)
+        self.history: History = {key: [(0, digest)] for key, digest in digests.items()}
+        self.keys = list(digests)
         self.shapes = {
             key: {name: tuple(tensor.shape) for name, tensor in self.tensors(key).items()} for key in self.keys
         }
-        self.changed_at = dict.fromkeys(self.keys, 0)
-        self.digest_of_version = [model_digest(self._digests)]
+        self.digest_of_version = [model_digest(digests)]
         self.frozen_digest = frozen_digest(model)
-        self._arrays: dict[tuple[ExpertKey, bool], dict[str, Array]] = {}
+        self._arrays: dict[ExpertKey, dict[str, Array]] = {}
         self._deltas: dict[int, Delta] = {}
 
     @property
@@ -168,8 +169,19 @@ class ExpertStore:
                 target[name].add_(change.to(target[name]))
         self._raise_version(list(changes))
 
+    def changed_at(self, key: ExpertKey, version: int | None = None) -> int:
+        """Version of an expert's last change, up to ``version`` if that is given; 0: it was the base's."""
+        return self._last(key, version)[0]
+
+    def _last(self, key: ExpertKey, version: int | None = None) -> tuple[int, bytes]:
+        """An expert's last change up to a version, and its digest since."""
+        history = self.history[key]
+        if version is None or history[-1][0] <= version:
+            return history[-1]
+        return history[bisect_right(history, version, key=itemgetter(0)) - 1]
+
     @torch.no_grad()
-    def set(self, experts: Experts, changed_at: Mapping[ExpertKey, int], digests: list[str]) -> None:
+    def set(self, experts: Experts, history: History, digests: list[str]) -> None:
         """Put a saved state in place of the base: ``digests`` are those of versions 0 to the saved one.
 
         Raises:
@@ -184,61 +196,67 @@ class ExpertStore:
         if self.digest != digests[-1]:
             raise WireError(f"it is damaged (digest is {self.digest[:12]}, it should be {digests[-1][:12]})")
         self.version, self.digest_of_version = len(digests) - 1, list(digests)
-        self.changed_at |= changed_at
+        self.history |= history
 
-    def delta(self, held: ModelVersion = ModelVersion(), merged: frozenset[ExpertKey] = frozenset()) -> Delta:
+    def delta(
+        self, held: ModelVersion = ModelVersion(), lazy: frozenset[ExpertKey] = frozenset(), max_staleness: int = 0
+    ) -> Delta:
         """What a participant lacks that holds ``held``; everything if that is not a known version.
 
-        The digest of a copy with approximate experts is not remembered; the participant finds out whether it is right
-        when it has applied the delta.
-
         Args:
-            merged: experts that may come in 4 bits, or stay approximate.
+            lazy: experts that may stay as they are held.
+            max_staleness: versions that such a copy may lag behind.
         """
-        known = 0 <= held.number <= self.version
-        known = known and (bool(held.approximate) or self.digest_of_version[held.number] == held.digest)
-        since, approximate = (held.number, held.approximate) if known else (NOTHING, frozenset[ExpertKey]())
-        plain = not (approximate or merged)
+        known = 0 <= held.number <= self.version and self._digest_of(held) == held.digest
+        since, plain = held.number if known else NOTHING, not (held.stale or lazy and max_staleness)
         if plain and since in self._deltas:
             return self._deltas[since]
+        if not known:
+            held = ModelVersion()
         # A difference from another base would go unnoticed if unchanged experts were sent as well.
-        floor = max(since, 0) if self._keeps_base else since
-        changed = frozenset(key for key in self.keys if self.changed_at[key] > floor)
-        after = (changed | approximate) & merged
-        exact = self.record(sorted((changed | approximate) - merged))
-        rounded = self.record(sorted(changed & merged), approximate=True)
+        floor = 0 if self._keeps_base else NOTHING
+        lacking = [key for key in self.keys if self.changed_at(key) > max(held.of(key), floor)]
+        stale = {
+            key: held.of(key)
+            for key in (lacking if known else ())
+            if key in lazy and self.version - held.of(key) <= max_staleness
+        }
         digest = self.digest
-        if after:
-            digest = model_digest(self._digests | {key: wires.digest(self.arrays(key, True)) for key in after})
-        found = Delta(wires.make_record({**exact, **rounded}), since, ModelVersion(self.version, digest, after))
+        if stale:
+            digest = model_digest({key: self._last(key, stale.get(key))[1] for key in self.keys})
+        after = ModelVersion(self.version, digest, frozenset((*key, version) for key, version in stale.items()))
+        found = Delta(wires.make_record(self.record(key for key in lacking if key not in stale)), since, after)
         if plain and since != NOTHING:  # that would be a second copy of the whole model, and is rarely asked for
             self._deltas[since] = found
         return found
 
-    def arrays(self, key: ExpertKey, approximate: bool = False) -> dict[str, Array]:
-        """One expert as it travels, perhaps in 4 bits; kept until it changes, unless it is still the base's."""
-        if (key, approximate) in self._arrays:
-            return self._arrays[key, approximate]
-        form: Form = "int4" if approximate else self.wire
-        end = APPROXIMATE if approximate else ""
+    def _digest_of(self, held: ModelVersion) -> str:
+        """Digest that a copy of this version must have."""
+        if not held.stale:
+            return self.digest_of_version[held.number]
+        known = all((layer, expert) in self.history and version >= 0 for layer, expert, version in held.stale)
+        return model_digest({key: self._last(key, held.of(key))[1] for key in self.keys}) if known else ""
+
+    def arrays(self, key: ExpertKey) -> dict[str, Array]:
+        """One expert as it travels; kept until it changes, unless it is still the base's."""
+        if key in self._arrays:
+            return self._arrays[key]
         tensors = self.tensors(key)
-        if form != "float32":
+        if self.wire != "float32":
             base = self._base.get(key, tensors)
             tensors = {name: tensor.float() - base[name].float() for name, tensor in tensors.items()}
-        made = {name + end: wires.encode(tensor, form) for name, tensor in tensors.items()}
-        if self.changed_at[key] > 0:
-            self._arrays[key, approximate] = made
+        made = {name: wires.encode(tensor, self.wire) for name, tensor in tensors.items()}
+        if self.changed_at(key) > 0:
+            self._arrays[key] = made
         return made
 
-    def record(self, keys: Iterable[ExpertKey], approximate: bool = False) -> dict[str, Array]:
+    def record(self, keys: Iterable[ExpertKey]) -> dict[str, Array]:
         """Some experts as they travel, by the names of their arrays."""
-        return {
-            wires.key_name(key, name): array for key in keys for name, array in self.arrays(key, approximate).items()
-        }
+        return {wires.key_name(key, name): array for key in keys for name, array in self.arrays(key).items()}
 
     def changed(self) -> list[ExpertKey]:
         """Experts that are no longer the base's."""
-        return [key for key in self.keys if self.changed_at[key] > 0]
+        return [key for key in self.keys if self.changed_at(key) > 0]
 
     def _remember_base(self, keys: Iterable[ExpertKey]) -> None:
         if self._keeps_base:
@@ -249,8 +267,7 @@ class ExpertStore:
         self.version += 1
         self._deltas.clear()
         for key in keys:
-            self.changed_at[key] = self.version
-            self._arrays.pop((key, False), None)
-            self._arrays.pop((key, True), None)
-            self._digests[key] = wires.digest(self.arrays(key))
-        self.digest_of_version.append(model_digest(self._digests))
+            self._arrays.pop(key, None)
+            self.history[key].append((self.version, b""))  # from now on what is made of it is kept
+            self.history[key][-1] = self.version, wires.digest(self.arrays(key))
+        self.digest_of_version.append(model_digest({key: self._last(key)[1] for key in self.keys}))

@@ -58,7 +58,7 @@ class _Run:
             raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
         self.task, self.parts = load_task(config)
         self._check_lengths()
-        store = ExpertStore(self.model, config.wire.downlink, config.wire.merged == "4bit")
+        store = ExpertStore(self.model, config.wire.downlink)
         self.strategy = FluxStrategy(grid, config, store)
         self.tables = Tables(config, self.model, self.task.metric, len(store.keys))
         self.about: dict[str, object] = {}

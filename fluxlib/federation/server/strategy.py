@@ -53,6 +53,8 @@ class FluxStrategy:
     def __init__(self, grid: Grid, config: RunConfig, store: ExpertStore) -> None:
         self.grid, self.config, self.store = grid, config, store
         self.method = methods.get(config.method)
+        asked = config.wire.max_staleness
+        self.max_staleness = self.method.max_staleness if asked is None else asked
         self.budgets = make_budgets(config, *store.shape)
         self.members: dict[int, Member] = {}
         self.profiled: set[int] = set()
@@ -183,11 +185,10 @@ class FluxStrategy:
     def _message(self, kind: str, number: int, part: Participation) -> Message:
         """A request with the experts that the participant lacks; before training it has no roles."""
         member, wire = self.members[part.participant], self.config.wire
-        merged: frozenset[ExpertKey] = frozenset()
-        if wire.merged == "4bit":  # of experts that it neither tunes nor probes an approximation will do
-            kept = part.roles.exploit | part.roles.explore
-            merged = frozenset((layer, expert) for layer, expert in (~kept).nonzero().tolist())
-        delta = self.store.delta(member.held, merged)
+        lazy: frozenset[ExpertKey] = frozenset()
+        if self.max_staleness:  # of experts that it does not tune an older copy will do
+            lazy = frozenset((layer, expert) for layer, expert in (~part.roles.exploit).nonzero().tolist())
+        delta = self.store.delta(member.held, lazy, self.max_staleness)
         part.download = part.download.plus(delta, wire.downlink)
         instruction = Instruction(self.config, number, part.participant, delta)
         if kind == messages.TRAIN:

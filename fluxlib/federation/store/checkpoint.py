@@ -5,19 +5,22 @@ before. Its tensors are the experts that differ from the base, the role state an
 participant keeps. Beside them stands a JSON text: round, configuration, clocks, digest of every version, tables so far.
 
 What a participant holds is not stored a second time: it gets the server's experts. Those that have changed since
-its version are part of its next delta, so they are replaced before they are used.
+its version are part of its next delta, so they are replaced before they are used; where they need not be
+(``wire.max_staleness``), older ones are stored once for all who hold them.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord
+import torch
+from flwr.app import Array, ArrayRecord
 from flwr.serverapp import Grid
 from safetensors import SafetensorError
 from torch import Tensor
@@ -36,7 +39,7 @@ from fluxlib.roles import RoleState
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Raised when a checkpoint means something else; older ones are then not resumed from."""
 
 ROLES = ("measured", "first", "measured_round")
@@ -68,12 +71,14 @@ class Checkpoint:
             "totals": asdict(tables.totals),
             "rows": tables.rows,
             "digests": store.digest_of_version,
-            "changed_at": [[*key, version] for key, version in store.changed_at.items() if version],
+            "history": [[*key, [[at, digest.hex()] for at, digest in store.history[key]]] for key in store.changed()],
             "profiled": sorted(strategy.profiled),
             "clip_norm": strategy.guard.bound,
         }
         tensors = {f"experts/{name}": tensor for name, tensor in changed_tensors(store).items()}
         tensors |= {f"roles/{name}": getattr(state, name) for name in ROLES}
+        if strategy.max_staleness:
+            tensors |= _older_copies(strategy)
         write_tensors(self.path, tensors | _node_tensors(strategy.grid), json.dumps(about))
 
     def resume(self, strategy: FluxStrategy, tables: Tables) -> int:
@@ -108,22 +113,25 @@ class Checkpoint:
     def _restore(
         self, about: dict[str, Any], saved: dict[str, dict[str, Tensor]], strategy: FluxStrategy, tables: Tables
     ) -> None:
-        changed_at = {(layer, expert): version for layer, expert, version in about["changed_at"]}
-        strategy.store.set(by_expert(saved.get("experts", {})), changed_at, about["digests"])
+        history = {
+            (layer, expert): [(at, bytes.fromhex(digest)) for at, digest in found]
+            for layer, expert, found in about["history"]
+        }
+        strategy.store.set(by_expert(saved.get("experts", {})), history, about["digests"])
         measured, first, measured_round = (saved["roles"][name] for name in ROLES)
         strategy.role_state = RoleState(measured, first, measured_round, about["roles_round"])
         strategy.profiled = set(about["profiled"])
         strategy.guard.bound = about["clip_norm"]
         tables.rows, tables.totals = about["rows"], Totals(**about["totals"])
+        copies = {name: Array(tensor.numpy()) for name, tensor in saved.get("copies", {}).items()}
         for node, tensors in _by_kind(saved.get("nodes", {})).items():
             state, store = from_tensors(tensors), strategy.store
             if "held" in state:
                 version = ModelVersion.read(state["held"])
-                # Experts that changed after the held version come with the next delta.
-                keys = [key for key in store.changed() if store.changed_at[key] <= version.number]
-                arrays = store.record([key for key in keys if key not in version.approximate])
-                rounded = store.record([key for key in keys if key in version.approximate], approximate=True)
-                LocalCopy(version, wires.make_record(arrays | rounded)).save(state)
+                # Experts that changed after the version they are held in come with the next delta, or are copies.
+                arrays = store.record([key for key in store.changed() if store.changed_at(key) <= version.of(key)])
+                arrays |= {name: copies[copy] for name, copy in _names_of_copies(store, version) if copy in copies}
+                LocalCopy(version, wires.make_record(arrays)).save(state)
             assert isinstance(strategy.grid, LocalGrid)
             strategy.grid.context(int(node)).state = state
 
@@ -131,6 +139,28 @@ class Checkpoint:
 def changed_tensors(store: ExpertStore) -> dict[str, Tensor]:
     """The experts that are no longer the base's, by their names on the wire, in the model's own type."""
     return {wires.key_name(key, name): tensor for key in store.changed() for name, tensor in store.tensors(key).items()}
+
+
+def _names_of_copies(store: ExpertStore, held: ModelVersion) -> Iterator[tuple[str, str]]:
+    """Names of the arrays of all experts that have changed since, and of their copies: with the version of a change."""
+    for key in store.changed():
+        at = store.changed_at(key, held.of(key))
+        if 0 < at < store.changed_at(key):
+            for name in map(partial(wires.key_name, key), store.shapes[key]):
+                yield name, f"{name}@{at}"
+
+
+def _older_copies(strategy: FluxStrategy) -> dict[str, Tensor]:
+    """Experts that participants in this process hold and the server no longer does, as ``copies/...``."""
+    tensors: dict[str, Tensor] = {}
+    for node in strategy.grid.get_node_ids() if isinstance(strategy.grid, LocalGrid) else ():
+        state = strategy.grid.context(node).state
+        if "held" in state:
+            held: Any = state["experts"]
+            for name, copy in _names_of_copies(strategy.store, ModelVersion.read(state["held"])):
+                if f"copies/{copy}" not in tensors:
+                    tensors[f"copies/{copy}"] = torch.from_numpy(held[name].numpy())
+    return tensors
 
 
 def by_expert(tensors: Mapping[str, Tensor]) -> dict[ExpertKey, dict[str, Tensor]]:
