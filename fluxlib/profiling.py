@@ -241,9 +241,8 @@ def _count_layer(layer: LayerCapture, mask: Tensor, num_experts: int) -> tuple[T
     attended = torch.zeros(num_experts, device=index.device)
     if layer.attention:
         attended = torch.einsum("bte,bt->e", hits, layer.attention[-1].to(hits))
-    squares = torch.zeros_like(hits).scatter_(
-        2, index, layer.top_k_weights[-1].detach().view(index.shape).float().square()
-    )
+    weights = layer.top_k_weights[-1].detach().view(index.shape).float()
+    squares = torch.zeros_like(hits).scatter_(2, index, weights.square())
     return hits.sum(dim=1).long(), attended, (squares * mask[:, :, None]).sum(dim=(0, 1))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib import gradients, merging, profiling, roles
-from fluxlib.config import RunConfig
+from fluxlib.config import MergingConfig, RunConfig
 from fluxlib.methods.base import Budget, ExpertKey, LocalRound, Method, ParticipantState, Update
 from fluxlib.methods.local import Stopwatch, customized, profile, profile_account, report, size, tune
 from fluxlib.moe.compact import LayerPlan
@@ -44,7 +44,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         with watch.phase("first_profile"):
             known = profile(model, data, config)
     with watch.phase("merge"):
-        plans = make_plans(model, known, local.roles, local.budget, config)
+        plans = make_plans(model, known, local.roles, local.budget, config.merging, config.seed)
     with customized(model, plans) as compact:
         with watch.phase("probe"):
             probed = keys_to_probe(local)
@@ -71,11 +71,16 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
 
 
 def make_plans(
-    model: nn.Module, known: profiling.Profile, assigned: roles.Roles, budget: Budget, config: RunConfig
+    model: nn.Module,
+    known: profiling.Profile,
+    assigned: roles.Roles,
+    budget: Budget,
+    rules: MergingConfig,
+    seed: int,
 ) -> list[LayerPlan]:
     """Section 5: exploited experts tuned, explored ones kept as they are, all others merged."""
     kept = assigned.exploit | assigned.explore
-    plans = merging.plan(model, known, kept, budget.num_merged, config.merging, config.seed)
+    plans = merging.plan(model, known, kept, budget.num_merged, rules, seed)
     return [freeze(plan, explored) for plan, explored in zip(plans, assigned.explore, strict=True)]
 
 

@@ -26,10 +26,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fluxlib import merging, profiling, roles
+from fluxlib import profiling, roles
 from fluxlib.config import MergingConfig, RunConfig
 from fluxlib.methods.base import Budget, LocalRound, Method, ParticipantState, Update
-from fluxlib.methods.flux import freeze
+from fluxlib.methods.flux import make_plans
 from fluxlib.methods.local import Stopwatch, customized, profile, report, tune
 
 MAX_STALENESS = 8
@@ -70,9 +70,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         with watch.phase("first_profile"):
             known = profile(model, data, config)
     with watch.phase("merge"):
-        kept = local.roles.exploit | local.roles.explore
-        plans = merging.plan(model, known, kept, local.budget.num_merged, MERGING, config.seed)
-        plans = [freeze(plan, explored) for plan, explored in zip(plans, local.roles.explore, strict=True)]
+        plans = make_plans(model, known, local.roles, local.budget, MERGING, config.seed)
     with watch.phase("train"), customized(model, plans) as compact:
         for layer, explored in zip(compact, local.roles.explore, strict=True):
             layer.watch(int(explored.sum()))

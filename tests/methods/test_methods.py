@@ -204,7 +204,7 @@ class TestFlux:
 
     def test_explored_experts_are_neither_tuned_nor_merged(self, model: nn.Module, data: LocalData) -> None:
         given = assigned("flux")
-        plans = flux.make_plans(model, flux.profile(model, data, CONFIG), given, BUDGET, CONFIG)
+        plans = flux.make_plans(model, flux.profile(model, data, CONFIG), given, BUDGET, CONFIG.merging, CONFIG.seed)
         for plan, exploit, explore in zip(plans, given.exploit, given.explore, strict=True):
             assert list(plan.tuned) == exploit.nonzero().flatten().tolist()
             alone = [group[0] for group in plan.groups[: int(explore.sum())]]
@@ -216,7 +216,7 @@ class TestFlux:
     def test_a_run_can_ask_for_joint_budgets_and_gate_weights(self, model: nn.Module, data: LocalData) -> None:
         given, known = assigned("flux"), flux.profile(model, data, CONFIG)
         config = CONFIG.updated({"merging.budgets": "joint", "merging.weights": "gate"})
-        plans = flux.make_plans(model, known, given, BUDGET, config)
+        plans = flux.make_plans(model, known, given, BUDGET, config.merging, config.seed)
         assert sum(len(plan.groups) for plan in plans) == BUDGET.num_merged + int(given.explore.sum())
         assert plans[0].weights is not None
         assert plans[0].weights[-1] == pytest.approx(known.gate[0, list(plans[0].groups[-1])].tolist())

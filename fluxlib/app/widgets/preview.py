@@ -25,7 +25,7 @@ from fluxlib.federation import load_task
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.federation.protocol.wire import bits_per_weight
 from fluxlib.figures import Picture, dashboard
-from fluxlib.methods import flux, fmes, fmq
+from fluxlib.methods import flux, flux_plus, fmes, fmq
 from fluxlib.methods.base import Budget, Work
 from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
@@ -160,7 +160,8 @@ def _plan(
         nobody = torch.zeros_like(part.exploit)
         return fmes.make_plans(model, known.frequency, part.exploit), roles.Roles(part.exploit, nobody)
     if not bool(part.exploit.all()):
-        return flux.make_plans(model, known, part, budget, config), part
+        rules = flux_plus.MERGING if config.method == "flux_plus" else config.merging
+        return flux.make_plans(model, known, part, budget, rules, config.seed), part
     return [LayerPlan(tuned=tuple(range(row.numel()))) for row in part.exploit], part
 
 
@@ -218,7 +219,7 @@ def predict_memory(
     name, total = shapes_of(config), clock.shapes(shapes_of(config)).num_experts
     share = 1.0 if method in ("fmd", "fmq") else budget.num_tuned / known.frequency.numel()
     num_tuned = max(1, round(share * total))
-    num_merged = round(budget.num_merged / known.frequency.numel() * total) if method == "flux" else 0
+    num_merged = round(budget.num_merged / known.frequency.numel() * total) if method in ("flux", "flux_plus") else 0
     limit = device.memory_bytes if method == config.method else None
     try:
         return _planned(name, method, limit, num_tuned, num_merged, _step(config))
@@ -286,7 +287,8 @@ def expected_work(config: RunConfig, method: str, share: Share) -> Work:
         row[list(plan.dropped)] = True
     reached = share.frequency.masked_fill(dropped, 0.0)
     routed = work.train_tokens * share.top_k_sum
-    samples = config.profiling.batches * config.training.batch_size
+    looks, changed = method != "flux_plus", _changed(config, total, num_updated)
+    samples = config.profiling.batches * config.training.batch_size * looks
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
     once, each = flux.forward_passes(keys, len(share.frequency), config) if method == "flux" else (0.0, 0.0)
     once, each = (n * config.training.batch_size for n in (once, each * _probed_share(config, len(keys))))
@@ -298,17 +300,17 @@ def expected_work(config: RunConfig, method: str, share: Share) -> Work:
         num_merge_sources=sum(len(group) for plan in share.plans for group in plan.groups if len(group) > 1),
         routed_tokens=routed,
         slot_tokens=routed,
-        tuned_tokens=round(routed * float(reached[exploit].sum() / reached.sum())),
+        tuned_tokens=round(routed * float(reached[exploit if looks else exploit | explore].sum() / reached.sum())),
         profile_samples=samples,
         profile_tokens=round(samples * tokens_per_sample),
         profile_bits=config.profiling.bits,
-        num_quantized=total,
+        num_quantized=total * looks,
         probe_samples=round(once),
         probe_tokens=round(once * tokens_per_sample),
         expert_probe_samples=round(each),
         expert_probe_tokens=round(each * tokens_per_sample),
         hidden_profile=method == "flux" and config.profiling.stale,
-        num_downloaded=_changed(config, total, num_updated),
+        num_downloaded=changed if looks else round(changed * int(exploit.sum()) / total),
         num_uploaded=num_updated,
         download_bits=bits_per_weight(config.wire.downlink),
         upload_bits=bits_per_weight(config.wire.uplink),
