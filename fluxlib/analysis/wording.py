@@ -18,13 +18,13 @@ METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "accuracy": "accu
 
 
 def title(method: str) -> str:
-    """A method's title; ``flux+`` is FLUX with what goes beyond the paper."""
-    return method.upper() if method.removesuffix("+") in METHODS else method
+    """A method's title without what it says of itself in brackets."""
+    return METHODS[method].title.partition(" (")[0] if method in METHODS else method
 
 
 def methods_in_order(names: Iterable[str]) -> list[str]:
-    """``names`` without repeats: the registered methods first, in their order, then those with a ``+``, then others."""
-    known = [*METHODS, *(f"{name}+" for name in METHODS)]
+    """``names`` without repeats: the registered methods first, in their order, then others."""
+    known = list(METHODS)
     return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 

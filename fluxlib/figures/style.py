@@ -30,11 +30,8 @@ METHODS: dict[str, Style] = {
     "fmd": Style("FMD", "#0072B2", "s", (4, 2), "//"),
     "fmq": Style("FMQ", "#56B4E9", "^", (4, 2, 1, 2), ".."),
     "fmes": Style("FMES", "#E69F00", "D", (1, 1.5), "xx"),
-    "flux+": Style("FLUX+", "#7A3500", "P", "", "--"),
-    "fmd+": Style("FMD+", "#00375A", "v", (4, 2), "++"),
-    "fmes+": Style("FMES+", "#7D5600", "X", (1, 1.5), "oo"),
+    "flux_plus": Style("FLUX+", "#7A3500", "P", "", "--"),
 }
-"""A ``+`` marks a method with the options that go beyond the paper (variant ``improved``)."""
 
 SETTINGS = (
     Style("", "#D55E00", "o", "", ""),
