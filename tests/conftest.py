@@ -12,7 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
-LONGEST = ("test_deployment.py", "test_smoke.py", "test_pipeline.py", "test_lab.py", "test_engines.py")
+LONGEST = ("test_smoke.py", "test_deployment.py", "test_lab.py", "test_pipeline.py", "test_engines.py")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -15,7 +15,7 @@ from fluxlib.analysis import claims, speedups, studies
 from fluxlib.analysis.claims import Claim, Reading, Tables
 from fluxlib.analysis.claims.table import row as row_of
 from fluxlib.analysis.claims.tables import values
-from fluxlib.analysis.speedups import against_all, describe, entered, speed_ups
+from fluxlib.analysis.speedups import against_all, describe, speed_ups
 from fluxlib.analysis.statistics import geometric
 from fluxlib.analysis.wording import shown, shown_interval
 from fluxlib.app import cli
@@ -101,10 +101,9 @@ def test_a_baseline_that_never_arrives_gives_a_lower_bound() -> None:
 
 def test_other_variants_do_not_race_and_a_race_that_ended_early_is_open() -> None:
     late = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
-    raced = entered(pd.concat([run("fmd", 0), run("flux", 0, late), run("flux", 0, variant="short"), run("fmq", 0)]))
-    assert raced.groupby("method")["round"].max().to_dict() == {"flux": 5, "fmd": 4, "fmq": 4}
-    by_name = speed_ups(against_all(raced)).set_index("baseline")
-    assert by_name.loc["fmd", "variant"] == "" and by_name.loc["fmd", "ahead"] == 1
+    runs = [run("fmd", 0), run("flux", 0, late), run("flux", 0, variant="short"), run("fmq", 0)]
+    by_name = speed_ups(against_all(pd.concat(runs))).set_index("baseline")
+    assert by_name.loc["fmd", ["seeds", "ahead"]].tolist() == [1, 1]
     # FMQ's run of 40 seconds was over before FLUX reached the target: nobody can say who would have been sooner.
     assert by_name.loc["fmq", ["ahead", "behind", "baseline_missed"]].tolist() == [0, 0, 1]
     assert by_name.loc["fmq", "at_least"] < 1
@@ -121,26 +120,6 @@ def test_a_race_that_was_cut_short_is_left_open() -> None:
     assert "1 of 4 left open" in reading.reason
     most_open = read("ahead_of_fmq", tables(*runs, *[one for one in other if one["seed"].iloc[0] == 0]))
     assert most_open.verdict == "does not"  # one race decided, one open
-
-
-def test_what_goes_beyond_the_paper_is_no_evidence_for_its_claims(tmp_path: Path) -> None:
-    better = [run(m, 0, seconds=s, variant="improved") for m, s in (("fmd", 40.0), ("flux", 1.0))]
-    plain = [*grid({0: 20.0}), run("fmq", 0)]
-    assert (read("speed_up", tables(*plain, *better)).value, len(tables(*plain).times)) == (2.0, 3)
-    assert read("ahead_of_fmd", tables(*plain, *better)).ours == "`mini-dolly` 2×"
-    alone = speedups.to_markdown(speed_ups(against_all(pd.concat([*plain, better[1]]))))
-    assert "(improved) | `mini-dolly` | 1 | 40× (unchanged) |" in alone
-    for one in (*plain, *better):
-        write(tmp_path, one, status="complete")
-    paper, beyond = speedups.page(tmp_path).split("**Beyond the paper**")
-    assert "improved" not in paper and "| FLUX+ sooner than FMD+ |" in beyond and "40×" in beyond
-    both = speed_ups(against_all(pd.concat([*plain, *better]))).set_index(["variant", "baseline"])["as_it_is"]
-    assert both.to_dict() == {
-        ("", "fmd"): False,
-        ("", "fmq"): False,
-        ("improved", "fmd"): False,
-        ("improved", "fmq"): True,
-    }
 
 
 def test_scores_of_all_methods_stand_side_by_side() -> None:
@@ -161,14 +140,6 @@ def test_a_base_model_at_the_target_is_no_race() -> None:
     (row,) = speed_ups(against_all(pd.concat([run("fmd", 0, flat), run("flux", 0, flat)]))).to_dict("records")
     assert (row["trivial"], row["ahead"], row["behind"]) == (1, 0, 0)
     assert read("ahead_of_fmd", tables(run("fmd", 0, flat), run("flux", 0, flat))).verdict == "does not"
-
-
-def test_a_variant_meets_its_own_baseline_and_else_the_plain_one_of_the_same_size() -> None:
-    runs = [*grid({0: 10.0}), run("flux", 0, seconds=5.0, variant="small", num_participants=4)]
-    runs += [run("flux", 0, seconds=8.0, variant="wire"), run("fmd", 0, seconds=16.0, variant="wire")]
-    runs += [run("flux", 0, seconds=4.0, variant="joint")]
-    found = speed_ups(against_all(pd.concat(runs))).set_index("variant")["speedup"].to_dict()
-    assert found == pytest.approx({"": 4.0, "joint": 10.0, "wire": 2.0})
 
 
 @pytest.mark.parametrize(

@@ -199,16 +199,21 @@ class Repository:
     def configure(self, **changes) -> None:
         profile(self.root / "config" / "mini.yaml", **changes)
 
-    def make(self) -> tuple[int, dict[str, float], str]:
-        """Exit code, modification times of the results by name, and what was said."""
+    def made(self) -> dict[str, float]:
+        """Modification times of the results by name."""
+        files = [*self.root.glob("data/results/mini/rounds/*.parquet"), *self.root.glob("figures/mini/*.pdf")]
+        return {path.name: path.stat().st_mtime for path in files}
+
+    def make(self, *more: str) -> tuple[int, dict[str, float], str]:
+        """Exit code, what was made, and what was said."""
         command = [sys.executable, "-m", "snakemake", "--cores", "2", "--keep-going", "--rerun-incomplete"]
-        command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "host", "--config", "profile=mini"]
+        command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "host", *more]
+        command += ["--config", "profile=mini"]
         environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
         result = subprocess.run(
             command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
-        files = [*self.root.glob("data/results/mini/rounds/*.parquet"), *self.root.glob("figures/mini/*.pdf")]
-        return result.returncode, {path.name: path.stat().st_mtime for path in files}, result.stdout + result.stderr
+        return result.returncode, self.made(), result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -231,14 +236,14 @@ def finished(tmp_path_factory) -> Repository:
 
 
 def test_a_second_run_does_no_work(finished):
-    _, before, _ = finished.make()
+    before = finished.made()
     code, after, said = finished.make()
     assert (code, after) == (0, before)
     assert "Nothing to be done" in said
 
 
 def test_a_lost_table_is_made_again(finished):
-    _, before, _ = finished.make()
+    before = finished.made()
     (finished.root / "data/results/mini/rounds/fmd-mini-llama-moe-mmlu-seed0.parquet").unlink()
     code, after, said = finished.make()
     assert code == 0 and set(after) == set(before), said
@@ -246,7 +251,7 @@ def test_a_lost_table_is_made_again(finished):
 
 
 def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
-    _, before, _ = finished.make()
+    before = finished.made()
     finished.configure(per_method={"flux": {"training.learning_rate": 5e-3}})
     code, after, said = finished.make()
     assert code == 0, said
@@ -258,7 +263,7 @@ def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
 def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path):
     repository = Repository(tmp_path)
     repository.configure(per_method={"flux": {"training.local_steps": 13}})
-    code, files, _ = repository.make()
+    code, files, _ = repository.make("--until", "federated_run")
     assert code != 0
     assert list(files) == ["fmd-mini-llama-moe-mmlu-seed0.parquet"]
     log = (tmp_path / "build/mini/logs/04_federated_run/flux-mini-llama-moe-mmlu-seed0.log").read_text()

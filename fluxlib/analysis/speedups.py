@@ -23,52 +23,22 @@ from fluxlib.analysis.wording import (
 from fluxlib.config import results_dir
 
 OURS, REFERENCE = "flux", "fmd"
-BEYOND = "improved"
-"""Variant with all that goes beyond the paper: FLUX+ against FMD+ and FMES+."""
-
-
-def entered(rounds: pd.DataFrame) -> pd.DataFrame:
-    """The runs that are compared by time: plain ones, and those with all that goes beyond the paper."""
-    return rounds[rounds["variant"].isin(["", BEYOND])]
 
 
 def against_all(rounds: pd.DataFrame, fraction: float = TARGET_FRACTION, **target: Any) -> pd.DataFrame:
-    """Time to target of FLUX and of every method beside it, one row per model, task, seed, variant and method.
-
-    A variant of FLUX meets each method in the same variant, or else as it is, if that run has as many participants, and
-    as many rounds or at least as many device seconds. Seeds and variants without FMD are left out.
+    """Time to target of the plain runs, wherever FLUX and FMD have one: one row per model, task, seed and method.
 
     Args:
         fraction, target: of :func:`fluxlib.analysis.time_to_target.times_to_target`.
-
-    Returns:
-        its columns, with FLUX's ``variant`` and the run's ``own_variant``.
     """
-    found = []
-    for _, runs in rounds.groupby(list(PAIR), sort=False):
-        for variant in sorted(runs.loc[runs["method"] == OURS, "variant"].unique()):
-            field = _opponents(runs, variant)
-            if REFERENCE in set(field["method"]):
-                times = times_to_target(field, fraction, REFERENCE, **target)
-                found.append(times.rename(columns={"variant": "own_variant"}).assign(variant=variant))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*PAIR, "variant", "method"])
-
-
-def _opponents(runs: pd.DataFrame, variant: str) -> pd.DataFrame:
-    """FLUX in ``variant`` and who runs against it: runs of one model, task and seed, one per method."""
-    ours = runs[(runs["method"] == OURS) & (runs["variant"] == variant)]
-    field = [ours]
-    for method in methods_in_order(set(runs["method"]) - {OURS}):
-        own = runs[runs["method"] == method]
-        same, plain = own[own["variant"] == variant], own[own["variant"] == ""]
-        as_long = plain["round"].max() == ours["round"].max() or plain["device_s"].max() >= ours["device_s"].max()
-        alike = as_long and plain["num_participants"].max() == ours["num_participants"].max()
-        field.append(same if len(same) else plain if alike else own.head(0))
-    return pd.concat(field, ignore_index=True)
+    plain = rounds[rounds["variant"] == ""]
+    raced = plain.groupby(list(PAIR))["method"].transform(lambda methods: {OURS, REFERENCE} <= set(methods))
+    raced = plain[raced.astype(bool)]
+    return times_to_target(raced, fraction, REFERENCE, **target) if len(raced) else raced
 
 
 def speed_ups(times: pd.DataFrame) -> pd.DataFrame:
-    """FLUX against each method: one row per model, task, variant and ``baseline``, over seeds.
+    """FLUX against each method: one row per model, task and ``baseline``, over seeds.
 
     Args:
         times: of :func:`against_all`.
@@ -82,12 +52,10 @@ def speed_ups(times: pd.DataFrame) -> pd.DataFrame:
         and not in ``compared``. ``ahead`` counts seeds in which FLUX is sooner, ``behind`` those in which it is not;
         the rest is open: neither reaches the target, or the other's run ended before FLUX reached it. ``rounds_ratio``
         is FLUX's rounds to the target over the baseline's, ``round_s_ratio`` the baseline's seconds of a round over
-        FLUX's; ``final_ratio`` leaves out seeds in which the baseline ends at 0. ``as_it_is``: in a variant of FLUX the
-        baseline's plain run stands in.
+        FLUX's; ``final_ratio`` leaves out seeds in which the baseline ends at 0.
     """
-    rows, place = [], ["model", "task", "variant"]
-    ordered = times.sort_values(["model", "variant", "task"], key=in_order, kind="stable")
-    for key, group in ordered.groupby(place, sort=False):
+    rows, place = [], ["model", "task"]
+    for key, group in times.sort_values(place, key=in_order, kind="stable").groupby(place, sort=False):
         ours = group[group["method"] == OURS].set_index("seed")
         for baseline in methods_in_order(set(group["method"]) - {OURS}):
             other = group[group["method"] == baseline].set_index("seed")
@@ -119,7 +87,6 @@ def _against(ours: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
         "round_s_ratio": geometric(other["round_s"].to_numpy() / ours["round_s"].to_numpy())[0],
         "final_ratio": geometric(finals)[0],
         "clock_model": ours["clock_model"].iloc[0], "link": ours["link"].iloc[0],
-        "as_it_is": bool((other["own_variant"].to_numpy() != ours["own_variant"].to_numpy()).any()),
     }  # fmt: skip
 
 
@@ -142,35 +109,31 @@ def describe(row: Any) -> str:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """:func:`speed_ups` as Markdown: one line per model, task and variant, one column per baseline."""
+    """:func:`speed_ups` as Markdown: one line per model and task, one column per baseline."""
     if table.empty:
         return "*No FLUX and FMD runs with the same model, task and seed.*"
     baselines = methods_in_order(table["baseline"])
-    plus = "+" if (table["variant"] == BEYOND).all() else ""
-    names = [title(name) + plus * (name != "fmq") for name in baselines]
-    header = ["model", "task", "seeds", f"FLUX{plus} sooner than {names[0]}", *names[1:]]
+    names = list(map(title, baselines))
+    header = ["model", "task", "seeds", f"FLUX sooner than {names[0]}", *names[1:]]
     rows = []
-    for (model, task, variant), part in table.groupby(["model", "task", "variant"], sort=False):
+    for (model, task), part in table.groupby(["model", "task"], sort=False):
         by_name = {row["baseline"]: row for row in part.to_dict("records")}
-        cells = [
-            describe(by_name[name]) + " (unchanged)" * by_name[name]["as_it_is"] if name in by_name else "no run"
-            for name in baselines
-        ]
+        cells = [describe(by_name[name]) if name in by_name else "no run" for name in baselines]
         own = by_name[REFERENCE]
         number = f"{own['rounds_ratio']:.2f}×" if own["num_both"] else "–"
-        name = f"`{Path(str(model)).name}`" + (f" ({variant})" if variant and not plus else "")
-        rows.append([name, f"`{task}`", own["seeds"], *cells, number, f"{own['round_s_ratio']:.2f}×"])
-    return markdown_table([*header, f"rounds, of FMD{plus}'s", "a round shorter by"], rows)
+        place = f"`{Path(str(model)).name}`", f"`{task}`"
+        rows.append([*place, own["seeds"], *cells, number, f"{own['round_s_ratio']:.2f}×"])
+    return markdown_table([*header, "rounds, of FMD's", "a round shorter by"], rows)
 
 
 def scores_to_markdown(times: pd.DataFrame, rounds: pd.DataFrame) -> str:
-    """Final scores and times to target of the plain runs, means over seeds: one line per model and task.
+    """Final scores and times to target, means over seeds: one line per model and task.
 
     Args:
         times: of :func:`against_all`.
         rounds: the runs, whose first rows are the base models' scores.
     """
-    plain = times[times["variant"] == ""].sort_values("model", key=in_order, kind="stable")
+    plain = times.sort_values("model", key=in_order, kind="stable")
     first = rounds[(rounds["round"] == 0) & (rounds["variant"] == "")]
     methods = methods_in_order(plain["method"])
     scores: dict[Any, float] = first.groupby(["model", "task"])["metric"].mean().to_dict()
@@ -196,7 +159,7 @@ def _mean(values: pd.Series, write: str) -> str:
 
 
 def page(results: Path | None = None) -> str:
-    """``docs/races.md``: scores and speed-ups of the paper's methods, then of FLUX+, which goes beyond the paper.
+    """``docs/races.md``: scores and speed-ups.
 
     Args:
         results: a profile's results with runs that finished; the tracked profile's if it is not given.
@@ -204,23 +167,15 @@ def page(results: Path | None = None) -> str:
     rounds = store.finished(results or results_dir("full"), "rounds")
     if rounds is None:
         return "# Time to target\n\n*No runs.*\n"
-    times, share = against_all(entered(rounds)), percent(TARGET_FRACTION)
-    plain, beyond = (times[(times["variant"] == BEYOND) == whether] for whether in (False, True))
+    times, share = against_all(rounds), percent(TARGET_FRACTION)
     parts = [
         "# Time to target",
         f"The target of a seed is {share} of FMD's final score with that seed; seconds are those of the device clock."
         " A factor is a geometric mean over seeds with its 95 % t interval. *never*: the target was not reached.",
-        scores_to_markdown(against_all(rounds[rounds["variant"] == ""]), rounds),
-        to_markdown(speed_ups(plain)),
+        scores_to_markdown(times, rounds),
+        to_markdown(speed_ups(times)),
         f"**By loss**: the same runs, the target {share} of how far FMD's negative log-likelihood of the right answers"
         " falls. It has less noise than a score, and counts what a score does not see.",
-        to_markdown(speed_ups(against_all(by_loss(rounds[rounds["variant"] == ""])))),
+        to_markdown(speed_ups(against_all(by_loss(rounds)))),
     ]
-    if len(beyond):
-        parts += [
-            "**Beyond the paper**, no evidence for its claims: FLUX+ against FMD+ and FMES+, each with the options that"
-            f" help it, seeds paired; the target is {share} of FMD+'s final score. `unchanged`: a plain run stands in"
-            " for a missing one.",
-            to_markdown(speed_ups(beyond)),
-        ]
     return "\n\n".join(parts) + "\n"

@@ -152,34 +152,3 @@ def without_reference(rounds: pd.DataFrame, reference: str = "fmd") -> list[str]
     """Run ids of the runs that have no partner: the reference was not run on their model and task with their seed."""
     partnered = (rounds["method"] == reference).groupby([rounds[name] for name in PAIR]).transform("any")
     return sorted(rounds.loc[~partnered, "run_id"].unique())
-
-
-def option_table(rounds: pd.DataFrame, options: Sequence[str], **target: Any) -> pd.DataFrame:
-    """What each option does alone: runs of each variant in ``options``, and the plain ones, side by side.
-
-    Of the plain runs only models, tasks and seeds with a run of that variant count, so that an option and what it is
-    compared with are means over the same seeds.
-
-    Args:
-        target: of :func:`times_to_target`.
-
-    Returns:
-        One row per option, model, task and method (``"flux, int8"``): number of ``seeds``, and means of
-        ``final_metric``, ``round_to_target`` and ``device_s_to_target`` (over seeds that reached it), ``missed_frac``
-        (of the seeds) and ``round_s``. Empty when there are no such runs.
-    """
-    import pandas as pd
-
-    tables = []
-    for option in options:
-        every = rounds[rounds["variant"].isin(["", option])]
-        every = every.merge(every.loc[every["variant"] == option, list(PAIR)].drop_duplicates(), on=list(PAIR))
-        if len(every):
-            named = every["method"] + every["variant"].map({"": "", option: f", {option}"})
-            times = times_to_target(every.assign(method=named), **target).assign(option=option)
-            tables.append(times.assign(missed_frac=times["device_s_to_target"].isna()))
-    if not tables:
-        return pd.DataFrame()
-    groups = pd.concat(tables).groupby(["option", "model", "task", "method"], sort=False)
-    means = groups[["final_metric", "round_to_target", "device_s_to_target", "missed_frac", "round_s"]].mean()
-    return means.assign(seeds=groups["seed"].nunique()).reset_index()

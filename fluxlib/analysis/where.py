@@ -68,11 +68,12 @@ def pays(
     """
     tuned = budgets(participants, runs) / rounds.groupby("run_id")["num_experts"].max()
     counted = recounts(participants, rounds, runs, devices, links, offloading)
+    fitting = {name: [run for run in tuned.index if fits(runs[run], float(tuned[run]), catalogue.DEVICES[name])]
+               for name in devices}  # fmt: skip
     rows = []
     for key, part in counted.groupby(["fleet", "link"], sort=False):
         times = times_to_target(part, fraction)
-        device = catalogue.DEVICES[str(key[0])]
-        entered = [fits(runs[name], float(tuned[name]), device) for name in times["run_id"]]
+        entered = times["run_id"].isin(fitting[str(key[0])])
         for pair, found in times[entered].groupby(list(PAIR), sort=False):
             rows.append(dict(zip((*PAIR, "device", "link"), (*pair, *key), strict=True)) | _best(found))
     return pd.DataFrame(rows)

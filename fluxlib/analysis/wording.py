@@ -18,8 +18,8 @@ METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "accuracy": "accu
 
 
 def title(method: str) -> str:
-    """A method's title."""
-    return method.upper().replace("_PLUS", "+") if method in METHODS else method
+    """A method's title without what it says of itself in brackets."""
+    return METHODS[method].title.partition(" (")[0] if method in METHODS else method
 
 
 def methods_in_order(names: Iterable[str]) -> list[str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import csv
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from fluxlib import records
 from fluxlib.analysis import claims, speedups
+from fluxlib.analysis.wording import markdown_table
 from fluxlib.config import GROUPS, REPO_ROOT, RunConfig
 
 if TYPE_CHECKING:
@@ -74,11 +75,6 @@ CLOCKS: dict[str, str] = {
 """Whose seconds a figure shows where the numbers beside it do not say; others show none."""
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def settings() -> str:
     """Every setting of a run by group: type, default, meaning."""
     parts = [
@@ -100,7 +96,7 @@ def _settings(prefix: str, fields: dict[str, FieldInfo]) -> str:
         (f"`{prefix}{name}`", _allowed(field), f"`{field.default!r}`".replace("'", '"'), str(field.description))
         for name, field in fields.items()
     ]
-    return _table(("setting", "allowed", "default", "meaning"), rows)
+    return markdown_table(("setting", "allowed", "default", "meaning"), rows)
 
 
 def _allowed(field: FieldInfo) -> str:
@@ -137,7 +133,7 @@ def tables() -> str:
             (f"`{c.name}`", c.dtype, c.unit, c.description + " (may be empty)" * c.nullable)
             for c in columns
         ]  # fmt: skip
-        parts += [f"## `{table}`", _table(("column", "type", "unit", "meaning"), rows)]
+        parts += [f"## `{table}`", markdown_table(("column", "type", "unit", "meaning"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -185,7 +181,7 @@ def gallery(root: Path = REPO_ROOT) -> str:
     intro = (
         "# Gallery\n\nEvery figure of the `full` profile, of one model where there are two. Its numbers lie beside it."
     )
-    return f"{intro}\n\n{_table(('', ''), list(zip(cells[::2], cells[1::2], strict=True)))}\n"
+    return f"{intro}\n\n{markdown_table(('', ''), list(zip(cells[::2], cells[1::2], strict=True)))}\n"
 
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -219,18 +219,27 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
 def _check_names(parameters: dict[str, Any]) -> None:
     """Refuse a profile, method, task or model that does not exist, before a kernel has started.
 
+    A method's or an embedded model's file is enough: asking the registries imports torch, which takes seconds.
+
     Raises:
         ConfigError: the name, what is allowed and what came.
     """
-    from fluxlib import methods, models, tasks
+    from fluxlib import tasks
 
     profiles = sorted(path.stem for path in (REPO_ROOT / "config").glob("*.yaml"))
-    allowed: dict[str, Sequence[str]] = {"profile": profiles, "method": list(methods.METHODS)}
-    allowed |= dict.fromkeys(("task", "task_name"), tuple(tasks.TASKS))
+    allowed: dict[str, Sequence[str]] = {"profile": profiles, "task": tasks.TASKS, "task_name": tasks.TASKS}
+    if "method" in parameters and not (REPO_ROOT / "fluxlib" / "methods" / f"{parameters['method']}.py").is_file():
+        from fluxlib.methods import METHODS
+
+        allowed["method"] = list(METHODS)
     for name, known in allowed.items():
         if name in parameters and parameters[name] not in known:
             raise ConfigError(f"{name} is {parameters[name]!r}, allowed are {', '.join(known)}")
     for name in {"model", "model_name"} & parameters.keys():
+        if (data_dir() / "models" / str(parameters[name]) / "config.json").is_file():
+            continue
+        from fluxlib import models
+
         try:
             models.config(parameters[name])
         except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -193,21 +194,41 @@ def _share_that_fits(model: str, method: str, memory_bytes: int, batch: int, tok
     return found.num_tuned / found.num_experts, found.num_merged / found.num_experts
 
 
+_META_MODELS: dict[tuple[str, torch.dtype], Any] = {}
+_ONE_AT_A_TIME = Lock()
+"""A dry run puts other layers into its model for a moment: two threads may not share one meanwhile."""
+
+
+def _meta_model(config: Any, dtype: torch.dtype) -> Any:
+    """One model on the meta device for equal configurations: a map or a dashboard plans one model many times."""
+    key = config.to_json_string(use_diff=False), dtype
+    if key not in _META_MODELS:
+        _META_MODELS[key] = dry_run.meta_model(config, dtype)
+    return _META_MODELS[key]
+
+
+@lru_cache(maxsize=1024)
+def _peak(model: Any, slots: tuple[Slots, ...], step: Step, learns: bool = True) -> Counter[str]:
+    """:func:`fluxlib.devices.dry_run.peak`, once for each question; nobody may change the answer."""
+    with _ONE_AT_A_TIME:
+        return dry_run.peak(model, slots, step, learns)
+
+
 class _Planner:
     """One model and one step of one method; numbers of experts in, bytes out."""
 
     def __init__(self, config: Any, method: str, step: Step) -> None:
         self.method, self.step = method, step
-        self.model = dry_run.meta_model(config, step.dtype)
-        self.parameters = count_parameters(self.model)
-        found = find.layers(self.model)
+        with _ONE_AT_A_TIME:
+            self.model = _meta_model(config, step.dtype)
+            self.parameters = count_parameters(self.model)
+            found = find.layers(self.model)
         self.per_layer = [layer.num_experts for layer in found]
         self.total = sum(self.per_layer)
         self.smallest = max(layer.top_k for layer in found) * len(found) if method == "fmes" else 1
         sizes = [size for layer in found for size in (layer.hidden_size, layer.expert_size)]
         fused = step.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
         self.on_device = replace(step, kernel="grouped" if fused and step.kernel == "auto" else step.kernel)
-        self.peak = lru_cache(maxsize=None)(self._peak)
 
     def left(self, num_tuned: int) -> list[int]:
         """Experts of each layer that are not tuned."""
@@ -252,7 +273,7 @@ class _Planner:
         num_resident, host, size = num_tuned, 0, self.parameters.per_expert
         by_kind = self.peak(num_tuned, num_merged).copy()
         if self.method == "fmd" and usable is not None and by_kind.total() > usable:
-            by_kind = self._offloaded()
+            by_kind = self._offloaded().copy()
             fitting = (usable - by_kind.total()) // self._resident_bytes
             num_resident = min(self.total, max(MIN_RESIDENT, fitting))
             by_kind["tuned"] += num_resident * self._resident_bytes
@@ -275,7 +296,8 @@ class _Planner:
             usable_bytes=usable,
         )
 
-    def _peak(self, num_tuned: int, num_merged: int) -> Counter[str]:
+    def peak(self, num_tuned: int, num_merged: int) -> Counter[str]:
+        """Bytes by kind at the peak of a step with so many experts on the device."""
         tuned, left = _spread(num_tuned, self.per_layer), self.left(num_tuned)
         if self.method == "flux":
             slots = [Slots(*numbers) for numbers in zip(tuned, _spread(num_merged, left), left, strict=True)]
@@ -283,14 +305,14 @@ class _Planner:
             slots = [Slots(t, rest, rest, bits=self.step.bits) for t, rest in zip(tuned, left, strict=True)]
         else:
             slots = [Slots(number) for number in tuned]
-        return dry_run.peak(self.model, slots, self.on_device)
+        return _peak(self.model, tuple(slots), self.on_device)
 
     def _offloaded(self) -> Counter[str]:
-        return dry_run.peak(self.model, [Slots(n, offloaded=True) for n in self.per_layer], self.on_device)
+        return _peak(self.model, tuple(Slots(n, offloaded=True) for n in self.per_layer), self.on_device)
 
     def _profile_bytes(self) -> int:
-        slots = [Slots(0, n, n, bits=self.step.bits) for n in self.per_layer]
-        return dry_run.peak(self.model, slots, self.on_device, learns=False).total()
+        slots = tuple(Slots(0, n, n, bits=self.step.bits) for n in self.per_layer)
+        return _peak(self.model, slots, self.on_device, learns=False).total()
 
     @property
     def _resident_bytes(self) -> int:

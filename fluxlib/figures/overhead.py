@@ -207,7 +207,9 @@ def sensitivity(table: pd.DataFrame) -> Picture:
     norm = LogNorm(low, high)
     for (row, baseline), (column, task) in itertools.product(enumerate(baselines), enumerate(tasks)):
         ax, own = axes[row, column], cells[(cells["baseline"] == baseline) & (cells["task"] == task)]
-        _map(ax, own.set_index(["fleet", "link"]).reindex(pd.MultiIndex.from_product([fleets, links])), norm)
+        own = own.set_index(["fleet", "link"]).reindex(pd.MultiIndex.from_product([fleets, links]))
+        known = own["speedup"].where(own["bound"].isin([REACHED, AT_LEAST])).unstack(sort=False)
+        _map(ax, known, own.apply(_text, axis=1).unstack(sort=False), norm, style.SEQUENTIAL)
         ax.set_title(f"{task}\n" * (row == 0) + f"over {baselines[baseline].title}")
         ax.set_xticks(np.arange(len(links)) + 0.5, [catalogue.LINKS[name].title for name in links], fontsize=7)
         ax.set_yticks(np.arange(len(fleets)) + 0.5, fleets, fontsize=7)
@@ -241,16 +243,11 @@ def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> Picture:
     for ax, model in zip(axes[0], models, strict=True):
         own = cells[cells["model"] == model].set_index(["device", "link"]).reindex(grid)
         factors = own["factor"].unstack(sort=False)
-        texts = own.apply(_race, axis=1).unstack(sort=False)
-        look = {"cbar": False, "linewidths": 0.5, "linecolor": "#bbbbbb", "annot_kws": {"fontsize": 7}}
-        sns.heatmap(factors, ax=ax, annot=texts, fmt="", norm=norm, cmap=style.DIVERGING, **look)
-        for y, x in np.argwhere(factors.isna().to_numpy()):
-            ax.text(x + 0.5, y + 0.5, texts.iloc[y, x], ha="center", va="center", fontsize=7)
+        _map(ax, factors, own.apply(_race, axis=1).unstack(sort=False), norm, style.DIVERGING)
         _break_even(ax, factors.to_numpy())
-        ax.set(xlabel="", ylabel="", title=Path(model).name)
+        ax.set_title(Path(model).name)
         ax.set_xticks(np.arange(len(links)) + 0.5, [catalogue.LINKS[name].title for name in links], fontsize=7)
         ax.set_yticks(np.arange(len(devices)) + 0.5, [_memory(name) for name in devices], fontsize=7, rotation=0)
-        ax.tick_params(length=0)
     bar = figure.colorbar(mpl.cm.ScalarMappable(norm, style.DIVERGING), ax=axes, fraction=0.03, pad=0.02)
     bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["≤ 1/4", "1/2", "1", "2", "≥ 4"])
     bar.minorticks_off()
@@ -283,16 +280,15 @@ def _break_even(ax: Any, factors: np.ndarray) -> None:
             ax.plot([x, x + 1], [y + 1, y + 1], color="black", linewidth=2)
 
 
-def _map(ax: Any, cells: pd.DataFrame, norm: Any) -> None:
-    """One panel: ``cells`` by fleet and link, in the order of the axes."""
-    known = cells["speedup"].where(cells["bound"].isin([REACHED, AT_LEAST])).unstack(sort=False)
-    texts = cells.apply(_text, axis=1).unstack(sort=False)
+def _map(ax: Any, factors: pd.DataFrame, texts: pd.DataFrame, norm: Any, colors: str) -> None:
+    """One panel: ``factors`` as colours, none where they are NaN, with ``texts`` in all cells."""
     look = {"cbar": False, "linewidths": 0.5, "linecolor": "#bbbbbb", "annot_kws": {"fontsize": 7}}
-    marks.heat(ax, known, "", annot=texts, fmt="", norm=norm, vmin=norm.vmin, vmax=norm.vmax, **look)
-    for y, x in np.argwhere(known.isna().to_numpy()):  # seaborn writes in coloured cells only
+    sns.heatmap(factors, ax=ax, annot=texts, fmt="", norm=norm, cmap=colors, **look)
+    for y, x in np.argwhere(factors.isna().to_numpy()):  # seaborn writes in coloured cells only
         ax.text(x + 0.5, y + 0.5, texts.iloc[y, x], ha="center", va="center", fontsize=7)
     ax.set(xlabel="", ylabel="")
-    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.tick_params(length=0, rotation=0)
 
 
 def _text(cell: pd.Series) -> str:

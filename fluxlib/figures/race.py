@@ -106,7 +106,7 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
 
 @drawn
 def speed_ups(table: pd.DataFrame) -> Picture:
-    """FLUX's speed-up over each method: one panel per model, one line per task, variant and method.
+    """FLUX's speed-up over each method: one panel per model, one line per task and method.
 
     An arrow to the right is a lower bound: the other method never arrives in some seed. "never" is FLUX's own miss.
 
@@ -120,8 +120,7 @@ def speed_ups(table: pd.DataFrame) -> Picture:
         every = part.to_dict("records") if len(table) else []
         for place, row in enumerate(every):
             _race(ax, row, place)
-        texts = [" ".join(filter(None, (row["task"], row["variant"]))) for row in every]
-        texts = [f"{name}: {style.method(row['baseline']).title}" for name, row in zip(texts, every, strict=True)]
+        texts = [f"{row['task']}: {style.method(row['baseline']).title}" for row in every]
         ax.set_yticks(range(len(texts)), texts, fontsize=7)
         marks.reference(ax, 1, vertical=True)
         ax.set(ylim=(len(part) - 0.4, -0.6), xscale="log", xlabel="FLUX sooner to the target by")

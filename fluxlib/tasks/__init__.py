@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from fluxlib import seeding
 from fluxlib.tasks import files, mini
 from fluxlib.tasks.base import TEST_FRACTION, Example, Metric, Task, split
@@ -72,5 +70,4 @@ def _public(name: str, seed: int, size: int | None, path: str | Path | None) -> 
         return examples
     if size > len(examples):
         raise ValueError(f"task_size is {size}, allowed is at most the {len(examples)} samples of {name}")
-    order = torch.randperm(len(examples), generator=seeding.generator(seed, "subset"))
-    return [examples[i] for i in order[:size].tolist()]
+    return [examples[i] for i in seeding.order(len(examples), seed, "subset")[:size]]

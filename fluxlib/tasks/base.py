@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from fluxlib import seeding
 
 Row = dict[str, Any]
@@ -58,7 +56,7 @@ class Task:
 
 def split(examples: Sequence[Example], seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Shuffle and cut into 80 % training and 20 % test samples (section 7 of the paper's set-up)."""
-    order = torch.randperm(len(examples), generator=seeding.generator(seed, "split")).tolist()
+    order = seeding.order(len(examples), seed, "split")
     num_test = max(1, round(TEST_FRACTION * len(examples)))
     test = tuple(examples[i] for i in order[:num_test])
     return tuple(examples[i] for i in order[num_test:]), test

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from fluxlib.analysis.statistics import geometric, interval
-from fluxlib.analysis.time_to_target import by_loss, crossing, option_table, reach, times_to_target, without_reference
+from fluxlib.analysis.time_to_target import by_loss, crossing, reach, times_to_target, without_reference
 
 
 def run(method: str, seed: int, metrics: list[float], round_s: float, variant: str = "") -> pd.DataFrame:
@@ -102,24 +102,6 @@ def test_the_reference_must_be_there(rounds):
         times_to_target(rounds, reference="fmq")
     with pytest.raises(ValueError, match="fraction is 2"):
         times_to_target(rounds, 2)
-
-
-def test_an_option_is_compared_on_the_seeds_that_have_it():
-    fmd, flux = (run(method, 0, [0.0, 0.5, 1.0], seconds) for method, seconds in (("fmd", 10.0), ("flux", 4.0)))
-    small = run("flux", 0, [0.0, 0.5, 0.9], 2.0, "int8")
-    others = pd.concat([run(method, 1, [0.0, 0.1, 0.2], 1.0) for method in ("fmd", "flux")])
-    every = pd.concat([fmd, flux, small, others])
-    table = option_table(every, ["int8"], final_rounds=1).set_index("method")
-    assert table["seeds"].tolist() == [1, 1, 1]
-    assert table["missed_frac"].to_dict() == {
-        "fmd": 0,
-        "flux": 0,
-        "flux, int8": 1,
-    }
-    assert table["final_metric"].to_dict() == {"fmd": 1.0, "flux": 1.0, "flux, int8": 0.9}
-    assert table.loc["flux", "device_s_to_target"] == pytest.approx(7.6)
-    assert table.loc["fmd", "device_s_to_target"] == pytest.approx(19.0)
-    assert option_table(every, ["4bit"]).empty
 
 
 def test_intervals_over_seeds_say_what_they_are():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,26 +16,27 @@ from fluxlib import federation
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation.store import lock
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from fluxlib.federation.store import lock
-with lock.hold(Path(sys.argv[1]), "one"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+
+def hold(folder: Path, held: Any) -> None:
+    with lock.hold(folder, "one"):
+        held.set()
+        time.sleep(60)
 
 
 @pytest.fixture
-def holder(tmp_path: Path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+def holder(tmp_path: Path) -> Iterator[BaseProcess]:
+    """Another process, a copy of this one: it has nothing to import."""
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, held))
+    process.start()
+    assert held.wait(60)
     yield process
     process.kill()
-    process.communicate()
+    process.join()
 
 
-def test_a_second_process_is_told_who_holds_the_run(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_second_process_is_told_who_holds_the_run(holder: BaseProcess, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"in which process {holder.pid} on \S+ is running one at this moment"):
         with lock.hold(tmp_path, "one"):
             pass
@@ -41,9 +44,9 @@ def test_a_second_process_is_told_who_holds_the_run(holder: subprocess.Popen[str
         pass
 
 
-def test_a_killed_holder_leaves_nothing_that_blocks(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_killed_holder_leaves_nothing_that_blocks(holder: BaseProcess, tmp_path: Path) -> None:
     holder.kill()
-    holder.wait()
+    holder.join()
     assert (tmp_path / ".one.lock").exists()
     with lock.hold(tmp_path, "one"):
         assert f"process {os.getpid()} on" in (tmp_path / ".one.lock").read_text()

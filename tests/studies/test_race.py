@@ -53,9 +53,8 @@ def test_a_slower_link_adds_what_its_bytes_take() -> None:
 def test_the_rate_makes_sending_as_long_against_training_as_on_the_real_device() -> None:
     real = race.Place(shapes("mini-deepseek-moe"), catalogue.DEVICES["l20"], catalogue.link("1gbps"), "bfloat16")
     per_s = race.rate(replies(2.0), real, 128)
-    there = clock.phase_seconds(
-        next(iter(race._works(replies(2.0))))[1][0][1], real.shapes, real.device, real.link, 128
-    )
+    (_, work, _) = race.replies(replies(2.0))[1][0]
+    there = clock.phase_seconds(work, real.shapes, real.device, real.link, 128)
     ratio = (there["download"] + there["upload"]) / (there["train"] + there["pcie"])
     assert replies(2.0)[["uplink_bytes", "downlink_bytes"]].iloc[0].sum() / per_s / 2.0 == pytest.approx(ratio)
 

@@ -13,7 +13,7 @@ import pandas as pd
 from fluxlib import records
 from fluxlib.analysis import store
 from fluxlib.analysis.runs import final_quality
-from fluxlib.analysis.speedups import REFERENCE, against_all, entered
+from fluxlib.analysis.speedups import REFERENCE, against_all
 from fluxlib.analysis.wording import models_in_order
 
 JOINS = {
@@ -38,9 +38,9 @@ class Tables:
 
     @cached_property
     def times(self) -> pd.DataFrame:
-        """:func:`fluxlib.analysis.speedups.against_all` of plain and improved runs."""
+        """:func:`fluxlib.analysis.speedups.against_all` of all runs."""
         assert self.rounds is not None
-        return against_all(entered(self.rounds))
+        return against_all(self.rounds)
 
     @cached_property
     def quality(self) -> pd.DataFrame:

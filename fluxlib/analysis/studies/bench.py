@@ -100,8 +100,7 @@ def benches(
             loaded.load_state_dict(start)
             task = tasks.load(name, seed, path=data_path)
             shares = partition(task.train, 8, seeding.generator(seed, "partition"), "dirichlet", 0.5)
-            order = torch.randperm(len(shares[0]), generator=seeding.generator(seed, "bench")).tolist()
-            shares[0] = [shares[0][i] for i in order]
+            shares[0] = [shares[0][i] for i in seeding.order(len(shares[0]), seed, "bench")]
             parts = [[task.train[i] for i in share] for share in shares]
             apart = parts[0][-held_out:]
             # Generated tasks repeat themselves: a sample whose copy is held out is held back too.

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fluxlib.analysis.studies.bench import Row, row
-from fluxlib.analysis.studies.scale import BLOCKS
+from fluxlib.analysis.studies.scale import BLOCKS, replies
 from fluxlib.analysis.time_to_target import TARGET_FRACTION, crossing, final_score
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.protocol.wire import Form, bits_per_weight
-from fluxlib.federation.store.tables import read_work
 from fluxlib.methods.base import Work
 
 if TYPE_CHECKING:
@@ -49,19 +48,12 @@ class Place:
     wire: Form
 
 
-def _works(participants: pd.DataFrame) -> Iterator[tuple[int, list[tuple[pd.Series, Work, Work | None]]]]:
-    """Of each round of one run: the accepted replies, with their work and that of a profile made before."""
-    accepted = participants[participants["rejected"] == ""]
-    for number, rows in accepted.groupby("round"):
-        yield int(str(number)), [(row, *read_work(row["work"])) for _, row in rows.iterrows()]
-
-
 def predicted(participants: pd.DataFrame, place: Place, speed: Speed) -> dict[int, float]:
     """Seconds of each round of one run, by the clock."""
     found = {}
-    for number, replies in _works(participants):
-        seconds = [_seconds(work, first, place, speed) for _, work, first in replies]
-        times = 2 if any(first for _, _, first in replies) else 1  # a profile before the round is asked for by itself
+    for number, replied in replies(participants).items():
+        seconds = [_seconds(work, first, place, speed) for _, work, first in replied]
+        times = 2 if any(first for _, _, first in replied) else 1  # a profile before the round is asked for by itself
         found[number] = clock.round_seconds(seconds, 0.0).total_s + times * speed.besides_s
     return found
 
@@ -69,11 +61,11 @@ def predicted(participants: pd.DataFrame, place: Place, speed: Speed) -> dict[in
 def calibrated(rounds: pd.DataFrame, participants: pd.DataFrame, place: Place) -> Speed:
     """This machine, from a run over a link that was not shaped: medians over replies and rounds."""
     ratios: dict[str, list[float]] = {block: [] for block in BLOCKS}
-    for _, replies in _works(participants):
-        for reply, work, _ in replies:
+    for replied in replies(participants).values():
+        for reply, work, _ in replied:
             said = clock.phase_seconds(_on_wire(work, place.wire), place.shapes, place.device, place.link)
             for block, phases in BLOCKS.items():
-                took = np.nansum([reply[f"{phase}_wall_s"] for phase in phases])
+                took = np.nansum([getattr(reply, f"{phase}_wall_s") for phase in phases])
                 if took and (expected := sum(said[phase] for phase in phases)):
                     ratios[block].append(float(took) / expected)
     speed = Speed({block: float(np.median(found)) for block, found in ratios.items() if found})
@@ -90,13 +82,12 @@ def rate(participants: pd.DataFrame, real: Place, tokens: int) -> float:
         participants: of an FMD run; its last round is looked at, in which all that can travel does.
         tokens: of a sample of the real data sets.
     """
-    *_, (_, replies) = _works(participants)
-    found = []
-    for reply, work, _ in replies:
+    replied, found = replies(participants), []
+    for reply, work, _ in replied[max(replied)]:
         there = clock.phase_seconds(work, real.shapes, real.device, real.link, tokens)
         ratio = (there["download"] + there["upload"]) / (there["train"] + there["pcie"])
-        sent = reply["downlink_bytes"] + reply["uplink_bytes"]
-        found.append(sent / (ratio * reply["train_wall_s"]))
+        sent = reply.downlink_bytes + reply.uplink_bytes
+        found.append(sent / (ratio * reply.train_wall_s))
     return float(np.median(found))
 
 

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ FLEETS = ("paper", "rtx-4090", "rtx-3060", "jetson-agx-orin", "macbook-m1-max", 
 BLOCKS = {"train": ("train",), "profile": ("quantize", "profile"), "merge": ("merge",), "probe": ("probe",)}
 """Measured block: phases of the clock that it consists of."""
 STEPS, PROBES, PROBED_SAMPLES = 4, 8, 8
-Reply = tuple[int, str, Work, Work | None]
-"""An accepted reply: participant, device, its work, and that of a profile made before the round."""
+Reply = tuple[Any, Work, Work | None]
+"""An accepted reply: its row of ``participants``, its work, and that of a profile made before the round."""
 
 
 def with_settings(rounds: pd.DataFrame, folder: Path) -> pd.DataFrame:
@@ -60,6 +60,14 @@ def with_works(participants: pd.DataFrame) -> set[str]:
     accepted = participants[participants["rejected"] == ""]
     complete = accepted.groupby("run_id")["work"].agg(lambda works: bool(works.notna().all()))
     return {str(run_id) for run_id, whole in complete.items() if whole}
+
+
+def replies(participants: pd.DataFrame) -> dict[int, list[Reply]]:
+    """The accepted replies of one run, by round."""
+    found: dict[int, list[Reply]] = {}
+    for row in participants[participants["rejected"] == ""].itertuples(index=False):
+        found.setdefault(row.round, []).append((row, *read_work(row.work)))
+    return found
 
 
 def recounts(
@@ -92,23 +100,18 @@ def recounts(
     """
     import pandas as pd
 
-    accepted = participants[participants["rejected"] == ""]
     found = []
     for run_id, run in rounds.groupby("run_id", sort=False):
-        replies: dict[int, list[Reply]] = {}
-        rows = accepted.loc[accepted["run_id"] == run_id, ["round", "participant", "device", "work"]]
-        for number, participant, device, text in rows.itertuples(index=False, name=None):
-            replies.setdefault(number, []).append((participant, device, *read_work(text)))
-        config = runs[str(run_id)]
+        replied, config = replies(participants[participants["run_id"] == run_id]), runs[str(run_id)]
         shapes = clock.shapes(config.model if config.clock.model == "self" else config.clock.model)
         for fleet, link in itertools.product(fleets, links):
             ordered, how = run.sort_values("round", kind="stable"), offloading or config.clock.offloading
-            found.append(_recount(replies, ordered, config, shapes, fleet, link, how))
+            found.append(_recount(replied, ordered, config, shapes, fleet, link, how))
     return pd.concat(found, ignore_index=True) if found else rounds.assign(fleet="", memory_share=0.0)
 
 
 def _recount(
-    replies: Mapping[int, list[Reply]],
+    replied: Mapping[int, list[Reply]],
     rounds: pd.DataFrame,
     run: RunConfig,
     shapes: clock.Shapes,
@@ -121,8 +124,8 @@ def _recount(
     counted = []
     for number in rounds["round"]:
         seconds, works, shares = [], [], [0.0]
-        for participant, name, work, first in replies.get(number, ()):
-            device = devices[participant] if devices else catalogue.DEVICES[name]
+        for row, work, first in replied.get(number, ()):
+            device = devices[row.participant] if devices else catalogue.DEVICES[row.device]
             works.append(work)
             seconds.append(clock.participant_seconds(work, first, shapes, device, over, tokens, offloading))
             usable = device.memory_bytes * (1 - RESERVE_FRAC)

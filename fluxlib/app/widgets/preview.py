@@ -278,7 +278,15 @@ def expected_work(config: RunConfig, method: str, share: Share) -> Work:
         method: the one of ``config``, for which ``share`` holds, or one that tunes every expert.
     """
     exploit, explore, tokens_per_sample = share.assigned.exploit, share.assigned.explore, share.tokens_per_sample
-    work = _training(config, tokens_per_sample, exploit.numel())
+    samples = config.training.local_steps * config.training.batch_size
+    work = Work(
+        num_experts=exploit.numel(),
+        train_steps=config.training.local_steps,
+        train_samples=samples,
+        train_tokens=round(samples * tokens_per_sample),
+        download_bits=bits_per_weight(config.wire.downlink),
+        upload_bits=bits_per_weight(config.wire.uplink),
+    )
     if method != config.method or bool(exploit.all()):
         return _tuning_everything(config, method, work, int((share.frequency > 0).sum()))
     total, num_updated = work.num_experts, int((exploit & (share.frequency > 0)).sum())
@@ -291,7 +299,8 @@ def expected_work(config: RunConfig, method: str, share: Share) -> Work:
     samples = config.profiling.batches * config.training.batch_size * looks
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
     once, each = flux.forward_passes(keys, len(share.frequency), config) if method == "flux" else (0.0, 0.0)
-    once, each = (n * config.training.batch_size for n in (once, each * _probed_share(config, len(keys))))
+    probed = roles.num_probed(config.roles, len(keys)) / max(1, len(keys))  # the others of them are not
+    once, each = (n * config.training.batch_size for n in (once, each * probed))
     return replace(
         work,
         num_tuned=int(exploit.sum()),
@@ -312,24 +321,7 @@ def expected_work(config: RunConfig, method: str, share: Share) -> Work:
         hidden_profile=method == "flux" and config.profiling.stale,
         num_downloaded=changed if looks else round(changed * int(exploit.sum()) / total),
         num_uploaded=num_updated,
-        download_bits=bits_per_weight(config.wire.downlink),
-        upload_bits=bits_per_weight(config.wire.uplink),
     )
-
-
-def _training(config: RunConfig, tokens_per_sample: float, num_experts: int) -> Work:
-    samples = config.training.local_steps * config.training.batch_size
-    return Work(
-        num_experts=num_experts,
-        train_steps=config.training.local_steps,
-        train_samples=samples,
-        train_tokens=round(samples * tokens_per_sample),
-    )
-
-
-def _probed_share(config: RunConfig, num_explored: int) -> float:
-    """Explored experts that are probed, as a share."""
-    return roles.num_probed(config.roles, num_explored) / max(1, num_explored)
 
 
 def _changed(config: RunConfig, total: int, num_changed: int) -> int:
@@ -339,8 +331,7 @@ def _changed(config: RunConfig, total: int, num_changed: int) -> int:
 
 def _tuning_everything(config: RunConfig, method: str, work: Work, num_used: int) -> Work:
     """The account of FMD and FMQ, and of any other budget that is everything; ``num_used`` experts get tokens."""
-    total = work.num_experts
-    down, up = bits_per_weight(config.wire.downlink), bits_per_weight(config.wire.uplink)
+    total, bits = work.num_experts, config.training.fmq_bits
     work = replace(
         work,
         num_tuned=total,
@@ -349,14 +340,7 @@ def _tuning_everything(config: RunConfig, method: str, work: Work, num_used: int
         num_uploaded=num_used,
         offloaded=method in ("fmd", "fmq"),
     )
-    if method != "fmq" or config.training.fmq_bits == 16:
-        return replace(work, download_bits=down, upload_bits=up)
-    travelling = config.training.fmq_bits + fmq.SCALE_BITS
-    return replace(
-        work,
-        num_quantized=total,
-        profile_bits=config.training.fmq_bits,
-        weight_bits=config.training.fmq_bits,
-        download_bits=min(travelling, down),
-        upload_bits=min(travelling, up),
-    )
+    if method != "fmq" or bits == 16:
+        return work
+    down, up = (min(bits + fmq.SCALE_BITS, own) for own in (work.download_bits, work.upload_bits))
+    return replace(work, num_quantized=total, profile_bits=bits, weight_bits=bits, download_bits=down, upload_bits=up)
