@@ -70,7 +70,7 @@ def add_product(base: Tensor, up: Tensor, fixed: Tensor, layout: Layout) -> Tens
 
 
 def _adapted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("_bias")}
+    return {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1}
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -127,6 +127,7 @@ class CompactExperts(ReplacedExperts):
         num_tuned: T.
         num_merged: M.
         method: How slots are computed; see :class:`fluxlib.moe.dispatch.StackedSlots`.
+        tuned_fixed: The adapter's A of the tuned slots, see :meth:`fixed`.
         watched: Experts whose gradient norms are measured, see :meth:`watch`.
         watched_norms: ``[W]`` squared norm of each one's gradient in the last backward pass.
     """
@@ -153,7 +154,7 @@ class CompactExperts(ReplacedExperts):
         self.register_buffer("slot_of", slot_of, persistent=False)
         self.method = "auto"
         self.watch(0)
-        self._tuned_fixed = self.fixed(plan.tuned)
+        self.tuned_fixed = self.fixed(plan.tuned)
         self._joins = any(len(group) > 1 for group in plan.groups) and not self.layout.is_dense
         merged = [merge(original, plan, group) for group in range(self.num_merged)]
         for name in self.layout.names:
@@ -181,7 +182,7 @@ class CompactExperts(ReplacedExperts):
         if len(groups) < count or any(len(group) > 1 for group in groups):
             raise ValueError(f"count: expected at most the leading slots with one expert each, got {count}")
         self.watched = tuple(group[0] for group in groups)
-        self._watched_fixed = self.fixed(self.watched)
+        self.watched_fixed = self.fixed(self.watched)
         self.watched_norms = torch.zeros(count, device=self.device)
 
     def tuned_stacks(self) -> dict[str, Tensor]:
@@ -243,10 +244,10 @@ class CompactExperts(ReplacedExperts):
         """Tuned slots, whose weights get gradients, watched ones, and merged ones, whose weights don't, apart."""
         out, first, watched, frozen = None, 0, len(self.watched), self.merged_stacks()
         kind = (self.layout, self.activation)
-        parts = [StackedSlots(*kind, self.tuned_stacks(), self.method, self._tuned_fixed, self.learned_stacks())]
+        parts = [StackedSlots(*kind, self.tuned_stacks(), self.method, self.tuned_fixed, self.learned_stacks())]
         if watched:
             seen = {name: stack[:watched] for name, stack in frozen.items()}
-            parts.append(WatchedSlots(*kind, seen, self.watched_norms, self._watched_fixed))
+            parts.append(WatchedSlots(*kind, seen, self.watched_norms, self.watched_fixed))
         rest = {name: stack[watched:] for name, stack in frozen.items()}
         parts.append(StackedSlots(*kind, rest, self.method))
         for slots in parts:
