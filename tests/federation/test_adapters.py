@@ -11,12 +11,15 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
-from fluxlib import federation
+from fluxlib import federation, models
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation import RunFailed
 from fluxlib.federation.client.local_copy import LocalCopy, Workspace
+from fluxlib.federation.engines.deployment import engine
 from fluxlib.federation.protocol import wire
 from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.results import Output
+from fluxlib.federation.run import run_local
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 
@@ -117,3 +120,11 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(make_config: Make, tmp_path: 
 def test_a_reply_with_whole_experts_is_refused(make_config: Make) -> None:
     with pytest.raises(RunFailed, match=r"refused: 3 wrong_shape.*must be \(8, 2\), got \(8, [48]\)"):
         federation.run(make_config(LORA))
+
+
+def test_what_is_kept_and_what_is_exported_is_the_tuned_model(make_config: Make, tmp_path: Path) -> None:
+    config = make_config({"method": "fmd"} | SMALL | LORA)
+    result = run_local(config, Output(tmp_path / "out", keep_experts=True))
+    assert same(engine._read(config, tmp_path / "out", keep=True).model, result.model)
+    models.export(result.model, tmp_path / "model", models.load(config.model)[1])
+    assert same(models.load(str(tmp_path / "model"))[0], result.model)
