@@ -115,6 +115,19 @@ class TrainingConfig(_Group):
     fmq_bits: Literal[2, 3, 4, 8, 16] = Field(4, description="of the experts while FMQ tunes them; 16: it is FMD")
 
 
+class AdapterConfig(_Group):
+    """What of an expert is tuned: all of it, or a low-rank product on top of it."""
+
+    kind: Literal["none", "lora"] = Field("none", description="lora: weights are W + alpha / rank B A, B alone learns")
+    rank: int = Field(8, ge=1, description="of the product; B is [out, rank], A [rank, in] is drawn and never sent")
+    alpha: float = Field(16.0, gt=0, description="the product counts alpha / rank times")
+
+    @property
+    def used_rank(self) -> int:
+        """The rank; 0 where whole experts are tuned."""
+        return self.rank if self.kind == "lora" else 0
+
+
 class EvaluationConfig(_Group):
     """Scoring the global model on the server's test split."""
 
@@ -242,6 +255,7 @@ class RunConfig(_Group):
     federation: FederationConfig = FederationConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+    adapter: AdapterConfig = AdapterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     budget: BudgetConfig = BudgetConfig()
     profiling: ProfilingConfig = ProfilingConfig()

@@ -117,7 +117,7 @@ def phase_seconds(
         offloading: how experts come that do not fit; ``pcie`` is what that adds to ``train``.
     """
     load = Load(work, shapes, tokens_per_sample)
-    on_link = shapes.expert_parameters / 8  # bytes per bit of an expert's weights
+    on_link = shapes.learned_parameters(work.adapter_rank) / 8  # bytes per bit of what travels of an expert
     merged = load.experts(work.num_merge_sources) * shapes.expert_parameters * WEIGHT_BYTES
     quantized = load.experts(work.num_quantized) * shapes.expert_parameters
     step, offload = step_seconds(load, device, offloading)
@@ -173,7 +173,8 @@ def server_seconds(works: Sequence[Work], shapes: Shapes, device: Device = SERVE
     """The server's part, in its host memory: every upload read, every mean read and written."""
     uploaded = sum(work.num_uploaded / work.num_experts for work in works) * shapes.num_experts
     changed = max((work.num_uploaded / work.num_experts for work in works), default=0.0) * shapes.num_experts
-    return (uploaded + 2 * changed) * shapes.expert_parameters * WEIGHT_BYTES / device.host_rate
+    learned = shapes.learned_parameters(max((work.adapter_rank for work in works), default=0))
+    return (uploaded + 2 * changed) * learned * WEIGHT_BYTES / device.host_rate
 
 
 def round_seconds(participants: Sequence[ParticipantSeconds], server_s: float) -> RoundTime:

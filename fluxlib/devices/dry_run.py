@@ -30,6 +30,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from fluxlib.devices.memory_tracker import MemoryTracker, Stretch
 from fluxlib.moe import find
+from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.dispatch import Pairs, SlotExperts, dispatch
 from fluxlib.moe.expert import Matrices, to_matrices
@@ -58,6 +59,7 @@ class Step:
         bits: of the profile model (``flux``) or of the experts (``fmq``).
         kernel: how slots are computed: ``grouped``, ``slots``, or ``auto``, as
             :class:`fluxlib.moe.dispatch.StackedSlots` does on CUDA (``slots`` is its way on a CPU).
+        rank: of the adapters that are tuned; 0: whole experts are.
 
     Raises:
         ValueError: a value outside what is allowed, by name.
@@ -68,6 +70,7 @@ class Step:
     dtype: torch.dtype = torch.bfloat16
     bits: int = 4
     kernel: str = "auto"
+    rank: int = 0
 
     def __post_init__(self) -> None:
         for name, count, most in (("batch", self.batch, MAX_BATCH), ("tokens", self.tokens, MAX_TOKENS)):
@@ -123,7 +126,8 @@ class _CompactOnMeta(CompactExperts):
         experts = iter(range(layer.num_experts))
         tuned = tuple(islice(experts, slots.num_tuned))
         groups = tuple(tuple(islice(experts, size)) for size in slots.group_sizes)
-        super().__init__(layer.experts, LayerPlan(tuned, groups, dropped=tuple(experts)), TUNED_DTYPE)
+        adapter = Adapter(step.rank, 1.0, 0) if step.rank else None
+        super().__init__(layer.experts, LayerPlan(tuned, groups, dropped=tuple(experts)), TUNED_DTYPE, adapter)
         self.slots, self.top_k, self.method = slots, layer.top_k, step.kernel
 
     def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
@@ -296,8 +300,10 @@ def _replace(layer: find.MoELayer, slots: Slots, step: Step, tracker: MemoryTrac
         tracker.mark(held[-1], kind)
 
     experts: _UnpackedOnMeta | _CompactOnMeta
-    parameters = sum(stack[0].numel() for stack in layer.experts.parameters())
-    hold(0 if slots.offloaded else MOMENT_BYTES * slots.num_tuned * parameters, "optimizer")
+    learned = slots.num_tuned * learned_parameters(layer, step.rank)
+    hold(0 if slots.offloaded and not step.rank else MOMENT_BYTES * learned, "optimizer")
+    if slots.offloaded and step.rank:  # B's and their gradients stay
+        hold(2 * TUNED_DTYPE.itemsize * learned, "tuned")
     if slots.offloaded or slots.bits < 16:
         experts = _UnpackedOnMeta(layer, slots, lambda gradient: tracker.mark(gradient, "gradients"))
         hold(experts.packed_bytes(), "frozen")
@@ -305,11 +311,21 @@ def _replace(layer: find.MoELayer, slots: Slots, step: Step, tracker: MemoryTrac
         experts = _CompactOnMeta(layer, slots, step)
         for stack in experts.merged_stacks().values():
             tracker.mark(stack, "frozen")
-        for parameter in experts.tuned_stacks().values():
+        for stack in (*experts.tuned_stacks().values(), *(experts.tuned_fixed or {}).values()):
+            tracker.mark(stack, "tuned")
+        for parameter in experts.learned_stacks().values():
             tracker.mark(parameter, "tuned")
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, "gradients"))
     setattr(layer.block, layer.name.rpartition(".")[2], experts)
     return held
+
+
+def learned_parameters(layer: find.MoELayer, rank: int) -> int:
+    """Parameters of one expert that are tuned: all, or B of an adapter."""
+    if not rank:
+        return sum(stack[0].numel() for stack in layer.experts.parameters())
+    tensors = find.expert_tensors(layer.experts, 0)
+    return sum(up.numel() for up in Adapter(rank, 1.0, 0).start(tensors, find.read_layout(layer.experts)).values())
 
 
 def _run(model: Any, step: Step, tracker: MemoryTracker, learns: bool, decoder: list[nn.Module]) -> None:

@@ -182,12 +182,13 @@ def share_that_fits(run: RunConfig, memory_bytes: int) -> tuple[float, float]:
     """
     model = run.model if run.clock.model == "self" else run.clock.model
     tokens = run.clock.tokens_per_sample or run.training.max_tokens
-    return _share_that_fits(model, run.method, memory_bytes, run.training.batch_size, tokens)
+    step = Step(batch=run.training.batch_size, tokens=tokens, rank=run.adapter.used_rank)
+    return _share_that_fits(model, run.method, memory_bytes, step)
 
 
 @lru_cache(maxsize=64)
-def _share_that_fits(model: str, method: str, memory_bytes: int, batch: int, tokens: int) -> tuple[float, float]:
-    config, step = models.config(model), Step(batch=batch, tokens=tokens)
+def _share_that_fits(model: str, method: str, memory_bytes: int, step: Step) -> tuple[float, float]:
+    config = models.config(model)
     if method == "fmq" and plan_memory(config, method, memory_bytes, num_tuned=1, step=step).fits:
         return 1.0, 0.0
     found = plan_memory(config, method, memory_bytes, step=step)
@@ -223,6 +224,7 @@ class _Planner:
             self.model = _meta_model(config, step.dtype)
             self.parameters = count_parameters(self.model)
             found = find.layers(self.model)
+            self.learned = dry_run.learned_parameters(found[0], step.rank)
         self.per_layer = [layer.num_experts for layer in found]
         self.total = sum(self.per_layer)
         self.smallest = max(layer.top_k for layer in found) * len(found) if method == "fmes" else 1
@@ -257,7 +259,7 @@ class _Planner:
         if top <= usable:
             return high
         weight_bytes = 0 if self.method == "fmq" else max(0, TUNED_DTYPE.itemsize - self.step.dtype.itemsize)
-        cost = self.parameters.per_expert * (MOMENT_BYTES + weight_bytes)
+        cost = self.learned * (MOMENT_BYTES + weight_bytes)
         while high - low > 1 and usable - bottom >= cost:
             guess = low + int((usable - bottom) / (top - bottom) * (high - low))
             middle = min(max(guess, low + 1), high - 1)
@@ -277,7 +279,8 @@ class _Planner:
             fitting = (usable - by_kind.total()) // self._resident_bytes
             num_resident = min(self.total, max(MIN_RESIDENT, fitting))
             by_kind["tuned"] += num_resident * self._resident_bytes
-            host = self.total * size * (2 * TUNED_DTYPE.itemsize + MOMENT_BYTES + self.step.dtype.itemsize)
+            state = 0 if self.step.rank else 2 * TUNED_DTYPE.itemsize + MOMENT_BYTES
+            host = self.total * size * (state + self.step.dtype.itemsize)
         if self.method in ("flux", "fmes"):
             host = self.parameters.total * self.step.dtype.itemsize
         return MemoryPlan(

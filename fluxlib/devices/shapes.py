@@ -29,11 +29,17 @@ class Shapes:
     """All parameters outside routed experts."""
     embedding_parameters: int
     """Those of the input embedding, which is looked up, not multiplied (0 when it is also the output head)."""
+    expert_sides: tuple[int, int] = (0, 0)
+    """Inputs and outputs of an expert's matrices, summed; ``rank`` times that are the parameters of A and B."""
 
     @property
     def parameters(self) -> int:
         """All parameters of the model."""
         return self.other_parameters + self.num_experts * self.expert_parameters
+
+    def learned_parameters(self, rank: int) -> int:
+        """Parameters of one routed expert that are tuned and travel: all, or B of an adapter."""
+        return rank * self.expert_sides[1] or self.expert_parameters
 
     def dense_flops(self, tokens: float, tokens_per_sample: float) -> float:
         """Forward FLOPs outside routed experts: matrices, and causal attention over half of the positions."""
@@ -63,6 +69,9 @@ def shapes_of(name: str, model: PreTrainedModel) -> Shapes:
     total = sum(p.numel() for p in model.parameters())
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
+    matrices = [one.shape for one in find.expert_tensors(moe[0].experts, 0).values() if one.dim() > 1]
+    sides = [sum(lengths) for lengths in zip(*matrices, strict=True)]
+    first, second = sides if find.read_layout(moe[0].experts).is_transposed else reversed(sides)
     return Shapes(
         name=name,
         num_layers=model.config.num_hidden_layers,
@@ -72,4 +81,5 @@ def shapes_of(name: str, model: PreTrainedModel) -> Shapes:
         expert_parameters=in_experts // experts,
         other_parameters=total - in_experts,
         embedding_parameters=0 if tied else embedding.numel(),
+        expert_sides=(first, second),
     )

@@ -44,6 +44,11 @@ class Load:
         self.tokens_per_sample = float(tokens_per_sample or counted)
         self._given = tokens_per_sample
         self.batch_size = work.train_samples / work.train_steps if work.train_steps else 0.0
+        rank, size = work.adapter_rank, shapes.expert_parameters
+        self.learned_share = shapes.learned_parameters(rank) / size
+        """Parameters that learn, per parameter of a tuned expert: all, or those of an adapter's B."""
+        self.gradient_share = rank * sum(shapes.expert_sides) / size if rank else 1.0
+        """Arithmetic of what learns' gradient, as a share of the weight's: ``g.T @ (x @ A.T)`` for ``g.T @ x``."""
 
     def experts(self, count: float) -> float:
         """``count`` of the run's experts, or of anything counted per expert, as that share of the clock model's."""
@@ -80,8 +85,9 @@ class Load:
         return self.shapes.expert_parameters * (bits / 8 + unpacked)
 
     def kept_traffic(self, bits: int) -> float:
-        """Traffic of reading every kept expert once; a tuned one is cast to 16 bit before its product."""
-        tuned = self.updated_parameters * (_rest_bytes(bits) + 2 * WEIGHT_BYTES)
+        """Traffic of reading every kept expert once; a tuned one is cast to 16 bit before its product, or formed."""
+        at_rest = WEIGHT_BYTES if self.work.adapter_rank else _rest_bytes(bits)
+        tuned = self.updated_parameters * (at_rest + 2 * WEIGHT_BYTES)
         return tuned + self.experts(self.work.num_frozen) * self.frozen_slot_bytes(bits)
 
 
@@ -113,14 +119,14 @@ def placements(load: Load, device: Device) -> list[Placement]:
     With their training state: none, or as many parts as fit; of the others as many as fit with their weights alone.
     A method that does not offload has everything on the device, whether it fits or not.
     """
-    bits, every = load.work.weight_bits, load.updated_parameters
+    bits, every, each = load.work.weight_bits, load.updated_parameters, trained_bytes(load)
     if not load.work.offloaded:
         return [Placement(every)]
     left = max(0.0, device.memory_bytes * (1 - RESERVE_FRAC) - base_bytes(load))
     found = []
     for trained in (every * part / PARTS for part in range(PARTS + 1)):
-        if trained * trained_bytes(bits) <= left:
-            resident = min(every - trained, (left - trained * trained_bytes(bits)) / _bus_bytes(bits))
+        if trained * each <= left:
+            resident = min(every - trained, (left - trained * each) / _bus_bytes(bits))
             found.append(Placement(trained, resident, every - trained - resident))
     return found
 
@@ -130,23 +136,27 @@ def _step(load: Load, device: Device, option: Placement, offloading: Offloading)
 
     Arithmetic: forward, activation gradients (the same again), and weight gradients for the routed tokens that went to
     tuned experts. Memory: every kept weight read twice, weight gradients written, activations written and read. The
-    optimizer of what is trained on the device follows and overlaps with nothing.
+    optimizer of what is trained on the device follows and overlaps with nothing. With an adapter every tuned weight is
+    formed in both passes, and gradients and optimizer are B's; weights that are on the device stay there.
     """
-    shapes, bits, tokens = load.shapes, load.work.weight_bits, load.step_tokens
+    shapes, bits, tokens, learned = load.shapes, load.work.weight_bits, load.step_tokens, load.learned_share
     routed = shapes.expert_flops(tokens)
-    ahead = shapes.dense_flops(tokens, load.tokens_per_sample) + load.slot_share * routed
-    flops = 2 * ahead + load.tuned_share * routed
+    formed = 2.0 * load.work.adapter_rank * load.updated_parameters
+    ahead = shapes.dense_flops(tokens, load.tokens_per_sample) + load.slot_share * routed + formed
+    flops = 2 * ahead + load.tuned_share * routed * load.gradient_share
     weights = shapes.other_parameters * WEIGHT_BYTES + load.kept_traffic(bits)
     activations = ACTIVATION_BYTES * tokens * shapes.num_layers * shapes.hidden_size
-    traffic = 2 * weights + load.updated_parameters * _gradient_bytes(bits) + 2 * activations
+    traffic = 2 * weights + load.updated_parameters * learned * _gradient_bytes(bits) + 2 * activations
     computing = max(flops / device.flops_per_s, traffic / device.memory_rate)
-    on_device = computing + option.trained * _update_traffic(bits) / device.memory_rate
+    on_device = computing + option.trained * learned * _update_traffic(bits) / device.memory_rate
     updated = option.resident + option.away
     if not updated or not flops:
         return on_device, 0.0
     forward = computing * ahead / flops
-    come, again = (count * _bus_bytes(bits) / device.bus_rate for count in (updated, option.away))
-    back, host = updated * WEIGHT_BYTES / device.bus_rate, updated * _update_traffic(bits) / device.host_rate
+    came = option.resident * learned + option.away
+    come, again = (count * _bus_bytes(bits) / device.bus_rate for count in (came, option.away))
+    changed = updated * learned
+    back, host = changed * WEIGHT_BYTES / device.bus_rate, changed * _update_traffic(bits) / device.host_rate
     if offloading == "on_demand":
         return on_device, come + again + back + host
     passes = (forward, come), (computing - forward, again, back, host)
@@ -165,9 +175,7 @@ def device_bytes(work: Work, shapes: Shapes, device: Device, tokens_per_sample: 
     offloaded fills the usable memory at most; what does not offload may exceed it.
     """
     load = Load(work, shapes, tokens_per_sample)
-    needed = base_bytes(load) + load.experts(work.num_tuned) * shapes.expert_parameters * trained_bytes(
-        work.weight_bits
-    )
+    needed = base_bytes(load) + load.experts(work.num_tuned) * shapes.expert_parameters * trained_bytes(load)
     needed += load.experts(work.num_frozen) * shapes.expert_parameters * WEIGHT_BYTES
     usable = device.memory_bytes * (1 - RESERVE_FRAC)
     return round(min(needed, max(usable, base_bytes(load))) if work.offloaded else needed)
@@ -180,9 +188,11 @@ def base_bytes(load: Load) -> float:
     return shapes.other_parameters * WEIGHT_BYTES + activations
 
 
-def trained_bytes(bits: int) -> float:
-    """A tuned parameter on the device: weight, gradient and moments."""
-    return _rest_bytes(bits) + _gradient_bytes(bits) + MOMENT_BYTES
+def trained_bytes(load: Load) -> float:
+    """A tuned parameter on the device: weight, gradient and moments; with an adapter these of B beside its weight."""
+    bits = load.work.weight_bits
+    learned = _rest_bytes(bits) + _gradient_bytes(bits) + MOMENT_BYTES
+    return WEIGHT_BYTES + load.learned_share * learned if load.work.adapter_rank else learned
 
 
 def _rest_bytes(bits: int) -> float:

@@ -34,6 +34,7 @@ class ExpertCall:
         samples: ``[n]`` sequence of the batch each token belongs to.
         matrices: weights in computing order.
         activation: the model's own gate and norm.
+        frame: with an adapter its A's as ``[in, rank]``: changes and gradients are then those of B, ``[rank, out]``.
     """
 
     states: Tensor
@@ -42,9 +43,20 @@ class ExpertCall:
     samples: Tensor
     matrices: Matrices
     activation: Activation
+    frame: Matrices | None = None
+
+    @property
+    def learned(self) -> Matrices:
+        """What a change is to look like: the weights, or something of B's shape."""
+        own, frame = self.matrices, self.frame
+        if frame is None:
+            return own
+        return Matrices(frame.up.T @ own.up, frame.down.T @ own.down)
 
     def output(self, change: Matrices | None = None, size: float = 0.0) -> Tensor:
         """``[n, H]`` weighted output with weights ``W + size * change``."""
+        if change is not None and self.frame is not None:
+            change = Matrices(self.frame.up @ change.up, self.frame.down @ change.down)
         projected = _affine(self.states, self.matrices.up, self.matrices.up_bias)
         if change is not None:
             projected = projected + size * _affine(self.states, change.up, change.up_bias)
@@ -64,6 +76,8 @@ class ExpertCall:
         if self.activation.post_norm is not None:
             incoming = self.activation.norm_backward(_affine(act, own.down, own.down_bias), incoming)[1]
         projected = pull(incoming @ own.down.T)
+        if self.frame is not None:
+            return Matrices((self.states @ self.frame.up).T @ projected, (act @ self.frame.down).T @ incoming)
         return Matrices(
             up=self.states.T @ projected,
             down=act.T @ incoming,
@@ -117,6 +131,7 @@ def calls(
     tokens = mask.flatten().to(hidden.device)
     found = {}
     for expert in experts:
+        fixed = module.fixed([expert]) if isinstance(module, CompactExperts) else None
         rows, position = torch.where((index == expert) & tokens.repeat(len(index) // len(tokens))[:, None])
         found[expert] = ExpertCall(
             states=hidden[rows].to(wide),
@@ -125,6 +140,7 @@ def calls(
             samples=rows % len(tokens) // mask.shape[1],
             matrices=to_matrices(find.expert_tensors(module, expert), layout, wide),
             activation=activation,
+            frame=Matrices(*(fixed[name][0].T.to(wide) for name in (layout.up_name, "down_proj"))) if fixed else None,
         )
     return found
 

@@ -68,7 +68,7 @@ def probe_norms(
                 found = []
                 for number in range(num_probes):
                     chance = seeding.generator(seed, layer.index, expert, number)
-                    direction = draw(call.matrices, chance)
+                    direction = draw(call.learned, chance)
                     if guess is not None:
                         direction = _guided(direction, guess, chance)
                     found.append(_slope(cached, layer, call, direction, steps).square())

@@ -66,6 +66,8 @@ class Work:
     expert_probe_samples: int = 0
     expert_probe_tokens: int = 0
     """Of the passes made for each of the explored experts alone, together; more experts take more of them."""
+    adapter_rank: int = 0
+    """Of the low-rank products that are learned and sent; 0: whole experts are."""
     weight_bits: int = 16
     """Bits per weight of the experts while training (FMQ: 4)."""
     offloaded: bool = False
@@ -92,7 +94,7 @@ class Update:
     """What leaves the device: changes of exploited experts, utilities, counts, and an account of the work."""
 
     changes: dict[ExpertKey, dict[str, Tensor]]
-    """New minus old weights of each exploited expert, by tensor name."""
+    """New minus old weights of each exploited expert, by tensor name; with an adapter of its B's, ``[out, rank]``."""
     utilities: Tensor
     """``[layers, experts]``, eq. 3; NaN where not measured this round."""
     tokens: Tensor

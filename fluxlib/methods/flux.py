@@ -45,7 +45,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
             known = profile(model, data, config)
     with watch.phase("merge"):
         plans = make_plans(model, known, local.roles, local.budget, config.merging, config.seed)
-    with customized(model, plans) as compact:
+    with customized(model, plans, config) as compact:
         with watch.phase("probe"):
             probed = keys_to_probe(local)
             probe_norms = probe(model, local, probed)

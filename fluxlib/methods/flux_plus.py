@@ -42,14 +42,14 @@ GIVEN = 8
 
 WATCHED = 6
 """Experts that are watched in its place. A tuned parameter takes 16 bytes (weight, gradient, moments); a watched one 2,
-and 4 for the gradient of the one that is at work: six take 16."""
+and 4 for the gradient of the one that is at work: six take 16. With an adapter a tuned one takes little more than 2."""
 
 
-def split(budget: Budget, num_experts: int, num_layers: int) -> tuple[int, int]:
+def split(budget: Budget, num_experts: int, num_layers: int, watched: int = WATCHED) -> tuple[int, int]:
     """Experts that are tuned and watched within a budget; one of each layer can be left to merge."""
     given = math.ceil(budget.num_tuned / GIVEN) if 1 < budget.num_tuned < num_experts - num_layers else 0
     exploit = budget.num_tuned - given
-    return exploit, min(WATCHED * given, max(0, num_experts - num_layers - exploit))
+    return exploit, min(watched * given, max(0, num_experts - num_layers - exploit))
 
 
 def assign(
@@ -57,7 +57,8 @@ def assign(
 ) -> roles.Roles:
     """The experts of highest utility are tuned, the longest unseen ones watched; ``epsilon`` is not used."""
     values = roles.priorities(state, config.roles.assignment, generator)
-    counts = [split(budget, values[0].numel(), values.shape[1]) for budget in budgets]
+    watched = 1 if config.adapter.used_rank else WATCHED
+    counts = [split(budget, values[0].numel(), values.shape[1], watched) for budget in budgets]
     totals = torch.tensor(counts).sum(dim=1)
     shares = torch.tensor([tuned for tuned, _ in counts]) / totals
     return roles.assign(values, totals, shares, generator, roles.ages(state))
@@ -71,7 +72,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
             known = profile(model, data, config)
     with watch.phase("merge"):
         plans = make_plans(model, known, local.roles, local.budget, MERGING, config.seed)
-    with watch.phase("train"), customized(model, plans) as compact:
+    with watch.phase("train"), customized(model, plans, config) as compact:
         for layer, explored in zip(compact, local.roles.explore, strict=True):
             layer.watch(int(explored.sum()))
         tuned = tune(model, compact, data.train, config)

@@ -32,7 +32,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
     """Local steps on all experts."""
     watch = Stopwatch()
     plans = [LayerPlan(tuned=tuple(mask.nonzero().flatten().tolist())) for mask in local.roles.exploit]
-    with watch.phase("train"), customized(model, plans) as compact:
+    with watch.phase("train"), customized(model, plans, local.config) as compact:
         tuned = tune(model, compact, local.data.train, local.config)
     return report(local, tuned, watch, offloaded=True), local.state
 

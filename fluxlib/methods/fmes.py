@@ -41,7 +41,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         with watch.phase("first_profile"):
             known = profile(model, data, config)
     plans = make_plans(model, known.frequency, local.roles.exploit)
-    with watch.phase("train"), customized(model, plans) as compact:
+    with watch.phase("train"), customized(model, plans, config) as compact:
         tuned = tune(model, compact, data.train, config)
     with watch.phase("profile"):
         found = profile(model, data, config)

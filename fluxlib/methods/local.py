@@ -15,6 +15,7 @@ from fluxlib import profiling
 from fluxlib.config import RunConfig
 from fluxlib.methods.base import Batch, ExpertKey, LocalData, LocalRound, Update, Work
 from fluxlib.moe import find
+from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan, customize, restore
 from fluxlib.tasks.batches import to_device
@@ -54,9 +55,14 @@ class Learner(Protocol):
 
 
 @contextmanager
-def customized(model: nn.Module, plans: Sequence[LayerPlan]) -> Iterator[list[CompactExperts]]:
-    """The model with each layer's plan in force; afterwards the model is exactly what it was before."""
-    customize(model, plans)
+def customized(
+    model: nn.Module, plans: Sequence[LayerPlan], config: RunConfig | None = None
+) -> Iterator[list[CompactExperts]]:
+    """The model with each layer's plan in force; afterwards the model is exactly what it was before.
+
+    With ``config`` tuned slots learn what the run says: all of them, or its adapter's B's.
+    """
+    customize(model, plans, adapter=None if config is None else Adapter.of(config))
     try:
         yield [layer.experts for layer in find.layers(model)]  # type: ignore[misc]
     finally:
@@ -109,8 +115,8 @@ class _CompactLearner:
 
     def __init__(self, compact: Sequence[CompactExperts], config: RunConfig) -> None:
         self.compact = compact
-        self.before = [{name: p.detach().clone() for name, p in layer.tuned_stacks().items()} for layer in compact]
-        parameters = [p for layer in compact for p in layer.tuned_stacks().values() if p.shape[0]]
+        self.before = [{name: p.detach().clone() for name, p in layer.learned_stacks().items()} for layer in compact]
+        parameters = [p for layer in compact for p in layer.learned_stacks().values() if p.shape[0]]
         self.optimizer = make_optimizer(parameters, config)
 
     def step(self) -> Tensor:
@@ -122,7 +128,7 @@ class _CompactLearner:
     def changes(self) -> dict[ExpertKey, dict[str, Tensor]]:
         return {
             (index, expert): {
-                name: (p.detach()[slot] - self.before[index][name][slot]) for name, p in layer.tuned_stacks().items()
+                name: (p.detach()[slot] - self.before[index][name][slot]) for name, p in layer.learned_stacks().items()
             }
             for index, layer in enumerate(self.compact)
             for slot, expert in enumerate(layer.plan.tuned)
@@ -133,7 +139,7 @@ def squared_gradient_norms(compact: Sequence[CompactExperts]) -> Tensor:
     """``[L, E]`` squared norm of each tuned and each watched expert's gradient, NaN for the others."""
     norms = torch.full((len(compact), compact[0].num_experts), float("nan"))
     for row, experts in zip(norms, compact, strict=True):
-        stacks = [p for p in experts.tuned_stacks().values() if p.shape[0]]
+        stacks = [p for p in experts.learned_stacks().values() if p.shape[0]]
         for slot, expert in enumerate(experts.watched):
             row[expert] = experts.watched_norms[slot]
         if stacks:
@@ -213,6 +219,7 @@ def report(
         routed_tokens=int(tuned.tokens.sum()),
         slot_tokens=tuned.slot_tokens,
         tuned_tokens=int(tuned.tokens[exploit if watched is None else exploit | watched].sum()),
+        adapter_rank=local.config.adapter.used_rank,
         **work,
     )
     if utilities is None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import mask
+from .adapter import Adapter
 from .dispatch import Pairs, StackedSlots, WatchedSlots, choices, dispatch, sort_pairs
 from .expert import Activation
 from .find import (
@@ -117,21 +118,33 @@ class CompactExperts(ReplacedExperts):
         original: The experts module to stand in for.
         plan: What becomes of each expert.
         dtype: Type of the tuned parameters (float32 beside a 16-bit model); None takes the original's.
+        adapter: What is learned are its B's alone, in at least float32; tuned weights are frozen, in the original's
+            type.
+        layer: Number of the layer, by which ``adapter`` knows its experts.
 
     Attributes:
         slot_of: ``[E]`` long, the slot of each expert, -1 for dropped ones. Tuned slots come first.
         num_tuned: T.
         num_merged: M.
         method: How slots are computed; see :class:`fluxlib.moe.dispatch.StackedSlots`.
+        tuned_fixed: The adapter's A of the tuned slots, see :meth:`fixed`.
         watched: Experts whose gradient norms are measured, see :meth:`watch`.
         watched_norms: ``[W]`` squared norm of each one's gradient in the last backward pass.
     """
 
     slot_of: Tensor
 
-    def __init__(self, original: nn.Module, plan: LayerPlan, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        original: nn.Module,
+        plan: LayerPlan,
+        dtype: torch.dtype | None = None,
+        adapter: Adapter | None = None,
+        layer: int = 0,
+    ) -> None:
         super().__init__(original)
         plan.check(self.num_experts)
+        self.adapter, self.layer = adapter, layer
         self.plan, self.num_tuned, self.num_merged = plan, len(plan.tuned), len(plan.groups)
         self.activation = Activation(original)
         self.post_norm = self.activation.post_norm
@@ -141,14 +154,21 @@ class CompactExperts(ReplacedExperts):
         self.register_buffer("slot_of", slot_of, persistent=False)
         self.method = "auto"
         self.watch(0)
+        self.tuned_fixed = self.fixed(plan.tuned)
         self._joins = any(len(group) > 1 for group in plan.groups) and not self.layout.is_dense
         merged = [merge(original, plan, group) for group in range(self.num_merged)]
         for name in self.layout.names:
             stack = getattr(original, name).detach()
-            tuned = stack[list(plan.tuned)].to(dtype or stack.dtype)
-            setattr(self, f"tuned_{name}", nn.Parameter(tuned, requires_grad=True))
+            tuned = stack[list(plan.tuned)]
+            if adapter is None:
+                setattr(self, f"tuned_{name}", nn.Parameter(tuned.to(dtype or stack.dtype), requires_grad=True))
+            else:
+                self.register_buffer(f"tuned_{name}", tuned, persistent=False)
             frozen = torch.stack([tensors[name] for tensors in merged]) if merged else stack[:0].clone()
             self.register_buffer(f"merged_{name}", frozen, persistent=False)
+        if adapter is not None:
+            start = adapter.start(expert_tensors(original, 0), self.layout)
+            self.lora = nn.ParameterDict({name: up.repeat(self.num_tuned, 1, 1) for name, up in start.items()})
 
     def watch(self, count: int) -> None:
         """Measure the gradient norms of the experts in the first ``count`` frozen slots from now on.
@@ -162,30 +182,47 @@ class CompactExperts(ReplacedExperts):
         if len(groups) < count or any(len(group) > 1 for group in groups):
             raise ValueError(f"count: expected at most the leading slots with one expert each, got {count}")
         self.watched = tuple(group[0] for group in groups)
+        self.watched_fixed = self.fixed(self.watched)
         self.watched_norms = torch.zeros(count, device=self.device)
 
     def tuned_stacks(self) -> dict[str, Tensor]:
-        """Trainable stacks ``[T, ...]`` by name."""
+        """Stacks ``[T, ...]`` of the tuned experts by name; with an adapter as they were before."""
         return {name: getattr(self, f"tuned_{name}") for name in self.layout.names}
+
+    def learned_stacks(self) -> dict[str, Tensor]:
+        """What is trainable, by name: the tuned stacks, or with an adapter its B's ``[T, out, rank]``."""
+        return self.tuned_stacks() if self.adapter is None else dict(self.lora.items())
+
+    def fixed(self, experts: Sequence[int]) -> dict[str, Tensor] | None:
+        """The adapter's A of some experts ``[n, rank, in]``, by name; None without an adapter, or without experts."""
+        if self.adapter is None or not experts:
+            return None
+        own = {expert: expert_tensors(self.original, expert) for expert in experts}
+        found = [self.adapter.fixed((self.layer, expert), own[expert], self.layout) for expert in experts]
+        return {name: torch.stack([one[name] for one in found]).to(self.device) for name in found[0]}
 
     def merged_stacks(self) -> dict[str, Tensor]:
         """Frozen stacks ``[M, ...]`` by name."""
         return {name: getattr(self, f"merged_{name}") for name in self.layout.names}
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
-        """Views of the tensors that stand for an expert: its own if tuned, those of its group if merged."""
+        """What stands for an expert: its own tensors if tuned, its group's if merged; views without an adapter."""
         check_expert(expert, self.num_experts)
         slot = int(self.slot_of[expert])
         if slot < 0:
             raise ValueError(f"expert: {expert} is dropped and has no slot")
         stacks = self.tuned_stacks() if slot < self.num_tuned else self.merged_stacks()
-        slot = slot if slot < self.num_tuned else slot - self.num_tuned
-        return {name: stack.detach()[slot] for name, stack in stacks.items()}
+        place = slot if slot < self.num_tuned else slot - self.num_tuned
+        found = {name: stack.detach()[place] for name, stack in stacks.items()}
+        if self.adapter is None or slot >= self.num_tuned:
+            return found
+        learned = {name: up.detach()[slot] for name, up in self.learned_stacks().items()}
+        return self.adapter.added((self.layer, expert), found, learned, self.layout)
 
     def grads(self, expert: int) -> dict[str, Tensor]:
-        """Gradients of a tuned expert, by name, after a backward pass."""
+        """Gradients of what is learned of a tuned expert, by name, after a backward pass."""
         slot = self.plan.tuned.index(expert)
-        return {name: stack.grad[slot] for name, stack in self.tuned_stacks().items() if stack.grad is not None}
+        return {name: stack.grad[slot] for name, stack in self.learned_stacks().items() if stack.grad is not None}
 
     def write_back(self) -> None:
         """Write the tuned experts into the original."""
@@ -206,12 +243,13 @@ class CompactExperts(ReplacedExperts):
     def compute(self, hidden: Tensor, pairs: Pairs) -> Tensor:
         """Tuned slots, whose weights get gradients, watched ones, and merged ones, whose weights don't, apart."""
         out, first, watched, frozen = None, 0, len(self.watched), self.merged_stacks()
-        parts: list[StackedSlots] = [StackedSlots(self.layout, self.activation, self.tuned_stacks(), self.method)]
+        kind = (self.layout, self.activation)
+        parts = [StackedSlots(*kind, self.tuned_stacks(), self.method, self.tuned_fixed, self.learned_stacks())]
         if watched:
             seen = {name: stack[:watched] for name, stack in frozen.items()}
-            parts.append(WatchedSlots(self.layout, self.activation, seen, self.watched_norms))
+            parts.append(WatchedSlots(*kind, seen, self.watched_norms, self.watched_fixed))
         rest = {name: stack[watched:] for name, stack in frozen.items()}
-        parts.append(StackedSlots(self.layout, self.activation, rest, self.method))
+        parts.append(StackedSlots(*kind, rest, self.method))
         for slots in parts:
             if slots.count:
                 made = dispatch(hidden, pairs.of_slots(first, first + slots.count), slots)
@@ -236,13 +274,16 @@ def merge(experts: nn.Module, plan: LayerPlan, group: int) -> dict[str, Tensor]:
     return {name: tensor.to(expert_tensors(experts, members[0])[name].dtype) for name, tensor in out.items()}
 
 
-def customize(model: nn.Module, plans: Sequence[LayerPlan], dtype: torch.dtype | None = None) -> nn.Module:
+def customize(
+    model: nn.Module, plans: Sequence[LayerPlan], dtype: torch.dtype | None = None, adapter: Adapter | None = None
+) -> nn.Module:
     """Put a :class:`CompactExperts` at every MoE layer, in place, and freeze everything but the tuned slots.
 
     Args:
         model: A model of any handled layout, with its original experts.
         plans: One per MoE layer.
         dtype: Type of the tuned parameters; None takes the model's.
+        adapter: See :class:`CompactExperts`.
 
     Returns:
         The model.
@@ -260,7 +301,7 @@ def customize(model: nn.Module, plans: Sequence[LayerPlan], dtype: torch.dtype |
     def make(layer: MoELayer) -> CompactExperts:
         plan = plans[layer.index]
         try:
-            compact = CompactExperts(layer.experts, plan, dtype)
+            compact = CompactExperts(layer.experts, plan, dtype, adapter, layer.index)
             if plan.dropped:
                 compact.on_restore.append(mask.drop(layer, plan.dropped))
         except ValueError as error:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .adapter import add_product
 from .expert import Activation, Matrices, to_matrices
 from .find import Layout, ReplacedExperts
 from .product import SMALLEST, is_wide, matmul, own_types, pad_pairs, wide_dtype
@@ -96,6 +97,13 @@ def sort_pairs(slot: Tensor, weight: Tensor, num_slots: int, joins: bool = False
     return Pairs(order // slot.shape[1], weight.flatten()[order], counts)
 
 
+Stacks = Mapping[str, Tensor]
+"""Tensors of several slots by name, each ``[S, ...]``."""
+
+Product = tuple[Tensor, Tensor]
+"""Inputs ``[n, in]`` of a product with weights, and gradients of its outputs ``[n, out]``."""
+
+
 class Slots(Protocol):
     """Where the weights of slots come from, and where their gradients go."""
 
@@ -116,6 +124,10 @@ class Slots(Protocol):
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """Take weight gradients of a slot (or of ALL), by stack name and in the stack's layout."""
 
+    def add_products(self, run: _Run, up: Product, down: Product) -> None:
+        """Take both products of a run; by default as weight gradients."""
+        self.add_gradients(run.slot, run.gradients(self.layout, up, down))
+
     def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
         """Gradients of what :meth:`learning` gave, after those of all slots that have pairs."""
         return [None]
@@ -124,17 +136,26 @@ class Slots(Protocol):
 class StackedSlots(Slots):
     """Slots in stacks ``[S, ...]``, named as in the layout; those that require a gradient get one.
 
+    With an adapter (:mod:`fluxlib.moe.adapter`) a slot's weight ``W + B @ A`` is formed when it is used, which is as
+    much arithmetic as ``rank`` tokens, and the weight's own gradient never is.
+
     Args:
         method: ``"slots"``, ``"grouped"`` (slot by slot for experts with biases), or ``"auto"``: what is faster.
+        fixed: A ``[S, rank, in]`` by name: gradients are those of B; None: those of the stacks.
+        learned: B ``[S, out, rank]`` by name, where it is not zero and frozen.
 
     Raises:
         ValueError: Another method, or ``"grouped"`` for float64 or rows that are no multiple of 16 bytes.
     """
 
-    def __init__(self, layout: Layout, activation: Activation, stacks: Mapping[str, Tensor], method: str) -> None:
+    def __init__(
+        self, layout: Layout, activation: Activation, stacks: Stacks, method: str,
+        fixed: Stacks | None = None, learned: Stacks | None = None,
+    ) -> None:  # fmt: skip
         if method not in ("auto", "slots", "grouped"):
             raise ValueError(f"method: expected 'auto', 'slots' or 'grouped', got {method!r}")
         self.layout, self.activation, self.stacks, self.method = layout, activation, stacks, method
+        self.fixed, self.learned = fixed, stacks if learned is None else learned
         self._gradients: dict[str, Tensor] = {}
 
     @property
@@ -143,13 +164,14 @@ class StackedSlots(Slots):
         return len(next(iter(self.stacks.values())))
 
     def learning(self) -> list[Tensor]:
-        """The stacks."""
-        return list(self.stacks.values()) if any(stack.requires_grad for stack in self.stacks.values()) else []
+        """The stacks, or the B's."""
+        return list(self.learned.values()) if any(stack.requires_grad for stack in self.learned.values()) else []
 
     def is_grouped(self, hidden: Tensor, counts: Sequence[int]) -> bool:
         """On CUDA: where grouped products are one kernel (bfloat16). On a CPU they are a loop in C++, which wins while
         the work is so small that Python's own time shows, unless :mod:`fluxlib.moe.product` is faster there."""
-        num_pairs, sizes = sum(counts), [size for stack in self.stacks.values() for size in stack.shape[1:]]
+        every = (*self.stacks.values(), *self.learned.values())
+        num_pairs, sizes = sum(counts), [size for stack in every for size in stack.shape[1:]]
         if self.method == "slots" or not num_pairs or self.layout.has_bias:
             return False
         possible = hidden.dtype != torch.float64 and all(size * hidden.element_size() % 16 == 0 for size in sizes)
@@ -158,25 +180,44 @@ class StackedSlots(Slots):
         if self.method == "grouped" or not possible:
             return possible
         if hidden.device.type == "cuda":
-            return hidden.dtype == torch.bfloat16 and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+            new = torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+            return new and hidden.dtype == torch.bfloat16 and self.fixed is None
         per_slot = num_pairs * max(stack[0].numel() for stack in self.stacks.values()) / sum(map(bool, counts))
         is_small = hidden.device.type == "cpu" and num_pairs * max(sizes) <= SMALL_VALUES
         return is_small and not (is_wide(hidden) and per_slot >= SMALLEST)
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """Views (copies where the stacks have another type)."""
-        stacks = self.stacks if slot == ALL else {name: stack[slot] for name, stack in self.stacks.items()}
+        """Views (copies where the stacks have another type, or B's on top)."""
+        stacks = self._of(self.stacks, slot)
+        if self.fixed is not None and self.learned is not self.stacks:
+            learned, fixed = self._of(self.learned, slot), self._of(self.fixed, slot)
+            stacks |= {
+                name: add_product(stacks[name], up.detach(), fixed[name], self.layout) for name, up in learned.items()
+            }
         return to_matrices(stacks, self.layout, dtype)
+
+    @staticmethod
+    def _of(stacks: Stacks, slot: int) -> dict[str, Tensor]:
+        return {name: stack if slot == ALL else stack[slot] for name, stack in stacks.items()}
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """Write into stacks of gradients."""
         for name, gradient in gradients.items():
             if slot == ALL:
-                self._gradients[name] = gradient.to(self.stacks[name].dtype)
+                self._gradients[name] = gradient.to(self.learned[name].dtype)
                 continue
             if name not in self._gradients:
-                self._gradients[name] = torch.empty_like(self.stacks[name])
+                self._gradients[name] = torch.empty_like(self.learned[name])
             self._gradients[name][slot].copy_(gradient)
+
+    def add_products(self, run: _Run, up: Product, down: Product) -> None:
+        """With an adapter as B's gradients, ``g.T @ (x @ A.T)``."""
+        if self.fixed is None:
+            super().add_products(run, up, down)
+            return
+        fixed, pairs = self._of(self.fixed, run.slot), ((self.layout.up_name, up), ("down_proj", down))
+        made = {name: run.outer(g, run.linear(x, fixed[name].to(x.dtype).mT)) for name, (x, g) in pairs}
+        self.add_gradients(run.slot, made)
 
     def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
         """The stacks of gradients, zero where a slot has no pair."""
@@ -184,7 +225,7 @@ class StackedSlots(Slots):
         for name, (slot, count) in itertools.product(made, enumerate(counts)):
             if not count:
                 made[name][slot].zero_()
-        return [made[name] if made else torch.zeros_like(stack) for name, stack in self.stacks.items()]
+        return [made[name] if made else torch.zeros_like(stack) for name, stack in self.learned.items()]
 
 
 class WatchedSlots(StackedSlots):
@@ -194,8 +235,10 @@ class WatchedSlots(StackedSlots):
         norms: ``[S]``, where the squared norms go; 0 for a slot that no pair reaches.
     """
 
-    def __init__(self, layout: Layout, activation: Activation, stacks: Mapping[str, Tensor], norms: Tensor) -> None:
-        super().__init__(layout, activation, stacks, "slots")
+    def __init__(
+        self, layout: Layout, activation: Activation, stacks: Stacks, norms: Tensor, fixed: Stacks | None = None
+    ) -> None:
+        super().__init__(layout, activation, stacks, "slots", fixed)
         self.norms = norms
 
     def learning(self) -> list[Tensor]:
@@ -303,7 +346,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
             weight_gradient[run.pairs] = through
         if wants_slots:
             up, down = (hidden.index_select(0, rows), back), (act, incoming)
-            slots.add_gradients(run.slot, run.gradients(slots.layout, up, down))
+            slots.add_products(run, up, down)
             del up, down, act, incoming
         if hidden_gradient is not None:
             run.add_rows(hidden_gradient, rows, run.linear(back, weights.up.mT))
@@ -328,15 +371,17 @@ class _Run:
             return matmul(x, weight, bias)
         return F.grouped_mm(x.contiguous(), weight, offs=self.ends)
 
-    def gradients(self, layout: Layout, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Weight gradients by stack name, from (inputs, output gradients) of both products."""
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a.T @ b`` over the rows of each slot."""
+        if self.ends is None:
+            return matmul(a.T, b)
+        return F.grouped_mm(a.contiguous().T, b.contiguous(), offs=self.ends)
+
+    def gradients(self, layout: Layout, up: Product, down: Product) -> dict[str, Tensor]:
+        """Weight gradients by stack name."""
         made = {}
         for name, pair in ((layout.up_name, up), ("down_proj", down)):
-            a, b = pair if layout.is_transposed else reversed(pair)
-            if self.ends is None:
-                made[name] = matmul(a.T, b)
-            else:
-                made[name] = F.grouped_mm(a.contiguous().T, b.contiguous(), offs=self.ends)
+            made[name] = self.outer(*(pair if layout.is_transposed else reversed(pair)))
             if layout.has_bias:
                 made[f"{name}_bias"] = pair[1].sum(0)
         return made

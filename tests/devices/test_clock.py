@@ -259,3 +259,47 @@ def test_shapes_of_the_public_models_are_what_their_authors_state(name, billions
     assert found.parameters / 1e9 == pytest.approx(billions, abs=0.005)
     assert found.expert_parameters / 1e6 == pytest.approx(expert_millions, abs=0.001)
     assert (found.num_experts, found.top_k_sum) == (experts, top_k_sum)
+
+
+LOW = replace(SHAPES, expert_sides=(30, 20))
+"""With rank 5 the B of an expert has 100 parameters, a tenth of the expert's."""
+
+
+def adapted(work: Work, device: Device = DEVICE, **more) -> dict[str, float]:
+    return phase_seconds(replace(work, adapter_rank=5), LOW, device, LINK, **more)
+
+
+def test_an_adapter_travels_and_is_averaged_as_what_is_learned():
+    work = replace(WORK, num_uploaded=10, num_downloaded=30)
+    assert adapted(work)["upload"] == pytest.approx(100 * 2 / 1e3)
+    assert adapted(work)["download"] == pytest.approx(3 * 100 * 2 / 2e3)
+    whole, low = (clock.server_seconds([replace(work, adapter_rank=rank)] * 2, LOW) for rank in (0, 5))
+    assert low == pytest.approx(whole / 10)
+
+
+def test_an_adapter_is_charged_for_forming_weights_and_for_the_gradient_of_b():
+    fast_memory, slow = replace(DEVICE, memory_bytes_per_s=1e15), replace(DEVICE, memory_bytes_per_s=1e3)
+    work = tuning(WORK, 50, num_frozen=50, routed_tokens=40, slot_tokens=40, tuned_tokens=40)
+    # As without, but weight gradients take 5 * 50 / 1,000 of 4,000; 5 experts are formed twice a step.
+    expected = 200_000 * 17_000 + 2 * 2 * 2 * 5 * 5_000
+    assert adapted(work, fast_memory)["train"] == pytest.approx(expected / 1e9)
+    # 2 tuned experts, read in 2 bytes, written and read again in 2; gradients and AdamW of 100 parameters each.
+    step = 2 * (6_000 + 3 * 2_000 + 2 * 6_000) + 2 * 100 * (4 + 28)
+    assert adapted(tuning(WORK, 20, num_frozen=30), slow)["train"] == pytest.approx(2 * step / 1e3)
+
+
+def test_with_an_adapter_weights_cross_the_bus_where_they_have_no_room_and_no_gradient_of_theirs_goes_back():
+    slow = replace(DEVICE, memory_bytes=6_000 / 0.9, bus_bytes_per_s=1e3, host_bytes_per_s=1e15)
+    work = tuning(WORK, 100, offloaded=True)
+    crossing = (20_000 + 20_000 + 2_000) / 1e3  # come, come again, and B's gradients
+    assert adapted(work, slow, offloading="on_demand")["pcie"] == pytest.approx(2 * crossing)
+    roomy = replace(slow, memory_bytes=(6_000 + 10 * (2_000 + 100 * 16)) / 0.9)
+    assert adapted(work, roomy)["pcie"] == 0.0
+    assert clock.device_bytes(replace(work, adapter_rank=5, offloaded=False), LOW, roomy) == 6_000 + 10 * 3_600
+
+
+def test_the_sides_of_an_expert_are_those_of_its_matrices():
+    found = clock.shapes("llama-moe-3.5b")  # 4,096 to two times 688, and 688 to 4,096
+    assert found.expert_sides == (4096 + 688, 2 * 688 + 4096)
+    assert found.learned_parameters(0) == found.expert_parameters == 8_454_144
+    assert found.learned_parameters(8) == 8 * 5472

@@ -15,11 +15,13 @@ from transformers import (
 )
 
 from fluxlib import models
+from fluxlib.config import make_config
 from fluxlib.devices import dry_run, memory
 from fluxlib.devices.dry_run import Slots, Step
 from fluxlib.devices.memory_tracker import MemoryTracker
 from fluxlib.models.parameters import count_parameters
 from fluxlib.moe import find, offloaded
+from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import LayerPlan, customize
 from fluxlib.moe.quantized import quantize
 
@@ -64,14 +66,17 @@ def batch_of(config, batch, tokens):
     return {"input_ids": ids, "attention_mask": mask, "labels": ids}
 
 
-def measured_step(config, plan, dtype=torch.float32, kernel="slots"):
+def measured_step(config, plan, dtype=torch.float32, kernel="slots", rank=0):
     """Peak of the second of two real training steps, bytes."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model = customize(model, plans(model, plan.num_tuned, plan.num_merged), torch.float32).train()
+    adapter = Adapter(rank, 1.0, 0) if rank else None
+    model = customize(model, plans(model, plan.num_tuned, plan.num_merged), torch.float32, adapter).train()
+    fixed = []
     for layer in find.layers(model):
         layer.experts.method = kernel
+        fixed += (layer.experts.tuned_fixed or {}).values()
     live = MemoryTracker()
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in [*model.parameters(), *model.buffers(), *fixed]:
         live.mark(tensor, "weights")
     parameters = [p for p in model.parameters() if p.requires_grad and p.numel()]
     optimizer = torch.optim.AdamW(parameters, fused=True)
@@ -97,6 +102,8 @@ def measured_step(config, plan, dtype=torch.float32, kernel="slots"):
         ("qwen2", "flux", 9, 9, 4, 64, {}),
         ("llama", "flux", 9, 9, 8, 64, {"dtype": torch.bfloat16, "kernel": "grouped"}),
         ("deepseek", "flux", 8, 12, 4, 64, {"dtype": torch.bfloat16, "kernel": "grouped"}),
+        ("llama", "flux", 9, 9, 8, 64, {"rank": 4}),
+        ("deepseek", "fmd", 32, 0, 2, 32, {"dtype": torch.bfloat16, "rank": 8}),
     ],
 )
 def test_the_peak_of_a_step_is_within_ten_percent(name, method, num_tuned, num_merged, batch, tokens, options):
@@ -310,3 +317,23 @@ def test_wrong_models_and_sizes():
         memory.plan("llama-moe-3.5b", "big")
     with pytest.raises(ValueError, match="slots: expected one per MoE layer, 3, got 1"):
         dry_run.peak(dry_run.meta_model(CONFIGS["llama"], torch.float32), [Slots(1)], Step(1, 8))
+
+
+@pytest.mark.parametrize("method", ["flux", "fmd", "fmes"])
+def test_adapters_need_less_by_the_state_that_they_do_not_have(method):
+    config = CONFIGS["llama"]
+    whole, low = (memory.plan_memory(config, method, None, 16, step=Step(1, 8, rank=rank)) for rank in (0, 4))
+    kinds = [{row.kind: row.num_bytes for row in plan.rows} for plan in (whole, low)]
+    size, learned = counted(config).per_expert, 4 * (2 * 32 + 64)  # B of [64, 64] and of [64, 32]
+    assert (kinds[0]["optimizer state"], kinds[1]["optimizer state"]) == (16 * 8 * size, 16 * 8 * learned)
+    fixed = 4 * (64 + 32)
+    assert kinds[1]["tuned experts"] == 16 * (2 * size + 4 * (learned + fixed))
+    assert low.peak_bytes < whole.peak_bytes
+
+
+def test_more_experts_fit_with_adapters():
+    run = make_config({"model": "mini-llama-moe", "training.batch_size": 1, "training.max_tokens": 8})
+    low = run.updated({"adapter.kind": "lora", "adapter.rank": 4})
+    num_bytes = memory.plan("mini-llama-moe", None, "flux", batch=1, tokens=8).peak_bytes
+    shares = [memory.share_that_fits(one, num_bytes)[0] for one in (run, low)]
+    assert shares[1] > 1.5 * shares[0]

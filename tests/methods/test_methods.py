@@ -16,6 +16,8 @@ from fluxlib.methods import flux, flux_plus
 from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Update
 from fluxlib.methods.local import customized, squared_gradient_norms
 from fluxlib.models.parameters import count_parameters
+from fluxlib.moe import find
+from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.roles import Roles
 
@@ -256,3 +258,34 @@ def test_flux_with_everything_exploited_is_fmd(model: nn.Module, data: LocalData
     updates = [methods.get(name).train(model, local)[0] for name in ("flux", "fmd")]
     for key, tensors in updates[1].changes.items():
         assert all(torch.equal(tensor, updates[0].changes[key][part]) for part, tensor in tensors.items())
+
+
+class TestAdapters:
+    LORA = {"adapter.kind": "lora", "adapter.rank": 6, "adapter.alpha": 9.0}
+
+    @pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "fmq"])
+    def test_changes_are_those_of_b_and_the_model_is_left_as_it_was(
+        self, name: str, model: nn.Module, data: LocalData
+    ) -> None:
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        update, _, given = train(name, model, data, self.LORA)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        assert sorted(update.changes) == [tuple(key) for key in given.exploit.nonzero().tolist()]
+        shapes = {"gate_up_proj": (64, 6), "down_proj": (64, 6)}
+        assert all({n: tuple(t.shape) for n, t in one.items()} == shapes for one in update.changes.values())
+        assert update.work.adapter_rank == 6 and train(name, model, data)[0].work.adapter_rank == 0
+        if methods.get(name).utilities:
+            assert not update.utilities[given.exploit].isnan().any()
+
+    def test_one_step_of_sgd_is_the_full_step_projected_by_a(self, model: nn.Module, data: LocalData) -> None:
+        one, sgd = dataclasses.replace(data, train=data.train[:1]), {"training.optimizer": "sgd"}
+        full, low = (train("fmd", model, one, sgd | more)[0].changes[1, 3] for more in ({}, self.LORA))
+        tensors = find.expert_tensors(find.layers(model)[1].experts, 3)
+        fixed = Adapter(6, 9.0, CONFIG.seed).fixed((1, 3), tensors, find.Layout(tuple(tensors)))
+        for name, change in full.items():
+            torch.testing.assert_close(low[name], change @ fixed[name].T, rtol=1e-3, atol=1e-8)
+
+    def test_what_it_watches_takes_as_much_room_as_it_gives_up(self) -> None:
+        state = roles.RoleState.start(torch.ones(1, LAYERS, EXPERTS))
+        given = flux_plus.assign(state, [BUDGET], 0.5, seeding.generator(0), CONFIG.updated(self.LORA))
+        assert (int(given.exploit.sum()), int(given.explore.sum())) == (14, 2)

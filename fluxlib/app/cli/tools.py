@@ -29,6 +29,7 @@ def plan(
     device: Annotated[str | None, typer.Option(help="a device of the catalogue, instead of --memory")] = None,
     batch: Annotated[int, typer.Option(help="sequences per step")] = 16,
     tokens: Annotated[int, typer.Option(help="tokens per sequence, padding included")] = 512,
+    rank: Annotated[int, typer.Option(min=0, help="of low-rank adapters; 0: experts are tuned whole")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Predict a participant's peak memory, and the experts that fit: B_tune and B_non. Needs no weights.
@@ -47,7 +48,7 @@ def plan(
         raise ConfigError(f"--device is {device!r}, allowed are {', '.join(catalogue.DEVICES)}")
     try:
         size = int(catalogue.DEVICES[device].memory_bytes) if device else memory
-        found = planner.plan(model, size, method, batch=batch, tokens=tokens)
+        found = planner.plan(model, size, method, batch=batch, tokens=tokens, rank=rank)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     print(json.dumps(found.to_dict()) if as_json else found.table())

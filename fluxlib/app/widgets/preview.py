@@ -231,7 +231,7 @@ def predict_memory(
 def _step(config: RunConfig) -> Step:
     tokens = min(config.clock.tokens_per_sample or config.training.max_tokens, 512)
     bits = config.training.fmq_bits if config.method == "fmq" else config.profiling.bits
-    return Step(config.training.batch_size, tokens, bits=min(bits, 8))
+    return Step(config.training.batch_size, tokens, bits=min(bits, 8), rank=config.adapter.used_rank)
 
 
 @lru_cache(maxsize=64)
@@ -284,6 +284,7 @@ def expected_work(config: RunConfig, method: str, share: Share) -> Work:
         train_steps=config.training.local_steps,
         train_samples=samples,
         train_tokens=round(samples * tokens_per_sample),
+        adapter_rank=config.adapter.used_rank,
         download_bits=bits_per_weight(config.wire.downlink),
         upload_bits=bits_per_weight(config.wire.uplink),
     )

@@ -25,6 +25,7 @@ from fluxlib.federation.client.local_data import local_data
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction
 from fluxlib.methods.base import ParticipantState
+from fluxlib.moe.adapter import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _make(state: RecordDict) -> RecordDict:
     """The pending profile of ``state``, of the model and the samples of that round."""
     pending: Any = state[PENDING]
     number, config = pending["round"], messages.parse_config(pending["run"])
-    space = workspace(config.model, config.wire.downlink, pending["device"])
+    space = workspace(config.model, config.wire.downlink, pending["device"], Adapter.of(config))
     space.load(LocalCopy.load(state, space.base_digest))
     samples = Path(pending["samples"]) if pending["samples"] else None
     data = local_data(config, space.tokenizer, pending["participant"], number, samples)

@@ -22,6 +22,7 @@ from fluxlib.federation.protocol.wire import Form, WireError
 from fluxlib.methods.base import ExpertKey
 from fluxlib.models.loading import torch_device
 from fluxlib.moe import find
+from fluxlib.moe.adapter import Adapter
 
 
 class ResyncNeeded(WireError):
@@ -94,10 +95,12 @@ class Workspace:
     participant holds; participants at the same version cost no write at all.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, wire: Form = "float32") -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, wire: Form = "float32", adapter: Adapter | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.wire = wire
+        self.wire, self.adapter = wire, adapter
         self.base = sync.base_digests(model)
         self.base_digest = sync.model_digest(self.base)
         self.frozen_digest = sync.frozen_digest(model)
@@ -122,27 +125,30 @@ class Workspace:
         return written
 
     def _write(self, key: ExpertKey, arrays: Mapping[str, Array]) -> None:
-        """One expert's tensors: those of the base, replaced by ``arrays``."""
+        """One expert's tensors: those of the base, replaced by ``arrays``, or with these B's on top."""
         experts = self._layers[key[0]].experts
+        layout = find.read_layout(experts)
         if key not in self._base_tensors:
             current = find.expert_tensors(experts, key[1])
             self._base_tensors[key] = {name: tensor.clone() for name, tensor in current.items()}
         base = self._base_tensors[key]
-        tensors = dict(base)
+        own = base if self.adapter is None else self.adapter.start(base, layout)
+        found: dict[str, Tensor] = {}
         for name, array in arrays.items():
-            if name not in base:
-                raise WireError(f"an expert has no tensor {name!r}, it has {', '.join(base)}")
-            tensor = wires.decode(array, self.wire, base[name].shape)
-            if self.wire != "float32":
+            if name not in own:
+                raise WireError(f"an expert has no tensor {name!r}, it has {', '.join(own)}")
+            tensor = wires.decode(array, self.wire, own[name].shape)
+            if self.wire != "float32" and self.adapter is None:
                 tensor = base[name].float() + tensor.float().to(base[name].device)
-            tensors[name] = tensor
+            found[name] = tensor
+        tensors = base | found if self.adapter is None else self.adapter.added(key, base, found, layout)
         find.write_expert(experts, key[1], tensors)
 
 
 @lru_cache(maxsize=1)
-def workspace(model: str, wire: Form, device: str = "cpu") -> Workspace:
+def workspace(model: str, wire: Form, device: str = "cpu", adapter: Adapter | None = None) -> Workspace:
     """The process's one model in memory, shared by all participants that run in it."""
-    return Workspace(*models.load(model, device=torch_device(device)), wire)
+    return Workspace(*models.load(model, device=torch_device(device)), wire, adapter)
 
 
 def forget_workspace() -> None:

@@ -28,6 +28,7 @@ from fluxlib.federation.protocol.messages import Instruction
 from fluxlib.federation.protocol.sync import NOTHING
 from fluxlib.methods.base import LocalRound, ParticipantState, Work
 from fluxlib.methods.local import profile_account
+from fluxlib.moe.adapter import Adapter
 
 PARTITION, DATA, DEVICE = "partition-id", "data", "device"
 """Entries of a node's configuration: which part of the data is its own, its own samples, its device."""
@@ -152,7 +153,7 @@ def _own_samples(context: Context) -> Path | None:
 
 
 def _workspace(config: RunConfig, context: Context) -> Workspace:
-    return workspace(config.model, config.wire.downlink, _torch_device(config, context))
+    return workspace(config.model, config.wire.downlink, _torch_device(config, context), Adapter.of(config))
 
 
 def _torch_device(config: RunConfig, context: Context) -> str:

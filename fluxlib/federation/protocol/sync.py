@@ -8,6 +8,9 @@ base: they are small, so rounding costs little and does not add up over rounds.
 Experts that a participant will only merge need not be the newest (``wire.max_staleness``): they are sent when it is to
 tune them, or when its copy is too many rounds old. Which copies are older stands in its :class:`ModelVersion`.
 
+With an adapter (:mod:`fluxlib.moe.adapter`) an expert that changed is its B's: they travel, are kept and are added up;
+both sides form the same weights from them and the base.
+
 A version is named by its digest: SHA-256 over the SHA-256 of each expert as it travels. Where the server's
 (:class:`ExpertStore`) and a participant's (:class:`~fluxlib.federation.client.local_copy.LocalCopy`) differ, every
 expert is sent anew.
@@ -30,6 +33,7 @@ from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.wire import Experts, Form, WireError
 from fluxlib.methods.base import ExpertKey
 from fluxlib.moe import find
+from fluxlib.moe.adapter import Adapter
 
 History = dict[ExpertKey, list[tuple[int, bytes]]]
 """Of every expert the versions that changed it, and its digest since each; the first is version 0."""
@@ -125,20 +129,23 @@ class ExpertStore:
     Args:
         model: the full model, at version 0.
         wire: form in which experts travel; the model itself keeps its own type.
+        adapter: of the run; None: experts travel whole.
     """
 
-    def __init__(self, model: nn.Module, wire: Form = "float32") -> None:
+    def __init__(self, model: nn.Module, wire: Form = "float32", adapter: Adapter | None = None) -> None:
         self.model = model
         self.wire = wire
         self.version = 0
         self._base: dict[ExpertKey, dict[str, Tensor]] = {}
-        self._keeps_base = wire != "float32"
+        self.adapter = adapter
+        self._learned: dict[ExpertKey, dict[str, Tensor]] = {}
+        self._keeps_base = wire != "float32" or adapter is not None
         self._layers = find.layers(model)
         digests = base_digests(model)
         self.history: History = {key: [(0, digest)] for key, digest in digests.items()}
         self.keys = list(digests)
         self.shapes = {
-            key: {name: tuple(tensor.shape) for name, tensor in self.tensors(key).items()} for key in self.keys
+            key: {name: tuple(tensor.shape) for name, tensor in self.learned(key).items()} for key in self.keys
         }
         self.digest_of_version = [model_digest(digests)]
         self.frozen_digest = frozen_digest(model)
@@ -159,14 +166,30 @@ class ExpertStore:
         """One expert's tensors: views into the model."""
         return find.expert_tensors(self._layers[key[0]].experts, key[1])
 
+    def learned(self, key: ExpertKey) -> dict[str, Tensor]:
+        """What of an expert changes, is kept and sent: its tensors, or its B's."""
+        if self.adapter is None or key in self._learned:
+            return self._learned.get(key) or self.tensors(key)
+        return self.adapter.start(self.tensors(key), find.read_layout(self._layers[key[0]].experts))
+
+    def _put(self, key: ExpertKey, learned: Mapping[str, Tensor]) -> None:
+        """Make an expert what was learned of it."""
+        experts = self._layers[key[0]].experts
+        if self.adapter is not None:
+            self._learned[key] = dict(learned)
+            learned = self.adapter.added(key, self._base[key], learned, find.read_layout(experts))
+        find.write_expert(experts, key[1], learned)
+
     @torch.no_grad()
     def apply(self, changes: Experts) -> None:
         """Add ``changes`` to the model and raise the version by one; experts not named stay bit for bit."""
         self._remember_base(changes)
         for key, tensors in changes.items():
-            target = self.tensors(key)
+            target = self.learned(key)
             for name, change in tensors.items():
                 target[name].add_(change.to(target[name]))
+            if self.adapter is not None:
+                self._put(key, target)
         self._raise_version(list(changes))
 
     def changed_at(self, key: ExpertKey, version: int | None = None) -> int:
@@ -191,7 +214,7 @@ class ExpertStore:
             raise WireError("it belongs to another base model (digests of version 0 differ)")
         self._remember_base(experts)
         for key, tensors in experts.items():
-            find.write_expert(self._layers[key[0]].experts, key[1], tensors)
+            self._put(key, tensors)
         self._raise_version(list(experts))
         if self.digest != digests[-1]:
             raise WireError(f"it is damaged (digest is {self.digest[:12]}, it should be {digests[-1][:12]})")
@@ -241,8 +264,8 @@ class ExpertStore:
         """One expert as it travels; kept until it changes, unless it is still the base's."""
         if key in self._arrays:
             return self._arrays[key]
-        tensors = self.tensors(key)
-        if self.wire != "float32":
+        tensors = self.learned(key)
+        if self.wire != "float32" and self.adapter is None:
             base = self._base.get(key, tensors)
             tensors = {name: tensor.float() - base[name].float() for name, tensor in tensors.items()}
         made = {name: wires.encode(tensor, self.wire) for name, tensor in tensors.items()}

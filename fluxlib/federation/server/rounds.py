@@ -25,6 +25,7 @@ from fluxlib.federation.store.checkpoint import Checkpoint, changed_tensors
 from fluxlib.federation.store.tables import Evaluation, Tables
 from fluxlib.federation.store.tensor_file import write_tensors
 from fluxlib.models.loading import torch_device
+from fluxlib.moe.adapter import Adapter
 from fluxlib.tasks.base import Example
 from fluxlib.tasks.batches import encode
 from fluxlib.tasks.evaluate import Score, evaluate
@@ -58,7 +59,7 @@ class _Run:
             raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
         self.task, self.parts = load_task(config)
         self._check_lengths()
-        store = ExpertStore(self.model, config.wire.downlink)
+        store = ExpertStore(self.model, config.wire.downlink, Adapter.of(config))
         self.strategy = FluxStrategy(grid, config, store)
         self.tables = Tables(config, self.model, self.task.metric, len(store.keys))
         self.about: dict[str, object] = {}

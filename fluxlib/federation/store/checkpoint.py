@@ -137,8 +137,8 @@ class Checkpoint:
 
 
 def changed_tensors(store: ExpertStore) -> dict[str, Tensor]:
-    """The experts that are no longer the base's, by their names on the wire, in the model's own type."""
-    return {wires.key_name(key, name): tensor for key in store.changed() for name, tensor in store.tensors(key).items()}
+    """The experts that are no longer the base's, or their B's, by their names on the wire, in their own type."""
+    return {wires.key_name(key, name): tensor for key in store.changed() for name, tensor in store.learned(key).items()}
 
 
 def _names_of_copies(store: ExpertStore, held: ModelVersion) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,7 @@ from fluxlib.federation.store.checkpoint import by_expert
 from fluxlib.federation.store.progress import Progress
 from fluxlib.federation.store.tensor_file import read_tensors
 from fluxlib.moe import find
+from fluxlib.moe.adapter import Adapter
 
 POLL_S = 0.5
 STATUS_EVERY_S = 15.0
@@ -126,7 +127,11 @@ def _read(config: RunConfig, out: Path, keep: bool) -> RunResult:
         raise RunFailed(f"the run is complete; its tables are in {out} on the SuperLink's machine, not on this one")
     frames = {table: records.read(table, path) for table, path in paths.items()}
     model, _ = models.load(config.model)
-    found = find.layers(model)
+    found, adapter = find.layers(model), Adapter.of(config)
     for (layer, expert), tensors in by_expert(read_tensors(experts_path(out, config.run_id))[0]).items():
-        find.write_expert(found[layer].experts, expert, tensors)
+        experts = found[layer].experts
+        if adapter is not None:
+            base = find.expert_tensors(experts, expert)
+            tensors = adapter.added((layer, expert), base, tensors, find.read_layout(experts))
+        find.write_expert(experts, expert, tensors)
     return RunResult(config.run_id, **frames, path=out if keep else None, model=model)

@@ -1,0 +1,77 @@
+"""Low-rank adapters of experts: a weight is ``W_base + B @ A``, A is fixed and the same for all, B is learned.
+
+``A [rank, in]`` is drawn from the run's seed, for every expert's tensor another one, so it never travels. ``B [out,
+rank]`` starts at zero. With A in common a mean of what participants learned is exact: ``mean(B_p) A = mean(B_p A)``
+(FFA-LoRA, Sun et al. 2024). FedAvg of two learned factors is not: ``mean(B_p) mean(A_p)`` also has the products of one
+participant's B with another's A, and is not ``mean(B_p A_p)``. LoRA's factor ``alpha / rank`` is in A here. Biases have
+no adapter and stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluxlib import seeding
+from fluxlib.config import RunConfig
+
+from .find import Layout
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapters of a run; an expert is named by ``(layer, expert)``, its tensors as in its layout."""
+
+    rank: int
+    alpha: float
+    seed: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Adapter | None:
+        """That of a run; None where whole experts are tuned."""
+        chosen = config.adapter
+        return cls(chosen.rank, chosen.alpha, config.seed) if chosen.used_rank else None
+
+    def fixed(self, key: tuple[int, int], tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+        """``A * alpha / rank`` ``[rank, in]`` of each adapted tensor of an expert, in at least float32."""
+        made = {}
+        for name, tensor in _adapted(tensors).items():
+            width = tensor.shape[0 if layout.is_transposed else 1]
+            chance = seeding.generator(self.seed, "adapter", *key, name)
+            drawn = torch.empty(self.rank, width).uniform_(-(width**-0.5), width**-0.5, generator=chance)
+            made[name] = (drawn * (self.alpha / self.rank)).to(tensor.device, _wide(tensor))
+        return made
+
+    def start(self, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+        """``B [out, rank]`` of each adapted tensor before anything is learned: zero, in at least float32."""
+        side = 1 if layout.is_transposed else 0
+        return {
+            name: torch.zeros(tensor.shape[side], self.rank, dtype=_wide(tensor), device=tensor.device)
+            for name, tensor in _adapted(tensors).items()
+        }
+
+    def added(
+        self, key: tuple[int, int], tensors: Mapping[str, Tensor], learned: Mapping[str, Tensor], layout: Layout
+    ) -> dict[str, Tensor]:
+        """An expert's ``tensors`` with what was ``learned`` on top; server and participants both come here."""
+        made, fixed = dict(tensors), self.fixed(key, tensors, layout)
+        for name, up in learned.items():
+            made[name] = add_product(tensors[name], up.to(fixed[name]), fixed[name], layout)
+        return made
+
+
+def add_product(base: Tensor, up: Tensor, fixed: Tensor, layout: Layout) -> Tensor:
+    """``W + B @ A`` in the tensor's layout, of one expert or of stacks of them."""
+    change = up @ fixed
+    return base + (change.mT if layout.is_transposed else change)
+
+
+def _adapted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1}
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
