@@ -32,8 +32,8 @@ def against_all(rounds: pd.DataFrame, fraction: float = TARGET_FRACTION, **targe
         fraction, target: of :func:`fluxlib.analysis.time_to_target.times_to_target`.
     """
     plain = rounds[rounds["variant"] == ""]
-    raced = plain.groupby(list(PAIR))["method"].transform(lambda methods: {OURS, REFERENCE} <= set(methods))
-    raced = plain[raced.astype(bool)]
+    both = plain.groupby(list(PAIR))["method"].transform(lambda methods: {OURS, REFERENCE} <= set(methods))
+    raced = plain[both.astype(bool)]
     return times_to_target(raced, fraction, REFERENCE, **target) if len(raced) else raced
 
 

@@ -65,7 +65,8 @@ def with_works(participants: pd.DataFrame) -> set[str]:
 def replies(participants: pd.DataFrame) -> dict[int, list[Reply]]:
     """The accepted replies of one run, by round."""
     found: dict[int, list[Reply]] = {}
-    for row in participants[participants["rejected"] == ""].itertuples(index=False):
+    accepted: Any = participants[participants["rejected"] == ""]
+    for row in accepted.itertuples(index=False):
         found.setdefault(row.round, []).append((row, *read_work(row.work)))
     return found
 
