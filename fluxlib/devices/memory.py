@@ -229,7 +229,7 @@ class _Planner:
         self.total = sum(self.per_layer)
         self.smallest = max(layer.top_k for layer in found) * len(found) if method == "fmes" else 1
         sizes = [size for layer in found for size in (layer.hidden_size, layer.expert_size)]
-        fused = step.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
+        fused = step.dtype == torch.bfloat16 and not step.rank and all(size % 8 == 0 for size in sizes)
         self.on_device = replace(step, kernel="grouped" if fused and step.kernel == "auto" else step.kernel)
 
     def left(self, num_tuned: int) -> list[int]:
