@@ -25,6 +25,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from torch import Tensor, nn
 
+from fluxlib.config import checked
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.wire import Experts, Form, WireError
 from fluxlib.methods.base import ExpertKey
@@ -53,9 +54,9 @@ class ModelVersion:
     @classmethod
     def read(cls, record: ConfigRecord) -> ModelVersion:
         """Inverse of :meth:`values`."""
-        flat: list[int] = record["approximate"]  # type: ignore[assignment]
-        pairs = frozenset(zip(flat[::2], flat[1::2], strict=True))
-        return cls(int(record["version"]), str(record["digest"]), pairs)  # type: ignore[arg-type]
+        number, name = checked("version", record["version"], int), checked("digest", record["digest"], str)
+        flat = [checked("approximate", one, int) for one in checked("approximate", record["approximate"], list)]
+        return cls(number, name, frozenset(zip(flat[::2], flat[1::2], strict=True)))
 
 
 @dataclass(frozen=True)
