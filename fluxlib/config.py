@@ -79,7 +79,8 @@ def reading(what: str, kind: type[Exception] = ConfigError) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise kind(f"{what}: {brief(error) or type(error).__name__}") from error
+        wrong = f"it lacks {error}" if isinstance(error, KeyError) else brief(error) or type(error).__name__
+        raise kind(f"{what}: {wrong}") from error
 
 
 def checked(name: str, value: object, kind: type[T], *bounds: float) -> T:

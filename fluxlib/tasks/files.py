@@ -88,7 +88,7 @@ def find(name: str, path: str | Path) -> list[Path]:
     files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix in SUFFIXES and not any(part in file.as_posix() for part in LEFT_OUT)
+        if file.suffix in SUFFIXES and not any(part in str(file.relative_to(folder)) for part in LEFT_OUT)
     ]
     if not files:
         what = "holds no data files" if start.exists() else "does not exist"

@@ -148,7 +148,7 @@ def test_names_a_file_cut_short(tmp_path, public_config, tensors_of, write, kind
     [
         ('{"weight_map": ["a"]}', "is not a readable weight index: weight_map is ['a'], allowed is dict"),
         ('{"weight_map": {"x": null}}', "is not a readable weight index"),
-        ("{}", "is not a readable weight index: 'weight_map'"),
+        ("{}", "is not a readable weight index: it lacks 'weight_map'"),
         ('{"weight_map": {"x": "../other/model.safetensors"}}', "names files outside its folder: ../other/model"),
         ('{"weight_map": {"x": "/etc/passwd"}}', "names files outside its folder: /etc/passwd"),
     ],
