@@ -223,7 +223,7 @@ def damaged(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor
         (lambda _, tensors: tensors.update({"roles/first": torch.ones(3)}), "first is torch.float32 [3], allowed"),
         (lambda _, tensors: tensors.update({"roles/first": tensors["roles/first"].long()}), "first is torch.int64"),
         (lambda _, tensors: tensors.update({"nodes/2/others": torch.ones(2)}), "a participant's state"),
-        (lambda _, tensors: tensors.update({"nodes/x/others": tensors["nodes/2/others"]}), "'x'"),
+        (lambda _, tensors: tensors.update({"nodes/x/others": tensors["nodes/2/others"].clone()}), "'x'"),
     ],
 )
 def test_what_is_wrong_in_a_checkpoint_is_named(
