@@ -61,7 +61,7 @@ race: $(STAMP)  ## Four methods over real links of three rates, by the wall cloc
 
 .PHONY: deploy-demo
 deploy-demo: $(STAMP)  ## A SuperLink and four SuperNodes here, training over TLS
-	$(BIN)/fluxlib run --engine deployment --participants 4 --rounds 3 --task mini-mmlu --out build/deploy --set clock.fleet=mixed
+	$(BIN)/fluxlib run --engine deployment --participants 4 --rounds 3 --task mini-mmlu --out build/deploy --overwrite --set clock.fleet=mixed
 
 lab: $(STAMP)  ## JupyterLab in notebooks/
 	$(BIN)/jupyter lab --notebook-dir . notebooks/00_start_here.ipynb

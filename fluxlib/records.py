@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxlib.config import REPO_ROOT
+from fluxlib.config import REPO_ROOT, checked, reading, replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,20 +118,12 @@ def write(table: str, frame: pd.DataFrame, path: Path, about: dict[str, Any]) ->
 
     checked = validate(table, frame)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"table": table, **about}, indent=2, sort_keys=True) + "\n"
-    _replace(path.with_suffix(".json"), lambda temporary: temporary.write_text(text))
-    _replace(path, lambda temporary: pq.write_table(checked, temporary))
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(text)
+    with replacing(path) as temporary:
+        pq.write_table(checked, temporary)
     return path
-
-
-def _replace(path: Path, save: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(table: str, path: Path) -> pd.DataFrame:
@@ -140,16 +132,13 @@ def read(table: str, path: Path) -> pd.DataFrame:
     Raises:
         TableError: no such file, or one that does not fit the schema, by name.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns(table)
     if not Path(path).is_file():
         raise TableError(f"no {table!r} table at {path}")
-    try:
+    with reading(str(path), TableError):
         return validate(table, pq.read_table(path).to_pandas()).to_pandas()
-    except (TableError, pa.ArrowException) as error:
-        raise TableError(f"{path}: {error}") from None
 
 
 def read_all(table: str, folder: Path) -> pd.DataFrame:
@@ -174,7 +163,9 @@ def unfinished(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted((Path(folder) / "rounds").glob("*.parquet")):
         about = file.with_suffix(".json")
-        content = json.loads(about.read_text()) if about.is_file() else {"status": f"no {about.name} beside it"}
+        with reading(str(about), TableError):
+            text = about.read_text() if about.is_file() else json.dumps({"status": f"no {about.name} beside it"})
+            content = checked("it", json.loads(text), dict)
         status = content.get("status", "complete")
         if status != "complete":
             found[file.stem] = f"{status}: {content['failure']}" if content.get("failure") else str(status)

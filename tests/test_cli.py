@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from fluxlib import records
 from fluxlib.analysis import store
 from fluxlib.app import cli, doctor
-from fluxlib.config import ConfigError
+from fluxlib.config import ConfigError, make_config
 
 DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
 
@@ -127,6 +128,48 @@ def test_a_folder_that_cannot_be_written_is_refused_first(call, engine, tmp_path
     code, _, err = call("run", "--out", tmp_path / "file" / "runs")
     assert code == 2 and engine.config is None
     assert err == f"error: cannot write to the output folder {tmp_path / 'file' / 'runs'}: Not a directory\n"
+
+
+def written(folder, config, rounds, status="complete"):
+    about = {"parameters": config.model_dump(mode="json"), "status": status}
+    return records.write("rounds", rounds, folder / "rounds" / f"{config.run_id}.parquet", about)
+
+
+def test_a_run_that_is_there_is_replaced_only_when_told_to(call, engine, tmp_path, rounds):
+    path = written(tmp_path, make_config({}), rounds)
+    for arguments, differing in (((), "the same settings"), (("--rounds", 3), "federation.rounds=10")):
+        code, out, err = call("run", "--out", tmp_path, *arguments)
+        assert (code, out, engine.config) == (2, "", None)
+        assert err == (
+            f"error: {path} holds 1 rounds of flux-mini-llama-moe-mini-gsm8k-seed0 with {differing}; "
+            "--overwrite replaces them, another --out or --set variant=NAME keeps both\n"
+        )
+    assert call("run", "--out", tmp_path, "--rounds", 3, "--overwrite")[0] == 0 and engine.config is not None
+    assert call("run", "--out", tmp_path, "--set", "variant=short")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [((), 0), (("--set", "federation.round_timeout_s=9"), 0), (("--rounds", 3), 2)]
+)
+@pytest.mark.parametrize("kind", ["stopped", "checkpoint"])
+def test_a_run_that_was_interrupted_goes_on_with_the_same_settings_alone(
+    call, engine, tmp_path, rounds, kind, arguments, code
+):
+    config = make_config({})
+    if kind == "stopped":
+        written(tmp_path, config, rounds, "stopped")
+    else:
+        written(tmp_path, make_config({"seed": 0, "data.alpha": 9.0}), rounds)  # an older run, given up for this one
+        about = {
+            "config": config.model_dump(mode="json"),
+            "rows": {"rounds": json.loads(rounds.to_json(orient="records"))},
+        }
+        (tmp_path / "checkpoints").mkdir()
+        path = tmp_path / "checkpoints" / f"{config.run_id}.safetensors"
+        save_file({"x": torch.ones(1)}, path, {"about": json.dumps(about)})
+    assert call("run", "--out", tmp_path, *arguments)[0] == code
+    if not arguments:  # on another engine it would begin anew
+        assert call("run", "--out", tmp_path, "--engine", "deployment")[0] == 2
 
 
 def test_a_failing_run_is_one_message_and_exit_code_1(call, engine, tmp_path):

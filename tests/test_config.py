@@ -29,6 +29,11 @@ from fluxlib.config import SETTINGS, ConfigError, RunConfig, make_config
             {"federation.participants": 3, "federation.participants_per_round": 4},
             "participants_per_round is 4, allowed is at most federation.participants=3",
         ),
+        ({1: 2}, "^configuration: the name of a setting is 1, allowed is text"),
+        ({"federation": {1: 2}}, "unknown parameter 'federation.1'"),
+        ({"model": "\ud800"}, r"^configuration: model is '\\ud800', allowed is text"),
+        ({"\ud800": 1}, "^configuration: the name of a setting is"),
+        ({"seed": 10**5000}, "^seed: .*got a number of thousands of digits"),
         ({"engine": "ray"}, "engine: Input should be 'local', 'simulation' or 'deployment', got 'ray'"),
     ],
 )
@@ -50,3 +55,15 @@ def test_settings_are_named_by_group_and_read_back() -> None:
     assert make_config(config.settings()) == config == make_config(config.model_dump())
     assert set(config.settings()) == set(SETTINGS)
     assert config.updated({"merging.budgets": "adaptive"}).settings(changed_only=True) == {"clock.link": "lte"}
+
+
+def test_what_is_said_of_a_bad_value_is_short() -> None:
+    for bad in (
+        {"seed": "x" * 10_000},
+        {"merging.budgets": ["x"] * 10_000},
+        {"x" * 10_000: 1},
+        {"roles": "x" * 10_000},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            make_config(bad)
+        assert len(str(caught.value)) < 2500

@@ -2,12 +2,19 @@ from __future__ import annotations
 
 import datetime
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from fluxlib import records
+from fluxlib.federation.store.progress import Progress
+from fluxlib.federation.store.tensor_file import write_tensors
 
 VALUES = {"string": "x", "int64": 3, "float64": 0.5, "bool": True}
 
@@ -99,3 +106,54 @@ def test_about_a_run_says_what_made_it():
     assert about["versions"]["torch"]
     assert about["start"] <= about["end"]
     json.dumps(about)
+
+
+@contextmanager
+def no_room(num_bytes: int) -> Iterator[None]:
+    """No file may become larger: the operating system then fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.parquet", lambda path: records.write("rounds", frame("rounds", 1000), path, {})),
+        (
+            "a.json",
+            lambda path: records.write("rounds", frame("rounds"), path.with_suffix(".parquet"), {"x": "y" * 999}),
+        ),
+        ("a.safetensors", lambda path: write_tensors(path, {"x": torch.ones(1000)})),
+        ("progress/a.jsonl", lambda path: Progress(path.parent.parent, "a").add({"x": "y" * 1000})),
+    ],
+)
+def test_a_full_disk_names_the_file_and_what_was_there_stays(name, write, tmp_path: Path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("before")
+    with no_room(500), pytest.raises(OSError, match=f"{path} cannot be written: .*too large"):
+        write(path)
+    assert path.read_text().startswith("before") and [p.name for p in path.parent.iterdir() if "tmp" in p.name] == []
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null", ""])
+def test_a_note_beside_a_table_that_is_none_is_named(content, tmp_path):
+    path = records.write("rounds", frame("rounds"), tmp_path / "rounds" / "a.parquet", {}).with_suffix(".json")
+    path.write_text(content)
+    with pytest.raises(records.TableError, match=f"^{path}: "):
+        records.unfinished(tmp_path)
+
+
+def test_a_damaged_table_is_named_in_short(tmp_path):
+    path = records.write("rounds", frame("rounds"), tmp_path / "a.parquet", {})
+    good = path.read_bytes()
+    for at in range(0, len(good), 97):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 255]) + good[at + 1 :])
+        try:
+            records.read("rounds", path)
+        except records.TableError as error:
+            assert str(error).startswith(str(path)) and len(str(error)) < 1000

@@ -7,6 +7,7 @@ it finished: they are in its checkpoint, a safetensors file from which the same 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 
 from fluxlib import records
-from fluxlib.config import PROFILES, REPO_ROOT, ConfigError, RunConfig, make_config, results_dir
+from fluxlib.config import PROFILES, REPO_ROOT, ConfigError, RunConfig, make_config, reading, results_dir, shown
 
 CHECKPOINTS = "checkpoints"
 SEARCH = "tune"
@@ -81,7 +82,7 @@ def read(file: Path, table: str = "rounds") -> pd.DataFrame:
     Raises:
         records.TableError: no such table, one that does not fit the schema, or ``rounds`` without a row.
     """
-    try:
+    with reading(f"no {table!r} table of {file}", records.TableError):
         if is_checkpoint(file):
             rows, columns = _mapping(_about(file).get("rows")).get(table), records.columns(table)
             if rows is None:
@@ -90,8 +91,6 @@ def read(file: Path, table: str = "rounds") -> pd.DataFrame:
             found = records.validate(table, frame).to_pandas()
         else:
             found = records.read(table, file if table == "rounds" else place_of(file) / table / file.name)
-    except records.TableError as error:
-        raise records.TableError(f"no {table!r} table of {file}: {error}") from None
     if table == "rounds" and found.empty:
         raise records.TableError(f"{file}: no round in it")
     return found
@@ -162,24 +161,23 @@ def find(name: str, places: Sequence[Path] | None = None) -> Path:
     path = Path(name)
     if not name.strip():
         raise ConfigError(f"the name of a run is empty; {HOW}")
-    if path.suffix in (".parquet", ".safetensors") and path.is_file():
+    is_folder = os.path.isdir(path)  # a name that no file can have is none, and no error
+    if path.suffix in (".parquet", ".safetensors") and os.path.isfile(path):
         return path
-    known = runs([path]) if path.is_dir() else runs(places)
+    known = runs([path]) if is_folder else runs(places)
     exact = [file for file in known.values() if run_id(file) == name]
-    matching = (
-        list(known.values()) if path.is_dir() else exact or [file for label, file in known.items() if name in label]
-    )
+    matching = list(known.values()) if is_folder else exact or [file for label, file in known.items() if name in label]
     if len(matching) == 1:
         return matching[0]
     if not known:
-        raise ConfigError(f"{name!r} is no run; {HOW}. There are none: `fluxlib run` makes some")
+        raise ConfigError(f"{shown(name)} is no run; {HOW}. There are none: `fluxlib run` makes some")
     nearest = sorted(known.values(), key=lambda file: -SequenceMatcher(None, name, run_id(file)).ratio())
     files = matching or nearest
     listed = "".join(f"\n  {_shown(file)}" for file in files[:LISTED])
     listed += f"\n  and {len(files) - LISTED} more: `fluxlib list`" if len(files) > LISTED else ""
     if matching:
-        raise ConfigError(f"{name!r} means {len(matching)} runs; {HOW}. They are:{listed}")
-    raise ConfigError(f"{name!r} is no run; {HOW}. Nearest to it:{listed}")
+        raise ConfigError(f"{shown(name)} means {len(matching)} runs; {HOW}. They are:{listed}")
+    raise ConfigError(f"{shown(name)} is no run; {HOW}. Nearest to it:{listed}")
 
 
 def load(names: Sequence[str], places: Sequence[Path] | None = None) -> dict[str, pd.DataFrame]:

@@ -17,6 +17,7 @@ from fluxlib.federation.client import client_app, local_copy
 from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.results import Output, RoundResult, Row, RunResult
 from fluxlib.federation.server import server_app
+from fluxlib.federation.store.checkpoint import Checkpoint
 from fluxlib.models.loading import torch_device
 
 
@@ -75,6 +76,11 @@ def run_simulation(config: RunConfig, output: Output) -> RunResult:
             "engine 'local' needs nothing more and gives the same numbers"
         )
     check(config, output.out)  # before ten seconds of start-up
+    if output.out and (kept := Checkpoint(output.out, config).path).is_file():
+        raise ConfigError(
+            f"{kept} is of a run that was interrupted. What participants keep on engine 'simulation' is gone with its "
+            "processes, so it cannot go on as it was: remove the file to start anew"
+        )
     from flwr.simulation import run_simulation as run_flower
 
     # What Ray sets aside for a participant at work limits how many work at once; without a GPU a worker sees none.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fluxlib.analysis.wording import clock_shapes, interval_name
+from fluxlib.config import replacing
 from fluxlib.figures import style
 
 P = ParamSpec("P")
@@ -68,7 +68,6 @@ def save(figure: Picture, slug: str, folder: Path | str, numbers: pd.DataFrame |
     """
     check_slug(slug)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     table = figure.numbers if numbers is None else numbers
     contents = {
         "pdf": _render(figure, "pdf"),
@@ -77,9 +76,8 @@ def save(figure: Picture, slug: str, folder: Path | str, numbers: pd.DataFrame |
     }
     paths = {kind: folder / f"{slug}.{kind}" for kind in contents}
     for kind, content in contents.items():
-        temporary = folder / f".{slug}.{kind}.{os.getpid()}.tmp"
-        temporary.write_bytes(content)
-        os.replace(temporary, paths[kind])
+        with replacing(paths[kind]) as temporary:
+            temporary.write_bytes(content)
     return paths
 
 

@@ -84,9 +84,10 @@ def spread(shares: np.ndarray, available: np.ndarray, num_merged: int) -> list[i
 def check_enough(available: np.ndarray, num_merged: int) -> None:
     """ValueError unless every layer with experts to merge can have a slot; ``available [L]`` counts those experts."""
     least = int((available > 0).sum())
-    if num_merged < least:
+    if num_merged < least or num_merged % 1:
         raise ValueError(
-            f"num_merged must be at least {least}, one slot for each layer with experts to merge, got {num_merged}"
+            f"num_merged must be a whole number of at least {least}, one slot for each layer with experts to merge, "
+            f"got {num_merged}"
         )
 
 

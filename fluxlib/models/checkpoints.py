@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
+from fluxlib.config import brief, checked, reading
+
 GATE_UP = "mlp.experts.gate_up_proj"
 DOWN = "mlp.experts.down_proj"
 # Present in older LLaMA-MoE checkpoints: recomputed from the config.
@@ -91,16 +93,26 @@ def weight_files(folder: Path) -> list[Path]:
         raise OSError(f"no weights in {folder}: expected one of {', '.join(WEIGHT_FILES)}")
     if found.suffix != ".json":
         return [found]
-    try:
-        named = json.loads(found.read_text())["weight_map"].values()
-        shards = sorted({str(Path(name)) for name in named})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise OSError(f"{found} is not a readable weight index ({error!r}): fetch it again") from error
+    named = read_json(found)
+    with reading(f"{found} is not a readable weight index", OSError):
+        shards = sorted({str(Path(name)) for name in checked("weight_map", named["weight_map"], dict).values()})
+    if outside := [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]:
+        raise OSError(f"{found} names files outside its folder: {brief(', '.join(outside))}")
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         listed = f"{len(absent)} of the {len(shards)} shards that {found.name} lists"
         raise OSError(f"{folder} lacks {listed}: {', '.join(absent)}")
     return [folder / shard for shard in shards]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: it holds something else, or cannot be read; by name.
+    """
+    with reading(f"{path} holds no JSON object, fetch it again", OSError):
+        return checked("it", json.loads(path.read_text()), dict)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -219,7 +231,7 @@ def verify_checksums(folder: Path) -> None:
     path = folder / CHECKSUMS
     if not path.is_file():
         return
-    for name, expected in json.loads(path.read_text()).items():
+    for name, expected in read_json(path).items():
         if not (folder / name).is_file():
             raise OSError(f"{folder} lacks {name}, which its {CHECKSUMS} lists")
         if _sha256(folder / name) != expected:

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
-from fluxlib.config import data_dir
+from fluxlib.config import data_dir, reading
 from fluxlib.models import checkpoints
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig
 from fluxlib.models.llama_moe import LlamaMoeConfig
@@ -119,6 +119,7 @@ def _load_public_format(folder: Path, settings: Any, dtype: torch.dtype, device:
     checkpoints.fill(model, folder)
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
+        checkpoints.read_json(folder / "generation_config.json")
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
@@ -183,13 +184,15 @@ def _download(hub_id: str, offline: bool) -> Path:
 def _read_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise OSError(f"{folder} has no config.json")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    checkpoints.read_json(folder / "config.json")
+    with reading(f"{folder / 'config.json'} cannot be used", ValueError):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # its files are read by several libraries
         raise OSError(f"{folder} has no tokenizer that can be read: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from fluxlib.tasks.base import Example, Row
+from fluxlib.config import ConfigError, checked, reading
+from fluxlib.tasks.base import Example
 from fluxlib.tasks.formats import FORMATS
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -34,6 +35,8 @@ HUB = {
 REVISION = "refs/convert/parquet"
 """The hub's own copy of every data set; no script of the data set's is run."""
 NUM_CLUSTERS, DIMENSIONS = 5, 50
+SHOWN = 3
+"""Bad rows that a message describes, at most."""
 
 
 def read(name: str, path: str | Path) -> list[Example]:
@@ -44,17 +47,29 @@ def read(name: str, path: str | Path) -> list[Example]:
 
     Raises:
         OSError: nothing to read there.
-        ValueError: a file that is not what its suffix says, or a row without the columns or values it needs; the
-            message names the file, the row, and what is missing.
+        ValueError: a file that is not what its suffix says, or rows without the columns or values they need; the
+            message names file, row and column of the first, and says how many there are.
     """
-    found = []
+    examples: list[Example] = []
+    problems: list[str] = []
+    total = 0
     for file in find(name, path):
-        try:
+        with reading(f"{file} is no {file.suffix[1:]} file"):
             rows = list(_rows(file))
-        except (ValueError, csv.Error) as error:
-            raise ValueError(f"{file} is no {file.suffix[1:]} file: {error}") from None
-        found += [_example(name, row, file, number) for number, row in enumerate(rows, start=1)]
-    examples = [example for example in found if example is not None]
+        total += len(rows)
+        for number, row in rows:
+            try:
+                with reading(f"{file}, row {number}"):
+                    found = json.loads(row) if isinstance(row, str) else row
+                    example = FORMATS[name].read(checked("it", found, dict), file)
+            except ConfigError as error:
+                problems.append(str(error))
+            else:
+                examples += [example] if example else []
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        columns = f"{name} has the columns {', '.join(FORMATS[name].columns)}"
+        raise ValueError(f"{'; '.join(problems[:SHOWN])}{more} of {total} rows; {columns}")
     if not examples:
         raise ValueError(f"{path} holds no labelled row of {name}")
     return examples
@@ -73,7 +88,7 @@ def find(name: str, path: str | Path) -> list[Path]:
     files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix in SUFFIXES and not any(part in file.as_posix() for part in LEFT_OUT)
+        if file.suffix in SUFFIXES and not any(part in str(file.relative_to(folder)) for part in LEFT_OUT)
     ]
     if not files:
         what = "holds no data files" if start.exists() else "does not exist"
@@ -108,42 +123,20 @@ def fetch(name: str) -> Path:
         ) from None
 
 
-def _example(name: str, row: Row, file: Path, number: int) -> Example | None:
-    """One row as an example; None for a row without an answer."""
-    form = FORMATS[name]
-    try:
-        known = form.normalize(row, file)
-        if known is None:
-            return None
-        if missing := [column for column in form.columns if column not in known]:
-            raise ValueError(f"lacks {', '.join(missing)}")
-        return form.to_example(known)
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(
-            f"{file}, row {number}: {error}; {name} has the columns {', '.join(form.columns)},"
-            f" this row {', '.join(map(str, row))}"
-        ) from None
-
-
-def _rows(file: Path) -> Iterator[Row]:
+def _rows(file: Path) -> Iterator[tuple[int, object]]:
+    """Rows by number, from 1; those of JSON lines as text, so that one that cannot be read is one row."""
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        yield from pq.read_table(file).to_pylist()
+        yield from enumerate(pq.read_table(file).to_pylist(), start=1)
         return
-    with file.open(newline="", encoding="utf-8") as lines:
+    with file.open(newline="", encoding="utf-8-sig") as lines:
         if file.suffix == ".csv":
-            yield from csv.DictReader(lines, strict=True)
+            yield from enumerate(csv.DictReader(lines, strict=True), start=1)
         elif file.suffix == ".jsonl":
-            yield from (_object(json.loads(line)) for line in lines if line.strip())
+            yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
         else:
-            yield from map(_object, json.load(lines))
-
-
-def _object(value: object) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object per row, got {str(value)[:40]!r}")
-    return value
+            yield from enumerate(checked("it", json.load(lines), list), start=1)
 
 
 @lru_cache(maxsize=2)

@@ -10,11 +10,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fluxlib.config import checked, shown
 from fluxlib.tasks.base import Example, Metric, Row
+
+TEXT = 0
+"""Kind of a column that holds text."""
 
 
 @dataclass(frozen=True)
@@ -23,50 +28,72 @@ class Format:
 
     Attributes:
         metric: of its answers.
-        columns: that a row must have.
+        columns: that a row must have, and their kinds: :data:`TEXT`, or the number of choices that it is the index of.
+        label: column of text that a row may have; it is what participants are partitioned by.
         to_example: a row with these columns as an example.
         normalize: a row of a file in this schema; None where the row has no answer.
     """
 
     metric: Metric
-    columns: tuple[str, ...]
+    columns: Mapping[str, int]
+    label: str
     to_example: Callable[[Row], Example]
     normalize: Callable[[Row, Path], Row | None] = lambda row, file: row
+
+    def read(self, row: Row, file: Path) -> Example | None:
+        """A row of ``file`` as an example; None where it has no answer.
+
+        Raises:
+            ValueError: naming a column that is missing, or holds something else than it must.
+        """
+        known = self.normalize(row, file)
+        if known is None:
+            return None
+        if None in known:  # as csv gives them
+            raise ValueError("has more fields than columns")
+        if missing := [column for column in self.columns if column not in known]:
+            raise ValueError(f"lacks {', '.join(missing)}; it has {', '.join(map(str, row))}")
+        kinds = {self.label: TEXT, **self.columns}
+        return self.to_example({name: _value(name, known[name], kinds[name]) for name in kinds if name in known})
+
+
+def _value(column: str, value: Any, num_choices: int) -> str | int:
+    """What a column holds; the index of a choice may come as a number, as its digits or as a letter."""
+    if num_choices == TEXT:
+        return checked(column, value, str)
+    known = {name: index for index in range(num_choices) for name in (index, str(index), "ABCD"[index])}
+    value = value.strip() if isinstance(value, str) else value
+    if type(value) not in (int, str) or value not in known:
+        raise ValueError(f"{column} is {shown(value)}, allowed are 0 to {num_choices - 1}")
+    return known[value]
 
 
 def _dolly(row: Row) -> Example:
     context = f"\nContext: {row['context']}" if row["context"] else ""
     prompt = f"Instruction: {row['instruction']}{context}\nResponse:"
-    return Example(prompt, str(row["response"]), str(row["category"]), may_be_cut=True)
+    return Example(prompt, row["response"], row["category"], may_be_cut=True)
 
 
 def _gsm8k(row: Row) -> Example:
-    return Example(f"Question: {row['question']}\nSolution:", row["answer"], label=str(row.get("skill", "all")))
+    return Example(f"Question: {row['question']}\nSolution:", row["answer"], row.get("skill", "all"))
 
 
 def _mmlu(row: Row) -> Example:
-    options = tuple(str(row[f"choice{i}"]) for i in range(4))
-    answer = _index(row, "answer", options)
-    prompt = f"Question: {row['question']}\nAnswer:"
-    return Example(prompt, options[answer], str(row.get("subject", "all")), options, answer)
+    options, answer = tuple(row[f"choice{i}"] for i in range(4)), row["answer"]
+    return Example(f"Question: {row['question']}\nAnswer:", options[answer], row.get("subject", "all"), options, answer)
 
 
 def _normalize_mmlu(row: Row, file: Path) -> Row:
-    """A list of choices spread out, a letter as index, the subject from the file's name (``anatomy_test.csv``)."""
-    known = dict(row)
-    for index, choice in enumerate(known.pop("choices", ())):
-        known[f"choice{index}"] = choice
-    answer = known.get("answer")
-    if isinstance(answer, str) and answer.strip() in ("A", "B", "C", "D"):
-        known["answer"] = "ABCD".index(answer.strip())
-    known.setdefault("subject", re.sub(r"_(dev|test|val|validation|train)$", "", file.stem))
-    return known
+    """A list of choices spread out, the subject from the file's name (``anatomy_test.csv``)."""
+    known = {"subject": re.sub(r"_(dev|test|val|validation|train)$", "", file.stem)} | row
+    if "choices" in known and len(checked("choices", known["choices"], list)) != 4:
+        raise ValueError(f"choices has {len(known['choices'])} entries, allowed are 4")
+    return known | {f"choice{index}": choice for index, choice in enumerate(known.get("choices", ()))}
 
 
 def _piqa(row: Row) -> Example:
-    options = (str(row["sol1"]), str(row["sol2"]))
-    answer = _index(row, "label", options)
-    return Example(f"Goal: {row['goal']}\nSolution:", options[answer], str(row.get("kind", "all")), options, answer)
+    options, answer = (row["sol1"], row["sol2"]), row["label"]
+    return Example(f"Goal: {row['goal']}\nSolution:", options[answer], row.get("kind", "all"), options, answer)
 
 
 def _normalize_piqa(row: Row, file: Path) -> Row | None:
@@ -74,19 +101,20 @@ def _normalize_piqa(row: Row, file: Path) -> Row | None:
     return None if str(row.get("label")) == "-1" else row
 
 
-def _index(row: Row, column: str, options: tuple[str, ...]) -> int:
-    answer = int(row[column])
-    if not 0 <= answer < len(options):
-        raise ValueError(f"{column} is {answer}, allowed are 0 to {len(options) - 1}")
-    return answer
+def _texts(*columns: str) -> dict[str, int]:
+    return dict.fromkeys(columns, TEXT)
 
 
 FORMATS = {
-    "dolly": Format("rouge_l", ("instruction", "context", "response", "category"), _dolly),
-    "gsm8k": Format("exact_match", ("question", "answer"), _gsm8k),
+    "dolly": Format("rouge_l", _texts("instruction", "context", "response", "category"), "category", _dolly),
+    "gsm8k": Format("exact_match", _texts("question", "answer"), "skill", _gsm8k),
     "mmlu": Format(
-        "accuracy", ("question", "choice0", "choice1", "choice2", "choice3", "answer"), _mmlu, _normalize_mmlu
+        "accuracy",
+        _texts("question", "choice0", "choice1", "choice2", "choice3") | {"answer": 4},
+        "subject",
+        _mmlu,
+        _normalize_mmlu,
     ),
-    "piqa": Format("accuracy", ("goal", "sol1", "sol2", "label"), _piqa, _normalize_piqa),
+    "piqa": Format("accuracy", _texts("goal", "sol1", "sol2") | {"label": 2}, "kind", _piqa, _normalize_piqa),
 }
 """By data set."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import pytest
 import torch
 
 from fluxlib import federation, records
-from fluxlib.config import RunConfig
+from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation import CheckpointError, LocalGrid, Output
 from fluxlib.federation.client import client_app
+from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.server import rounds
+from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store import checkpoint, tensor_file
+from fluxlib.federation.store.tables import Tables
 
 Make = Callable[..., RunConfig]
 
@@ -92,11 +96,11 @@ class Elsewhere:
         return getattr(self.grid, name)
 
 
-@pytest.mark.parametrize(("engine", "same_nodes"), [("simulation", False), ("deployment", False), ("deployment", True)])
+@pytest.mark.parametrize("same_nodes", [False, True])
 def test_states_that_are_gone_are_said_to_be(
-    make_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, engine: str, same_nodes: bool
+    make_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, same_nodes: bool
 ) -> None:
-    config = make_config({"engine": engine, "federation.rounds": 3})
+    config = make_config({"engine": "deployment", "federation.rounds": 3})
     first, second = (LocalGrid(client_app.app, config.federation.participants) for _ in range(2))
     for grid, last in ((first, 2), (first if same_nodes else second, 3)):
         options = Output(tmp_path, on_round=lambda row, last=last: row["round"] == last)
@@ -105,6 +109,14 @@ def test_states_that_are_gone_are_said_to_be(
     expected = None if same_nodes else {"after_round": 2, "participants": [0, 1, 2]}
     assert about["status"] == "complete" and about.get("states_lost") == expected
     assert ("3 participants no longer have what they kept after round 2" in caplog.text) != same_nodes
+
+
+def test_on_the_simulation_engine_no_run_goes_on(make_config: Make, tmp_path: Path) -> None:
+    config = make_config({"engine": "simulation"})
+    path_of(config, tmp_path).parent.mkdir()
+    path_of(config, tmp_path).touch()
+    with pytest.raises(ConfigError, match=f"{path_of(config, tmp_path)} is of a run that was interrupted"):
+        federation.run(config, out=tmp_path)
 
 
 def test_killed_again_and_again(config: RunConfig, tmp_path: Path) -> None:
@@ -176,6 +188,52 @@ def test_time_limits_may_change_before_a_run_goes_on(make_config: Make, tmp_path
     rows: list[dict[str, Any]] = []
     federation.run(make_config(), on_round=rows.append, out=tmp_path)
     assert rows[0]["round"] == 3
+
+
+def test_the_clipping_bound_and_who_was_profiled_come_back(
+    make_config: Make, tmp_path: Path, store: ExpertStore
+) -> None:
+    config = make_config({"method": "fake-profiling", "privacy.clip_norm": 1.0, "privacy.clip_quantile": 0.5})
+    grid = LocalGrid(client_app.app, 3)
+    before, after = (FluxStrategy(grid, config, store) for _ in range(2))
+    before.guard.bound, before.profiled = 0.123, {0, 2}
+    tables = Tables(config, store.model, "accuracy", len(store.keys))
+    checkpoint.Checkpoint(tmp_path, config).save(1, before, tables)
+    assert checkpoint.Checkpoint(tmp_path, config).resume(after, tables) == 1
+    assert after.guard.bound == 0.123 and after.profiled == {0, 2}
+
+
+def damaged(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]) -> None:
+    """Write the checkpoint anew, changed, and with the right digest."""
+    tensors, text = tensor_file.read_tensors(path)
+    about = json.loads(text)
+    change(about, tensors)
+    tensor_file.write_tensors(path, tensors, json.dumps(about))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda about, _: about.update(round="2"), "round is '2', allowed is int"),
+        (lambda about, _: about.update(rows=[]), "rows is [], allowed is dict"),
+        (lambda about, _: about.update(profiled=["0"]), "profiled is '0', allowed is int"),
+        (lambda about, _: about.update(changed_at=7), "remove it"),
+        (lambda about, _: about.pop("digests"), "digests"),
+        (lambda _, tensors: tensors.pop("roles/first"), "first"),
+        (lambda _, tensors: tensors.update({"roles/first": torch.ones(3)}), "first is torch.float32 [3], allowed"),
+        (lambda _, tensors: tensors.update({"roles/first": tensors["roles/first"].long()}), "first is torch.int64"),
+        (lambda _, tensors: tensors.update({"nodes/2/others": torch.ones(2)}), "a participant's state"),
+        (lambda _, tensors: tensors.update({"nodes/x/others": tensors["nodes/2/others"].clone()}), "'x'"),
+    ],
+)
+def test_what_is_wrong_in_a_checkpoint_is_named(
+    make_config: Make, tmp_path: Path, change: Callable[..., Any], named: str
+) -> None:
+    with pytest.raises(Killed):
+        federation.run(make_config(), on_round=kill_after(1), out=tmp_path)
+    damaged(path_of(make_config(), tmp_path), change)
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        federation.run(make_config(), out=tmp_path)
 
 
 def test_another_configuration_starts_anew(make_config: Make, tmp_path: Path) -> None:

@@ -240,6 +240,22 @@ def test_wrong_settings_are_named(tmp_path: Path, text: str, message: str) -> No
         folders.read_participant(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": 5}, {"response": None}, {"label": ["x"]}, {"options": "ab"}, {"options": ["a", 1]}, {"answer": 2},
+        {"answer": 0.5}, {"answer": True}, {"may_be_cut": "no"}, {"prompt": "\ud800"}, {"secret": "secret"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_samples_of_other_types_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    good = {"prompt": "q", "response": "a", "label": "l", "options": ["a", "b"], "answer": 0}
+    (tmp_path / "train.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | change))
+    with pytest.raises(local_data.DataError, match="line 2 of this participant's samples is no JSON") as error:
+        local_data.read_examples(tmp_path / "train.jsonl")
+    assert "secret" not in str(error.value)
+
+
 def test_damaged_samples_are_named_and_not_quoted(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     with pytest.raises(local_data.DataError, match="cannot be read: No such file"):
@@ -250,6 +266,9 @@ def test_damaged_samples_are_named_and_not_quoted(tmp_path: Path) -> None:
     with pytest.raises(local_data.DataError, match="line 2") as error:
         local_data.read_examples(path)
     assert "secret" not in str(error.value)
+    path.write_bytes(b"\xff")
+    with pytest.raises(local_data.DataError, match="cannot be read: it is no text"):
+        local_data.read_examples(path)
     path.write_text("\n")
     with pytest.raises(local_data.DataError, match="empty"):
         local_data.read_examples(path)

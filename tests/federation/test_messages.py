@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fluxlib.config import RunConfig
 from fluxlib.federation import LocalGrid
@@ -15,7 +15,7 @@ from fluxlib.federation.client.local_data import load_task
 from fluxlib.federation.client.node_state import load_state, save_state
 from fluxlib.federation.protocol.messages import Instruction, ProfileReport, TrainReport
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
-from fluxlib.federation.protocol.wire import Form, encode_changes
+from fluxlib.federation.protocol.wire import Form, WireError, encode_changes
 from fluxlib.methods.base import Budget, ParticipantState, Update, Work
 from fluxlib.profiling import Profile
 from fluxlib.roles import Roles
@@ -78,6 +78,27 @@ def test_a_participants_state_survives_in_records() -> None:
     save_state(state, ParticipantState(None, 6))
     assert load_state(state) == ParticipantState(None, 6)
     assert load_state(RecordDict()) == ParticipantState()
+
+
+@pytest.mark.parametrize("bit", range(0, 8 * 128, 5))
+def test_a_flipped_bit_in_a_kept_arrays_header_is_an_error_of_our_own(bit: int) -> None:
+    """``numpy.load`` parses the header as Python, and raises what its tokenizer raises."""
+    frequency = torch.tensor([[0.25, 0.75]])
+    state = RecordDict()
+    save_state(state, ParticipantState(Profile(frequency, frequency.long(), frequency, frequency.bool()[None], 4, 17)))
+    array = state["profile"]["frequency"]
+    data = bytearray(array.data)
+    data[bit // 8] ^= 1 << bit % 8
+    array.data = bytes(data)
+    with pytest.raises(WireError, match="a participant's state: array claims"):
+        load_state(state)
+
+
+def test_a_state_that_is_something_else_is_an_error_of_our_own() -> None:
+    for values in ({}, {"profile": "[1]", "profile_round": 1}, {"profile": "{}", "profile_round": 0.5}):
+        state = RecordDict({"participant": ConfigRecord(values), "profile": ArrayRecord()})  # type: ignore[arg-type]
+        with pytest.raises(WireError, match="a participant's state"):
+            load_state(state)
 
 
 def test_no_text_and_no_sample_leaves_a_participant(

@@ -11,13 +11,21 @@ import pytest
 import torch
 from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
 
+from fluxlib.config import make_config
 from fluxlib.federation import LocalGrid
 from fluxlib.federation.client import client_app
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import TrainReport
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.protocol.wire import encode_changes
-from fluxlib.federation.server.validation import REASONS, Expected, Rejected, believable, read_reply
+from fluxlib.federation.server.validation import (
+    REASONS,
+    Expected,
+    Rejected,
+    believable,
+    most_counts,
+    read_reply,
+)
 from fluxlib.methods.base import Update, Work
 
 Change = Callable[[RecordDict], Any]
@@ -186,7 +194,18 @@ def test_what_is_no_believable_change() -> None:
         ("metrics", "num-examples", math.inf),
         ("config", "participant", math.inf),
         ("config", "work", "[" * 100_000),
-        ("config", "work", '{"num_experts": 0}'),
+        ("config", "work", '{"num_experts": 8, "train_tokens": 3.5}'),
+        ("config", "work", '{"num_experts": 8, "train_tokens": 1e3}'),
+        ("config", "work", '{"num_experts": 8, "train_tokens": 10000000000000000}'),
+        ("config", "participant", 1.0),
+        ("config", "round", "3"),
+        ("config", "version", 0.0),
+        ("config", "approximate", [0.5, 1.5]),
+        ("config", "approximate", [1]),
+        ("metrics", "num-examples", 5.0),
+        ("metrics", "loss", [1.0]),
+        ("metrics", "norm_bit", 2),
+        ("arrays", "0." + "1" * 5000 + ".w", Array(torch.ones(1).numpy())),
         ("config", "work", '{"num_experts": 8, "train_tokens": "x"}'),
         ("config", "work", '{"num_experts": 8, "train_tokens": -1}'),
         ("config", "work", '{"num_experts": 8, "offloaded": 3}'),
@@ -211,7 +230,38 @@ def test_bytes_that_are_no_array_are_malformed(expected: Expected, data: bytes) 
     assert refused(content, expected) == "malformed"
 
 
-def test_more_tokens_than_there_were_are_refused(expected: Expected) -> None:
-    some = replace(expected, most_tokens=8)
-    reply = good(expected, tokens=torch.full((2, 4), 9.0))
-    assert refused(content_of(expected, reply), some) == "not_finite"
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tokens": torch.full((2, 4), 161.0)},
+        {"num_samples": 9},
+        {"work": Work(0)},
+        {"work": Work(7)},
+        {"work": Work(9)},
+        *({"work": replace(Work(8), **{name: count})} for name, count in (
+            ("num_tuned", 9), ("num_uploaded", 9), ("train_steps", 5), ("train_samples", 9), ("train_tokens", 161),
+            ("routed_tokens", 10**15), ("profile_samples", 3), ("profile_tokens", 41), ("probe_samples", 10**15),
+            ("weight_bits", 0), ("weight_bits", 33), ("download_bits", 0.5), ("upload_bits", 33.0),
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_more_than_was_asked_for_is_refused(expected: Expected, more: dict[str, Any]) -> None:
+    """Four steps of two samples of twenty tokens, a profile of one batch, eight experts."""
+    asked = make_config({"training.local_steps": 4, "training.batch_size": 2, "training.max_tokens": 20})
+    asked = asked.updated({"profiling.batches": 1})
+    some = replace(expected, most=most_counts(asked, 8))
+    full = good(expected, tokens=torch.full((2, 4), 160.0), num_samples=8)
+    work = Work(8, num_tuned=8, train_steps=4, train_samples=8, train_tokens=160, profile_samples=2, profile_tokens=40)
+    assert read_reply(reply_with(content_of(expected, replace(full, work=work))), some).update.num_samples == 8
+    assert refused(content_of(expected, good(expected, **more)), some) == "not_finite"
+
+
+def test_what_is_said_of_a_reply_is_short_and_can_be_printed(expected: Expected) -> None:
+    content = content_of(expected, good(expected))
+    content["config"]["phases"] = '{"' + "x" * 10_000 + '\\ud800": -1}'  # type: ignore[index]
+    content["config"]["work"] = '{"\\ud800' + "x" * 10_000 + '": 1, "num_experts": 8}'  # type: ignore[index]
+    for bad in (content, Error(2, "\ud800" + "y" * 10_000)):
+        with pytest.raises(Rejected) as caught:
+            read_reply(reply_with(bad), expected)
+        assert len(str(caught.value).encode()) < 400

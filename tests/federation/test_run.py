@@ -236,9 +236,32 @@ def from_the_past(request: Message, reply: Message, context: Context) -> Message
     return reply
 
 
+def saying(**lies: Any) -> Callable[[Message, Message, Context], Message]:
+    def lie(request: Message, reply: Message, context: Context) -> Message:
+        account = json.loads(str(reply.content["config"]["work"])) | lies
+        reply.content["config"]["work"] = json.dumps(account)
+        return reply
+
+    return lie
+
+
+def with_a_flipped_bit(request: Message, reply: Message, context: Context) -> Message:
+    arrays = reply.content["arrays"]
+    key = next(iter(arrays))
+    data = arrays[key].data
+    arrays[key] = Array("float32", arrays[key].shape, "numpy.ndarray", data[:20] + bytes([data[20] ^ 4]) + data[21:])
+    return reply
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
+        (with_a_flipped_bit, "malformed"),
+        (saying(train_tokens=3.5), "malformed"),
+        (saying(train_tokens=10**15), "not_finite"),
+        (saying(num_tuned=10**15), "not_finite"),
+        (saying(num_experts=1), "not_finite"),
+        (saying(weight_bits=0, offloaded=True, num_updated=1), "not_finite"),
         (broken, "error"),
         (not_a_number, "not_finite"),
         (misshapen, "wrong_shape"),
@@ -259,6 +282,18 @@ def test_a_bad_reply_is_named_counted_and_left_out(
     assert refused[["round", "participant", "rejected"]].values.tolist() == [[2, 1, reason]]
     assert result.rounds["num_rejected"].tolist() == [0, 0, 1, 0]
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
+
+
+def test_a_phase_that_no_file_could_name_hurts_nobody(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def oddly(request: Message, reply: Message, context: Context) -> Message:
+        reply.content["config"]["phases"] = '{"\\ud800": 1.0, "train": 2.0}'
+        return reply
+
+    monkeypatch.setattr(client_app, "app", wrapped(oddly))
+    result = federation.run(make_config({"federation.rounds": 2}), out=tmp_path)
+    assert (result.participants["rejected"] == "").all() and (result.participants["train_wall_s"] == 2.0).all()
 
 
 def test_a_participant_that_breaks_half_way_leaves_no_trace_for_the_next(

@@ -5,18 +5,24 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
+from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from fluxlib import federation
 from fluxlib.config import RunConfig
 from fluxlib.federation import LocalGrid
 from fluxlib.federation.client import client_app
+from fluxlib.federation.protocol.messages import TrainReport
 from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.protocol.wire import encode_changes
 from fluxlib.federation.server.join import join
 from fluxlib.federation.server.strategy import FluxStrategy
+from fluxlib.methods.base import Update, Work
+from fluxlib.roles import Roles
 
 Make = Callable[..., RunConfig]
 
@@ -81,6 +87,77 @@ def test_the_server_holds_one_reply_at_a_time(strategy: FluxStrategy) -> None:
 
     strategy.aggregate(1, watched())
     assert len(alive) == 3 and most <= 2
+
+
+def test_an_experts_mean_is_weighted_by_its_own_tokens_not_by_samples(strategy: FluxStrategy) -> None:
+    replies = list(receive(strategy, 1))
+    before = {name: tensor.clone() for name, tensor in strategy.store.tensors((0, 1)).items()}
+    chosen = torch.zeros(2, 4, dtype=torch.bool)
+    chosen[0, 1] = True
+    tokens, samples, changes = (1.0, 0.0, 3.0), (2, 1, 0), (4.0, 100.0, 8.0)
+    for part, reply in zip(strategy.current.values(), replies, strict=True):
+        one, part.roles = part.participant, Roles(chosen, ~chosen)
+        counts = torch.full((2, 4), 2.0)  # of the other experts; this one's alone counts
+        counts[0, 1] = tokens[one]
+        change = {(0, 1): {name: torch.full_like(tensor, changes[one]) for name, tensor in before.items()}}
+        update = Update(change, torch.full((2, 4), torch.nan), counts, 1.0, samples[one], Work(8))
+        report = TrainReport(one, 1, part.download.after, update=update)
+        reply.content = report.to_records(encode_changes(change, "float32", {})[0])
+    assert not strategy.aggregate(1, replies).num_rejected
+    for name, tensor in strategy.store.tensors((0, 1)).items():
+        torch.testing.assert_close(tensor - before[name], torch.full_like(tensor, 7.0), rtol=1e-4, atol=1e-4)
+
+
+def profiled_by(profile: Callable[[Message, Context], Message], config: RunConfig, store: ExpertStore) -> FluxStrategy:
+    app = ClientApp()
+    app.query("join")(client_app.join)
+    app.query("profile")(profile)
+    app.train()(client_app.train)
+    strategy = FluxStrategy(LocalGrid(app, config.federation.participants), config, store)
+    strategy.members = join(strategy.grid, config, store)
+    return strategy
+
+
+def test_a_first_profile_is_asked_for_once_and_stays(make_config: Make, store: ExpertStore) -> None:
+    config = make_config({"method": "fake-profiling", "federation.rounds": 3})
+    asked: list[int] = []
+
+    def profile(message: Message, context: Context) -> Message:
+        asked.append(context.node_id)
+        return client_app.profile(message, context)
+
+    strategy = profiled_by(profile, config, store)
+    strategy.run_round(1)
+    first = strategy.role_state.first.clone()
+    assert not torch.equal(first, torch.ones_like(first)) and sorted(asked) == [2, 3, 4]
+    strategy.run_round(2)
+    assert torch.equal(strategy.role_state.first, first) and len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"shape": [1, 8]},
+        {"frequency": torch.tensor([0.25] * 7 + [-1]).numpy().tobytes()},
+        {"work": '{"num_experts": 8, "profile_tokens": 2.5}'},
+        {"work": '{"num_experts": 8, "profile_tokens": 1000000000000000}'},
+        {"work": "{"},
+        {"phases": '{"\\ud800": "x"}'},
+    ],
+)
+def test_a_damaged_profile_costs_its_utilities_alone(
+    make_config: Make, store: ExpertStore, damage: dict[str, Any]
+) -> None:
+    def profile(message: Message, context: Context) -> Message:
+        reply = client_app.profile(message, context)
+        if context.node_id == 3:
+            reply.content["config"].update(damage)
+        return reply
+
+    strategy = profiled_by(profile, make_config({"method": "fake-profiling", "federation.rounds": 1}), store)
+    assert not strategy.run_round(1).num_rejected
+    assert [bool((row == 1).all()) for row in strategy.role_state.first] == [False, True, False]
+    assert strategy.profiled == {0, 2}
 
 
 def test_nothing_is_applied_when_too_few_replies_are_good(strategy: FluxStrategy) -> None:

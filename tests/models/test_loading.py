@@ -1,6 +1,7 @@
 """Public checkpoints: load, compute as the plain model does, tune, export, and refuse what is not whole."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -142,11 +143,39 @@ def test_names_a_file_cut_short(tmp_path, public_config, tensors_of, write, kind
         models.load(folder)
 
 
-@pytest.mark.parametrize("index", ["[]", '{"weight_map": ["a"]}', '{"weight_map": {"x": null}}', "{"])
-def test_names_an_index_that_is_none(tmp_path, public_config, tensors_of, write, index):
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ('{"weight_map": ["a"]}', "is not a readable weight index: weight_map is ['a'], allowed is dict"),
+        ('{"weight_map": {"x": null}}', "is not a readable weight index"),
+        ("{}", "is not a readable weight index: it lacks 'weight_map'"),
+        ('{"weight_map": {"x": "../other/model.safetensors"}}', "names files outside its folder: ../other/model"),
+        ('{"weight_map": {"x": "/etc/passwd"}}', "names files outside its folder: /etc/passwd"),
+    ],
+)
+def test_names_an_index_that_is_none(tmp_path, public_config, tensors_of, write, index, said):
     folder = write(tmp_path / "public", public_config, tensors_of(public_config))
     (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(OSError, match=r"model\.safetensors\.index\.json is not a readable weight index"):
+    with pytest.raises(OSError, match=re.escape(f"{folder / 'model.safetensors.index.json'} {said}")):
+        models.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors.index.json", "checksums.json"]
+)
+@pytest.mark.parametrize("content", ["[]", "null", "text", '"text"', "{", "[" * 100_000, ""])
+def test_names_a_file_that_holds_no_object(tmp_path, public_config, tensors_of, write, name, content):
+    folder = write(tmp_path / "public", public_config, tensors_of(public_config))
+    (folder / name).write_text(content)
+    with pytest.raises(OSError, match=re.escape(f"{folder / name} holds no JSON object, fetch it again")):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", "{"])
+def test_names_a_folder_whose_tokenizer_cannot_be_read(tmp_path, public_config, tensors_of, write, content):
+    folder = write(tmp_path / "public", public_config, tensors_of(public_config))
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(OSError, match="public has no tokenizer that can be read"):
         models.load(folder)
 
 

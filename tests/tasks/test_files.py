@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -102,27 +103,84 @@ def test_a_few_samples_are_a_seeded_draw(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        ('{"question": "a"}\n', r"rows.jsonl, row 1: lacks answer; gsm8k has the columns question, answer, this row q"),
-        ('{"question": "a", "answer"\n', r"rows.jsonl is no jsonl file: "),
-        ("[1, 2]\n", r"rows.jsonl is no jsonl file: expected an object per row, got '\[1, 2\]'"),
-        ("", "holds no labelled row of gsm8k"),
+        (
+            "gsm8k",
+            '{"question": "a"}',
+            "row 1: lacks answer; it has question of 1 rows; gsm8k has the columns question, ",
+        ),
+        ("gsm8k", '\n\n{"question": "a", "answer"', "row 3: Expecting ':' delimiter"),
+        ("gsm8k", "[1, 2]", "row 1: it is [1, 2], allowed is dict"),
+        ("gsm8k", "", "holds no labelled row of gsm8k"),
+        ("gsm8k", GSM8K | {"answer": None}, "row 1: answer is None, allowed is text"),
+        ("gsm8k", GSM8K | {"answer": float("nan")}, "row 1: answer is nan, allowed is text"),
+        ("gsm8k", GSM8K | {"answer": {"text": "4"}}, "row 1: answer is {'text': '4'}, allowed is text"),
+        ("gsm8k", GSM8K | {"question": "\ud800"}, r"row 1: question is '\ud800', allowed is text"),
+        ("gsm8k", GSM8K | {"skill": 3}, "row 1: skill is 3, allowed is text"),
+        ("gsm8k", "[" * 100_000, "row 1: maximum recursion depth exceeded"),
+        ("gsm8k", '{"question": ' + "1" * 5000 + "}", "row 1: Exceeds the limit"),
+        ("dolly", DOLLY | {"context": None}, "row 1: context is None, allowed is text"),
+        ("mmlu", MMLU | {"answer": 7}, "row 1: answer is 7, allowed are 0 to 3"),
+        ("mmlu", MMLU | {"answer": True}, "row 1: answer is True, allowed are 0 to 3"),
+        ("mmlu", MMLU | {"answer": "E"}, "row 1: answer is 'E', allowed are 0 to 3"),
+        ("mmlu", MMLU | {"choice1": ["b"]}, "row 1: choice1 is ['b'], allowed is text"),
+        ("mmlu", MMLU | {"choices": "abcd"}, "row 1: choices is 'abcd', allowed is list"),
+        ("mmlu", MMLU | {"choices": list("abcde")}, "row 1: choices has 5 entries, allowed are 4"),
+        ("piqa", PIQA | {"label": 2}, "row 1: label is 2, allowed are 0 to 1"),
+        ("piqa", PIQA | {"label": 0.5}, "row 1: label is 0.5, allowed are 0 to 1"),
+        ("piqa", PIQA | {"label": float("inf")}, "row 1: label is inf, allowed are 0 to 1"),
+        ("piqa", PIQA | {"label": None}, "row 1: label is None, allowed are 0 to 1"),
+        ("piqa", PIQA | {"label": [1]}, "row 1: label is [1], allowed are 0 to 1"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_in_a_row_is_named(name: str, content: str | dict, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        tasks.load(name, path=path)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_many_bad_rows_are_summed_up(tmp_path: Path) -> None:
+    rows = [PIQA | {"label": label} for label in (0, 9, 1, 9, 9, -1, 9, 9, "x" * 10_000)]
+    with pytest.raises(ValueError, match=r"row 2: .*row 4: .*row 5: .*; and 3 more of 9 rows; piqa has") as caught:
+        files.read("piqa", jsonl(tmp_path / "rows.jsonl", *rows))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'{"question": "a"}', "is no json file: it is {'question': 'a'}, allowed is list"),
+        ("a.json", b"[" * 100_000, "is no json file: maximum recursion depth"),
+        ("a.json", b'[{"question": "a", "answer": Nan}]', "is no json file: Expecting value"),
+        ("a.jsonl", b"\xff", "is no jsonl file: 'utf-8' codec"),
+        ("a.csv", b'question,answer\n"a', "is no csv file: unexpected end of data"),
+        ("a.csv", b"question,answer\na\n", "row 1: answer is None, allowed is text"),
+        ("a.csv", b"question,answer\na,b,c\n", "row 1: has more fields than columns"),
+        ("a.parquet", b"", "is no parquet file: "),
+        ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", "is no parquet file: "),
     ],
 )
-def test_wrong_files_are_named(content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=message):
+def test_what_is_wrong_in_a_file_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}")) as caught:
         files.read("gsm8k", tmp_path)
+    assert message in str(caught.value)
 
 
-def test_wrong_values_are_named(tmp_path: Path) -> None:
-    jsonl(tmp_path / "a.jsonl", MMLU | {"answer": 7})
-    with pytest.raises(ValueError, match="row 1: answer is 7, allowed are 0 to 3"):
-        tasks.load("mmlu", path=tmp_path)
-    jsonl(tmp_path / "a.jsonl", PIQA | {"label": 2})
-    with pytest.raises(ValueError, match="row 1: label is 2, allowed are 0 to 1"):
-        tasks.load("piqa", path=tmp_path)
+def test_a_damaged_parquet_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(numbered(GSM8K, "question", 3)), path)
+    data = path.read_bytes()
+    for at in range(0, len(data), 7):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+        try:
+            assert len(files.read("gsm8k", path)) == 3
+        except ValueError as error:
+            assert str(path) in str(error)
 
 
 def test_what_cannot_be_loaded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
             raise ConfigError(f"--set {name} is given twice")
         try:
             found[name] = float(text) if POWER.fullmatch(text) else yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # no date, no number that Python reads
             found[name] = text
     return found
 

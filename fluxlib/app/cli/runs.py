@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from fluxlib.app.cli.arguments import (
     new_folder,
     parse_settings,
 )
-from fluxlib.config import ConfigError, check_writable, flatten, make_config
+from fluxlib.config import ConfigError, RunConfig, brief, check_writable, flatten, make_config, reading
 
 OPTIONS = {
     "method": "method", "model": "model", "task": "task", "federation.rounds": "rounds",
@@ -42,12 +43,14 @@ def run(
     data: Annotated[Path | None, typer.Option(help="files of dolly, gsm8k, mmlu or piqa; default: the hub's")] = None,
     out: Annotated[Path, typer.Option(help="folder of the tables")] = Path("build/runs"),
     save: Annotated[Path | None, typer.Option(help="new folder for the tuned model and its card")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run of the same name in --out")] = False,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run one federated run, print a line per round, write its tables to --out.
 
-    A run that was interrupted goes on when the same command is given again.
+    A run that was interrupted goes on when the same command is given again. One that is complete, or has other
+    settings, is replaced with --overwrite only.
 
     \b
     Examples:
@@ -63,9 +66,13 @@ def run(
     check_writable(out)
     if save is not None:
         new_folder(save)
+    if not overwrite:
+        _keep_what_is_there(config, out)
 
     from fluxlib import federation
 
+    if config.engine == "deployment":  # what is started here ends with this process, however that ends
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         result = federation.run(config, on_round=None if as_json else _print_round, out=out, superlink=superlink)
     except (federation.RunFailed, federation.CheckpointError, OSError) as error:
@@ -80,6 +87,30 @@ def run(
         print(json.dumps({"run_id": result.run_id, "path": str(result.path), "last": _last(result.rounds)} | saved))
     else:
         print(f"{result.run_id}: tables in {result.path}" + (f", tuned model in {save}" if save else ""))
+
+
+def _keep_what_is_there(config: RunConfig, out: Path) -> None:
+    """Refuse to replace a run of the same name, unless it was interrupted and goes on.
+
+    Raises:
+        ConfigError: what would go, and how its settings differ.
+    """
+    from fluxlib.analysis import store
+
+    files = out / store.CHECKPOINTS / f"{config.run_id}.safetensors", out / "rounds" / f"{config.run_id}.parquet"
+    for file in filter(Path.is_file, files):
+        with reading(f"{file} is there and cannot be read; --overwrite replaces it"):
+            before, rounds = make_config(store.parameters(file)), len(store.read(file)) - 1
+            goes_on = store.is_checkpoint(file) or config.run_id in records.unfinished(out)
+        settings = config.settings()
+        differing = [f"{name}={value}" for name, value in before.settings().items() if value != settings[name]]
+        which = brief(", ".join(differing)) or "the same settings"
+        if goes_on and (before.numbers, before.engine) == (config.numbers, config.engine):
+            return
+        raise ConfigError(
+            f"{file} holds {rounds} rounds of {config.run_id} with {which}; "
+            "--overwrite replaces them, another --out or --set variant=NAME keeps both"
+        )
 
 
 def _print_round(row: Any) -> None:

@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
 from fluxlib import models
+from fluxlib.config import reading
 from fluxlib.federation.protocol import sync
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.sync import NOTHING, Delta, ModelVersion
@@ -40,6 +41,7 @@ class LocalCopy:
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
 
     @classmethod
+    @reading("what this participant holds", WireError)
     def load(cls, state: RecordDict, base_digest: str) -> LocalCopy:
         """What ``state`` holds; the base model when it holds nothing."""
         if "held" not in state:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxlib import seeding, tasks
-from fluxlib.config import DataConfig, RunConfig
+from fluxlib.config import DataConfig, RunConfig, checked
 from fluxlib.methods.base import Batch, LocalData
 from fluxlib.tasks.base import Example
 from fluxlib.tasks.batches import sample_batches
@@ -70,18 +70,28 @@ def read_examples(path: Path) -> list[Example]:
             that would send it to the server.
     """
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise DataError(f"the samples of this participant cannot be read: {error.strerror}") from None
+        lines = path.read_text().split("\n")
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", "it is no text")
+        raise DataError(f"the samples of this participant cannot be read: {reason}") from None
     found = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                values = json.loads(line)
-                found.append(Example(**values | {"options": tuple(values.get("options") or ())}))
-            except (ValueError, TypeError, AttributeError):
+                found.append(_example(**json.loads(line)))
+            except Exception:  # whatever it is, its text stays here
                 what = "is no JSON object with prompt, response and label"
                 raise DataError(f"line {number} of this participant's samples {what}") from None
     if not found:
         raise DataError("this participant's file of samples is empty")
     return found
+
+
+def _example(options: object = None, answer: object = None, may_be_cut: object = False, **texts: object) -> Example:
+    choices = tuple(checked("options", option, str) for option in checked("options", options or [], list))
+    return Example(
+        **{name: checked(name, text, str) for name, text in texts.items()},
+        options=choices,
+        answer=checked("answer", answer, int, 0, len(choices) - 1) if choices else None,
+        may_be_cut=checked("may_be_cut", may_be_cut, bool),
+    )

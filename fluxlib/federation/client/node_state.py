@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from safetensors import SafetensorError
 from torch import Tensor
 
+from fluxlib.config import checked, reading
 from fluxlib.federation.protocol import wire as wires
+from fluxlib.federation.protocol.wire import WireError
 from fluxlib.federation.store.tensor_file import read_tensors, write_tensors
 from fluxlib.methods.base import ParticipantState
 from fluxlib.profiling import Profile
@@ -36,6 +37,9 @@ STATE_DIR = "state-dir"
 STATE = "state.safetensors"
 """Its file with everything that the node's context holds."""
 
+KEPT = ("bool", "uint8", "uint16", "int64", "float32")
+"""Types of the arrays that are kept."""
+
 OTHERS = "others"
 """Name of the tensor that stands for all records without arrays: the bytes of a JSON text."""
 
@@ -47,26 +51,33 @@ def save_state(state: RecordDict, value: ParticipantState) -> None:
     for item in fields(Profile) if value.profile is not None else ():
         found = getattr(value.profile, item.name)
         (tensors if isinstance(found, Tensor) else rest)[item.name] = found
-    state["profile"] = wires.make_record({name: Array(tensor.cpu().numpy()) for name, tensor in tensors.items()})
+    arrays = {name: Array(tensor.cpu().contiguous().numpy()) for name, tensor in tensors.items()}
+    state["profile"] = wires.make_record(arrays)
     state["participant"] = ConfigRecord({"profile_round": value.profile_round, "profile": json.dumps(rest)})
 
 
+@reading("a participant's state", WireError)
 def load_state(state: RecordDict) -> ParticipantState:
-    """What :func:`save_state` wrote; an empty state for a node that wrote nothing yet."""
+    """What :func:`save_state` wrote; an empty state for a node that wrote nothing yet.
+
+    Raises:
+        WireError: it is something else.
+    """
     if "participant" not in state:
         return ParticipantState()
     about: Any = state["participant"]
-    values: dict[str, Any] = {name: torch.from_numpy(array.numpy()) for name, array in state["profile"].items()}
+    values: dict[str, Any] = {name: wires.read_array(array, *KEPT) for name, array in state["profile"].items()}
     values |= {name: _tuples(value) for name, value in json.loads(about["profile"]).items()}
-    return ParticipantState(Profile(**values) if values else None, about["profile_round"])
+    number = checked("profile_round", about["profile_round"], int)
+    return ParticipantState(Profile(**values) if values else None, number)
 
 
 def keep(path: Path, state: RecordDict) -> None:
     """Write ``state`` to ``path``, all of it or nothing; a full disk costs a warning, not the round."""
     try:
         write_tensors(path, to_tensors(state))
-    except (OSError, SafetensorError) as error:
-        log.warning("cannot keep the participant's state in %s: %s", path, error)
+    except OSError as error:
+        log.warning("cannot keep the participant's state: %s", error)
 
 
 def restore(path: Path, state: RecordDict) -> bool:
@@ -76,8 +87,8 @@ def restore(path: Path, state: RecordDict) -> bool:
     try:
         state.update(from_tensors(read_tensors(path)[0]))
         return True
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        log.warning("the participant's state in %s cannot be used, it starts anew: %s", path, error)
+    except ValueError as error:
+        log.warning("the participant's state cannot be used, it starts anew: %s", error)
         path.unlink()
         return False
 
@@ -89,15 +100,16 @@ def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, record in state.items():
         if isinstance(record, ArrayRecord):
             others[name] = "arrays"
-            tensors |= {f"{name}/{key}": torch.from_numpy(array.numpy()) for key, array in record.items()}
+            tensors |= {f"{name}/{key}": wires.read_array(array, *KEPT) for key, array in record.items()}
         else:
             others[name] = [isinstance(record, MetricRecord), dict(record)]
     text = json.dumps(others, default=lambda value: {"bytes": value.hex()})
     return tensors | {OTHERS: torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy())}
 
 
+@reading("a participant's state", WireError)
 def from_tensors(tensors: Mapping[str, Tensor]) -> RecordDict:
-    """Inverse of :func:`to_tensors`."""
+    """Inverse of :func:`to_tensors`; WireError for anything else."""
     text = tensors[OTHERS].numpy().tobytes()
     others = json.loads(text, object_hook=lambda found: bytes.fromhex(found["bytes"]) if "bytes" in found else found)
     state = RecordDict()

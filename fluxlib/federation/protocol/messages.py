@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fluxlib.config import RunConfig
+from fluxlib.config import RunConfig, checked, reading
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.sync import Delta, ModelVersion
 from fluxlib.federation.protocol.wire import Form, Shapes, WireError
@@ -75,13 +75,14 @@ class Instruction:
         return RecordDict({"arrays": self.delta.arrays, "config": ConfigRecord(values)})
 
     @classmethod
+    @reading("an instruction", WireError)
     def from_records(cls, content: RecordDict) -> Instruction:
-        """Inverse of :meth:`to_records`."""
+        """Inverse of :meth:`to_records`; WireError for anything else, as in every report."""
         values: Any = content["config"]
         roles = budget = None
         if "roles" in values:
-            bits = np.unpackbits(np.frombuffer(values["roles"], np.uint8), count=math.prod(values["shape"]))
-            roles = Roles(*torch.from_numpy(bits.astype(bool)).reshape(values["shape"]))
+            bits, size = np.unpackbits(np.frombuffer(values["roles"], np.uint8)), math.prod(values["shape"])
+            roles = Roles(*torch.from_numpy(bits[:size].astype(bool)).reshape(values["shape"]))
             budget = Budget(*values["budget"])
         delta = Delta(content["arrays"], values["since"], ModelVersion.read(values))
         config, clip_norm = parse_config(values["run"]), values.get("clip_norm")
@@ -102,7 +103,8 @@ class _Report:
 
 
 def _header(values: ConfigRecord) -> tuple[int, int, ModelVersion]:
-    return int(values["participant"]), int(values["round"]), ModelVersion.read(values)  # type: ignore[arg-type]
+    participant, number = (checked(name, values[name], int, 0, MOST) for name in ("participant", "round"))
+    return participant, number, ModelVersion.read(values)
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,12 @@ class JoinReport(_Report):
         return RecordDict({"config": self._record(frozen_digest=self.frozen_digest, device=self.device)})
 
     @classmethod
+    @reading("a join report", WireError)
     def from_records(cls, content: RecordDict) -> JoinReport:
         """Inverse of :meth:`to_records`."""
         values: Any = content["config"]
-        return cls(*_header(values), frozen_digest=values["frozen_digest"], device=values["device"])
+        frozen_digest, device = (checked(name, values[name], str) for name in ("frozen_digest", "device"))
+        return cls(*_header(values), frozen_digest=frozen_digest, device=device)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ class ProfileReport(_Report):
         return RecordDict({"config": self._record(**table, **_account(self.work, self.phases_s))})
 
     @classmethod
+    @reading("a profile report", WireError)
     def from_records(cls, content: RecordDict) -> ProfileReport:
         """Inverse of :meth:`to_records`."""
         values: Any = content["config"]
@@ -171,24 +176,21 @@ class TrainReport(_Report):
         return RecordDict({"arrays": changes, "config": config, "metrics": metrics})
 
     @classmethod
+    @reading("a reply", WireError)
     def from_records(cls, content: RecordDict, wire: Form, shapes: Shapes) -> TrainReport:
-        """Inverse of :meth:`to_records`; ``shapes`` are those of the model's experts.
-
-        Raises:
-            WireError, KeyError, TypeError, ValueError: not the records of a reply.
-        """
+        """Inverse of :meth:`to_records`; ``shapes`` are those of the model's experts."""
         values: Any = content["config"]
         metrics, arrays = content["metrics"], content["arrays"]
         update = Update(
             changes=wires.decode_changes(arrays, wire, shapes),
             utilities=_from_floats(values["utilities"], values["shape"]),
             tokens=_from_floats(values["tokens"], values["shape"]),
-            loss=float(metrics["loss"]),
-            num_samples=int(metrics["num-examples"]),
+            loss=checked("loss", metrics["loss"], float),
+            num_samples=checked("num-examples", metrics["num-examples"], int, -MOST, MOST),
             work=_work(values["work"]),
             phases_s=_phases(values["phases"]),
         )
-        within = bool(metrics["norm_bit"]) if "norm_bit" in metrics else None
+        within = bool(checked("norm_bit", metrics["norm_bit"], int, 0, 1)) if "norm_bit" in metrics else None
         return cls(*_header(values), update, wires.record_bytes(arrays), within)
 
 
@@ -207,27 +209,16 @@ def _account(work: Work, phases_s: Mapping[str, float]) -> dict[str, str]:
 
 
 def _work(text: str) -> Work:
-    """An account of work whose every field is a number that a clock can take."""
+    """An account of work whose every field has its type."""
     work = Work(**json.loads(text))
     for item in fields(Work):
-        value = getattr(work, item.name)
-        if isinstance(item.default, bool) != isinstance(value, bool):
-            raise ValueError(f"work.{item.name} is {value!r}, allowed is {type(item.default).__name__}")
-        _count(value)
-    if work.num_experts < 1:
-        raise ValueError(f"work.num_experts is {work.num_experts}, allowed is at least 1")
+        kind = int if item.default is MISSING else type(item.default)
+        checked(f"work.{item.name}", getattr(work, item.name), kind, 0, MOST)
     return work
 
 
 def _phases(text: str) -> dict[str, float]:
-    return {str(name): _count(seconds) for name, seconds in dict(json.loads(text)).items()}
-
-
-def _count(value: Any) -> Any:
-    """``value`` if it is a number from 0 to :data:`MOST`: anything that a participant may count or time."""
-    if not isinstance(value, int | float) or not 0 <= value <= MOST or not math.isfinite(value):
-        raise ValueError(f"a count or time is {str(value)[:40]}, allowed is a number from 0 to {MOST:g}")
-    return value
+    return {name: checked("a phase", seconds, float, 0, MOST) for name, seconds in dict(json.loads(text)).items()}
 
 
 def _floats(values: Tensor) -> bytes:

@@ -16,6 +16,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
+from fluxlib.config import brief, reading
 from fluxlib.federation.protocol.wire import WireError, make_array, make_record
 
 MARK = "parcels"
@@ -37,6 +38,7 @@ def pack(content: RecordDict) -> RecordDict:
     return RecordDict({**packed, MARK: ConfigRecord({"large": LARGE})})
 
 
+@reading("parcels", WireError)
 def unpack(content: RecordDict) -> RecordDict:
     """Inverse of :func:`pack`; content that was not packed comes back as it is.
 
@@ -91,12 +93,9 @@ def _unpacked(record: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
             yield name, array
             continue
         data, start = array.data, _LENGTH + int.from_bytes(array.data[:_LENGTH], "little")
-        try:
-            listed = [_checked(*entry) for entry in json.loads(data[_LENGTH:start])]
-        except (ValueError, TypeError) as error:
-            raise WireError(f"{name} has no list of contents: {error}") from None
+        listed = [_checked(*entry) for entry in json.loads(data[_LENGTH:start])]
         if start + sum(size for *_, size in listed) != len(data):
-            raise WireError(f"{name} has {len(data)} bytes, its list of contents says otherwise")
+            raise WireError(f"{brief(name)} has {len(data)} bytes, its list of contents says otherwise")
         for label, dtype, shape, stype, size in listed:
             yield label, make_array(dtype, shape, stype, data[start : start + size])
             start += size

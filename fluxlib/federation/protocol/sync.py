@@ -29,6 +29,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from torch import Tensor, nn
 
+from fluxlib.config import checked
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.wire import Experts, Form, WireError
 from fluxlib.methods.base import ExpertKey
@@ -69,9 +70,9 @@ class ModelVersion:
     @classmethod
     def read(cls, record: ConfigRecord) -> ModelVersion:
         """Inverse of :meth:`values`."""
-        flat: list[int] = record["stale"]  # type: ignore[assignment]
-        stale = frozenset(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
-        return cls(int(record["version"]), str(record["digest"]), stale)  # type: ignore[arg-type]
+        number, name = checked("version", record["version"], int), checked("digest", record["digest"], str)
+        flat = [checked("stale", one, int) for one in checked("stale", record["stale"], list)]
+        return cls(number, name, frozenset(zip(flat[::3], flat[1::3], flat[2::3], strict=True)))
 
 
 @dataclass(frozen=True)

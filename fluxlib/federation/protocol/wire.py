@@ -18,6 +18,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
+from fluxlib.config import brief, shown
 from fluxlib.methods.base import ExpertKey
 from fluxlib.moe.packing import Packed
 
@@ -61,7 +62,7 @@ def parse_name(name: str) -> tuple[ExpertKey, str]:
     layer, _, rest = name.partition(".")
     expert, _, tensor = rest.partition(".")
     if not (layer.isdecimal() and expert.isdecimal() and tensor):
-        raise WireError(f"array key is {name!r}, allowed is '<layer>.<expert>.<tensor>'")
+        raise WireError(f"array key is {shown(name)}, allowed is '<layer>.<expert>.<tensor>'")
     return (int(layer), int(expert)), tensor
 
 
@@ -91,17 +92,25 @@ def decode(array: Array, wire: Form = "float32", shape: Sequence[int] = ()) -> T
     Raises:
         WireError: another type than ``wire``, or bytes that do not fit the stated shape.
     """
-    name = _NUMPY_NAME[wire]
-    if array.dtype != name or array.stype != _STYPE:
-        raise WireError(f"array is {array.dtype} ({array.stype}), allowed is {name} ({_STYPE}) for {wire}")
-    stated, data = tuple(array.shape), array.data
-    header, size = _header(np.dtype(name).str, stated), num_bytes(array)
-    if any(length < 0 for length in stated) or not data.startswith(header) or len(data) != len(header) + size:
-        raise WireError(f"array claims {name}{stated}, its {len(data)} bytes are something else")
-    values = torch.from_numpy(np.frombuffer(data, name, offset=len(header)).reshape(stated).copy())
+    values = read_array(array, _NUMPY_NAME[wire])
     if wire in _CODE_BITS:
         return _read_codes(values, wire, tuple(shape))
     return values.view(torch.bfloat16) if wire == "bfloat16" else values
+
+
+def read_array(array: Array, *allowed: str) -> Tensor:
+    """The values of ``array``, of one of the ``allowed`` types; its header is compared, never interpreted.
+
+    Raises:
+        WireError: another type, or bytes that do not fit the stated shape.
+    """
+    name, stated, data = array.dtype, tuple(array.shape), array.data
+    if name not in allowed or array.stype != _STYPE:
+        raise WireError(f"array is {shown(name)} ({shown(array.stype)}), allowed is {', '.join(allowed)} ({_STYPE})")
+    header, size = _header(np.dtype(name).str, stated), num_bytes(array)
+    if any(length < 0 for length in stated) or not data.startswith(header) or len(data) != len(header) + size:
+        raise WireError(f"array claims {name}{brief(stated)}, its {len(data)} bytes are something else")
+    return torch.from_numpy(np.frombuffer(data, name, offset=len(header)).reshape(stated).copy())
 
 
 def moved(changes: Experts) -> dict[ExpertKey, Mapping[str, Tensor]]:

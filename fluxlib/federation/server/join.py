@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fluxlib.config import RunConfig
+from fluxlib.config import RunConfig, brief, shown
 from fluxlib.devices import catalogue
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction, JoinReport
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.results import RunFailed
-from fluxlib.federation.server.validation import DAMAGED
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def join(grid: Grid, config: RunConfig, store: ExpertStore) -> dict[int, Member]
                 number, member = _read(reply, store)
                 if number in found:
                     raise ValueError(f"participant {number} joined twice; each needs a partition-id of its own")
-            except DAMAGED as error:
+            except ValueError as error:
                 problems.append(f"node {node}: {error}")
                 log.warning("node %d cannot take part: %s", node, error)
                 continue
@@ -85,13 +84,11 @@ def join(grid: Grid, config: RunConfig, store: ExpertStore) -> dict[int, Member]
 def _read(reply: Message, store: ExpertStore) -> tuple[int, Member]:
     """A participant's number and what it said of itself."""
     if reply.has_error():
-        raise ValueError(reply.error.reason)
+        raise ValueError(brief(reply.error.reason))
     report = JoinReport.from_records(reply.content)
     if report.frozen_digest != store.frozen_digest:
         raise ValueError(f"participant {report.participant} has another base model than the server")
-    if report.participant < 0:
-        raise ValueError(f"participant is {report.participant}, allowed is 0 or more")
     if report.device and report.device not in catalogue.DEVICES:
-        allowed = ", ".join(catalogue.DEVICES)
-        raise ValueError(f"participant {report.participant}: device is {report.device!r}, allowed are {allowed}")
+        device, allowed = shown(report.device), ", ".join(catalogue.DEVICES)
+        raise ValueError(f"participant {report.participant}: device is {device}, allowed are {allowed}")
     return report.participant, Member(reply.metadata.src_node_id, report.held, report.device)

@@ -108,13 +108,12 @@ class _Run:
     def _notice_lost_states(self, done: int) -> None:
         """Say who does not hold any more what it had when the run was interrupted, in the log and beside the tables.
 
-        Flower's simulation keeps nodes' states in its own process; a node of a deployment may have no ``state-dir``.
-        The model is the server's and is not affected; profiles and the residual of error feedback are.
+        A node of a deployment may have no ``state-dir``; on Flower's simulation no run goes on. The model is the
+        server's and is not affected; profiles and the residual of error feedback are.
         """
         last = {row["participant"]: row["round"] for row in self.tables.rows["participants"] if not row["rejected"]}
-        forgetful, members = self.config.engine == "simulation", self.strategy.members
         # A participant holds the version that its last round began with: one less than that round's number.
-        lost = [one for one, when in last.items() if forgetful or members[one].held.number < when - 1]
+        lost = [one for one, when in last.items() if self.strategy.members[one].held.number < when - 1]
         if lost:
             log.warning(
                 "%s: %d participants no longer have what they kept after round %d (experts, profile, what rounding "

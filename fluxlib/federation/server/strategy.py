@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -19,18 +20,18 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fluxlib import methods, roles, seeding
-from fluxlib.config import RunConfig
+from fluxlib.config import RunConfig, brief, reading
 from fluxlib.federation.checks import make_budgets
 from fluxlib.federation.engines.grid import send_and_receive
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction, ProfileReport
 from fluxlib.federation.protocol.privacy import Guard
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
-from fluxlib.federation.protocol.wire import moved, whole
+from fluxlib.federation.protocol.wire import WireError, moved, whole
 from fluxlib.federation.results import Participation, RoundResult
 from fluxlib.federation.server.aggregation import ExpertMean, RobustAggregate, make_aggregate
 from fluxlib.federation.server.join import Member
-from fluxlib.federation.server.validation import DAMAGED, Expected, Rejected, read_reply
+from fluxlib.federation.server.validation import Expected, Rejected, check_work, most_counts, read_reply
 from fluxlib.methods.base import ExpertKey
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class FluxStrategy:
         self.profiled: set[int] = set()
         self.role_state = roles.RoleState.start(torch.ones(config.federation.participants, *store.shape))
         self.guard = Guard(config)
+        self.most = most_counts(config, self.role_state.first[0].numel())
         self.current: dict[int, Participation] = {}
         self.last: RoundResult | None = None
         """The newest round, also one that failed."""
@@ -106,13 +108,16 @@ class FluxStrategy:
                 continue
             try:
                 if reply.has_error():
-                    raise ValueError(reply.error.reason)
+                    raise ValueError(brief(reply.error.reason))
                 if messages.asks_for_resync(reply.content):
                     self.members[sender].held = ModelVersion()
                     continue
                 report = ProfileReport.from_records(reply.content)
-                first[sender] = roles.first_utilities(report.frequency.reshape(self.store.shape))
-            except DAMAGED as error:
+                if report.frequency.shape != self.store.shape:
+                    raise ValueError(f"frequency must be {self.store.shape}, got {tuple(report.frequency.shape)}")
+                check_work(report.work, first[0].numel(), self.most)
+                first[sender] = roles.first_utilities(report.frequency)
+            except ValueError as error:
                 log.warning("profile of participant %d refused: %s", sender, error)
                 continue
             after = self.current[sender].download.after
@@ -221,11 +226,8 @@ class FluxStrategy:
         return ""
 
     def _expected(self, number: int, part: Participation) -> Expected:
-        training = self.config.training
-        return Expected(
-            part.participant, number, part.download.after, self.config.wire.uplink, part.roles.exploit,
-            self.store.shapes, training.local_steps * training.batch_size * training.max_tokens,
-        )  # fmt: skip
+        held, form = part.download.after, self.config.wire.uplink
+        return Expected(part.participant, number, held, form, part.roles.exploit, self.store.shapes, self.most)
 
     def _remember_utilities(self, result: RoundResult, utilities: Tensor) -> None:
         tuned = torch.zeros_like(utilities, dtype=torch.bool)
@@ -247,7 +249,6 @@ class FluxStrategy:
 
 def _payload(reply: Message) -> int:
     """Bytes of a refused reply, as far as it can be read."""
-    try:
+    with suppress(WireError), reading("arrays", WireError):
         return sum(len(array.data) for array in reply.content["arrays"].values())
-    except DAMAGED:
-        return 0
+    return 0

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from flwr.app import Message
 from torch import Tensor
 
+from fluxlib.config import RunConfig, brief
 from fluxlib.federation.protocol.messages import MOST, TrainReport, asks_for_resync
 from fluxlib.federation.protocol.sync import ModelVersion
-from fluxlib.federation.protocol.wire import Form, Shapes
-from fluxlib.methods.base import ExpertKey, Update
-
-# What reading damaged or hostile records may raise; anything else is a fault of this library and is not hidden.
-DAMAGED = (
-    KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, MemoryError, zipfile.BadZipFile,
-)  # fmt: skip
+from fluxlib.federation.protocol.wire import Form, Shapes, WireError
+from fluxlib.methods.base import ExpertKey, Update, Work
 
 MOST_NORM = 1e6
 """Largest norm of a change to one tensor that is believed: finite numbers beyond it ruin a model as surely as NaN."""
@@ -34,7 +29,7 @@ REASONS: dict[str, str] = {
     "unassigned_expert": "a change to an expert that this participant was not to tune",
     "incomplete": "an expert with some of its tensors left out",
     "wrong_shape": "a tensor of another shape than the model's",
-    "not_finite": "NaN or infinity among changes, loss, tokens or utilities, or a change or count beyond all reason",
+    "not_finite": "NaN or infinity among changes, loss, tokens or utilities, or more of anything than was asked for",
     "negative": "a negative number of tokens or samples",
 }
 """Why a reply is refused; the key is what the ``participants`` table holds in ``rejected``."""
@@ -63,8 +58,8 @@ class Expected:
     """Bool ``[layers, experts]``: experts this participant was to tune."""
     shapes: Shapes
     """Shapes of every tensor of every expert of the model."""
-    most_tokens: float = MOST
-    """Tokens that may have been routed to one expert: changes are averaged in proportion to them."""
+    most: Mapping[str, float] = field(default_factory=dict)
+    """See :func:`most_counts`; what is not in it has no bound but :data:`MOST`."""
 
 
 def read_reply(reply: Message, expected: Expected) -> TrainReport:
@@ -74,13 +69,13 @@ def read_reply(reply: Message, expected: Expected) -> TrainReport:
         Rejected: any other reply, with the reason.
     """
     if reply.has_error():
-        raise Rejected("error", reply.error.reason or f"code {reply.error.code}")
+        raise Rejected("error", brief(reply.error.reason or f"code {reply.error.code}"))
     if asks_for_resync(reply.content):
         raise Rejected("stale", "what it holds is not what it should hold, even after it was sent every expert")
     try:
         report = TrainReport.from_records(reply.content, expected.wire, expected.shapes)
-    except DAMAGED as error:
-        raise Rejected("malformed", f"{type(error).__name__}: {error}") from None
+    except WireError as error:
+        raise Rejected("malformed", str(error)) from None
     if report.participant != expected.participant:
         raise Rejected("unknown", f"participant {expected.participant} answered as {report.participant}")
     if (report.round, report.held) != (expected.round, expected.held):
@@ -90,6 +85,7 @@ def read_reply(reply: Message, expected: Expected) -> TrainReport:
             f"{expected.held.number} in round {expected.round}",
         )
     check_numbers(report.update, expected)
+    check_work(report.update.work, expected.assigned.numel(), expected.most)
     for key, tensors in report.update.changes.items():
         check_expert(key, tensors, expected)
     return report
@@ -105,12 +101,43 @@ def check_numbers(update: Update, expected: Expected) -> None:
     for name, table in (("tokens", update.tokens), ("utilities", update.utilities)):
         if tuple(table.shape) != shape:
             raise Rejected("wrong_shape", f"{name} must be {shape}, got {tuple(table.shape)}")
-    if not abs(update.loss) <= MOST or update.num_samples > MOST:
-        raise Rejected("not_finite", f"training loss is {update.loss}, samples are {update.num_samples}")
-    if not (update.tokens.abs() <= expected.most_tokens).all() or torch.isinf(update.utilities).any():
-        raise Rejected("not_finite", f"tokens beyond {expected.most_tokens:g}, or utilities that are not finite")
+    samples, tokens = (expected.most.get(name, MOST) for name in ("train_samples", "train_tokens"))
+    if not abs(update.loss) <= MOST or update.num_samples > samples:
+        raise Rejected("not_finite", f"training loss is {update.loss}, samples are {update.num_samples} of {samples:g}")
+    if not (update.tokens.abs() <= tokens).all() or torch.isinf(update.utilities).any():
+        raise Rejected("not_finite", f"tokens beyond {tokens:g}, or utilities that are not finite")
     if update.num_samples < 0 or (update.tokens < 0).any() or (update.utilities < 0).any():
         raise Rejected("negative", "samples, tokens or utilities are negative")
+
+
+def most_counts(config: RunConfig, num_experts: int) -> dict[str, float]:
+    """What a round can ask for at most: bounds of :class:`~fluxlib.methods.base.Work`, by field or a part of its name.
+
+    Experts are looked at in passes of their own, so everything that is counted for each has a bound as many times as
+    large.
+    """
+    training, looks = config.training, config.profiling.batches
+    steps, batch, tokens = training.local_steps, training.batch_size, training.max_tokens
+    each = num_experts * 2 * config.roles.num_probes * max(steps, looks, 4) * batch
+    return {
+        "train_steps": steps, "train_samples": steps * batch, "train_tokens": steps * batch * tokens,
+        "profile_samples": looks * batch, "profile_tokens": looks * batch * tokens,
+        "num": num_experts, "bits": 32, "samples": each, "tokens": each * tokens,
+    }  # fmt: skip
+
+
+def check_work(work: Work, num_experts: int, most: Mapping[str, float]) -> None:
+    """Refuse an account of work that a round cannot be: the device clock would run over.
+
+    Raises:
+        Rejected: not_finite.
+    """
+    for name, count in vars(work).items():
+        first, last = name.partition("_")[0], name.rpartition("_")[2]
+        bound = most.get(name, most.get(first, most.get(last, MOST)))
+        least = num_experts if name == "num_experts" else int(last == "bits")
+        if not least <= count <= bound:
+            raise Rejected("not_finite", f"work.{name} is {count:g}, allowed is {least} to {bound:g}")
 
 
 def check_expert(key: ExpertKey, tensors: Mapping[str, Tensor], expected: Expected) -> None:

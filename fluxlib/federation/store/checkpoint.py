@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp import Grid
-from safetensors import SafetensorError
 from torch import Tensor
 
-from fluxlib.config import RunConfig
+from fluxlib.config import RunConfig, checked, reading
 from fluxlib.federation.client.local_copy import LocalCopy
 from fluxlib.federation.client.node_state import from_tensors, to_tensors
 from fluxlib.federation.engines.grid import LocalGrid
@@ -89,20 +88,19 @@ class Checkpoint:
         """
         if not self.path.is_file():
             return 0
-        try:
+        with reading(
+            f"the checkpoint {self.path} is damaged or of something else, remove it to start the run anew",
+            CheckpointError,
+        ):
             tensors, text = read_tensors(self.path)
-            about = json.loads(text)
+            about = checked("about", json.loads(text), dict)
             if {name: about.get(name) for name in self._identity} != self._identity:
                 log.warning("%s is of another configuration: it is not resumed from, and will be replaced", self.path)
                 return 0
+            done = checked("round", about["round"], int)
             self._restore(about, _by_kind(tensors), strategy, tables)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the checkpoint {self.path} cannot be used: it is damaged, or of something else ({error}); "
-                "remove it to start the run anew"
-            ) from error
-        log.info("%s goes on after round %d", strategy.config.run_id, about["round"])
-        return int(about["round"])
+        log.info("%s goes on after round %d", strategy.config.run_id, done)
+        return done
 
     def remove(self) -> None:
         """Forget the checkpoint: the run is complete."""
@@ -118,11 +116,16 @@ class Checkpoint:
             for layer, expert, found in about["history"]
         }
         strategy.store.set(by_expert(saved.get("experts", {})), history, about["digests"])
-        measured, first, measured_round = (saved["roles"][name] for name in ROLES)
-        strategy.role_state = RoleState(measured, first, measured_round, about["roles_round"])
-        strategy.profiled = set(about["profiled"])
-        strategy.guard.bound = about["clip_norm"]
-        tables.rows, tables.totals = about["rows"], Totals(**about["totals"])
+        for name in ROLES:
+            found, known = saved["roles"][name], getattr(strategy.role_state, name)
+            if (found.dtype, found.shape) != (known.dtype, known.shape):
+                raise ValueError(f"{name} is {found.dtype} {[*found.shape]}, allowed is {known.dtype} {[*known.shape]}")
+        number = checked("roles_round", about["roles_round"], int)
+        strategy.role_state = RoleState(*(saved["roles"][name] for name in ROLES), round=number)
+        strategy.profiled = {checked("profiled", one, int) for one in about["profiled"]}
+        if strategy.guard.bound is not None:
+            strategy.guard.bound = checked("clip_norm", about["clip_norm"], float)
+        tables.rows, tables.totals = checked("rows", about["rows"], dict), Totals(**about["totals"])
         copies = {name: Array(tensor.numpy()) for name, tensor in saved.get("copies", {}).items()}
         for node, tensors in _by_kind(saved.get("nodes", {})).items():
             state, store = from_tensors(tensors), strategy.store

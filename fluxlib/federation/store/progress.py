@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from fluxlib.config import writing
 from fluxlib.federation.results import Row
 
 
@@ -21,8 +22,7 @@ class Progress:
 
     def add(self, row: Row) -> bool:
         """Show ``row``; whether the run is to stop."""
-        self._rows.parent.mkdir(parents=True, exist_ok=True)
-        with self._rows.open("a") as file:
+        with writing(self._rows), self._rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         return self._stop.exists()
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fluxlib.config import ConfigError, check_writable
+from fluxlib.config import ConfigError, check_writable, reading, shown
 
 DAYS = 365
 """How long certificates are valid."""
@@ -39,6 +39,7 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> None:
         raise ConfigError("hosts is empty, allowed is at least one name or address under which nodes reach the server")
     if (folder / CA_KEY).exists():
         raise ConfigError(f"{folder / CA_KEY} exists already; remove the folder to make a new federation")
+    names = [_host(name) for name in hosts]
     check_writable(folder)
     authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     issuer, now = _name("FLUX federation authority"), datetime.datetime.now(datetime.UTC)
@@ -47,7 +48,7 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> None:
     root = [(x509.BasicConstraints(ca=True, path_length=0), True), (signs, True), (identifier, False)]
     leaf = [
         (x509.BasicConstraints(ca=False, path_length=None), True),
-        (x509.SubjectAlternativeName([_host(name) for name in hosts]), False),
+        (x509.SubjectAlternativeName(names), False),
         (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
         (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), False),
     ]
@@ -84,7 +85,8 @@ def _host(name: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
-        return x509.DNSName(name)
+        with reading(f"host is {shown(name)}, allowed are addresses, and names as the DNS has them"):
+            return x509.DNSName(name)
 
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey, form: PrivateFormat) -> None:

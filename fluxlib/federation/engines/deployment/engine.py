@@ -8,6 +8,7 @@ machine, or a shared file system.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -15,9 +16,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from fluxlib import models, records
-from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
+from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, brief
 from fluxlib.federation.checks import check
-from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation, flwr
+from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation, flwr, silence
 from fluxlib.federation.results import TABLES, Output, RunFailed, RunResult, experts_path, table_path
 from fluxlib.federation.store import lock
 from fluxlib.federation.store.checkpoint import by_expert
@@ -26,9 +27,16 @@ from fluxlib.federation.store.tensor_file import read_tensors
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 
+log = logging.getLogger(__name__)
+
 POLL_S = 0.5
 STATUS_EVERY_S = 15.0
 """Seconds between two questions to the SuperLink: each is a process of its own."""
+
+SILENCE_S = 60.0
+"""Seconds without a word from the SuperLink after which a run is given up."""
+
+AGAIN = "the same command goes on after the last complete round"
 
 LETTING_GO_S = 5.0
 """Seconds that a server app which was killed may still seem to run."""
@@ -59,11 +67,13 @@ def run_deployment(config: RunConfig, output: Output, superlink: str | None) -> 
         if superlink is None:
             federation = stack.enter_context(LocalFederation(out / "federation" / config.run_id, config))
             home, superlink = federation.home, CONNECTION
+        elif nobody := silence(home, superlink):
+            raise ConfigError(f"superlink is {superlink!r}, {nobody}")
         number = submit(config, out, home, superlink)
         failure = _follow(progress, number, output, home, superlink)
         progress.clear()
         if failure:
-            raise RunFailed(f"run {number} on {superlink}: {failure}")
+            raise RunFailed(f"run {number} on {superlink}: {failure}; {AGAIN}")
         return _read(config, out, keep=output.out is not None)
 
 
@@ -85,8 +95,8 @@ def submit(config: RunConfig, out: Path, home: Path | None, superlink: str) -> s
     try:
         return str(json.loads(done.stdout)["run-id"])
     except (ValueError, KeyError, TypeError):
-        said = (done.stdout + done.stderr).strip()
-        raise ConfigError(f"superlink is {superlink!r}, it did not take the run: {said}") from None
+        said = done.stdout + done.stderr
+        raise ConfigError(f"superlink is {superlink!r}, it did not take the run: {brief(said, 1000)}") from None
 
 
 def _follow(progress: Progress, number: str, output: Output, home: Path | None, superlink: str) -> str:
@@ -94,7 +104,8 @@ def _follow(progress: Progress, number: str, output: Output, home: Path | None, 
 
     The server app says so itself; one that was killed, or never started, cannot, so the SuperLink is asked as well.
     """
-    asked, ended = time.monotonic(), ""
+    asked = heard = time.monotonic()
+    ended = ""
     while True:
         for row in progress.new():
             if "over" in row:
@@ -106,18 +117,26 @@ def _follow(progress: Progress, number: str, output: Output, home: Path | None, 
         if time.monotonic() - asked > STATUS_EVERY_S:
             status, details = run_status(number, home, superlink)
             asked, ended = time.monotonic(), (details or status) if status.startswith("finished") else ""
+            if status != "unknown":
+                heard = asked
+            elif asked - heard > SILENCE_S:
+                return f"nothing was heard of it for {asked - heard:.0f} s: {details}"
+            else:
+                log.warning("no word of run %s on %s: %s", number, superlink, details)
         else:
             time.sleep(POLL_S)
 
 
 def run_status(number: str, home: Path | None, superlink: str) -> tuple[str, str]:
     """Status of a run (``running``, ``finished:completed`` ...) and what is said about it."""
+    if nobody := silence(home, superlink):
+        return "unknown", nobody
     done = flwr(home, "list", superlink, "--run-id", number, "--format", "json")
     try:
         found = json.loads(done.stdout)["runs"][0]
         return str(found["status"]), str(found["status-details"])
     except (ValueError, KeyError, IndexError, TypeError):
-        return "unknown", (done.stdout + done.stderr).strip()
+        return "unknown", brief(done.stdout + done.stderr)
 
 
 def _read(config: RunConfig, out: Path, keep: bool) -> RunResult:

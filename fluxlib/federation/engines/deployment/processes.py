@@ -14,6 +14,7 @@ import ssl
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -28,8 +29,8 @@ from fluxlib.federation.results import RunFailed
 CONNECTION = "federation"
 """Name of the SuperLink in the Flower configuration that a :class:`LocalFederation` writes."""
 
-START_S, COMMAND_S = 120.0, 300.0
-"""Patience with a SuperLink that starts, and with a command; seconds each on an idle machine."""
+START_S, COMMAND_S, ANSWER_S = 120.0, 300.0, 5.0
+"""Patience with a SuperLink that starts, with a command, and with a connection; seconds each on an idle machine."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -100,6 +101,24 @@ def flwr(home: Path | None, *arguments: str) -> subprocess.CompletedProcess[str]
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=COMMAND_S, check=False)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"flwr {arguments[0]} did not answer within {COMMAND_S:g} s")
+
+
+def silence(home: Path | None, superlink: str) -> str:
+    """Why nobody answers at the address that Flower's configuration has for ``superlink``; empty: somebody does.
+
+    Flower's own commands try for a minute. What they would say of a wrong configuration is left to them.
+    """
+    path = (home or Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr"))) / "config.toml"
+    try:
+        host, text = tomllib.loads(path.read_text())["superlink"][superlink]["address"].rsplit(":", 1)
+        port = int(text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    try:
+        socket.create_connection((host.strip("[]"), port), ANSWER_S).close()
+    except OSError as error:
+        return f"nobody answers at {host}:{port} ({error})"
+    return ""
 
 
 def free_ports(count: int) -> list[int]:
