@@ -28,6 +28,7 @@ import transformers as tf
 from _measure import Row, machine, peak_rss_bytes, seconds, table, write
 from torch import Tensor, nn
 
+from fluxlib import models
 from fluxlib.models import DeepseekMoeConfig, LlamaMoeConfig
 from fluxlib.moe import find, mask
 from fluxlib.moe.compact import CompactExperts, LayerPlan
@@ -41,7 +42,7 @@ METHODS = ("flux", "fmd", "fmq", "fmes", "full")
 def configs(quick: bool) -> dict[str, Any]:
     """The two models of the paper, or the same in tiny."""
     if not quick:
-        return {"llama-moe-3.5b": LlamaMoeConfig(), "deepseek-moe-16b": DeepseekMoeConfig()}
+        return {name: models.config(name) for name in ("llama-moe-3.5b", "deepseek-moe-16b")}
     tiny = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
     routed = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     return {

@@ -39,7 +39,7 @@ def save_tuned(result: federation.RunResult, config: RunConfig, path: Path | str
         ConfigError: the folder holds a model already, or cannot be written.
     """
     path = Path(path)
-    _, tokenizer = models.load(config.model)
+    tokenizer = models.load_tokenizer(models.resolve(config.model))
     try:
         models.export(result.model, path, tokenizer)
     except (ValueError, OSError) as error:

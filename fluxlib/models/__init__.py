@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fluxlib.models.checkpoints import write_checksums
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from fluxlib.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM
-from fluxlib.models.loading import config, known, load, resolve, torch_device
+from fluxlib.models.loading import config, known, load, load_tokenizer, resolve, torch_device
 from fluxlib.models.saving import export, load_compact, save_compact
 
 for made in (LlamaMoeForCausalLM, DeepseekMoeForCausalLM):
@@ -25,6 +25,7 @@ __all__ = [
     "known",
     "load",
     "load_compact",
+    "load_tokenizer",
     "resolve",
     "save_compact",
     "torch_device",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fluxlib.config import brief, checked, reading
 
 GATE_UP = "mlp.experts.gate_up_proj"
 DOWN = "mlp.experts.down_proj"
-# Present in older LLaMA-MoE checkpoints: recomputed from the config.
+# Present in older LLaMA-MoE checkpoints: recomputed from the config, and compared with it.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 # Of the noisy training: nothing is computed with it, so a checkpoint may come without it.
 OPTIONAL = re.compile(r"mlp\.gate\.weight_noise\.weight$")
@@ -38,6 +38,11 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 CHECKSUMS = "checksums.json"
+# The cache of the hub names a large file by its SHA-256.
+SHA256 = re.compile(r"[0-9a-f]{64}")
+# A float of fewer bits: without its scale it is another number.
+NARROW = re.compile(r"(F|torch\.float)[468](_|$)")
+FLOATS = ("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 
 
 FORMATS = {
@@ -55,11 +60,6 @@ class StoredTensor:
     file: str
     dtype: str = "F32"
     """As safetensors names it, or as torch does."""
-
-    @property
-    def is_floating(self) -> bool:
-        """Whether it holds floating-point numbers."""
-        return self.dtype.startswith(("F", "BF", "torch.float", "torch.bfloat"))
 
 
 def original_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -156,17 +156,32 @@ def _read_bin(file: Path, device: str) -> dict[str, torch.Tensor]:
     return read
 
 
+def _read(folder: Path, keys: Set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those tensors of ``folder`` that ``keys`` names, one at a time."""
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                for key in set(opened.keys()) & keys:
+                    yield key, opened.get_tensor(key)
+        else:
+            tensors = _read_bin(file, "cpu")
+            for key in tensors.keys() & keys:
+                yield key, tensors.pop(key)
+
+
 def check(folder: Path, config: Any) -> None:
     """Compare a folder in a public format with what ``config`` asks for, before any weight is read.
 
     Raises:
         OSError: missing or unreadable files, by name.
-        ValueError: missing, extra, misshapen and doubled keys and weights of whole numbers, by name.
+        ValueError: missing, extra, misshapen and doubled keys, weights that are no floating-point numbers of 16 bit or
+            more, and frequencies of RoPE that are not those of the config, by name.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     expected = {key: tuple(tensor.shape) for key, tensor in original_tensors(model)}
-    stored = {key: found for key, found in stored_tensors(folder).items() if not IGNORED.search(key)}
+    found = stored_tensors(folder)
+    stored = {key: tensor for key, tensor in found.items() if not IGNORED.search(key)}
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
     missing = [key for key in expected if key not in stored]
@@ -177,9 +192,22 @@ def check(folder: Path, config: Any) -> None:
         if key in stored and stored[key].shape != shape
     ]
     held = [(key, stored[key]) for key in expected if key in stored]
-    whole = [f"{key} is {tensor.dtype} in {tensor.file}" for key, tensor in held if not tensor.is_floating]
+    other = [f"{key} is {tensor.dtype} in {tensor.file}" for key, tensor in held if tensor.dtype not in FLOATS]
     problems = {"missing keys": missing, "extra keys": extra, "misshapen": misshapen}
-    refuse(folder, problems | {"no floating-point numbers": whole})
+    problems["no floating-point numbers of 16 bit or more"] = other
+    problems["not the frequencies of rope_theta"] = _other_frequencies(folder, found.keys() - stored.keys(), config)
+    refuse(folder, problems)
+
+
+def _other_frequencies(folder: Path, keys: Set[str], config: Any) -> list[str]:
+    """Stored frequencies that are not the config's, beyond 16-bit rounding; the original computes with them beyond the
+    window, dynamic RoPE excepted."""
+    rope, keys = config.rope_parameters, {key for key in keys if IGNORED.search(key)}
+    if rope["rope_type"] == "dynamic" or not keys:
+        return []
+    own = 1 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
+    same = {k for k, v in _read(folder, keys) if v.shape == own.shape and torch.allclose(v.float(), own, 1e-2, 1e-6)}
+    return sorted(keys - same)
 
 
 @torch.no_grad()
@@ -192,15 +220,18 @@ def fill(model: Any, folder: Path) -> None:
     targets = dict(original_tensors(model))
     for key in [key for key in targets if OPTIONAL.search(key)]:
         targets[key].zero_()
-    for file in weight_files(folder):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                for key in set(opened.keys()) & targets.keys():
-                    targets[key].copy_(opened.get_tensor(key))
-        else:
-            tensors = _read_bin(file, "cpu")
-            for key in tensors.keys() & targets.keys():
-                targets[key].copy_(tensors.pop(key))
+    for key, tensor in _read(folder, targets.keys()):
+        targets[key].copy_(tensor)
+
+
+def check_finite(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse NaN and infinity in what was loaded from ``folder``.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    floats = ((key, t) for key, t in tensors if t.is_floating_point() and t.numel() and not t.is_meta)
+    refuse(folder, {"NaN or infinite": [key for key, t in floats if not all(end.isfinite() for end in t.aminmax())]})
 
 
 def refuse(folder: Path, problems: dict[str, list[str]]) -> None:
@@ -223,19 +254,20 @@ def write_checksums(folder: Path) -> Path:
 
 
 def verify_checksums(folder: Path) -> None:
-    """Compare the weight files with ``checksums.json`` where the folder has one.
+    """Compare the weight files with ``checksums.json``, or with the hub's sums, where there are such.
 
     Raises:
         OSError: a file whose contents changed since the sums were written, by name.
     """
     path = folder / CHECKSUMS
-    if not path.is_file():
-        return
-    for name, expected in read_json(path).items():
+    blobs = {file.name: file.resolve().name for file in weight_files(folder)}
+    sums = {name: blob for name, blob in blobs.items() if SHA256.fullmatch(blob)}
+    for name, expected in (sums | (read_json(path) if path.is_file() else {})).items():
         if not (folder / name).is_file():
             raise OSError(f"{folder} lacks {name}, which its {CHECKSUMS} lists")
         if _sha256(folder / name) != expected:
-            raise OSError(f"{folder / name} is corrupted: its SHA-256 is not the one in {CHECKSUMS}")
+            where = "the hub's" if name in sums else f"the one in {CHECKSUMS}"
+            raise OSError(f"{folder / name} is corrupted: its SHA-256 is not {where}")
 
 
 def _sha256(path: Path) -> str:

@@ -6,6 +6,8 @@ experts are its ``MixtralExperts``: two fused stacks, ``gate_up_proj`` [E, 2I, H
 
 Deviation: the balance losses of the original trainings are not added to the loss (they play no part in fine-tuning
 experts under a frozen router).
+Deviation: frequencies of dynamic RoPE follow from the batch alone. In the original code they also depend on the longest
+sequence seen before, and on padding on the left.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -38,6 +41,35 @@ def of_width(make: Callable[[Any], Any], config: Any, width: int) -> Any:
     module = make(narrowed)
     module.config = config
     return module
+
+
+class OriginalRope:
+    """Of a configuration: ``config.json`` also names RoPE's parameters as the models' own code reads them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields."""
+        fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return fields | original_rope(fields["rope_parameters"])
+
+
+def original_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_theta`` and ``rope_scaling``, as transformers before 5 writes them, from ``rope_parameters``."""
+    rest = {name: value for name, value in parameters.items() if name not in ("rope_type", "type", "rope_theta")}
+    if rest.get("factor") is not None:
+        rest["factor"] = float(rest["factor"])  # a whole number was refused
+    kind = parameters.get("rope_type", "default")
+    scaling = None if kind == "default" else {"type": kind, **rest}
+    return {"rope_theta": parameters["rope_theta"], "rope_scaling": scaling}
+
+
+class RotaryEmbedding(LlamaRotaryEmbedding):
+    """LLaMA's, without a memory of longer sequences."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [B, T, head_dim]."""
+        self.max_seq_len_cached = 0
+        cosine, sine = super().forward(x, position_ids)
+        return cosine, sine
 
 
 class MoeDecoderLayer(LlamaDecoderLayer):
@@ -92,7 +124,7 @@ class MoeModel(MoePreTrainedModel, LlamaModel):
             [MoeDecoderLayer(config, i, build_block(config, i)) for i in range(config.num_hidden_layers)]
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -111,23 +143,21 @@ class MoeForCausalLM(MoePreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
 
-def check_fields(kind: str, config: Any, whole: tuple[str, ...], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+def check_fields(kind: str, config: Any, counts: tuple[str, str], allowed: Mapping[str, tuple[Any, ...]]) -> None:
     """Refuse fields of a configuration that the model of this ``kind`` does not compute with.
 
     Args:
-        whole: fields that must be whole numbers, the number of experts per token and that of all experts first.
+        counts: fields with the number of experts per token and that of all experts.
         allowed: the values of other fields.
 
     Raises:
         ValueError: naming the field, what is allowed and what came.
     """
-    for name in whole:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{kind}: {name} must be a whole number, got {value!r}")
-    for name, values in {"hidden_act": tuple(sorted(ACT2FN)), **allowed}.items():
-        if (value := getattr(config, name)) not in values:
+    known = {"hidden_act": tuple(sorted(ACT2FN)), "rope_type": ("default", *sorted(ROPE_INIT_FUNCTIONS))}
+    for name, values in {**known, **allowed}.items():
+        value = config.rope_parameters["rope_type"] if name == "rope_type" else getattr(config, name)
+        if value not in values:
             raise ValueError(f"{kind}: {name} must be one of {', '.join(map(str, values))}, got {value!r}")
-    top_k, total = (getattr(config, name) for name in whole[:2])
+    top_k, total = (getattr(config, name) for name in counts)
     if not 1 <= top_k <= total:
-        raise ValueError(f"{kind}: {whole[0]} must lie in 1..{whole[1]}={total}, got {top_k}")
+        raise ValueError(f"{kind}: {counts[0]} must lie in 1..{counts[1]}={total}, got {top_k}")

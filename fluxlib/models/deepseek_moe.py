@@ -1,7 +1,6 @@
 """DeepSeek-MoE for transformers v5: dense first layers, then shared experts plus many small routed ones."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: @strict checks the types of fields only where they are no strings.
 from typing import Any, ClassVar
 
 import torch
@@ -12,14 +11,14 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from fluxlib.models.decoder import MoeForCausalLM, check_fields, of_width
+from fluxlib.models.decoder import MoeForCausalLM, OriginalRope, check_fields, of_width
 
 # Another value changes the mathematics of the block, so it is refused.
-SUPPORTED = {"scoring_func": ("softmax",), "attention_bias": (False,), "mlp_bias": (False,)}
+SUPPORTED = {"scoring_func": ("softmax",), "mlp_bias": (False,)}
 
 
 @strict
-class DeepseekMoeConfig(LlamaConfig):
+class DeepseekMoeConfig(OriginalRope, LlamaConfig):
     """LLaMA whose MLP is, from layer ``first_k_dense_replace`` on, shared experts plus routed ones.
 
     Attributes:
@@ -50,7 +49,6 @@ class DeepseekMoeConfig(LlamaConfig):
     intermediate_size: int = 10944
     num_hidden_layers: int = 28
     num_attention_heads: int = 16
-    max_position_embeddings: int = 4096
     bos_token_id: int | None = 100000
     eos_token_id: int | list[int] | None = 100001
     moe_intermediate_size: int = 1408
@@ -62,13 +60,12 @@ class DeepseekMoeConfig(LlamaConfig):
     norm_topk_prob: bool = False
     scoring_func: str = "softmax"
     routed_scaling_factor: float | int = 1.0
-    aux_loss_alpha: float = 0.001
+    aux_loss_alpha: float | int = 0.001
     seq_aux: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        whole = ("num_experts_per_tok", "n_routed_experts", "moe_layer_freq")
-        check_fields("DeepSeek-MoE", self, whole, SUPPORTED)
+        check_fields("DeepSeek-MoE", self, ("num_experts_per_tok", "n_routed_experts"), SUPPORTED)
         if self.moe_layer_freq < 1:
             raise ValueError(f"DeepSeek-MoE: moe_layer_freq must be at least 1, got {self.moe_layer_freq}")
 
@@ -95,8 +92,8 @@ class DeepseekMoeGate(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route ``hidden_states`` [N, H]."""
         logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
-        probabilities = nn.functional.softmax(logits, dim=-1, dtype=torch.float32)
-        weights, top_k_index = torch.topk(probabilities, self.top_k, dim=-1)
+        # In the logits' type, as the original: among probabilities that are equal in 16 bit topk decides.
+        weights, top_k_index = torch.topk(logits.softmax(dim=-1), self.top_k, dim=-1)
         if self.norm_topk_prob and self.top_k > 1:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, (weights * self.scale).to(logits.dtype), top_k_index

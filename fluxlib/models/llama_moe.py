@@ -5,8 +5,7 @@ Deviation: there is no noise here, in training or evaluation: the router is froz
 as the server does.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: @strict checks the types of fields only where they are no strings.
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from transformers import initialization as init
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from fluxlib.models.decoder import MoeForCausalLM, check_fields, of_width
+from fluxlib.models.decoder import MoeForCausalLM, OriginalRope, check_fields, of_width
 
 # What the released checkpoints hold. Another value changes the mathematics of the block, so it is refused.
 SUPPORTED = {
@@ -26,13 +25,12 @@ SUPPORTED = {
     "calculator_type": ("UniversalCalculator",),
     "multiply_gate_scores": (True,),
     "add_weight_norm": (False,),
-    "attention_bias": (False,),
     "mlp_bias": (False,),
 }
 
 
 @strict
-class LlamaMoeConfig(LlamaConfig):
+class LlamaMoeConfig(OriginalRope, LlamaConfig):
     """LLaMA whose MLP is cut into ``num_experts`` experts, ``num_selects`` of them computed per token.
 
     Attributes:
@@ -45,7 +43,8 @@ class LlamaMoeConfig(LlamaConfig):
             used.
         score_scale_factor: the experts' output is multiplied by it; a number, or a list with one per layer.
 
-    The balance loss, noise and capacity fields are kept as they came and play no part here.
+    The balance loss, noise and capacity fields are kept as they came and play no part here. A field that is left out
+    has the original's default, which need not be what the released models use.
 
     Raises:
         ValueError: for a field whose value this implementation does not compute, by name.
@@ -59,8 +58,6 @@ class LlamaMoeConfig(LlamaConfig):
     base_model_tp_plan = None
     base_model_pp_plan = None
 
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
     pad_token_id: int | None = 0
     num_experts: int = 16
     num_selects: int = 4
@@ -69,12 +66,12 @@ class LlamaMoeConfig(LlamaConfig):
     gate_network: str = "mlp"
     gate_use_softmax: bool = True
     gate_use_balance: bool = True
-    gate_balance_loss_weight: float = 1e-2
+    gate_balance_loss_weight: float | int = 1e-2
     gate_add_noise: bool = True
-    gate_noise_epsilon: float = 1e-2
+    gate_noise_epsilon: float | int = 1e-2
     calculator_type: str = "UniversalCalculator"
     multiply_gate_scores: bool = True
-    score_scale_factor: float | int | list = 4.0
+    score_scale_factor: float | int | list = 1.0
     add_weight_norm: bool = False
     drop_tokens: bool = True
     dropped_padding: str = "zero"
@@ -82,8 +79,7 @@ class LlamaMoeConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        whole = ("num_selects", "num_experts", "intermediate_size", "num_hidden_layers")
-        check_fields("LLaMA-MoE", self, whole, SUPPORTED)
+        check_fields("LLaMA-MoE", self, ("num_selects", "num_experts"), SUPPORTED)
         if self.intermediate_size % self.num_experts:
             raise ValueError(
                 f"LLaMA-MoE: intermediate_size {self.intermediate_size} is not divisible by"

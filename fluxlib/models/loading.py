@@ -7,6 +7,8 @@ needs), :func:`resolve` the folder, :func:`torch_device` where to compute.
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import logging
 import re
 import socket
 import urllib.parse
@@ -24,18 +26,21 @@ from fluxlib.config import data_dir, reading
 from fluxlib.models import checkpoints
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig
 from fluxlib.models.llama_moe import LlamaMoeConfig
+from fluxlib.moe.product import takes_grouped
 
 MINI = ("mini-llama-moe", "mini-deepseek-moe")
+_LLAMA = partial(LlamaMoeConfig, max_position_embeddings=4096, rms_norm_eps=1e-5)
+_DEEPSEEK = partial(DeepseekMoeConfig, max_position_embeddings=4096)
 # Short name -> (hub id, configuration). They are those of the hub, so that planning needs no network.
 PUBLIC: dict[str, tuple[str, Any]] = {
-    "llama-moe-3.0b": (
-        "llama-moe/LLaMA-MoE-v1-3_0B-2_16",
-        partial(LlamaMoeConfig, num_selects=2, score_scale_factor=8.0),
+    "llama-moe-3.0b": ("llama-moe/LLaMA-MoE-v1-3_0B-2_16", partial(_LLAMA, num_selects=2, score_scale_factor=8.0)),
+    "llama-moe-3.5b": ("llama-moe/LLaMA-MoE-v1-3_5B-4_16", partial(_LLAMA, score_scale_factor=4.0)),
+    "llama-moe-3.5b-2-8": (
+        "llama-moe/LLaMA-MoE-v1-3_5B-2_8",
+        partial(_LLAMA, num_experts=8, num_selects=2, score_scale_factor=4.0),
     ),
-    "llama-moe-3.5b": ("llama-moe/LLaMA-MoE-v1-3_5B-4_16", LlamaMoeConfig),
-    "llama-moe-3.5b-2-8": ("llama-moe/LLaMA-MoE-v1-3_5B-2_8", partial(LlamaMoeConfig, num_experts=8, num_selects=2)),
-    "deepseek-moe-16b": ("deepseek-ai/deepseek-moe-16b-base", DeepseekMoeConfig),
-    "deepseek-moe-16b-chat": ("deepseek-ai/deepseek-moe-16b-chat", DeepseekMoeConfig),
+    "deepseek-moe-16b": ("deepseek-ai/deepseek-moe-16b-base", _DEEPSEEK),
+    "deepseek-moe-16b-chat": ("deepseek-ai/deepseek-moe-16b-chat", _DEEPSEEK),
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -81,10 +86,11 @@ def load(
 ) -> tuple[Any, Any]:
     """Return ``(model, tokenizer)``; the model in evaluation mode, all its parameters of type ``dtype``.
 
-    A checkpoint in one of the public formats is compared with its configuration before a weight is read, then
-    copied into the fused experts tensor by tensor, so that host memory stays near the size of the model in
-    ``dtype`` (and near nothing where ``device`` is a GPU). No code from the hub is run and no file is unpickled
-    into anything but tensors.
+    The tokenizer comes first. A checkpoint in one of the public formats is then compared with its configuration
+    before a weight is read, and copied into the fused experts tensor by tensor, so that host memory stays near the
+    size of the model in ``dtype`` (and near nothing where ``device`` is a GPU). No code from the hub is run and no
+    file is unpickled into anything but tensors. Where transformers' grouped products do not take ``dtype`` or the
+    widths of the experts, it computes expert by expert (``eager``), with a warning.
 
     Args:
         name_or_path: a name of :func:`known`, a folder, or a hub id of any causal model of transformers.
@@ -92,15 +98,21 @@ def load(
         device: where the model is built.
 
     Raises:
-        OSError: missing or unreadable files, missing shards, by name.
-        ValueError: missing, extra or misshapen keys, by name.
+        OSError: missing, unreadable or corrupted files, missing shards, by name.
+        ValueError: missing, extra or misshapen keys, values that are not finite, by name.
     """
     folder = resolve(name_or_path)
     settings = _read_config(folder)
+    tokenizer = load_tokenizer(folder)
     checkpoints.verify_checksums(folder)
     if settings.model_type in checkpoints.FORMATS:
         model = _load_public_format(folder, settings, dtype, device)
+        checkpoints.check_finite(folder, checkpoints.original_tensors(model))
     else:
+        if not hasattr(settings, "quantization_config"):
+            stored = checkpoints.stored_tensors(folder).items()
+            narrow = [f"{key} is {tensor.dtype}" for key, tensor in stored if checkpoints.NARROW.match(tensor.dtype)]
+            checkpoints.refuse(folder, {"fewer than 16 bit": narrow})
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=settings, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
@@ -108,8 +120,22 @@ def load(
         lists = {"missing keys": "missing_keys", "extra keys": "unexpected_keys", "misshapen": "mismatched_keys"}
         lists |= {"errors": "error_msgs"}
         checkpoints.refuse(folder, {kind: sorted(map(str, info.get(name, ()))) for kind, name in lists.items()})
+        checkpoints.check_finite(folder, model.state_dict().items())
         model.to(device)
-    return model.eval(), _load_tokenizer(folder)
+    _choose_products(model)
+    return model.eval(), tokenizer
+
+
+def _choose_products(model: Any) -> None:
+    """Let transformers compute expert by expert where its grouped products would raise."""
+    if getattr(model.config, "_experts_implementation", None) != "grouped_mm":
+        return
+    stacks = (stack for name, stack in model.named_parameters() if name.endswith("experts.down_proj"))
+    odd = next((stack for stack in stacks if not takes_grouped(stack.dtype, stack.shape[1:])), None)
+    if odd is not None:
+        what = f"{odd.dtype} and {' x '.join(map(str, odd.shape[1:]))}"
+        logging.getLogger(__name__).warning("no grouped products of experts in %s: one by one, which is slower", what)
+        model.set_experts_implementation("eager")
 
 
 def _load_public_format(folder: Path, settings: Any, dtype: torch.dtype, device: str | torch.device) -> Any:
@@ -189,7 +215,18 @@ def _read_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model's folder; it pads on the right.
+
+    Raises:
+        OSError: no tokenizer, or one that cannot be read here.
+    """
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+        if importlib.util.find_spec("sentencepiece") is None:
+            raise OSError(
+                f"{folder} has tokenizer.model and no tokenizer.json: reading it takes the package sentencepiece, which"
+                " is not installed (pip install sentencepiece==0.2.1); or add the tokenizer.json of the same model"
+            )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # its files are read by several libraries

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 
 from fluxlib.models import checkpoints
+from fluxlib.models.decoder import original_rope
 from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.replace import replace
@@ -58,26 +59,43 @@ def export(
     if model.config.model_type in checkpoints.FORMATS:
         _write_shards(model, path, dtype, max_shard_bytes)
         fields = original_config(model.config, dtype or model.dtype)
-        (path / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        _write_json(path / "config.json", fields)
         model.generation_config.save_pretrained(path)
     else:
         state = model.state_dict()
         cast = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
         model.save_pretrained(path, state_dict=cast, max_shard_size=max_shard_bytes)
+        fields = json.loads((path / "config.json").read_text())
+        rope = fields.get("rope_parameters") or {}
+        # Before version 5 transformers knew no rope_parameters, and took a default without a word.
+        fields |= original_rope(rope) if "rope_theta" in rope else {}
+        _write_json(path / "config.json", fields)
     if tokenizer is not None:
-        tokenizer.save_pretrained(path)
+        _save_tokenizer(tokenizer, path)
     return path
+
+
+def _save_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Write a tokenizer in the words of transformers before 5 as well, where those are others."""
+    tokenizer.save_pretrained(path)
+    file = path / "tokenizer_config.json"
+    fields = json.loads(file.read_text())
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    _write_json(file, fields)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def original_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Return ``config.json``'s fields as the models' own code of transformers 4.3x reads them."""
     fields = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
-    for name in ("dtype", "transformers_version", "head_dim", "mlp_bias"):
+    for name in ("dtype", "transformers_version", "head_dim", "mlp_bias", "rope_parameters"):
         fields.pop(name, None)
-    rope = dict(fields.pop("rope_parameters", None) or {})
-    fields["rope_theta"] = rope.get("rope_theta", 10000.0)
-    scaled = rope.get("rope_type", "default") != "default"
-    fields["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]} if scaled else None
     fields["torch_dtype"] = str(dtype).removeprefix("torch.")
     fields["architectures"] = [ORIGINAL_ARCHITECTURE[config.model_type]]
     return fields
@@ -155,7 +173,7 @@ def save_compact(model: Any, path: str | Path, tokenizer: Any = None, dtype: tor
     (path / PLAN).write_text(json.dumps({"format": FORMAT, "layers": plans}) + "\n")
     model.config.save_pretrained(path)
     if tokenizer is not None:
-        tokenizer.save_pretrained(path)
+        _save_tokenizer(tokenizer, path)
     return path
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from .adapter import add_product
 from .expert import Activation, Matrices, to_matrices
 from .find import Layout, ReplacedExperts
-from .product import SMALLEST, is_wide, matmul, own_types, pad_pairs, wide_dtype
+from .product import SMALLEST, is_wide, matmul, own_types, pad_pairs, takes_grouped, wide_dtype
 
 ALL = -1
 """In the place of a slot's number: all slots, as stacks."""
@@ -174,7 +174,7 @@ class StackedSlots(Slots):
         num_pairs, sizes = sum(counts), [size for stack in every for size in stack.shape[1:]]
         if self.method == "slots" or not num_pairs or self.layout.has_bias:
             return False
-        possible = hidden.dtype != torch.float64 and all(size * hidden.element_size() % 16 == 0 for size in sizes)
+        possible = takes_grouped(hidden.dtype, sizes)
         if self.method == "grouped" and not possible:
             raise ValueError(f"method: 'grouped' takes no float64 and rows of 16 n bytes, got {hidden.dtype} {sizes}")
         if self.method == "grouped" or not possible:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,11 @@ def _processor() -> str:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
+
+
+def takes_grouped(dtype: torch.dtype, sizes: Iterable[int]) -> bool:
+    """Whether PyTorch's grouped products take matrices of that type, with rows of these sizes: of whole 16 bytes."""
+    return dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in sizes)
 
 
 def pad_pairs(hidden: Tensor, token: Tensor, weight: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:

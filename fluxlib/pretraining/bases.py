@@ -53,6 +53,7 @@ def build_model(name: str, vocab_size: int) -> nn.Module:
                 gate_network="mlp",
                 gate_add_noise=False,
                 score_scale_factor=4.0,
+                rms_norm_eps=1e-5,
             )
         )
     if name == "mini-deepseek-moe":

@@ -104,6 +104,8 @@ def public_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
         prefix = f"model.layers.{layer}."
         for projection in "qkvo":
             add(f"{prefix}self_attn.{projection}_proj.weight", HIDDEN, HIDDEN)
+            if config.get("attention_bias"):
+                add(f"{prefix}self_attn.{projection}_proj.bias", HIDDEN)
         add(f"{prefix}input_layernorm.weight", HIDDEN)
         add(f"{prefix}post_attention_layernorm.weight", HIDDEN)
         if config["model_type"] == "llama_moe":
@@ -213,8 +215,9 @@ class PlainBlock(nn.Module):
 
 def plain_model(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LlamaForCausalLM:
     """transformers' LLaMA in float64 with :class:`PlainBlock` in the place of its MLPs."""
-    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
-    model = LlamaForCausalLM(LlamaConfig(**{name: config[name] for name in shared}, intermediate_size=8)).double()
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "attention_bias")
+    fields = {name: config[name] for name in shared if name in config}
+    model = LlamaForCausalLM(LlamaConfig(**fields, intermediate_size=8)).double()
     state = {key: tensor.double() for key, tensor in tensors.items() if ".mlp." not in key}
     assert not model.load_state_dict(state, strict=False).unexpected_keys
     for layer, decoder in enumerate(model.model.layers):

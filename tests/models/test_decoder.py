@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fluxlib.models import DeepseekMoeConfig, LlamaMoeConfig
+from fluxlib.models.deepseek_moe import DeepseekMoeGate
 
 SIZES = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "eos_token_id": None}
 CASES = {
@@ -132,18 +134,68 @@ def test_transformers_knows_both_by_their_type():
         (LlamaMoeConfig, {"gate_use_softmax": False}, "gate_use_softmax must be one of"),
         (LlamaMoeConfig, {"num_selects": 17}, r"num_selects must lie in 1\.\.num_experts=16, got 17"),
         (LlamaMoeConfig, {"num_experts": 7}, "intermediate_size 11008 is not divisible by num_experts 7"),
-        (LlamaMoeConfig, {"num_experts": "6"}, "num_experts must be a whole number, got '6'"),
-        (DeepseekMoeConfig, {"n_routed_experts": "64"}, "n_routed_experts must be a whole number, got '64'"),
+        (
+            LlamaMoeConfig,
+            {"rope_scaling": {"type": "ntk", "factor": 2.0}},
+            "rope_type must be one of default,.*got 'ntk'",
+        ),
         (LlamaMoeConfig, {"hidden_act": "nope"}, "hidden_act must be one of .*silu.*, got 'nope'"),
         (DeepseekMoeConfig, {"hidden_act": "nope"}, "hidden_act must be one of .*silu.*, got 'nope'"),
         (LlamaMoeConfig, {"size_experts": [[600, 776] + [688] * 14] * 32}, "unequal experts"),
         (LlamaMoeConfig, {"score_scale_factor": [1.0]}, "score_scale_factor lists 1 factors for 32 layers"),
         (DeepseekMoeConfig, {"scoring_func": "sigmoid"}, "scoring_func must be one of softmax"),
         (DeepseekMoeConfig, {"num_experts_per_tok": 65}, r"num_experts_per_tok must lie in 1\.\.n_routed"),
-        (DeepseekMoeConfig, {"attention_bias": True}, "attention_bias must be one of False"),
         (DeepseekMoeConfig, {"moe_layer_freq": 0}, "moe_layer_freq must be at least 1"),
     ],
 )
 def test_refuses_other_mathematics_by_name(config_class, fields, message):
     with pytest.raises(ValueError, match=message):
         config_class(**fields)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "name", "value"),
+    [
+        (LlamaMoeConfig, "num_experts", "6"),
+        (LlamaMoeConfig, "score_scale_factor", "4.0"),
+        (LlamaMoeConfig, "gate_add_noise", "no"),
+        (DeepseekMoeConfig, "n_routed_experts", "64"),
+        (DeepseekMoeConfig, "norm_topk_prob", "no"),
+        (DeepseekMoeConfig, "moe_layer_freq", 1.0),
+    ],
+)
+def test_refuses_values_of_another_type_by_name(config_class, name, value):
+    with pytest.raises(StrictDataclassError, match=f"field '{name}'"):
+        config_class(**{name: value})
+
+
+def test_what_a_configuration_leaves_out_is_what_the_original_takes():
+    config = LlamaMoeConfig()
+    assert (config.max_position_embeddings, config.rms_norm_eps, config.score_scale_factor) == (2048, 1e-6, 1.0)
+    assert DeepseekMoeConfig().max_position_embeddings == 2048
+
+
+def test_in_16_bit_the_gate_chooses_among_rounded_probabilities():
+    config = DeepseekMoeConfig(hidden_size=16, n_routed_experts=16, num_experts_per_tok=2, num_attention_heads=2)
+    gate = DeepseekMoeGate(config).bfloat16()
+    gate.weight.data = torch.eye(16, dtype=torch.bfloat16)  # the logits are the hidden state
+    hidden = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)).bfloat16() / 4
+    _, weights, index = gate(hidden)
+    rounded = hidden.float().softmax(-1).bfloat16()
+    expected = rounded.topk(2, dim=-1)
+    assert torch.equal(index, expected.indices) and torch.equal(weights, expected.values)
+    assert not torch.equal(index, hidden.float().softmax(-1).topk(2, dim=-1).indices), "no two of them are equal"
+
+
+def test_dynamic_rope_follows_from_the_batch_alone():
+    config = LlamaMoeConfig(
+        **SIZES, intermediate_size=64, num_experts=8, max_position_embeddings=8,
+        rope_scaling={"type": "dynamic", "factor": 2.0},
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    lengths = (5, 12, 20)
+    with torch.no_grad():
+        before = [model(torch.arange(length)[None]).logits for length in lengths]
+        after = [model(torch.arange(length)[None]).logits for length in reversed(lengths)]
+    for one, other in zip(before, reversed(after), strict=True):
+        assert torch.equal(one, other)

@@ -1,5 +1,6 @@
 """Public checkpoints: load, compute as the plain model does, tune, export, and refuse what is not whole."""
 
+import hashlib
 import json
 import re
 
@@ -28,7 +29,6 @@ def test_loads_the_public_format_and_computes_as_the_plain_model(
     model, tokenizer = models.load(folder, dtype=torch.float64)
     assert not model.training and model.dtype == torch.float64
     assert tokenizer.padding_side == "right" and tokenizer.pad_token_id == tokenizer.eos_token_id
-    model.set_experts_implementation("eager")  # grouped_mm has no float64
     with torch.no_grad():
         expected = plain(public_config, tensors)(input_ids).logits
         torch.testing.assert_close(model(input_ids).logits, expected, rtol=1e-5, atol=1e-5)
@@ -41,13 +41,14 @@ def test_loads_the_public_format_and_computes_as_the_plain_model(
         ("llama_moe", {"size_experts": None}),
         ("deepseek", {"norm_topk_prob": True}),
         ("deepseek", {"first_k_dense_replace": 2}),
+        ("llama_moe", {"attention_bias": True}),
+        ("deepseek", {"attention_bias": True}),
     ],
 )
 def test_variants_of_the_configuration(tmp_path, tensors_of, write, plain, input_ids, configs, kind, change):
     config = configs[kind] | change
     tensors = tensors_of(config)
     model, _ = models.load(write(tmp_path / "public", config, tensors), dtype=torch.float64)
-    model.set_experts_implementation("eager")
     with torch.no_grad():
         expected = plain(config, tensors)(input_ids).logits
         torch.testing.assert_close(model(input_ids).logits, expected, rtol=1e-5, atol=1e-5)
@@ -91,9 +92,136 @@ def test_exported_config_is_what_the_models_own_code_reads(tmp_path, public_conf
     assert fields["rope_theta"] == 10000
 
 
+ROPES = [
+    {"type": "linear", "factor": 2},
+    {"type": "dynamic", "factor": 2.0},
+    {"type": "yarn", "factor": 4.0, "beta_fast": 16.0, "original_max_position_embeddings": 16},
+    {
+        "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=[rope["type"] for rope in ROPES])
+def test_every_kind_of_rope_comes_back_from_an_export(tmp_path, public_config, tensors_of, write, input_ids, rope):
+    config = public_config | {"rope_scaling": rope, "rope_theta": 500.0}
+    model, tokenizer = models.load(write(tmp_path / "public", config, tensors_of(config)))
+    out = models.export(model, tmp_path / "out", tokenizer)
+    fields = json.loads((out / "config.json").read_text())
+    assert fields["rope_theta"] == 500.0 and fields["rope_scaling"] == rope
+    assert type(fields["rope_scaling"]["factor"]) is float, "the original refuses a whole number"
+    again, _ = models.load(out)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids).logits, model(input_ids).logits)
+    model.config.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (saved["rope_theta"], saved["rope_scaling"]) == (500.0, rope)
+    assert type(model.config).from_pretrained(tmp_path / "saved").rope_parameters == again.config.rope_parameters
+
+
+def test_an_exported_tokenizer_names_a_class_that_older_transformers_know(tmp_path, public_config, tensors_of, write):
+    model, tokenizer = models.load(write(tmp_path / "public", public_config, tensors_of(public_config)))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w7"]})
+    out = models.export(model, tmp_path / "out", tokenizer)
+    fields = json.loads((out / "tokenizer_config.json").read_text())
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert fields["additional_special_tokens"] == ["w7"] and "extra_special_tokens" not in fields
+    again = models.load_tokenizer(out)
+    assert again("w7").input_ids == tokenizer("w7").input_ids == [7]
+    assert "w7" in again.all_special_tokens
+
+
+def test_the_tokenizer_is_checked_before_weights(tmp_path, monkeypatch, public_config, tensors_of, write):
+    folder = write(tmp_path / "public", public_config, tensors_of(public_config), num_shards=1)
+    (folder / "model.safetensors").write_bytes(b"not read")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(OSError, match="has no tokenizer that can be read"):
+        models.load(folder)
+    (folder / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OSError, match=r"takes the package sentencepiece, which is not installed"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize(("kind", "field"), [("deepseek", "norm_topk_prob"), ("llama_moe", "gate_add_noise")])
+def test_a_field_of_another_type_is_named(tmp_path, configs, tensors_of, write, kind, field):
+    folder = write(tmp_path / "public", configs[kind] | {field: "no"}, tensors_of(configs[kind]))
+    for ask_for in (models.config, models.load):
+        with pytest.raises(ValueError, match=rf"config\.json cannot be used: .*field '{field}'"):
+            ask_for(folder)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"type": "ntk", "factor": 2.0}, "rope_type must be one of .*'ntk'"),
+        ({"type": "linear"}, "linear.*factor"),
+        ("linear", r"config\.json cannot be used"),
+    ],
+)
+def test_a_rope_that_is_none_is_named(tmp_path, public_config, tensors_of, write, rope, message):
+    with pytest.raises(ValueError, match=message):
+        models.load(write(tmp_path / "public", public_config | {"rope_scaling": rope}, tensors_of(public_config)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_names_weights_that_are_no_numbers(tmp_path, public_config, tensors_of, write, kind, value):
+    tensors = tensors_of(public_config)
+    tensors[victim(public_config)][2, 3] = value
+    with pytest.raises(ValueError, match=rf"NaN or infinite: {victim(public_config)}$"):
+        models.load(write(tmp_path / "public", public_config, tensors, kind))
+
+
+def test_names_weights_of_eight_bits(tmp_path, public_config, tensors_of, write):
+    tensors = tensors_of(public_config)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"numbers of 16 bit or more: model\.norm\.weight is F8_E4M3"):
+        models.load(write(tmp_path / "public", public_config, tensors))
+
+
+def test_names_a_file_that_is_not_what_the_hub_sent(tmp_path, public_config, tensors_of, write):
+    folder = write(tmp_path / "snapshot", public_config, tensors_of(public_config), num_shards=1)
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.parent.mkdir()
+    file.rename(blob)
+    file.symlink_to(blob)
+    models.load(folder)
+    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(OSError, match=r"model\.safetensors is corrupted: its SHA-256 is not the hub's"):
+        models.load(folder)
+
+
+def test_names_stored_frequencies_of_another_rope(tmp_path, configs, tensors_of, write):
+    config = configs["llama_moe"]
+    key = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    own = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
+    models.load(write(tmp_path / "rounded", config, tensors_of(config) | {key: own.bfloat16()}))
+    folder = write(tmp_path / "other", config, tensors_of(config) | {key: 1 / 500 ** (torch.arange(0, 8, 2) / 8)})
+    with pytest.raises(ValueError, match=rf"not the frequencies of rope_theta: {key}"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [(torch.float64, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_experts_that_grouped_products_do_not_take_are_computed_one_by_one(
+    tmp_path, configs, tensors_of, write, input_ids, caplog, dtype, fits
+):
+    config = configs["deepseek"] | {"moe_intermediate_size": 4, "n_shared_experts": None}
+    tensors = {key: tensor for key, tensor in tensors_of(config).items() if "shared" not in key}
+    for key in [key for key in tensors if ".experts." in key]:
+        tensors[key] = (tensors[key][:, :4] if "down" in key else tensors[key][:4]).contiguous()
+    model, _ = models.load(write(tmp_path / "public", config, tensors), dtype=dtype)
+    assert torch.isfinite(model(input_ids).logits).all()
+    assert ("no grouped products of experts" in caplog.text) is not fits
+    assert model.config._experts_implementation == ("grouped_mm" if fits else "eager")
+
+
 def test_old_rotary_buffers_and_absent_noise_are_tolerated(tmp_path, public_config, tensors_of, write):
     tensors = {key: t for key, t in tensors_of(public_config).items() if "weight_noise" not in key}
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
     model, _ = models.load(write(tmp_path / "public", public_config, tensors))
     for name, parameter in model.named_parameters():
         if "weight_noise" in name:
@@ -191,7 +319,9 @@ def test_names_a_tensor_in_two_files(tmp_path, public_config, tensors_of, write)
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_names_weights_of_whole_numbers(tmp_path, public_config, tensors_of, write, kind):
     tensors = tensors_of(public_config) | {"model.norm.weight": torch.ones(32, dtype=torch.int32)}
-    with pytest.raises(ValueError, match=r"no floating-point numbers: model\.norm\.weight is (I32|torch\.int32)"):
+    with pytest.raises(
+        ValueError, match=r"no floating-point numbers of 16 bit or more: model\.norm\.weight is (I32|torch\.int32)"
+    ):
         models.load(write(tmp_path / "public", public_config, tensors, kind))
 
 
