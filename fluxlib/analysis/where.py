@@ -1,8 +1,8 @@
-"""Where FLUX pays: against the best baseline that fits, by the memory of a device and its link.
+"""Where FLUX or FLUX+ pays: against the best baseline that fits, by the memory of a device and its link.
 
-Nothing is trained for it. Runs of FLUX and FMES with several budgets are stored; on a device each method enters with
-those of them that its memory holds (:func:`fluxlib.devices.memory.share_that_fits`), and the device clock counts their
-works there. Everybody takes the fastest of his own runs, FLUX as well as each baseline.
+Nothing is trained for it. Runs with several budgets, and with few bits on the link, are stored; on a device each method
+enters with those of them that its memory holds (:func:`fluxlib.devices.memory.share_that_fits`), and the device clock
+counts their works there. Everybody takes the fastest of his own runs. The target is set by the plain run of FMD.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from fluxlib.devices.memory import share_that_fits
 
 DEVICES = ("rtx-3060", "rtx-4080", "rtx-4090", "jetson-agx-orin-32", "l20", "jetson-agx-orin")
 """Of the catalogue, by memory: 12, 16, 24, 32, 48 and 64 GB."""
+OURS = ("flux", "flux_plus")
+"""Neither is a baseline of the other."""
 SOONER, LATER, NEVER, ABSENT = "", "≥", "≤", "–"
 """What a factor is: known, a lower bound (no baseline arrives), an upper one (FLUX does not), or there is none."""
 
 
 def budgets(participants: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.Series:
-    """Experts that a participant has a place for, at most, by ``run_id``: tuned ones, and FLUX's explored ones."""
-    explores = participants["run_id"].map(lambda name: methods.get(runs[name].method).explores)
-    kept = participants["num_tuned"] + participants["num_explored"].where(explores, 0)
+    """Places of tuned experts that a participant has, at most, by ``run_id``; explored ones take some, or a share."""
+    place = participants["run_id"].map(lambda name: methods.get(runs[name].method).explored_place)
+    kept = participants["num_tuned"] + participants["num_explored"] * place
     return kept.groupby(participants["run_id"]).max()
 
 
@@ -52,19 +54,21 @@ def pays(
     links: Sequence[str] = tuple(catalogue.LINKS),
     fraction: float = TARGET_FRACTION,
     offloading: Offloading | None = None,
+    ours: str = "flux",
 ) -> pd.DataFrame:
-    """FLUX's factor over the best baseline, for every device and link: one row per model, task, seed, device and link.
+    """Our factor over the best baseline, for every device and link: one row per model, task, seed, device and link.
 
     Args:
         rounds, participants: tables of runs with one or more budgets per method.
         runs: their configurations, of :func:`fluxlib.analysis.store.configs`.
         fraction: share of FMD's final score that is the target.
         offloading: how experts come to FMD's devices that do not fit; None: as in the run.
+        ours: one of :data:`OURS`.
 
     Returns:
-        ``factor``, the best baseline's device seconds to the target over FLUX's; ``sign``, what that number is;
-        ``baseline``, which one it is; ``flux_run`` and ``baseline_run``, the runs that were the fastest; their times
-        ``flux_s`` and ``baseline_s`` (the whole run where the target was not reached).
+        ``factor``, the best baseline's device seconds to the target over ours; ``sign``, what that number is;
+        ``baseline``, which one it is; ``our_run`` and ``baseline_run``, the runs that were the fastest; their times
+        ``our_s`` and ``baseline_s`` (the whole run where the target was not reached).
     """
     tuned = budgets(participants, runs) / rounds.groupby("run_id")["num_experts"].max()
     counted = recounts(participants, rounds, runs, devices, links, offloading)
@@ -72,31 +76,32 @@ def pays(
                for name in devices}  # fmt: skip
     rows = []
     for key, part in counted.groupby(["fleet", "link"], sort=False):
-        times = times_to_target(part, fraction)
+        kind = part["method"].where(part["variant"] == "", part["method"] + " " + part["variant"])
+        times = times_to_target(part.assign(kind=kind), fraction, by="kind")
         entered = times["run_id"].isin(fitting[str(key[0])])
         for pair, found in times[entered].groupby(list(PAIR), sort=False):
-            rows.append(dict(zip((*PAIR, "device", "link"), (*pair, *key), strict=True)) | _best(found))
+            rows.append(dict(zip((*PAIR, "device", "link"), (*pair, *key), strict=True)) | _best(found, ours))
     return pd.DataFrame(rows)
 
 
-def _best(times: pd.DataFrame) -> dict[str, object]:
-    """Of the runs that fit: FLUX's fastest against the fastest of the others."""
+def _best(times: pd.DataFrame, method: str = "flux") -> dict[str, object]:
+    """Of the runs that fit: the fastest of ``method`` against the fastest of the baselines."""
     ordered = times.assign(missed=times["device_s_to_target"].isna())
     ordered = ordered.sort_values(["missed", "device_s_at_least"], kind="stable")
-    ours, others = (ordered[(ordered["method"] == "flux") == whether] for whether in (True, False))
+    ours, others = ordered[ordered["method"] == method], ordered[~ordered["method"].isin(OURS)]
     if ours.empty or others.empty:
         return {"factor": float("nan"), "sign": ABSENT, "baseline": "" if others.empty else others["method"].iloc[0]}
-    flux, other = ours.iloc[0], others.iloc[0]
+    own, other = ours.iloc[0], others.iloc[0]
     signs = {(False, False): SOONER, (False, True): LATER, (True, False): NEVER, (True, True): ABSENT}
-    sign = signs[bool(flux["missed"]), bool(other["missed"])]
-    factor = other["device_s_at_least"] / flux["device_s_at_least"]
+    sign = signs[bool(own["missed"]), bool(other["missed"])]
+    factor = other["device_s_at_least"] / own["device_s_at_least"]
     return {
         "factor": factor if sign != ABSENT else float("nan"),
         "sign": sign,
         "baseline": other["method"],
-        "flux_run": flux["run_id"],
+        "our_run": own["run_id"],
         "baseline_run": other["run_id"],
-        "flux_s": flux["device_s_at_least"],
+        "our_s": own["device_s_at_least"],
         "baseline_s": other["device_s_at_least"],
     }
 

@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm
 from fluxlib.analysis import where
 from fluxlib.analysis.statistics import geometric, interval
 from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_target
-from fluxlib.analysis.wording import clock_shapes, percent
+from fluxlib.analysis.wording import clock_shapes, percent, title
 from fluxlib.devices import catalogue
 from fluxlib.figures import marks, style
 from fluxlib.figures.picture import Picture, caption, drawn, facets, notice, panels, split, study, unique
@@ -227,13 +227,14 @@ def sensitivity(table: pd.DataFrame) -> Picture:
 
 
 @drawn
-def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> Picture:
-    """The map: FLUX over the best baseline that fits, memory of the device down, link across, one panel per model.
+def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION, ours: str = "flux") -> Picture:
+    """The map: FLUX or FLUX+ over the best baseline that fits, memory of the device down, link across, by model.
 
     A thick line is the break-even. The name below a factor is the baseline that FLUX meets there.
 
     Args:
         table: of :func:`fluxlib.analysis.where.pays`.
+        ours: the method that it was made for.
     """
     cells = where.over_tasks(table)
     models, devices, links = (list(pd.unique(cells[name])) for name in ("model", "device", "link"))
@@ -251,10 +252,10 @@ def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> Picture:
     bar = figure.colorbar(mpl.cm.ScalarMappable(norm, style.DIVERGING), ax=axes, fraction=0.03, pad=0.02)
     bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["≤ 1/4", "1/2", "1", "2", "≥ 4"])
     bar.minorticks_off()
-    bar.set_label("FLUX sooner by this factor")
+    bar.set_label(f"{title(ours)} sooner by this factor")
     races = f"time to {percent(fraction)} of FMD's final score", f"geometric mean over {unique(table, 'task')}"
     rule = f"{table['seed'].nunique()} seed(s)", "every method with the fastest of its stored budgets that fits"
-    caption(figure, *races, *rule, "≥: no baseline arrives · ≤: FLUX does not · –: neither, or none fits")
+    caption(figure, *races, *rule, f"≥: no baseline arrives · ≤: {title(ours)} does not · –: neither, or none fits")
     return figure
 
 

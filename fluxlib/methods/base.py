@@ -143,6 +143,7 @@ class Method:
     ``assign`` knows their frequencies (``role_state.first``) and ``train`` the profile (``state.profile``).
     ``utilities``: they report the utilities of what they tuned, and a missing one is a fault.
     ``explores``: the budget is split by epsilon, which is empty in the tables otherwise.
+    ``explored_place``: memory that an explored expert takes, as a share of a tuned one's place in the budget.
     ``afterwards(model, data, config)``: the profile for the next round, of the model that was held in this one, before
     training. It may be made when the reply is out, so nothing of it can be in the reply (stale by one).
     ``max_staleness``: rounds that the copies of experts which a participant does not tune may lag behind.
@@ -155,5 +156,6 @@ class Method:
     profiles: bool
     utilities: bool = False
     explores: bool = False
+    explored_place: float = 0.0
     afterwards: ProfileFn | None = None
     max_staleness: int = 0

@@ -144,4 +144,6 @@ def forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConf
     return 1.0 + (config.roles.explore_by == "guided_probes"), 2 * config.roles.num_probes * above
 
 
-METHOD = Method("flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, afterwards=profile)
+METHOD = Method(
+    "flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, explored_place=1.0, afterwards=profile
+)

@@ -91,4 +91,13 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
     return update, ParticipantState(seen, local.number)
 
 
-METHOD = Method("flux_plus", "FLUX+", assign, train, profiles=True, utilities=True, max_staleness=MAX_STALENESS)
+METHOD = Method(
+    "flux_plus",
+    "FLUX+",
+    assign,
+    train,
+    profiles=True,
+    utilities=True,
+    max_staleness=MAX_STALENESS,
+    explored_place=1 / WATCHED,
+)

@@ -23,7 +23,7 @@ def test_the_fastest_run_of_flux_meets_the_fastest_baseline() -> None:
     found = where._best(times(
         ("flux", "slow", 40.0, 90.0), ("flux", "fast", 20.0, 90.0), ("fmd", "d", 60.0, 90.0), ("fmes", "e", 50.0, 90.0)
     ))  # fmt: skip
-    assert (found["factor"], found["sign"], found["baseline"], found["flux_run"]) == (2.5, "", "fmes", "fast")
+    assert (found["factor"], found["sign"], found["baseline"], found["our_run"]) == (2.5, "", "fmes", "fast")
 
 
 def test_who_never_arrives_gives_a_bound_and_stands_behind_who_does() -> None:
