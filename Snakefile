@@ -32,7 +32,7 @@ NOTEBOOKS = REPO / "notebooks"
 FEDERATED_RUN = NOTEBOOKS / "04_federated_run.ipynb"
 
 # Notebooks that are executed as they stand and leave nothing but themselves.
-PLAIN = ("00_start_here", "explore")
+PLAIN = ("00_start_here", "09_from_scratch", "explore")
 # Study notebooks, executed once per model, and the figures that each leaves.
 STUDIES = {
     "01_profiling": ["activation_by_layer", "profile_error", "sample_size", "drift", "round_saving"],

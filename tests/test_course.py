@@ -15,7 +15,7 @@ from fluxlib.config import REPO_ROOT
 FOLDER = REPO_ROOT / "notebooks"
 COURSE = [
     "00_start_here", "01_profiling", "02_merging", "03_role_assignment", "04_federated_run", "05_time_to_accuracy",
-    "06_scale_and_overhead", "07_real_models", "08_report",
+    "06_scale_and_overhead", "07_real_models", "08_report", "09_from_scratch",
 ]  # fmt: skip
 LESSONS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 HEADER = ["before", "reads", "writes", "takes"]

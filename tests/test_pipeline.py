@@ -187,7 +187,7 @@ class Repository:
         self.root = root
         shutil.copy(REPO_ROOT / "Snakefile", root)
         names = "method='flux'\nmodel='mini-llama-moe'\ntask='mmlu'\nseed=0\nrounds=1\nsettings={}\nout=''"
-        for plain in ("00_start_here", "explore"):
+        for plain in ("00_start_here", "09_from_scratch", "explore"):
             notebook(root / "notebooks" / f"{plain}.ipynb", "seed = 0")
         notebook(root / "notebooks" / "04_federated_run.ipynb", names, RUN_CODE)
         notebook(

@@ -79,7 +79,7 @@ def test_every_figure_is_there_with_its_numbers(smoke):
 
 def test_the_executed_notebooks_show_no_error_and_no_bare_widget(smoke):
     executed = sorted((smoke / "build" / "smoke" / "notebooks").glob("*.ipynb"))
-    assert len(executed) == 4 + len(PROFILE.runs) + len(PROFILE.studies) * len(PROFILE.models)
+    assert len(executed) == 5 + len(PROFILE.runs) + len(PROFILE.studies) * len(PROFILE.models)
     for path in executed:
         text = path.read_text()
         assert '"output_type": "error"' not in text, path.name

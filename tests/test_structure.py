@@ -162,10 +162,12 @@ def test_every_parameter_says_what_it_is(notebook):
 
 
 def test_code_cells_are_short_and_define_nothing(notebook):
+    from_scratch = notebook["path"].stem == "09_from_scratch"  # it does without the library
     for cell in pipeline.cells(notebook["path"]):
         if cell["cell_type"] == "code":
             assert len(cell["source"].splitlines()) <= MAX_CELL_LINES, cell["source"][:80]
-            assert not re.search(r"^(def|class|async def) ", cell["source"], re.M), cell["source"][:80]
+            defines = re.search(r"^(def|class|async def) ", cell["source"], re.M)
+            assert from_scratch or not defines, cell["source"][:80]
 
 
 def test_a_notebook_is_half_prose_and_begins_with_a_title(notebook):
