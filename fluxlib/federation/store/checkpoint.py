@@ -120,8 +120,8 @@ class Checkpoint:
             found, known = saved["roles"][name], getattr(strategy.role_state, name)
             if (found.dtype, found.shape) != (known.dtype, known.shape):
                 raise ValueError(f"{name} is {found.dtype} {[*found.shape]}, allowed is {known.dtype} {[*known.shape]}")
-        number = checked("roles_round", about["roles_round"], int)
         measured, first, measured_round = (saved["roles"][name] for name in ROLES)
+        number = checked("roles_round", about["roles_round"], int)
         strategy.role_state = RoleState(measured, first, measured_round, number)
         strategy.profiled = {checked("profiled", one, int) for one in about["profiled"]}
         if strategy.guard.bound is not None:
