@@ -42,4 +42,6 @@ def test_computes_what_the_original_code_computed(tmp_path: Path, write: Callabl
     found, expected = dict(original_tensors(model)), of(case, "gradients")
     assert set(found) - set(expected) == {name for name in found if "weight_noise" in name}
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name].float(), gradient, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name].float(), gradient, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
