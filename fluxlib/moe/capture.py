@@ -164,7 +164,8 @@ def _watch_attention(module: nn.Module, record: LayerCapture, result: Capture) -
 
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         weights = next((o for o in output if isinstance(o, Tensor) and o.dim() == 4), None)
-        if weights is None:
+        # A layer of linear attention gives its state, and is given a mask of two dimensions.
+        if weights is None or (seen[0] is not None and seen[0].dim() != 4):
             raise ValueError(f"model: {type(_module).__name__} returns no attention weights with eager attention")
         token = result.attention_mask[-1].to(weights.device)
         record.attention.append(received(weights.detach(), _visible(seen[0], token, weights)))

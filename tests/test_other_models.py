@@ -1,0 +1,146 @@
+"""Mixtures that others published, in tiny: a round of FLUX by the command line, exported, read by plain transformers.
+
+The table of docs/add-a-model.md says which.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fluxlib.app import cli, exports
+from fluxlib.config import REPO_ROOT
+from fluxlib.pretraining import build_tokenizer
+
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16}
+OWN = {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16}
+MOE = OWN | {"moe_intermediate_size": 16, "intermediate_size": 48}
+ROUTED = MOE | {"n_routed_experts": 8, "first_k_dense_replace": 1, "n_shared_experts": 1, "num_hidden_layers": 3}
+LATENT = ROUTED | {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": LOCAL,
+    "phimoe": LOCAL,
+    "granitemoe": LOCAL,
+    "gpt_oss": LOCAL | {"head_dim": 8, "sliding_window": 8},
+    "minimax": LOCAL | {"head_dim": 8, "layer_types": ["full_attention", "linear_attention"]},
+    "olmoe": OWN,
+    "flex_olmo": OWN,
+    "qwen2_moe": MOE | {"shared_expert_intermediate_size": 16},
+    "qwen3_moe": MOE | {"head_dim": 8},
+    "qwen3_next": MOE | {
+        "head_dim": 8, "shared_expert_intermediate_size": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
+    },
+    "ernie4_5_moe": MOE | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 0},
+    "glm4_moe": ROUTED | {"head_dim": 8},
+    "deepseek_v2": LATENT | {"topk_method": "greedy"},
+    "deepseek_v3": LATENT,
+}  # fmt: skip
+NO_ATTENTION = {
+    "minimax": "MiniMaxLightningAttention returns no attention weights",
+    "qwen3_next": "found no attention module named one of",
+}
+"""With layers of linear attention, where no token receives any: FLUX's profile refuses them, FMD needs none."""
+REFUSED = {
+    "llama": "LlamaForCausalLM has no MoE layer .* a dense model cannot be used",
+    "jetmoe": "JetMoeMoA holds no stacks",
+    "longcat_flash": "LongcatFlashExperts holds stacks .* but does not declare their layout",
+}
+RUN = {
+    "data.task_size": 200, "profiling.batches": 1, "evaluation.samples": 8, "training.local_steps": 1,
+    "training.batch_size": 4, "training.max_tokens": 64,
+}  # fmt: skip
+
+
+def write_config(folder: Path, model_type: str, fields: dict[str, Any]) -> Any:
+    """Tokenizer and configuration of a tiny model of that family."""
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    known = AutoConfig.for_model(model_type).to_dict()
+    sizes = {name: value for name, value in (SIZES | fields).items() if name in known}
+    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **sizes)
+    config.save_pretrained(folder)
+    return config
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path, method: str = "flux") -> int:
+    command = [
+        "fluxlib",
+        "run",
+        "--method",
+        method,
+        "--model",
+        folder,
+        "--task",
+        "mini-mmlu",
+        "--rounds",
+        1,
+        "--participants",
+        2,
+    ]
+    command += ["--out", out / "runs", "--save", out / "tuned"]
+    command += [part for name, value in RUN.items() for part in ("--set", f"{name}={value}")]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_round_and_back_to_plain_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_type: str
+) -> None:
+    config = write_config(tmp_path / "base", model_type, FAMILIES[model_type])
+    base = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in base.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.1, generator=generator)
+    base.save_pretrained(tmp_path / "base")
+    tuned: list[Any] = []
+    save = exports.save_tuned
+    monkeypatch.setattr(exports, "save_tuned", lambda result, *rest: tuned.append(result.model) or save(result, *rest))
+    method = "flux"
+    if model_type in NO_ATTENTION:
+        assert run(monkeypatch, tmp_path / "base", tmp_path, "flux") == 1
+        assert NO_ATTENTION[model_type] in capsys.readouterr().err
+        method = "fmd"
+    assert run(monkeypatch, tmp_path / "base", tmp_path, method) == 0
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.arange(3, 23).view(2, 10)
+    with torch.no_grad():
+        expected, found, before = (model(ids).logits for model in (tuned[0], loaded.eval(), base))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, before), "nothing was tuned"
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_is_refused_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_type: str
+) -> None:
+    write_config(tmp_path / "base", model_type, {})
+    assert run(monkeypatch, tmp_path / "base", tmp_path) == 2
+    assert re.search(REFUSED[model_type], capsys.readouterr().err)
+
+
+def test_the_documents_table_is_what_was_tried() -> None:
+    text = (REPO_ROOT / "docs" / "add-a-model.md").read_text()
+    for model_type in (*FAMILIES, *REFUSED):
+        assert f"`{model_type}`" in text, model_type
