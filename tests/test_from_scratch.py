@@ -113,7 +113,10 @@ def test_the_same_experts_are_merged(notebook, library):
 def test_utilities_are_the_same(notebook, library):
     for number, (ours, theirs) in enumerate(zip(notebook["history"], library["utilities"], strict=True)):
         assert torch.equal(ours["utilities"].isnan(), theirs.isnan()), f"round {number + 1}"
-        torch.testing.assert_close(ours["utilities"], theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+        exploit = ours["exploit"]
+        torch.testing.assert_close(ours["utilities"][exploit], theirs[exploit], rtol=1e-4, atol=1e-4)
+        # Of hundreds. A probe subtracts two nearly equal losses, and the model's norms round to 32 bits.
+        torch.testing.assert_close(ours["utilities"], theirs, rtol=1e-4, atol=0.05, equal_nan=True)
 
 
 def test_the_global_model_is_the_same(notebook, library):
