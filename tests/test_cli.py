@@ -334,6 +334,7 @@ def test_compare_gives_curves_and_times_to_the_best_runs_target(call, tmp_path):
     ("arguments", "message"),
     [
         (["compare", "nothing"], "error: 'nothing' is no run; give a run id, a unique part of one, or a path"),
+        (["compare", "x" * 5000], f"error: '{'x' * 58}… is no run; give a run id"),
         (["compare", "flux", "--target", "2"], "error: --target is 2.0, allowed is above 0 and at most 1"),
         (["compare", "flux", "--picture", "a b"], "error: --picture a b: slug is 'a b', allowed are letters"),
         (["profile", "mini-llama-moe", "nothing.txt"], "Error: Invalid value for 'TEXT': File 'nothing.txt' does not"),

@@ -97,7 +97,9 @@ def test_a_perfectly_even_layer_does_not_divide_by_zero() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_merged": 1}, "num_merged must be at least 2, one slot for each layer"),
+        ({"num_merged": 1}, "num_merged must be a whole number of at least 2, one slot for each layer"),
+        ({"num_merged": 2.5}, "num_merged must be a whole number of at least 2, .* got 2.5"),
+        ({"num_merged": math.nan}, "num_merged must be a whole number of at least 2, .* got nan"),
         ({"num_tuned": [0]}, "num_tuned must be 2 counts in 0..4"),
         ({"num_tuned": [0, 5]}, "num_tuned must be 2 counts in 0..4"),
         ({"kind": "greedy"}, "kind must be 'adaptive', 'uniform' or 'single', got 'greedy'"),

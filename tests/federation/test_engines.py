@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import json
 import logging
+import socket
+import time
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,10 +26,11 @@ from flwr.app import Array, ConfigRecord, Context, Message, RecordDict
 import fluxlib
 from fluxlib import federation
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
-from fluxlib.federation import LocalGrid
+from fluxlib.federation import LocalGrid, Output
 from fluxlib.federation.client import client_app, local_copy, local_data, participant
 from fluxlib.federation.engines import grid as engine_grid
-from fluxlib.federation.engines.deployment import credentials, folders
+from fluxlib.federation.engines.deployment import credentials, folders, processes
+from fluxlib.federation.engines.deployment import engine as deployment
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.server import server_app
 from fluxlib.federation.server.server_app import from_run_config
@@ -332,6 +335,43 @@ def test_nothing_of_a_participants_samples_is_in_any_message(
                 )
                 assert not any(secret in data for secret in secrets)
                 assert not isinstance(value, Array) or value.dtype == "float32"
+
+
+def test_a_superlink_that_nobody_answers_is_refused_at_once(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        there, (gone,) = listening.getsockname()[1], processes.free_ports(1)
+        (tmp_path / "config.toml").write_text(
+            f'[superlink.there]\naddress = "127.0.0.1:{there}"\n[superlink.gone]\naddress = "127.0.0.1:{gone}"\n'
+            '[superlink.local]\naddress = ":local:"\n[superlink.odd]\naddress = 5\n'
+        )
+        assert [processes.silence(None, name) for name in ("there", "local", "odd", "unknown")] == [""] * 4
+    config, start = make_config({"engine": "deployment"}), time.monotonic()
+    monkeypatch.setattr(deployment, "submit", lambda *_: pytest.fail("a run was submitted"))
+    with pytest.raises(ConfigError, match=f"superlink is 'gone', nobody answers at 127.0.0.1:{gone}"):
+        federation.run(config, out=tmp_path / "out", superlink="gone")
+    assert deployment.run_status("1", None, "gone")[0] == "unknown" and time.monotonic() - start < 60
+
+
+def test_a_superlink_that_falls_silent_ends_the_wait_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = iter([("unknown", "no answer"), ("running", ""), *[("unknown", "no answer")] * 1000])
+    monkeypatch.setattr(deployment, "run_status", lambda *_: next(said))
+    for name, seconds in (("STATUS_EVERY_S", 0.001), ("POLL_S", 0.002), ("SILENCE_S", 0.05)):
+        monkeypatch.setattr(deployment, name, seconds)
+    ended = deployment._follow(Progress(tmp_path, "one"), "7", Output(), None, "flux")
+    assert ended.startswith("nothing was heard of it for") and ended.endswith("no answer")
+    assert "no word of run 7 on flux: no answer" in caplog.text
+
+
+@pytest.mark.parametrize("host", ["m\u00fcller", "\ud800", "\u2603" * 1000])
+def test_a_name_that_no_certificate_can_have_is_refused(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match="^host is .*, allowed are addresses, and names as the DNS has them"):
+        credentials.make_certificates(tmp_path / "server", ["localhost", host])
+    assert not (tmp_path / "server").exists()
 
 
 def test_certificates_and_keys_are_ones_own(tmp_path: Path) -> None:
