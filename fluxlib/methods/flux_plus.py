@@ -40,9 +40,10 @@ MERGING = MergingConfig(budgets="joint", weights="gate")
 GIVEN = 8
 """Of this many tuned experts one makes room for those that are watched."""
 
-WATCHED = 6
-"""Experts that are watched in its place. A tuned parameter takes 16 bytes (weight, gradient, moments); a watched one 2,
-and 4 for the gradient of the one that is at work: six take 16. With an adapter a tuned one takes little more than 2."""
+WATCHED = 4
+"""Experts that are watched in its place. At the peak of a step a tuned parameter takes 12 bytes (weight, moments), a
+watched one 2, its tokens' activations, and 4 for the gradient of the one that is at work. With an adapter a tuned one
+takes little more than 2."""
 
 
 def split(budget: Budget, num_experts: int, num_layers: int, watched: int = WATCHED) -> tuple[int, int]:

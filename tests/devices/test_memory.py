@@ -283,7 +283,7 @@ def test_the_plan_as_text_and_as_json(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "flex"}, "method: expected one of flux, fmd, fmq, fmes, got 'flex'"),
+        ({"method": "flex"}, "method: expected one of flux, flux_plus, fmd, fmq, fmes, got 'flex'"),
         ({"kernel": "magic"}, "kernel: expected one of auto, grouped, slots, got 'magic'"),
         ({"batch": 0}, "batch: expected 1 to 16384, got 0"),
         ({"batch": -3}, "batch: expected 1 to 16384, got -3"),
