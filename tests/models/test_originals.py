@@ -24,7 +24,7 @@ def of(case: str, kind: str) -> dict[str, torch.Tensor]:
     return {key.removeprefix(f"{case}/{kind}/"): t for key, t in TENSORS.items() if key.startswith(f"{case}/{kind}/")}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sorted(CASES))
 def test_computes_what_the_original_code_computed(tmp_path: Path, write: Callable[..., Path], case: str) -> None:
     model, _ = models.load(write(tmp_path, CASES[case], of(case, "weights")), dtype=torch.float64)
     model.set_attn_implementation("eager")  # the original's softmax over attention is in float32
