@@ -22,7 +22,7 @@ import transformers
 from _measure import Row, machine, table, write
 
 from fluxlib import federation
-from fluxlib.config import RunConfig
+from fluxlib.config import RunConfig, make_config
 
 ENGINES = ("local", "simulation", "deployment")
 COMPARED = ["round", "metric", "loss", "train_loss", "uplink_bytes", "downlink_bytes", "num_rejected", "device_s"]
@@ -67,14 +67,10 @@ def main() -> None:
         if name == "simulation" and importlib.util.find_spec("ray") is None:
             print("simulation: Ray is not installed, left out")
             continue
-        config = RunConfig(
-            engine=name,
-            data__task_size=400,
-            federation__participants=participants,
-            federation__rounds=num_rounds,
-            training__local_steps=2,
-            evaluation__samples=32,
-        )
+        config = make_config({
+            "engine": name, "data.task_size": 400, "federation.participants": participants,
+            "federation.rounds": num_rounds, "training.local_steps": 2, "evaluation.samples": 32,
+        })  # fmt: skip
         row, compared = measure(config)
         reference = compared if reference is None else reference
         rows.append(row | {"same": compared.equals(reference)})
