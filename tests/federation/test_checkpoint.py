@@ -217,7 +217,7 @@ def damaged(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor
         (lambda about, _: about.update(round="2"), "round is '2', allowed is int"),
         (lambda about, _: about.update(rows=[]), "rows is [], allowed is dict"),
         (lambda about, _: about.update(profiled=["0"]), "profiled is '0', allowed is int"),
-        (lambda about, _: about.update(changed_at=7), "remove it"),
+        (lambda about, _: about.update(history=7), "remove it"),
         (lambda about, _: about.pop("digests"), "digests"),
         (lambda _, tensors: tensors.pop("roles/first"), "first"),
         (lambda _, tensors: tensors.update({"roles/first": torch.ones(3)}), "first is torch.float32 [3], allowed"),
