@@ -42,7 +42,7 @@ def test_a_report_is_read_as_it_was_written(wire: Form) -> None:
         work=Work(8, num_tuned=2, hidden_profile=True),
         phases_s={"train": 0.5},
     )
-    held = ModelVersion(3, "d" * 64, frozenset({(0, 1)}))
+    held = ModelVersion(3, "d" * 64, frozenset({(0, 1, 2)}))
     content = TrainReport(1, 4, held, update=update).to_records(encode_changes(update.changes, wire, {})[0])
     again = TrainReport.from_records(content, wire, {})
     assert (again.participant, again.round, again.held) == (1, 4, held)
