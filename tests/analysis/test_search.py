@@ -105,7 +105,7 @@ def test_every_method_has_the_same_trials() -> None:
     by_method: dict[str, set[tuple[float, int]]] = {}
     for one in runs:
         by_method.setdefault(one.method, set()).add((one.training.learning_rate, one.training.local_steps))
-    assert set(by_method) == {"flux", "fmd", "fmq", "fmes"}
+    assert set(by_method) == {"flux", "flux_plus", "fmd", "fmq", "fmes"}
     assert all(
         found == {(rate, steps) for rate in (1e-3, 3e-3, 1e-2) for steps in (8,)} for found in by_method.values()
     )
