@@ -15,7 +15,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 LONGEST = ("test_smoke.py", "test_deployment.py", "test_lab.py", "test_pipeline.py", "test_engines.py")
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     """With several workers, begin with the files that take longest."""
-    if getattr(config.option, "numprocesses", None):
+    if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

@@ -381,7 +381,7 @@ def test_a_joint_plan_spends_the_budget_where_it_counts(model: nn.Module, profil
     assert torch.allclose(merged, find.layers(model)[0].experts.down_proj[3], atol=1e-4)
     for plan in plans:
         plan.check(8)
-    with pytest.raises(ValueError, match="num_merged must be at least 3"):
+    with pytest.raises(ValueError, match="num_merged must be a whole number of at least 3"):
         merging.plan(model, known, none, 2, JOINT)
     with pytest.raises(ValueError, match="'gate' needs a profile that measured"):
         merging.merge_weights(replace(profile, gate=torch.empty(0)), "gate")
@@ -437,7 +437,7 @@ def test_plan_names_what_is_wrong(model: nn.Module, profile: profiling.Profile) 
         merging.plan(build("llama_moe"), profile, torch.zeros(3, 6, dtype=torch.bool), 6)
     with pytest.raises(ValueError, match=r"tuned must be \(3, 8\), got \(2, 8\)"):
         merging.plan(model, profile, torch.zeros(2, 8, dtype=torch.bool), 6)
-    with pytest.raises(ValueError, match="num_merged must be at least 3"):
+    with pytest.raises(ValueError, match="num_merged must be a whole number of at least 3"):
         merging.plan(model, profile, torch.zeros(3, 8, dtype=torch.bool), 2)
     empty = batch()
     empty["attention_mask"] = torch.zeros_like(empty["attention_mask"])
