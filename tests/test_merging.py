@@ -235,7 +235,7 @@ def test_joint_clusters_by_hand() -> None:
     assert found(ones, 4) == [[0, 0, 1], [0, 0, 1]]
     assert found(heavy, 5) == [[0, 1, 2], [0, 0, 1]]
     assert found(ones, 2) == [[0, 0, 0], [0, 0, 0]]
-    with pytest.raises(ValueError, match="num_merged must be at least 2"):
+    with pytest.raises(ValueError, match="num_merged must be a whole number of at least 2"):
         found(ones, 1)
 
 
