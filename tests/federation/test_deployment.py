@@ -60,8 +60,12 @@ def local(config: RunConfig) -> federation.RunResult:
 
 
 def until_round_1(frame: pd.DataFrame) -> pd.DataFrame:
-    """Its first rows, without what a clock on the wall or the operating system says, and the engine's name."""
-    left = [name for name in frame.columns if name.endswith("wall_s") or name in ("peak_memory_bytes", "engine")]
+    """Its first rows, without what a clock on the wall or the operating system says, and the engine's name.
+
+    And without what a download costs: the nodes hold the model of the run before and get every expert anew.
+    """
+    others = ("peak_memory_bytes", "engine", "downlink_bytes", "work")
+    left = [name for name in frame.columns if name.endswith(("wall_s", "device_s")) or name in others]
     return frame[frame["round"] < 2].drop(columns=left)
 
 
