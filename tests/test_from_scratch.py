@@ -78,9 +78,9 @@ def library(notebook) -> dict[str, Any]:
     seen: dict[str, Any] = {"plans": [], "profiles": [], "utilities": [], "rounds": []}
     make_plans, update = flux.make_plans, roles.update
 
-    def watch_plans(model, known, assigned, budget, settings):
+    def watch_plans(model, known, *rest):
         seen["profiles"].append(known)
-        seen["plans"].append(make_plans(model, known, assigned, budget, settings))
+        seen["plans"].append(make_plans(model, known, *rest))
         return seen["plans"][-1]
 
     def watch_utilities(state, utilities, *rest):
