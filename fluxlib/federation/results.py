@@ -27,23 +27,18 @@ class RunFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Download:
-    """What was sent to a participant; ``weight_bits`` are bits per weight on the link, summed over the experts."""
+    """What was sent to a participant; ``bits`` per weight of its experts on the link."""
 
     num_bytes: int = 0
     num_experts: int = 0
-    weight_bits: float = 0.0
+    bits: float = 16.0
     after: ModelVersion = ModelVersion()
 
     def plus(self, delta: Delta, wire: Form) -> Download:
         """With one more message; its arrays are not kept."""
-        bits = delta.num_experts * bits_per_weight(wire)
         count = self.num_experts + delta.num_experts
-        return Download(self.num_bytes + delta.num_bytes, count, self.weight_bits + bits, delta.after)
-
-    @property
-    def mean_bits(self) -> float:
-        """Bits per weight of an expert, on average."""
-        return self.weight_bits / self.num_experts if self.num_experts else 16.0
+        bits = bits_per_weight(wire) if count else self.bits
+        return Download(self.num_bytes + delta.num_bytes, count, bits, delta.after)
 
 
 @dataclass

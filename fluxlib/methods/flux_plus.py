@@ -5,8 +5,8 @@ One round of one participant, beside :mod:`fluxlib.methods.flux`, which is the p
 ========================  ======================================  ================================================
 question                  FLUX                                    FLUX+
 ========================  ======================================  ================================================
-what is sent to it        every expert that changed               those it tunes; what it merges is its own copy, at
-                                                                  most :data:`MAX_STALENESS` rounds old
+what is sent to it        every expert that changed               those it tunes; what it merges or watches is its own
+                                                                  copy, at most :data:`MAX_STALENESS` rounds old
 what is merged how        eq. 1, K-Means, eq. 2                   slots, clusters and weights from one objective, with
                                                                   squared gate weights (:mod:`fluxlib.merging.joint`)
 who is explored           a share of the budget, at random        nearly the whole budget is tuned; in the place of one

@@ -28,17 +28,16 @@ Experts = Mapping[ExpertKey, Mapping[str, Tensor]]
 Shapes = Mapping[ExpertKey, Mapping[str, tuple[int, ...]]]
 """Shapes of the tensors of every expert of a model."""
 
-Form = Literal["float32", "bfloat16", "int8", "int4"]
+Form = Literal["float32", "bfloat16", "int8"]
 FORMS: tuple[Form, ...] = get_args(Form)
 """``float32``: exact. ``bfloat16``: half the bytes, sent as a ``uint16`` view because NumPy has no bfloat16.
-``int8``, and ``int4`` for experts that are only merged: codes and a scale per block (:mod:`fluxlib.moe.packing`),
-sent as plain bytes."""
+``int8``: codes and a scale per block (:mod:`fluxlib.moe.packing`), sent as plain bytes."""
 
 BLOCK = 64
 """Values per scale of the coded forms."""
 
-_NUMPY_NAME = {"float32": "float32", "bfloat16": "uint16", "int8": "uint8", "int4": "uint8"}
-_CODE_BITS = {"int8": 8, "int4": 4}
+_NUMPY_NAME = {"float32": "float32", "bfloat16": "uint16", "int8": "uint8"}
+_CODE_BITS = {"int8": 8}
 _STYPE = "numpy.ndarray"
 
 

@@ -170,7 +170,7 @@ class Tables:
 def charged(one: Participation) -> Work:
     """The work that the clock counts, with downloads as they were sent."""
     assert one.work is not None
-    bits = min(one.work.download_bits, one.download.mean_bits)
+    bits = min(one.work.download_bits, one.download.bits)
     return replace(one.work, num_downloaded=one.download.num_experts, download_bits=bits)
 
 
