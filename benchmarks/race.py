@@ -33,7 +33,7 @@ COMMON = {
 SMALL = {"budget.tune_frac": 0.0625, "budget.merge_frac": 0.0625}
 # FMQ's codes do not travel as codes: eight bits a weight are the closest that the wire has.
 METHODS: dict[str, dict[str, Any]] = {
-    "fmd": {}, "flux": SMALL, "fmes": SMALL,
+    "fmd": {}, "flux": SMALL, "flux_plus": SMALL, "fmes": SMALL,
     "fmq": {"training.learning_rate": 1e-2, "wire.uplink": "int8", "wire.downlink": "int8"},
 }  # fmt: skip
 RATES = {"as 1 Gb/s": 1.0, "as 2 Gb/s": 2.0, "as 500 Mb/s": 0.5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -60,3 +61,20 @@ def test_who_is_not_there_is_hung_up_on() -> None:
             assert connection.recv(1) == b""
     finally:
         relay.stop()
+
+
+def test_a_connection_of_which_one_side_is_reset_ends_on_the_other() -> None:
+    port, far = free_ports(2)
+    relay = Relay(port, far, Link(name="l", title="l", up_bytes_per_s=1e6, down_bytes_per_s=1e6, latency_s=0.0))
+    with socket.create_server((HOST, far)) as server:
+        relay.start()
+        try:
+            with socket.create_connection((HOST, port), timeout=10) as connection:
+                connection.sendall(b"first")
+                accepted, _ = server.accept()
+                assert accepted.recv(5) == b"first"
+                accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                accepted.close()
+                assert connection.recv(1) == b""
+        finally:
+            relay.stop()

@@ -44,6 +44,7 @@ class Relay:
         self.port, self.target, self.link = port, target, link
         self._up, self._down = Bucket(link.up_bytes_per_s), Bucket(link.down_bytes_per_s)
         self._server: asyncio.Server | None = None
+        self._open: set[asyncio.Task[None] | None] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name=f"relay-{port}")
 
@@ -81,14 +82,18 @@ class Relay:
         except OSError:  # nobody there: as a network would, hang up
             writer.close()
             return
-        ways = self._pass(reader, far_writer, self._up), self._pass(far_reader, writer, self._down)
+        task = asyncio.current_task()
+        self._open.add(task)  # the loop itself keeps no task alive that only waits
         try:
-            await asyncio.gather(*ways, return_exceptions=True)
-        except asyncio.CancelledError:  # the relay stops
+            async with asyncio.TaskGroup() as ways:
+                ways.create_task(self._pass(reader, far_writer, self._up))
+                ways.create_task(self._pass(far_reader, writer, self._down))
+        except* OSError:  # one side is gone: so is the other
             pass
         finally:
             writer.close()
             far_writer.close()
+            self._open.discard(task)
 
     async def _pass(self, reader: StreamReader, writer: StreamWriter, bucket: Bucket) -> None:
         """One direction of one connection, until its sender has said all."""
