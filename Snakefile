@@ -44,7 +44,7 @@ STUDIES = {
         "role_epsilon", "role_options",
     ],
     "06_scale_and_overhead": [
-        "round_phases", "round_memory", "where_flux_pays", "where_flux_plus_pays", "link_speed", "sensitivity", "scale_participants", "scale_settings", "clock_check",
+        "round_phases", "round_memory", "where_flux_pays", "where_flux_plus_pays", "link_speed", "scale_participants", "scale_settings", "clock_check",
     ],
     "07_real_models": ["real_memory", "real_phases", "real_links"],
 }

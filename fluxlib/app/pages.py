@@ -31,7 +31,6 @@ TITLES: dict[str, str] = {
     "speed_up": "How much sooner FLUX is, task by task",
     "where_flux_pays": "Where FLUX pays: memory of the device and link",
     "where_flux_plus_pays": "Where FLUX+ pays",
-    "sensitivity": "The lead on other devices and links",
     "scale_participants": "More participants (Fig. 12)",
     "scale_settings": "Other heterogeneity, other budgets",
     "activation_by_layer": "Which experts are used, by layer (Fig. 2)",
@@ -69,7 +68,7 @@ DEVICE, HERE, BOTH = "device clock", "measured", "device clock and measured"
 CLOCKS: dict[str, str] = {
     "time_to_accuracy": BOTH, "round_saving": DEVICE, "clustering_time": HERE, "own_share": BOTH, "role_seconds": BOTH,
     "role_ablation": DEVICE, "where_flux_pays": DEVICE, "where_flux_plus_pays": DEVICE,
-    "sensitivity": DEVICE, "scale_settings": DEVICE, "scale_participants": DEVICE,
+    "scale_settings": DEVICE, "scale_participants": DEVICE,
     "role_options": DEVICE, "round_phases": DEVICE, "link_speed": DEVICE, "clock_check": BOTH, "race_measured": BOTH,
     "real_phases": DEVICE, "real_links": DEVICE,
 }  # fmt: skip

@@ -17,7 +17,6 @@ from fluxlib.analysis.studies.bench import Row
 from fluxlib.analysis.studies.merging import Case, own_share_measured
 from fluxlib.config import Offloading, RunConfig
 from fluxlib.devices import catalogue, clock
-from fluxlib.devices.memory import RESERVE_FRAC
 from fluxlib.federation.store.tables import read_work
 from fluxlib.methods.base import Work
 from fluxlib.moe import find
@@ -33,8 +32,6 @@ SETTINGS = {
     "merge_fraction": "budget.merge_frac",
 }
 """Settings that the runs of a sweep differ in, by the column that they become."""
-FLEETS = ("paper", "rtx-4090", "rtx-3060", "jetson-agx-orin", "macbook-m1-max", "cpu-laptop", "consumer", "edge")
-"""The paper's L20s, then each other device of the catalogue for all participants, then fleets of several devices."""
 BLOCKS = {"train": ("train",), "profile": ("quantize", "profile"), "merge": ("merge",), "probe": ("probe",)}
 """Measured block: phases of the clock that it consists of."""
 STEPS, PROBES, PROBED_SAMPLES = 4, 8, 8
@@ -75,15 +72,14 @@ def recounts(
     participants: pd.DataFrame,
     rounds: pd.DataFrame,
     runs: Mapping[str, RunConfig],
-    fleets: Sequence[str | None] = FLEETS,
+    fleets: Sequence[str | None],
     links: Sequence[str | None] = tuple(catalogue.LINKS),
     offloading: Offloading | None = None,
 ) -> pd.DataFrame:
     """Every run of ``rounds``, for every fleet and link, as the device clock counts it there, one below the other.
 
     What a participant did does not depend on its device: ``participants.work`` holds it, and the clock reads it anew.
-    Nothing is trained again, and scores stay what they were. Budgets stay too: a device that the run's budgets do not
-    fit on is shown by ``memory_share``, not given a smaller budget.
+    Nothing is trained again; scores and budgets stay what they were.
 
     Args:
         runs: of :func:`fluxlib.analysis.store.configs`, of runs with works (:func:`with_works`).
@@ -92,9 +88,7 @@ def recounts(
         offloading: how experts come that do not fit; None: as in the run.
 
     Returns:
-        ``rounds`` with other ``round_device_s``, ``server_device_s``, ``device_s`` and ``link``, and with ``fleet`` and
-        ``memory_share``: the predicted memory of a step over what the device has for it, of the participant where that
-        is largest.
+        ``rounds`` with other ``round_device_s``, ``server_device_s``, ``device_s`` and ``link``, and with ``fleet``.
 
     Raises:
         ValueError: an unknown fleet or link.
@@ -108,7 +102,7 @@ def recounts(
         for fleet, link in itertools.product(fleets, links):
             ordered, how = run.sort_values("round", kind="stable"), offloading or config.clock.offloading
             found.append(_recount(replied, ordered, config, shapes, fleet, link, how))
-    return pd.concat(found, ignore_index=True) if found else rounds.assign(fleet="", memory_share=0.0)
+    return pd.concat(found, ignore_index=True) if found else rounds.assign(fleet="")
 
 
 def _recount(
@@ -124,18 +118,16 @@ def _recount(
     devices = catalogue.fleet(fleet, run.federation.participants) if fleet else None
     counted = []
     for number in rounds["round"]:
-        seconds, works, shares = [], [], [0.0]
+        seconds, works = [], []
         for row, work, first in replied.get(number, ()):
             device = devices[row.participant] if devices else catalogue.DEVICES[row.device]
             works.append(work)
             seconds.append(clock.participant_seconds(work, first, shapes, device, over, tokens, offloading))
-            usable = device.memory_bytes * (1 - RESERVE_FRAC)
-            shares.append(clock.device_bytes(work, shapes, device, tokens) / usable)
         whole = clock.round_seconds(seconds, clock.server_seconds(works, shapes)) if works else None
-        counted.append((whole.total_s if whole else 0.0, whole.server_s if whole else 0.0, max(shares)))
-    totals, servers, largest = zip(*counted, strict=True)
+        counted.append((whole.total_s if whole else 0.0, whole.server_s if whole else 0.0))
+    totals, servers = zip(*counted, strict=True)
     since_start = list(itertools.accumulate(totals))
-    table = rounds.assign(round_device_s=totals, server_device_s=servers, device_s=since_start, memory_share=largest)
+    table = rounds.assign(round_device_s=totals, server_device_s=servers, device_s=since_start)
     return table.assign(link=over.name, fleet=fleet or run.clock.fleet)
 
 
