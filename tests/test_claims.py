@@ -19,6 +19,7 @@ from fluxlib.analysis.speedups import against_all, describe, speed_ups
 from fluxlib.analysis.statistics import geometric
 from fluxlib.analysis.wording import shown, shown_interval
 from fluxlib.app import cli
+from fluxlib.config import ConfigError
 
 SCORES = {"fmd": (0.2, 0.6, 1.0, 1.0, 1.0), "flux": (0.2, 0.6, 1.0, 1.0, 1.0), "fmq": (0.2, 0.4, 0.3, 0.4, 0.3)}
 SECONDS = {"fmd": 40.0, "flux": 10.0, "fmq": 10.0}
@@ -456,3 +457,16 @@ def test_a_broken_table_is_named(tmp_path: Path) -> None:
     pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "rounds" / "a.parquet")
     with pytest.raises(records.TableError, match=r"a\.parquet"):
         claims.load(tmp_path)
+
+
+def test_plain_runs_with_a_partner_are_compared_and_all_others_named(monkeypatch):
+    every = pd.concat([run("fmd", 0), run("flux", 0), run("flux", 1), run("flux", 0, variant="random")])
+    monkeypatch.setattr(speedups.store, "finished", lambda *_: every)
+    monkeypatch.setattr(speedups.records, "unfinished", lambda _: {"a": "stopped"})
+    rounds, left_out = speedups.raced(Path("r"))
+    assert set(rounds["run_id"]) == {"fmd-mini-llama-moe-mini-dolly-0", "flux-mini-llama-moe-mini-dolly-0"}
+    alone = "fmd was not run on its model and task with its seed"
+    assert left_out == {"a": "stopped", "flux-mini-llama-moe-mini-dolly-1": alone}
+    monkeypatch.setattr(speedups.store, "finished", lambda *_: None)
+    with pytest.raises(ConfigError, match="r holds no finished run; `make smoke`"):
+        speedups.raced(Path("r"))

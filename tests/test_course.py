@@ -64,7 +64,16 @@ def test_a_lesson_says_what_it_asks_what_it_needs_and_how_long_it_takes(lesson):
     assert re.search(r"^\*\*Question\.\*\* [^\n]*\?", head, re.M), "the question, in the first lines, as a question"
     rows = re.findall(r"^\| (\w+) \| (.+) \|$", head, re.M)
     assert [name for name, _ in rows] == HEADER
-    assert re.search(r"second|minute|hour", dict(rows)["takes"])
+    assert re.search(r"^\*\*Answer\.\*\* \S", head, re.M), "fluxlib.app.answers holds it"
+    course = source(json.loads(LESSONS[0].read_text())["cells"][1])
+    minutes = re.search(rf"\({path.name}\) \|.*\| ([\d.]+) \|$", course, re.M)
+    assert dict(rows)["takes"].startswith(f"{minutes.group(1)} minutes ")
+
+
+def test_the_setup_is_short(lesson):
+    _, cells = lesson
+    code = [cell for cell in cells if cell["cell_type"] == "code" and "parameters" not in tags(cell)]
+    assert sum(bool(line.strip()) for line in source(code[0]).splitlines()) <= 6
 
 
 def test_a_lesson_stands_on_the_one_before(taught):
@@ -144,7 +153,7 @@ def test_links_between_lessons_lead_somewhere(lesson):
 def test_the_map_at_the_start_names_every_lesson():
     text = "\n".join(source(cell) for cell in json.loads(LESSONS[0].read_text())["cells"])
     course = text[text.index("## The course") :].split("\n\nA cell marked")[0]
-    assert re.findall(r"\((\d\d_\w+\.ipynb)\)", course) == [f"{stem}.ipynb" for stem in COURSE[1:]]
+    assert re.findall(r"\((\d\d_\w+\.ipynb)\)", course) == [f"{stem}.ipynb" for stem in COURSE]
 
 
 def test_an_aside_changes_no_digest_and_any_other_cell_does(tmp_path):
@@ -158,3 +167,20 @@ def test_an_aside_changes_no_digest_and_any_other_cell_does(tmp_path):
         found.append(pipeline.notebook_digest(path))
     assert found[0] == found[1] != found[2]
     assert pipeline.ASIDES == {BY_HAND, TRY_IT}
+
+
+def test_the_exercises_are_the_solutions_without_their_lines():
+    names = ("exercises", "solutions")
+    exercises, solutions = (pipeline.cells(FOLDER / "exercises" / f"{name}.ipynb") for name in names)
+    solved = [i for i, cell in enumerate(solutions) if tags(cell) == {"solution"}]
+    assert len(solved) == sum(source(cell).count("## ") for cell in solutions)
+    for i, (cell, solution) in enumerate(zip(exercises[1:], solutions[1:], strict=True), start=1):
+        expected = source(solution).splitlines()[0] if i in solved else source(solution)
+        assert source(cell) == expected and expected.startswith("# ") >= (i in solved)
+
+
+def test_the_solutions_are_right():
+    names: dict = {}
+    for cell in pipeline.cells(FOLDER / "exercises" / "solutions.ipynb"):
+        if cell["cell_type"] == "code":
+            exec(compile(cell["source"], "solutions", "exec"), names)

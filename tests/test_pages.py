@@ -14,11 +14,11 @@ from fluxlib.config import REPO_ROOT, SETTINGS
 
 @pytest.mark.parametrize("name", pages.PAGES)
 def test_a_page_is_up_to_date(name):
-    assert (REPO_ROOT / "docs" / f"{name}.md").read_text() == pages.PAGES[name](), "`fluxlib pages` writes it anew"
+    assert (REPO_ROOT / "docs" / name).read_text() == pages.PAGES[name](), "`fluxlib pages` writes it anew"
 
 
 def test_only_what_changed_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "PAGES", {"a": lambda: "one", "b": lambda: "two"})
+    monkeypatch.setattr(pages, "PAGES", {"a.md": lambda: "one", "b.md": lambda: "two"})
     assert [page.name for page in pages.write_all(tmp_path)] == ["a.md", "b.md"]
     (tmp_path / "b.md").write_text("something else")
     assert pages.write_all(tmp_path) == [tmp_path / "b.md"] and (tmp_path / "b.md").read_text() == "two"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -84,6 +85,15 @@ def test_the_executed_notebooks_show_no_error_and_no_bare_widget(smoke):
         text = path.read_text()
         assert '"output_type": "error"' not in text, path.name
         assert not re.search(r"[HV]Box\(children", text), path.name
+
+
+def test_what_you_try_shows_something_at_once(smoke):
+    for path in sorted((smoke / "build" / "smoke" / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            if "try-it" in cell["metadata"]["tags"]:
+                shown = {kind for output in cell["outputs"] for kind in output.get("data", ())}
+                assert shown & {"image/png", "text/html"}, path.name
+                assert cell["metadata"]["papermill"]["duration"] < 6, "two seconds where nothing runs beside it"
 
 
 def test_a_second_call_does_no_work(smoke):

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fluxlib import records
 from fluxlib.analysis import store
 from fluxlib.analysis.statistics import geometric
-from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, by_loss, times_to_target
+from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, by_loss, times_to_target, without_reference
 from fluxlib.analysis.wording import (
     METRICS,
     in_order,
@@ -20,9 +21,24 @@ from fluxlib.analysis.wording import (
     shown_interval,
     title,
 )
-from fluxlib.config import results_dir
+from fluxlib.config import ConfigError, results_dir
 
 OURS, REFERENCE = "flux", "fmd"
+
+
+def raced(folder: Path, reference: str = REFERENCE) -> tuple[pd.DataFrame, dict[str, str]]:
+    """The ``rounds`` of all plain runs in ``folder`` that can be compared; and why others cannot, by run id.
+
+    Raises:
+        ConfigError: none that is finished.
+    """
+    every, left_out = store.finished(folder, "rounds"), records.unfinished(folder)
+    if every is None:
+        raise ConfigError(f"{folder} holds no finished run; `make smoke` or `make reproduce` makes some")
+    plain = every[every["variant"] == ""]
+    alone = without_reference(plain, reference)
+    left_out |= dict.fromkeys(alone, f"{reference} was not run on its model and task with its seed")
+    return plain[~plain["run_id"].isin(alone)], left_out
 
 
 def against_all(rounds: pd.DataFrame, fraction: float = TARGET_FRACTION, **target: Any) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from fluxlib.config import PROFILES, REPO_ROOT
 CONF = REPO_ROOT / "docs" / "book"
 COPIED = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "constraints.txt", "environment.yml",
-    "pyproject.toml", "Makefile", "Snakefile", "docs", "data/README.md", "figures", "config",
+    "pyproject.toml", "Makefile", "Snakefile", "docs", "data/README.md", "figures", "config", "notebooks/exercises",
 )  # fmt: skip
 """What pages are made of, or link to."""
 
@@ -47,7 +47,7 @@ def assemble(source: Path, root: Path = REPO_ROOT, profiles: Sequence[str] = PRO
             shutil.copy(root / name, source / name)
     shutil.copytree(CONF, source, dirs_exist_ok=True)
     missing = []
-    (source / "notebooks").mkdir()
+    (source / "notebooks").mkdir(exist_ok=True)
     for notebook in sorted((root / "notebooks").glob("*.ipynb")):
         found = executed(notebook.stem, root / "build", profiles)
         missing += [] if found else [notebook.name]

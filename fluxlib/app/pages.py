@@ -1,4 +1,4 @@
-"""The generated pages of ``docs``: ``fluxlib pages`` writes all of them anew from settings, tables and tracked results.
+"""The generated pages of ``docs``, and the answers of the lessons: ``fluxlib pages`` writes all of them anew.
 
 The gallery shows every family of figures once, in the order of the notebooks, with what it shows and, from the numbers
 beside it, on which tasks, seeds and clock.
@@ -10,12 +10,14 @@ import csv
 import types
 import typing
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from fluxlib import records
 from fluxlib.analysis import claims, speedups
 from fluxlib.analysis.wording import markdown_table
+from fluxlib.app import answers
 from fluxlib.config import GROUPS, REPO_ROOT, RunConfig
 
 if TYPE_CHECKING:
@@ -185,20 +187,21 @@ def gallery(root: Path = REPO_ROOT) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "claims": claims.page,
-    "races": speedups.page,
-    "gallery": gallery,
-    "settings": settings,
-    "tables": tables,
+    "claims.md": claims.page,
+    "races.md": speedups.page,
+    "gallery.md": gallery,
+    "settings.md": settings,
+    "tables.md": tables,
+    **{f"../notebooks/{stem}.ipynb": partial(answers.lesson, stem) for stem in answers.ANSWERS},
 }
-"""By the page's name in ``docs``."""
+"""By the file, seen from ``docs``."""
 
 
 def write_all(folder: Path = REPO_ROOT / "docs") -> list[Path]:
     """Write every page that is not up to date; those that were."""
     changed = []
     for name, make in PAGES.items():
-        page, text = folder / f"{name}.md", make()
+        page, text = folder / name, make()
         if not page.is_file() or page.read_text() != text:
             page.write_text(text)
             changed.append(page)

@@ -5,7 +5,7 @@ and all seeds go through the same code. :mod:`~fluxlib.analysis.studies.bench` i
 participant's batches, and rows of the table.
 """
 
-from fluxlib.analysis.studies.bench import Bench, benches, measurements, row
+from fluxlib.analysis.studies.bench import Bench, Row, benches, measurements, row
 from fluxlib.analysis.wording import REAL_SHAPES
 
-__all__ = ["REAL_SHAPES", "Bench", "benches", "measurements", "row"]
+__all__ = ["REAL_SHAPES", "Bench", "Row", "benches", "measurements", "row"]
