@@ -18,7 +18,7 @@ export PYTHONHASHSEED := 0
 
 # Contents and parameters decide what is out of date (not the text of a rule); one failed run stops no other.
 SNAKEMAKE = $(BIN)/snakemake --cores $(JOBS) --rerun-triggers mtime params input --rerun-incomplete \
-	--keep-going --quiet rules progress host reason --config profile=$(1)
+	--keep-going --quiet rules host reason --config profile=$(1)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv reproduce figure smoke test lint bench lab book report clean

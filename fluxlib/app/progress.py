@@ -190,8 +190,6 @@ def watch(jobs: Iterable[Any], cores: int, benchmarks: Path, end: str) -> None:
         benchmarks: folder of the times of earlier calls.
         end: what is said at the end.
     """
-    from snakemake.logging import logger
-
     kept = {job.dag.jobid(job): job for job in jobs if job.benchmark}
     steps = {
         number: Step(
@@ -201,7 +199,7 @@ def watch(jobs: Iterable[Any], cores: int, benchmarks: Path, end: str) -> None:
         )
         for number, job in kept.items()
     }
-    progress = Progress(steps, earlier(benchmarks), cores, end)
+    progress, logger = Progress(steps, earlier(benchmarks), cores, end), logging.getLogger("snakemake.logging")
     for other in logger.handlers:
         if other.name == "DefaultStreamHandler":
             other.addFilter(progress.make_room)

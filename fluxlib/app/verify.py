@@ -69,7 +69,7 @@ def make(profile_name: str, files: Sequence[str], folder: Path, jobs: int) -> No
     """
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPO_ROOT / "Snakefile"), "--cores", str(jobs)]
     command += ["--directory", str(folder), "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input"]
-    command += ["--quiet", "rules", "progress", "host", "reason", "--config", f"profile={profile_name}", "--", *files]
+    command += ["--quiet", "rules", "host", "reason", "--config", f"profile={profile_name}", "--", *files]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if subprocess.run(command, env=os.environ | threads, check=False).returncode:
         raise RuntimeError(f"not all of it could be made; the logs are in {folder / 'build' / profile_name / 'logs'}")

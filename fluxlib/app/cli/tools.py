@@ -236,7 +236,8 @@ def verify(
         print(json.dumps(found | {"reproduced": reproduced, "seconds": seconds, "tables": str(folder)}))
     else:
         for title, text in found.items():
-            print(f"{title:<13}" + text.replace("`", "").replace("<br>", "\n" + 13 * " "))
+            if text:
+                print(f"{title:<13}" + text.replace("`", "").replace("<br>", "\n" + 13 * " "))
         print(f"{'' if reproduced else 'not '}reproduced, in {span(seconds)}, from {folder}")
     raise SystemExit(not reproduced)
 
