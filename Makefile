@@ -21,7 +21,7 @@ SNAKEMAKE = $(BIN)/snakemake --cores $(JOBS) --rerun-triggers mtime params input
 	--keep-going --quiet rules host reason --config profile=$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce smoke test lint bench lab book report clean
+.PHONY: help venv reproduce figure smoke test lint bench lab book report clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -39,6 +39,9 @@ venv: $(STAMP)  ## Python environment with the pinned versions, in .venv
 
 reproduce: $(STAMP)  ## Every run and figure of a profile (PROFILE=mini), resumable
 	$(call SNAKEMAKE,$(PROFILE))
+
+figure: $(STAMP)  ## One figure of the paper, and only what it needs (FIG=10; FIG=help lists them)
+	$(call SNAKEMAKE,$(PROFILE) figure="$(FIG)") -- figure
 
 smoke: $(STAMP)  ## Every notebook with tiny counts: does it all still run?
 	$(call SNAKEMAKE,smoke)

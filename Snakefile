@@ -10,7 +10,7 @@ from pathlib import Path
 REPO = Path(workflow.basedir)
 sys.path.insert(0, str(REPO))
 
-from fluxlib.app import pipeline
+from fluxlib.app import pipeline, progress
 from fluxlib.config import ConfigError, check_writable
 
 try:
@@ -48,6 +48,7 @@ STUDIES = {
     ],
     "07_real_models": ["real_memory", "real_phases", "real_links"],
 }
+COMPARED = ["convergence", "time_to_accuracy"]
 # Figures of the report, over all models.
 REPORT = ["claims", "speed_up"]
 # Studies that read the tables of federated runs as well, and which of their parameters name the variants they read.
@@ -71,16 +72,24 @@ try:
         pipeline.check_parameters(NOTEBOOKS / f"{study}.ipynb", parameters)
 except (ConfigError, OSError) as error:
     sys.exit(f"error: config/{NAME}.yaml, studies: {error}")
+
+# `make figure FIG=10`: the pictures of one figure of the paper, of every model.
+DRAWN = [*COMPARED, *REPORT, *(figure for study in PROFILE.studies for figure in STUDIES[study])]
+PICTURES = []
+if "figure" in config:
+    try:
+        chosen = pipeline.find_figure(str(config["figure"] or ""), DRAWN)
+    except ConfigError as error:
+        sys.exit(f"error: config/{NAME}.yaml: {error}")
+    ends = [""] if chosen in REPORT else [f"-{model}" for model in PROFILE.models]
+    PICTURES = [f"{FIGURES}/{chosen}{end}.png" for end in ends]
 EXECUTE = f"{sys.executable} -m fluxlib.app.cli notebook"
 WORK = Path.cwd()
 
 
-onsuccess:
-    print(f"Figures: {FIGURES}/   tables: {RESULTS}/   executed notebooks, logs, times: {BUILD}/")
-
-
-onerror:
-    print(f"What failed says why in {BUILD}/logs/ and in its executed notebook, {BUILD}/notebooks/.")
+onstart:
+    where = f"Figures: {' '.join(PICTURES) or FIGURES + '/'}   tables: {RESULTS}/   executed notebooks, logs, times: {BUILD}/"
+    progress.watch(workflow.dag.needrun_jobs(), workflow.cores, Path(BUILD) / "benchmarks", where)
 
 
 wildcard_constraints:
@@ -95,13 +104,18 @@ rule all:
         expand("{results}/{table}/{run_id}.parquet",
                results=RESULTS, table=["rounds", "participants"], run_id=PROFILE.runs),
         expand("{figures}/{figure}-{model}.{kind}",
-               figures=FIGURES, figure=["convergence", "time_to_accuracy"], model=PROFILE.models, kind=["pdf", "png", "csv"]),
+               figures=FIGURES, figure=COMPARED, model=PROFILE.models, kind=["pdf", "png", "csv"]),
         expand("{figures}/{figure}.{kind}", figures=FIGURES, figure=REPORT, kind=["pdf", "png", "csv"]),
         f"{FIGURES}/claims.md",
         *[
             f"{FIGURES}/{figure}-{model}.{kind}"
             for study in PROFILE.studies for figure in STUDIES[study] for model in PROFILE.models for kind in ("pdf", "png", "csv")
         ],
+
+
+rule figure:
+    input:
+        PICTURES,
 
 
 rule as_it_stands:
@@ -135,7 +149,6 @@ rule federated_run:
         f"{BUILD}/benchmarks/04_federated_run/{{run_id}}.tsv"
     shell:
         "{EXECUTE} {FEDERATED_RUN} {log.notebook} --parameters {params.run:q} --set out={WORK}/{RESULTS} > {log.text} 2>&1"
-        " && sed -n '/seed[0-9]*  round /p' {log.text} | tail -n 1"
 
 
 for study in PROFILE.studies:
@@ -170,10 +183,10 @@ for study in PROFILE.studies:
 rule time_to_accuracy:
     input:
         notebook=NOTEBOOKS / "05_time_to_accuracy.ipynb",
-        rounds=expand(f"{RESULTS}/rounds/{{run_id}}.parquet", run_id=PROFILE.runs),
+        rounds=[f"{RESULTS}/rounds/{run_id}.parquet" for run_id, run in PROFILE.runs.items() if not run.variant],
     output:
         expand("{figures}/{figure}-{model}.{kind}",
-               figures=FIGURES, figure=["convergence", "time_to_accuracy"], model=PROFILE.models, kind=["pdf", "png", "csv"]),
+               figures=FIGURES, figure=COMPARED, model=PROFILE.models, kind=["pdf", "png", "csv"]),
     log:
         text=f"{BUILD}/logs/05_time_to_accuracy.log",
         notebook=f"{BUILD}/notebooks/05_time_to_accuracy.ipynb",

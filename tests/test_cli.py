@@ -395,7 +395,7 @@ def test_a_run_is_saved_only_into_a_new_folder(call, engine, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["run", "compare", "profile", "export", "plan", "list", "doctor", "notebook", "trials"]
+    "name", ["run", "compare", "profile", "export", "plan", "list", "doctor", "notebook", "trials", "verify"]
 )
 def test_every_command_explains_itself_with_an_example(call, name):
     code, out, _ = call(name, "--help")

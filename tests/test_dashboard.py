@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from fluxlib import federation, records
-from fluxlib.analysis import store
+from fluxlib.analysis import store, where
 from fluxlib.app import widgets
 from fluxlib.app.widgets.background import count_tuned
 from fluxlib.app.widgets.controls import Controls, with_labels
-from fluxlib.config import ConfigError, flatten, make_config
+from fluxlib.config import ConfigError, figures_dir, flatten, make_config
 from fluxlib.federation.store.tables import read_work
 
 DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
@@ -350,3 +350,41 @@ def test_the_dashboard_refuses_in_place_and_is_a_picture_where_nobody_looks(engi
     assert set(shown) == {"text/plain", "image/png"} and shown["image/png"] == dashboard.curve.value
     monkeypatch.delenv(widgets.HEADLESS)
     assert "application/vnd.jupyter.widget-view+json" in dashboard._repr_mimebundle_()
+
+
+def test_a_press_on_the_map_sets_device_and_link_and_what_a_model_would_need_agrees_with_it(tmp_path):
+    file = figures_dir("full") / "where_flux_pays-mini-llama-moe.csv"
+    table = pd.read_csv(file, keep_default_na=False, na_values={"factor": [""]})
+    cells, place = where.over_tasks(table).set_index(["device", "link"]), ("rtx-4090", "100mbps")
+    dashboard = widgets.Dashboard(make_config(SMALL | {"training.batch_size": 16}), tmp_path, store=[])
+    assert list(dashboard.map.buttons) == list(cells.index)
+    cell, button = cells.loc[place], dashboard.map.buttons[place]
+    baseline = cell["baseline"].upper()
+    assert button.description == f"{cell['sign']}{cell['factor']:.2g} {baseline}"
+    button.click()
+    dashboard.wait()
+    clock = dashboard.preview.config.clock
+    assert (clock.fleet, clock.link, clock.model) == (*place, "llama-moe-3.5b")
+    framed = [one for one, other in dashboard.map.buttons.items() if "solid" in other.layout.border_top]
+    assert framed == [place]
+
+    own = dashboard.own_model
+    verb = "pays" if cell["factor"] > 1 else "does not pay"
+    told = f"FLUX {verb}: at the target {cell['factor']:.2g} times as soon as the best baseline that fits, {baseline}."
+    for name, said in (("llama-moe-3.5b", told), ("nothing", "&#x27;nothing&#x27; is no folder, no known name")):
+        own.name.value = name
+        own.ask.click()
+        dashboard.wait()
+        assert said in own.answer.value, own.answer.value
+    dashboard.controls.widgets["method"].value = "flux_plus"
+    dashboard.wait()
+    assert "FLUX+ at the target" in dashboard.map.legend.value
+
+
+def test_low_rank_products_and_flux_plus_have_a_plan():
+    whole, low = (widgets.preview(make_config(SMALL | {"adapter.kind": kind})) for kind in ("none", "lora"))
+    assert low.memory["flux"].peak_bytes < whole.memory["flux"].peak_bytes
+    assert low.seconds["flux"]["upload"] < whole.seconds["flux"]["upload"]
+    plus = widgets.preview(make_config(SMALL | {"method": "flux_plus"}))
+    assert plus.seconds["flux_plus"]["download"] < whole.seconds["flux"]["download"]
+    assert {"profile", "probe"}.isdisjoint(plus.seconds["flux_plus"])

@@ -62,7 +62,7 @@ def test_a_family_of_figures_appears_once_with_its_scale(tmp_path):
         "figures/full/of_its_own-mini-deepseek-moe.png",
     ]
     scale = "`mini-llama-moe` · `mini-mmlu` · 2 seeds · device clock: llama-moe-3.5b over 1gbps"
-    assert f"**Score over time of each method.** {scale} |" in text
+    assert f"**Score over time of each method (Fig. 10, 11).** {scale} |" in text
     assert "**all models.** `a, b` · 1 seed |" in text and "**of its own.** `mini-deepseek-moe` |" in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -204,11 +205,11 @@ class Repository:
         files = [*self.root.glob("data/results/mini/rounds/*.parquet"), *self.root.glob("figures/mini/*.pdf")]
         return {path.name: path.stat().st_mtime for path in files}
 
-    def make(self, *more: str) -> tuple[int, dict[str, float], str]:
+    def make(self, *more: str, **settings: str) -> tuple[int, dict[str, float], str]:
         """Exit code, what was made, and what was said."""
         command = [sys.executable, "-m", "snakemake", "--cores", "2", "--keep-going", "--rerun-incomplete"]
-        command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "host", *more]
-        command += ["--config", "profile=mini"]
+        command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "host", "reason", *more]
+        command += ["--config", "profile=mini", *(f"{name}={value}" for name, value in settings.items())]
         environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
         result = subprocess.run(
             command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -222,6 +223,7 @@ def finished(tmp_path_factory) -> Repository:
     repository = Repository(tmp_path_factory.mktemp("repository"))
     code, files, said = repository.make()
     assert code == 0, said
+    assert "7 of 7 steps in" in said and "; drew claims, speed_up" in said and "Finished jobid" not in said
     assert sorted(files) == [
         "claims.pdf",
         "convergence-mini-llama-moe.pdf",
@@ -258,6 +260,19 @@ def test_a_changed_parameter_runs_that_run_and_the_figures_again(finished):
     changed = {name for name in after if after[name] != before[name]}
     drawn = {"claims.pdf", "convergence-mini-llama-moe.pdf", "speed_up.pdf", "time_to_accuracy-mini-llama-moe.pdf"}
     assert changed == drawn | {"flux-mini-llama-moe-mmlu-seed0.parquet"}
+
+
+def test_a_figure_of_the_paper_needs_its_own_runs_only(tmp_path):
+    repository = Repository(tmp_path)
+    repository.configure(variants={"slow": {"methods": ["flux"], "run": {"training.learning_rate": 1e-5}}})
+    code, _, said = repository.make("--dry-run", "figure", figure="10")
+    assert code == 0, said
+    counts = dict(re.findall(r"^(\w+) +(\d+)$", said, re.M))
+    assert counts == {"federated_run": "2", "figure": "1", "time_to_accuracy": "1", "total": "4"}
+    code, _, said = repository.make("--dry-run", "figure", figure="21")
+    assert (
+        code != 0 and "FIG is '21', allowed are 10, 11, table2 (the paper's), convergence, time_to_accuracy, " in said
+    )
 
 
 def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path):

@@ -8,6 +8,7 @@ counts their works there. Everybody takes the fastest of his own runs. The targe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -46,7 +47,7 @@ def fits(config: RunConfig, tuned: float, device: catalogue.Device) -> bool:
     return config.method in ("fmd", "fmq") or tuned <= most
 
 
-def pays(
+def races(
     rounds: pd.DataFrame,
     participants: pd.DataFrame,
     runs: Mapping[str, RunConfig],
@@ -54,15 +55,35 @@ def pays(
     links: Sequence[str] = tuple(catalogue.LINKS),
     fraction: float = TARGET_FRACTION,
     offloading: Offloading | None = None,
-    ours: str = "flux",
 ) -> pd.DataFrame:
-    """Our factor over the best baseline, for every device and link: one row per model, task, seed, device and link.
+    """Time to the target of every run that fits, for every device and link.
 
     Args:
         rounds, participants: tables of runs with one or more budgets per method.
         runs: their configurations, of :func:`fluxlib.analysis.store.configs`.
         fraction: share of FMD's final score that is the target.
         offloading: how experts come to FMD's devices that do not fit; None: as in the run.
+
+    Returns:
+        :func:`fluxlib.analysis.time_to_target.times_to_target`, with the ``device``.
+    """
+    tuned = budgets(participants, runs) / rounds.groupby("run_id")["num_experts"].max()
+    counted = recounts(participants, rounds, runs, devices, links, offloading)
+    fitting = {name: [run for run in tuned.index if fits(runs[run], float(tuned[run]), catalogue.DEVICES[name])]
+               for name in devices}  # fmt: skip
+    found = []
+    for key, part in counted.groupby(["fleet", "link"], sort=False):
+        kind = part["method"].where(part["variant"] == "", part["method"] + " " + part["variant"])
+        times = times_to_target(part.assign(kind=kind), fraction, by="kind")
+        found.append(times[times["run_id"].isin(fitting[str(key[0])])].assign(device=str(key[0])))
+    return pd.concat(found, ignore_index=True)
+
+
+def duels(raced: pd.DataFrame, ours: str = "flux") -> pd.DataFrame:
+    """Our factor over the best baseline that fits: one row per model, task, seed, device and link.
+
+    Args:
+        raced: of :func:`races`.
         ours: one of :data:`OURS`.
 
     Returns:
@@ -70,18 +91,14 @@ def pays(
         ``baseline``, which one it is; ``our_run`` and ``baseline_run``, the runs that were the fastest; their times
         ``our_s`` and ``baseline_s`` (the whole run where the target was not reached).
     """
-    tuned = budgets(participants, runs) / rounds.groupby("run_id")["num_experts"].max()
-    counted = recounts(participants, rounds, runs, devices, links, offloading)
-    fitting = {name: [run for run in tuned.index if fits(runs[run], float(tuned[run]), catalogue.DEVICES[name])]
-               for name in devices}  # fmt: skip
-    rows = []
-    for key, part in counted.groupby(["fleet", "link"], sort=False):
-        kind = part["method"].where(part["variant"] == "", part["method"] + " " + part["variant"])
-        times = times_to_target(part.assign(kind=kind), fraction, by="kind")
-        entered = times["run_id"].isin(fitting[str(key[0])])
-        for pair, found in times[entered].groupby(list(PAIR), sort=False):
-            rows.append(dict(zip((*PAIR, "device", "link"), (*pair, *key), strict=True)) | _best(found, ours))
+    keys = [*PAIR, "device", "link"]
+    rows = [dict(zip(keys, key, strict=True)) | _best(part, ours) for key, part in raced.groupby(keys, sort=False)]
     return pd.DataFrame(rows)
+
+
+def pays(*tables: Any, ours: str = "flux", **settings: Any) -> pd.DataFrame:
+    """The map: :func:`duels` of :func:`races`, which gets everything but ``ours``."""
+    return duels(races(*tables, **settings), ours)
 
 
 def _best(times: pd.DataFrame, method: str = "flux") -> dict[str, object]:

@@ -18,6 +18,7 @@ from fluxlib import records
 from fluxlib.analysis import claims, speedups
 from fluxlib.analysis.wording import markdown_table
 from fluxlib.app import answers
+from fluxlib.app.pipeline import PAPER
 from fluxlib.config import GROUPS, REPO_ROOT, RunConfig
 
 if TYPE_CHECKING:
@@ -33,28 +34,28 @@ TITLES: dict[str, str] = {
     "speed_up": "How much sooner FLUX is, task by task",
     "where_flux_pays": "Where FLUX pays: memory of the device and link",
     "where_flux_plus_pays": "Where FLUX+ pays",
-    "scale_participants": "More participants (Fig. 12)",
+    "scale_participants": "More participants",
     "scale_settings": "Other heterogeneity, other budgets",
-    "activation_by_layer": "Which experts are used, by layer (Fig. 2)",
-    "profile_error": "A profile in few bits (Fig. 6b)",
+    "activation_by_layer": "Which experts are used, by layer",
+    "profile_error": "A profile in few bits",
     "sample_size": "How many samples a profile needs",
-    "drift": "How activation drifts, and a profile one round old (Fig. 6a, 14)",
+    "drift": "How activation drifts, and a profile one round old",
     "round_saving": "Round time that a stale profile saves",
-    "discarding": "Dropping or merging (Fig. 3a)",
-    "error_growth": "How an error travels through the layers (Fig. 3b, 8)",
-    "attention_frequency": "Attention is not frequency (Fig. 9)",
-    "layer_budgets": "Where slots go, and what that costs (Fig. 15)",
-    "clustering_time": "Finding clusters, fused or layer by layer (Fig. 16)",
-    "merge_options": "Weights of a merge, and what goes beyond the paper (Fig. 17)",
-    "own_share": "FLUX's own share of a round (Fig. 20)",
+    "discarding": "Dropping or merging",
+    "error_growth": "How an error travels through the layers",
+    "attention_frequency": "Attention is not frequency",
+    "layer_budgets": "Where slots go, and what that costs",
+    "clustering_time": "Finding clusters, fused or layer by layer",
+    "merge_options": "Weights of a merge, and what goes beyond the paper",
+    "own_share": "FLUX's own share of a round",
     "role_utilities": "Utilities from forward passes against true ones",
-    "role_probes": "Forward-only probes: cost and quality (Fig. 18)",
+    "role_probes": "Forward-only probes: cost and quality",
     "role_seconds": "What learning a utility costs",
     "role_map": "Who tunes which expert over rounds",
     "role_convergence": "Assignments compared, over rounds and device clock",
     "role_ablation": "Assignments compared, at the end",
     "role_coverage": "How many experts anybody has tuned",
-    "role_epsilon": "How much to exploit (Fig. 19)",
+    "role_epsilon": "How much to exploit",
     "role_options": "Assignments beyond the paper",
     "round_phases": "Where a round's time goes",
     "round_memory": "Memory by method",
@@ -172,11 +173,18 @@ def _about(family: str, numbers: Path) -> str:
     return " · ".join(part for part in parts if part)
 
 
+def _in_paper(family: str) -> str:
+    """Which figures or table of the paper show the same, in brackets; empty: none."""
+    found = ", ".join(number for number, figure in PAPER.items() if figure == family)
+    where = found.replace("table", "Table ") if "table" in found else f"Fig. {found}"
+    return f" ({where})" * bool(found)
+
+
 def gallery(root: Path = REPO_ROOT) -> str:
     """Two pictures a row, each with its caption."""
     cells = []
     for name, path in families(root / FIGURES).items():
-        title = TITLES.get(name, name.replace("_", " "))
+        title = TITLES.get(name, name.replace("_", " ")) + _in_paper(name)
         link = f"../{path.relative_to(root).as_posix()}"
         cells.append(f"![{title}]({link})<br>**{title}.** {_about(name, path.with_suffix('.csv'))}")
     cells += [""] * (len(cells) % 2)

@@ -25,6 +25,13 @@ from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, check_writable, da
 
 ASIDES = {"by-hand", "try-it"}
 """Tags of cells that a reader may change: nothing that a notebook keeps depends on them."""
+PAPER = {
+    "2": "activation_by_layer", "3a": "discarding", "3b": "error_growth", "6a": "drift", "6b": "profile_error",
+    "7b": "round_saving", "8": "error_growth", "9": "attention_frequency", "10": "convergence", "11": "convergence",
+    "12": "scale_participants", "14": "drift", "15": "layer_budgets", "16": "clustering_time", "17": "merge_options",
+    "18": "role_probes", "19": "role_epsilon", "20": "own_share", "table2": "time_to_accuracy",
+}  # fmt: skip
+"""Which of our figures shows what a figure of the paper shows; the numbers of 6b, 15, 16 and 18 are inferred."""
 
 
 class _Strict(BaseModel):
@@ -148,6 +155,19 @@ def runs_read(profile: Pipeline, model: str, variants: Iterable[str]) -> list[st
     if missing := sorted(wanted - known):
         raise ConfigError(f"no run of the profile has the variants {missing}; it has {sorted(known)}")
     return [key for key, run in profile.runs.items() if run.variant in wanted and Path(run.model).name == model]
+
+
+def find_figure(name: str, drawn: Sequence[str]) -> str:
+    """Which of the figures in ``drawn`` is meant by a number of :data:`PAPER`, or by its own name.
+
+    Raises:
+        ConfigError: none of them, with those that there are.
+    """
+    found = PAPER.get(name.lower(), name)
+    if found not in drawn:
+        numbers = ", ".join(number for number, figure in PAPER.items() if figure in drawn)
+        raise ConfigError(f"FIG is {name!r}, allowed are {numbers} (the paper's), {', '.join(drawn)}")
+    return found
 
 
 def cells(notebook: Path) -> list[dict[str, Any]]:

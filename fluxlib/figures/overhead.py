@@ -20,6 +20,8 @@ from fluxlib.figures import marks, style
 from fluxlib.figures.picture import Picture, caption, drawn, facets, panels, split, study, unique
 
 GIB = 2**30
+FACTORS = LogNorm(0.25, 4.0, clip=True)
+"""How factors of the map become colours of :data:`fluxlib.figures.style.DIVERGING`."""
 
 
 # Tables
@@ -154,17 +156,16 @@ def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION, ours: str = "fl
     cells = where.over_tasks(table)
     models, devices, links = (list(pd.unique(cells[name])) for name in ("model", "device", "link"))
     figure, axes = panels(table, (1.6 + 3.3 * len(models), 3.4), 1, len(models), sharey=True, squeeze=False)
-    norm = LogNorm(0.25, 4.0, clip=True)
     grid = pd.MultiIndex.from_product([devices, links])
     for ax, model in zip(axes[0], models, strict=True):
         own = cells[cells["model"] == model].set_index(["device", "link"]).reindex(grid)
         factors = own["factor"].unstack(sort=False)
-        _map(ax, factors, own.apply(_race, axis=1).unstack(sort=False), norm, style.DIVERGING)
+        _map(ax, factors, own.apply(_race, axis=1).unstack(sort=False), FACTORS, style.DIVERGING)
         _break_even(ax, factors.to_numpy())
         ax.set_title(Path(model).name)
         ax.set_xticks(np.arange(len(links)) + 0.5, [catalogue.LINKS[name].title for name in links], fontsize=7)
-        ax.set_yticks(np.arange(len(devices)) + 0.5, [_memory(name) for name in devices], fontsize=7, rotation=0)
-    bar = figure.colorbar(mpl.cm.ScalarMappable(norm, style.DIVERGING), ax=axes, fraction=0.03, pad=0.02)
+        ax.set_yticks(np.arange(len(devices)) + 0.5, [memory_of(name) for name in devices], fontsize=7, rotation=0)
+    bar = figure.colorbar(mpl.cm.ScalarMappable(FACTORS, style.DIVERGING), ax=axes, fraction=0.03, pad=0.02)
     bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["≤ 1/4", "1/2", "1", "2", "≥ 4"])
     bar.minorticks_off()
     bar.set_label(f"{title(ours)} sooner by this factor")
@@ -181,7 +182,8 @@ def _race(cell: pd.Series) -> str:
     return f"{cell['sign']}{cell['factor']:.2g}\n{cell['baseline']}"
 
 
-def _memory(name: str) -> str:
+def memory_of(name: str) -> str:
+    """A device of the catalogue by its memory, its name below."""
     device = catalogue.DEVICES[name]
     return f"{device.memory_bytes / GIB:.0f} GB\n{name}"
 

@@ -53,11 +53,14 @@ def known() -> list[str]:
 def config(name_or_path: str | Path) -> Any:
     """Return the configuration of a model without its weights; the public models' without a network.
 
+    Args:
+        name_or_path: a name of :func:`known`, a folder or its ``config.json``, or a hub id.
+
     Raises:
         OSError: an unknown name, or a folder without a readable ``config.json``.
         ValueError: a model type that needs code from the hub, which is never run.
     """
-    name = str(name_or_path)
+    name = str(name_or_path).removesuffix("/config.json")
     for short, (hub_id, make) in PUBLIC.items():
         if name in (short, hub_id):
             return make()

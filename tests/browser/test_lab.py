@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from fluxlib import records
+from fluxlib.config import REPO_ROOT
 
 from .conftest import ARTIFACTS, PATIENCE_S
 
@@ -195,6 +196,18 @@ def test_the_dashboard_opens_moves_refuses_runs_and_stops(browser, lab, out):
         shown.button("Run").click()
         shown.wait_text("Complete.")
         shown.shot("5-complete")
+
+        shown.tab("Where it pays")
+        page.locator("button[title='NVIDIA GeForce RTX 4090 24 GB, 100 Mb/s']").click()
+        shown.wait_text("GiB usable on NVIDIA GeForce RTX 4090 24 GB")
+        shown.shot("6-map")
+        shown.tab("Your model")
+        page.get_by_placeholder("a known name").fill(
+            str(REPO_ROOT / "data" / "models" / "mini-llama-moe" / "config.json")
+        )
+        shown.button("What would it need?").click()
+        shown.wait_text("times as soon as the best baseline")
+        shown.shot("7-model")
         assert shown.errors() == []
 
 
@@ -222,7 +235,7 @@ def test_closing_the_browser_loses_nothing(browser, lab, out):
         last.wait_round(kept + 2)
         last.button("Stop").click()
         last.wait_text("Stopped.")
-        last.shot("6-gone-on")
+        last.shot("8-gone-on")
         (table,) = (out / "rounds").glob("*-t25-*.parquet")
         rounds = records.read("rounds", table)["round"].tolist()
         assert rounds == list(range(len(rounds))) and len(rounds) > kept + 1
@@ -246,4 +259,4 @@ def test_a_notebook_runs_from_top_to_bottom(browser, lab):
         assert found.errors() == []
         assert found.page.locator(".jp-OutputArea-output img").count() >= 3
         found.page.locator(".jp-OutputArea-output img").first.scroll_into_view_if_needed()
-        found.shot("7-notebook")
+        found.shot("9-notebook")

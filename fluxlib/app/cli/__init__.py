@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "notebook": tools.notebook,
     "trials": tools.trials,
     "claims": tools.claims,
+    "verify": tools.verify,
     "pages": tools.pages,
     "doctor": tools.doctor,
 }

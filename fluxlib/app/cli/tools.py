@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -175,15 +177,69 @@ def claims(
     """
     from fluxlib.analysis import claims as judged
 
-    folder = out or results_dir(profile_name)
-    if not folder.is_dir():
-        known = ", ".join(sorted(path.name for path in folder.parent.glob("*/")))
-        raise ConfigError(f"there are no results in {folder}; allowed for --profile are {known or 'none yet'}")
+    folder = _results(profile_name, out)
     try:
         table = judged.claims(judged.load(folder))
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     print(table.to_json(orient="records") if as_json else judged.to_markdown(table))
+
+
+def _results(profile_name: str, out: Path | None) -> Path:
+    """The folder of a profile's tables, or the one that is given."""
+    folder = out or results_dir(profile_name)
+    if not folder.is_dir():
+        known = ", ".join(sorted(path.name for path in folder.parent.glob("*/")))
+        raise ConfigError(f"there are no results in {folder}; allowed for --profile are {known or 'none yet'}")
+    return folder
+
+
+def verify(
+    name: Annotated[str, typer.Argument(metavar="CLAIM", help="its short name; a wrong one lists them")],
+    profile_name: Annotated[
+        str, typer.Option("--profile", help="whose results are read, or whose runs are made")
+    ] = "full",
+    rerun: Annotated[bool, typer.Option("--rerun", help="from new runs, which are made below build/verify")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="runs side by side, with --rerun")] = os.cpu_count() or 1,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute one claim anew, from stored tables or from new runs, and say whether it is reproduced.
+
+    It is where the verdict is "agrees"; the exit code is 0 then, and 1 where it is not.
+
+    \b
+    Examples:
+        fluxlib verify four_bit
+        fluxlib verify ahead_of_fmd --profile mini --rerun
+    """
+    from fluxlib.analysis.claims import judge, load, table
+    from fluxlib.app import verify as anew
+    from fluxlib.app.progress import span
+
+    begin, known = time.monotonic(), {claim.slug: claim for claim in judge.EVERY}
+    if name not in known:
+        raise ConfigError(f"claim is {name!r}, allowed are {', '.join(known)}")
+    if rerun and out is not None:
+        raise ConfigError("--out is a folder of stored tables; --rerun makes its own: give one of them")
+    try:
+        folder = anew.rerun(known[name], profile_name, jobs) if rerun else _results(profile_name, out)
+        found = table.row(known[name], table.read(known[name], load(folder)))
+        if rerun and results_dir(profile_name).is_dir():
+            before = table.row(known[name], table.read(known[name], load(results_dir(profile_name))))
+            found["stored"] = f"{before['verdict']}<br>{before['ours']}"
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    reproduced, seconds = found["verdict"] == judge.AGREES, time.monotonic() - begin
+    if as_json:
+        print(json.dumps(found | {"reproduced": reproduced, "seconds": seconds, "tables": str(folder)}))
+    else:
+        for title, text in found.items():
+            if text:
+                print(f"{title:<13}" + text.replace("`", "").replace("<br>", "\n" + 13 * " "))
+        print(f"{'' if reproduced else 'not '}reproduced, in {span(seconds)}, from {folder}")
+    raise SystemExit(not reproduced)
 
 
 def pages() -> None:

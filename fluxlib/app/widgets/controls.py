@@ -57,6 +57,8 @@ class Controls:
             "model": menu("model", [*dict.fromkeys((*models.known()[:2], base.model))]),
             "task": menu("task", list(tasks.TASKS)),
             "method": menu("method", {name: method_title(name) for name in methods_in_order(methods.METHODS)}),
+            "adapter.kind": menu("adapter.kind", {"none": "whole experts", "lora": "low-rank products (LoRA)"}),
+            "adapter.rank": count("adapter.rank", 64),
             "clock.fleet": menu("clock.fleet", fleets),
             "clock.link": menu("clock.link", {name: link.title for name, link in catalogue.LINKS.items()}),
             "clock.model": menu("clock.model", shapes),
@@ -99,6 +101,11 @@ class Controls:
         """
         chosen = {name: widget.value for name, widget in self.widgets.items() if name != "participant"}
         return self.base.updated(chosen | {"variant": self._variant(chosen)})
+
+    def turn(self, settings: Mapping[str, str]) -> None:
+        """Turn some of the menus, by the full names of their settings."""
+        for name, value in settings.items():
+            self.widgets[name].value = value
 
     def load(self, config: RunConfig) -> None:
         """Turn everything to what ``config`` says; what has no control is taken over from it too.
@@ -148,7 +155,7 @@ def _show(widget: Any, value: Any) -> None:
 
 
 HEADINGS = {
-    "What": ("model", "task", "method"),
+    "What": ("model", "task", "method", "adapter.kind", "adapter.rank"),
     "Who and where": ("federation.participants", "participant", "clock.fleet", "clock.link", "clock.model"),
     "Budgets, as shares of all experts": ("budget.tune_frac", "budget.merge_frac", "merging.budgets"),
     "How long": ("federation.rounds", "training.local_steps"),
@@ -157,6 +164,8 @@ CONTROLS = {
     "model": ("model", "base model that is fine-tuned"),
     "task": ("task", "generated task; its samples are dealt to the participants"),
     "method": ("method", "what a participant does in a round"),
+    "adapter.kind": ("tuned are", "what of a tuned expert learns: all of it, or a low-rank product on top of it"),
+    "adapter.rank": ("rank", "of the low-rank products; it counts with LoRA only"),
     "clock.fleet": ("devices", "devices of the participants, on the device clock"),
     "clock.link": ("link", "connection of each participant to the server, on the device clock"),
     "clock.model": ("sized as", "model whose shapes memory and time are predicted for"),

@@ -7,6 +7,8 @@ run, a saved notebook, GitHub).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from fluxlib.analysis.time_to_target import reach
 from fluxlib.app.widgets.background import HEADLESS, BackgroundRun, InTurn, count_tuned, going_on
 from fluxlib.app.widgets.controls import Controls, with_labels
 from fluxlib.app.widgets.history import BROWN, RED, History, beginning, compared, note, paragraphs, status, table
+from fluxlib.app.widgets.planning import OwnModel, PaysMap
 from fluxlib.app.widgets.preview import Preview, preview
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
+from fluxlib.devices.catalogue import Device
 from fluxlib.figures import style
 
 TARGET_FRAC = 0.95
@@ -49,7 +53,9 @@ class Dashboard:
         places = [self.out, *(folders(trials=False) if store is None else store)]
         self.controls = Controls(config)
         self.in_turn = InTurn(lambda error: self._say(f"{type(error).__name__}: {error}"))
-        self.history = History(places, self._draw, self._take_over, self.in_turn)
+        self.history = History(places, self._draw, partial(self._turn, self.controls.load), self.in_turn)
+        self.map = PaysMap(partial(self.in_turn, self._turn, self.controls.turn))
+        self.own_model = OwnModel(self.in_turn, self._chosen)
         self.preview: Preview | None = None
         self.run: BackgroundRun | None = None
         self._paused, self._change_waits = False, False
@@ -106,6 +112,8 @@ class Dashboard:
         self.summary.value = paragraphs(self.preview.summary()) if self.preview is not None else ""
         self._say(f"{self._problem}\nNothing can be run until this is changed." * bool(self._problem), warning)
         self.controls.mark(self._problem)
+        if self.preview is not None:
+            self.map.show(self.preview.config)
         self._set_buttons()
         self._list_earlier()
 
@@ -128,9 +136,9 @@ class Dashboard:
         title = ipywidgets.HTML("<b>Compare with earlier runs</b> of this model and task (ctrl or shift for several)")
         below = ipywidgets.HBox([self.history.take_over, self.history.note])
         running = column([self.status, self.curve, self.table, title, self.history.choice, below])
-        planned = column([self.summary, self.plan])
-        self.tabs = ipywidgets.Tab([planned, running], titles=["Plan", "Run and compare"])
-        right = column([self.message, self.tabs], layout=layout(flex="1 1 auto", min_width="500px"))
+        shown = [self.plan, running, self.map.view, self.own_model.view]
+        self.tabs = ipywidgets.Tab(shown, titles=["Plan", "Run and compare", "Where it pays", "Your model"])
+        right = column([self.message, self.summary, self.tabs], layout=layout(flex="1 1 auto", min_width="500px"))
         return ipywidgets.HBox([left, right], layout=layout(width="100%"))
 
     def _connect(self) -> None:
@@ -148,24 +156,34 @@ class Dashboard:
         found = going_on(self.out)
         if found is None:
             return
-        self._take_over(found.config)
+        self._turn(self.controls.load, found.config)
         self.run, found.on_change = found, self._changed
         self.tabs.selected_index = 1
         self.progress.max = found.config.federation.rounds
         self._changed(found)
 
-    def _take_over(self, config: RunConfig) -> None:
-        """Turn the controls to what a run had.
+    def _turn(self, change: Callable[..., None], *arguments: Any) -> None:
+        """Turn several controls at once, by one of their methods.
 
         Raises:
             ConfigError: a value that has no place on the dashboard.
         """
         self._paused = True
         try:
-            self.controls.load(config)
+            change(*arguments)
         finally:
             self._paused = False
         self.refresh()
+
+    def _chosen(self) -> tuple[RunConfig, Device]:
+        """What the controls say, and the device of the participant that is shown.
+
+        Raises:
+            ConfigError: they say what cannot be.
+        """
+        if self.preview is None:
+            raise ConfigError(self._problem)
+        return self.preview.config, self.preview.device
 
     def _press_run(self) -> None:
         if self.preview is None or (self.run is not None and self.run.busy):

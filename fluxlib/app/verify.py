@@ -1,0 +1,75 @@
+"""One claim computed from runs that are made for it alone: which tables it needs, and how they are made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fluxlib.analysis.claims import Claim
+from fluxlib.analysis.speedups import OURS, REFERENCE
+from fluxlib.app import pipeline
+from fluxlib.config import REPO_ROOT, ConfigError
+
+DONE = "done"
+"""A file in the folder of new runs once all are there: the next call begins with an empty folder."""
+
+
+def tables_needed(claim: Claim, profile: pipeline.Pipeline) -> list[str]:
+    """Result tables of a profile that tell on a claim, relative to where they are made; empty: it has no such runs."""
+    results = f"data/results/{profile.name}"
+    if claim.notebook:
+        models = profile.models if claim.notebook in profile.studies else ()
+        return [f"{results}/measurements/{claim.notebook}-{model}.parquet" for model in models]
+    methods = {OURS, REFERENCE, claim.ours.get("baseline", OURS)}
+    crowds = [run for run in profile.runs.values() if run.variant.startswith("participants-")]
+    kept = [
+        run
+        for run in profile.runs.values()
+        if run.method in methods
+        and (not run.variant or (claim.ours["reader"] == "participants" and run in crowds))
+        and run.task in claim.ours.get("targets", [run.task])
+        and run.task.endswith(claim.ours.get("only", ""))
+    ]
+    if claim.ours["reader"] == "participants" and not crowds:
+        return []
+    return [f"{results}/{table}/{run.run_id}.parquet" for run in kept for table in ("rounds", "participants")]
+
+
+def rerun(claim: Claim, profile_name: str, jobs: int) -> Path:
+    """Make the runs and studies of a claim anew, below ``build/verify``; goes on where it was interrupted.
+
+    Returns:
+        The folder of the new result tables.
+
+    Raises:
+        ConfigError: an unknown profile, or one without runs for this claim.
+        RuntimeError: a step failed; what was said on the way names it.
+    """
+    profile = pipeline.load(REPO_ROOT / "config" / f"{profile_name}.yaml")
+    files = tables_needed(claim, profile)
+    if not files:
+        raise ConfigError(f"profile {profile_name!r} has no runs for {claim.slug}; {claim.needs or 'take another'}")
+    folder = REPO_ROOT / "build" / "verify" / f"{profile_name}-{claim.slug}"
+    if (folder / DONE).is_file():
+        shutil.rmtree(folder)
+    make(profile_name, files, folder, jobs)
+    (folder / DONE).touch()
+    return folder / "data" / "results" / profile_name
+
+
+def make(profile_name: str, files: Sequence[str], folder: Path, jobs: int) -> None:
+    """Make ``files`` of a profile below ``folder``, with all that they need, as ``make reproduce`` does.
+
+    Raises:
+        RuntimeError: a step failed; what was said on the way names it.
+    """
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPO_ROOT / "Snakefile"), "--cores", str(jobs)]
+    command += ["--directory", str(folder), "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input"]
+    command += ["--quiet", "rules", "host", "reason", "--config", f"profile={profile_name}", "--", *files]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    if subprocess.run(command, env=os.environ | threads, check=False).returncode:
+        raise RuntimeError(f"not all of it could be made; the logs are in {folder / 'build' / profile_name / 'logs'}")
