@@ -77,6 +77,20 @@ def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
     assert found.models == {"mini-llama-moe": "mini-llama-moe"}
 
 
+def test_an_overlay_wins_where_it_says_something(tmp_path, monkeypatch):
+    (tmp_path / "my" / "model").mkdir(parents=True)
+    above = tmp_path / "mine.yaml"
+    above.write_text("grid: {models: [my/model]}\nper_method: {flux: {training.batch_size: 3}}")
+    monkeypatch.chdir(tmp_path)
+    found = pipeline.load(profile(tmp_path / "mini.yaml"), above)
+    assert found.models == {"model": str(tmp_path / "my" / "model")}  # notebooks are executed in another folder
+    flux = found.runs["flux-model-mmlu-seed0"]
+    assert (flux.training.learning_rate, flux.training.batch_size, flux.federation.rounds) == (2e-3, 3, 3)
+    above.write_text("grids: {}")
+    with pytest.raises(ConfigError, match="mini.yaml under .*mine.yaml: unknown section 'grids'"):
+        pipeline.load(tmp_path / "mini.yaml", above)
+
+
 def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
     variants = {"slow": {"methods": ["flux"], "run": {"training.learning_rate": 1e-5}}}
     found = pipeline.load(profile(tmp_path / "mini.yaml", variants=variants))
