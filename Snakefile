@@ -3,6 +3,7 @@
 # Profiles differ in config/<profile>.yaml only; overlay=FILE lays another file of that form over it. All paths are relative to the working directory, so `--directory DIR`
 # moves results, figures and build together. Executed notebooks are logs: a failed one is kept, a missing one is not
 # a reason to run for hours again.
+import fcntl
 import json
 import sys
 from pathlib import Path
@@ -22,6 +23,14 @@ try:
         check_writable(Path(folder))
 except ConfigError as error:
     sys.exit(f"error: {error}")
+
+# Snakemake's own lock outlives a process that is killed, and the same command would then be refused (make: --nolock).
+if workflow.is_main_process:
+    LOCK = (Path(BUILD) / ".lock").open("w")
+    try:
+        fcntl.flock(LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another process is making {BUILD} in this folder; wait for it, or end it")
 
 if strangers := pipeline.strangers(Path(RESULTS), PROFILE):
     sys.exit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -292,6 +293,15 @@ def test_results_that_cannot_be_written_are_refused_first(tmp_path):
     code, files, said = repository.make()
     assert code != 0 and not files
     assert "error: cannot write to the output folder data/results/mini" in said
+
+
+def test_two_at_once_are_refused_and_a_killed_one_is_in_nobodys_way(finished):
+    assert "--nolock" in (REPO_ROOT / "Makefile").read_text()
+    with (finished.root / "build" / "mini" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, said = finished.make("--nolock")
+        assert code != 0 and "error: another process is making build/mini" in said
+    assert finished.make("--nolock")[0] == 0  # whoever held it is gone
 
 
 def test_tables_of_other_runs_are_not_drawn_by_accident(tmp_path):
