@@ -80,12 +80,12 @@ def test_every_task_and_method_runs_on_both_formats_in_16_bits(runs: dict[str, R
 
 @pytest.mark.parametrize("method", ["flux", "flux_plus"])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(runs: dict[str, RunConfig], tmp_path: Path, method: str) -> None:
-    run = runs[f"{method}-deepseek-moe-16b-base-mmlu-seed0"]
+    run = runs[f"{method}-deepseek-moe-16b-base-mmlu-seed0"].updated({"federation.participants": 2})
     whole = federation.run(run).rounds
     federation.run(run, lambda row: row["round"] == 1, out=tmp_path)
     assert list((tmp_path / "checkpoints").iterdir())
     again = federation.run(run, out=tmp_path).rounds
-    same = [name for name in whole if "wall" not in name]
+    same = [name for name in whole if "wall" not in name and name != "peak_memory_bytes"]
     pd.testing.assert_frame_equal(again[same], whole[same])
 
 
