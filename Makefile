@@ -1,6 +1,7 @@
 # The door. Each target sets up .venv first when it is missing or older than the pins.
 SHELL := /bin/bash
 PROFILE ?= mini
+OVERLAY ?=
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_INSTALL_FLAGS ?=
@@ -18,14 +19,14 @@ export PYTHONHASHSEED := 0
 
 # Contents and parameters decide what is out of date (not the text of a rule); one failed run stops no other.
 SNAKEMAKE = $(BIN)/snakemake --cores $(JOBS) --rerun-triggers mtime params input --rerun-incomplete \
-	--keep-going --quiet rules host reason --config profile=$(1)
+	--nolock --keep-going --quiet rules host reason --config profile=$(1) $(if $(OVERLAY),overlay=$(abspath $(OVERLAY)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce figure smoke test lint bench lab book report clean
+.PHONY: help venv reproduce rehearse figure smoke test lint bench lab book report clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
-	@echo "  variables         PROFILE=mini|full|paper  JOBS=$(JOBS)  PYTHON=$(PYTHON)"
+	@echo "  variables         PROFILE=mini|full|paper  OVERLAY=FILE  JOBS=$(JOBS)  PYTHON=$(PYTHON)"
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No python3.11 or python3 on PATH: install Python 3.11, or name one with PYTHON=..."; exit 1; }
@@ -45,6 +46,11 @@ figure: $(STAMP)  ## One figure of the paper, and only what it needs (FIG=10; FI
 
 smoke: $(STAMP)  ## Every notebook with tiny counts: does it all still run?
 	$(call SNAKEMAKE,smoke)
+
+rehearse: OVERLAY = config/overlays/tiny.yaml
+rehearse: $(STAMP)  ## The profile paper to its end, on tiny models and files that are made here: build/tiny
+	$(BIN)/python tests/tiny.py build/tiny
+	$(call SNAKEMAKE,paper) --directory build/tiny
 
 lint: $(STAMP)  ## Ruff on code and notebooks, stripped outputs, the type checker
 	$(BIN)/ruff check .

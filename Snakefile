@@ -1,8 +1,9 @@
 # Which notebook, with which parameters, reads and writes what. `make reproduce` is the door; by hand:
 #     .venv/bin/snakemake --cores 2 --rerun-triggers mtime params input --config profile=mini
-# Profiles differ in config/<profile>.yaml only. All paths are relative to the working directory, so `--directory DIR`
+# Profiles differ in config/<profile>.yaml only; overlay=FILE lays another file of that form over it. All paths are relative to the working directory, so `--directory DIR`
 # moves results, figures and build together. Executed notebooks are logs: a failed one is kept, a missing one is not
 # a reason to run for hours again.
+import fcntl
 import json
 import sys
 from pathlib import Path
@@ -14,13 +15,22 @@ from fluxlib.app import pipeline, progress
 from fluxlib.config import ConfigError, check_writable
 
 try:
-    PROFILE = pipeline.load(REPO / "config" / f"{config.get('profile', 'mini')}.yaml")
+    OVERLAY = Path(config["overlay"]) if "overlay" in config else None
+    PROFILE = pipeline.load(REPO / "config" / f"{config.get('profile', 'mini')}.yaml", OVERLAY)
     NAME = PROFILE.name
     RESULTS, FIGURES, BUILD = f"data/results/{NAME}", f"figures/{NAME}", f"build/{NAME}"
     for folder in (RESULTS, FIGURES, BUILD):
         check_writable(Path(folder))
 except ConfigError as error:
     sys.exit(f"error: {error}")
+
+# Snakemake's own lock outlives a process that is killed, and the same command would then be refused (make: --nolock).
+if workflow.is_main_process:
+    LOCK = (Path(BUILD) / ".lock").open("w")
+    try:
+        fcntl.flock(LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another process is making {BUILD} in this folder; wait for it, or end it")
 
 if strangers := pipeline.strangers(Path(RESULTS), PROFILE):
     sys.exit(

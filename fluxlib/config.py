@@ -188,6 +188,12 @@ class TrainingConfig(_Group):
     max_tokens: int = Field(128, ge=8, description="tokens of a sample, at most; longer prompts are cut")
     learning_rate: float = Field(3e-3, gt=0, description="of the local optimizer")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the local steps; it begins anew every round")
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples of a step that are computed at once, gradients add up; None: all of them"
+    )
+    checkpointing: bool = Field(
+        False, description="activations are computed again in the backward pass instead of kept: less memory, more time"
+    )
     fmq_bits: Literal[2, 3, 4, 8, 16] = Field(4, description="of the experts while FMQ tunes them; 16: it is FMD")
 
 
@@ -327,6 +333,9 @@ class RunConfig(_Group):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="where models compute; auto: a GPU if there is one. Nodes of a deployment say so for themselves",
     )
+    torch_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of weights and arithmetic; what is tuned is kept in 32 bits by both sides"
+    )
 
     federation: FederationConfig = FederationConfig()
     data: DataConfig = DataConfig()
@@ -344,7 +353,7 @@ class RunConfig(_Group):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        for problem in (self._federation_problem, self._privacy_problem, self._budget_problem):
+        for problem in (self._federation_problem, self._privacy_problem, self._budget_problem, self._probe_problem):
             if message := problem():
                 raise ValueError(message)
         return self
@@ -376,6 +385,15 @@ class RunConfig(_Group):
         if total > 1 and self.budget.tune_frac < 1:
             return f"budget.tune_frac + budget.merge_frac is {total:g}, allowed is at most 1 (more slots than experts)"
         return ""
+
+    def _probe_problem(self) -> str:
+        looks = self.method == "flux" and self.roles.assignment == "flux" and self.roles.probe_limit != 0
+        if self.torch_dtype == "float32" or not looks or self.roles.explore_by == "backward":
+            return ""
+        return (
+            f"roles.explore_by is {self.roles.explore_by!r}, allowed with torch_dtype {self.torch_dtype!r} is "
+            "'backward': 16 bits round away what so small a step changes"
+        )
 
     @property
     def numbers(self) -> str:

@@ -29,6 +29,10 @@ from fluxlib.config import SETTINGS, ConfigError, RunConfig, make_config
             {"federation.participants": 3, "federation.participants_per_round": 4},
             "participants_per_round is 4, allowed is at most federation.participants=3",
         ),
+        (
+            {"torch_dtype": "bfloat16"},
+            "explore_by is 'probes', allowed with torch_dtype 'bfloat16' is 'backward'",
+        ),
         ({1: 2}, "^configuration: the name of a setting is 1, allowed is text"),
         ({"federation": {1: 2}}, "unknown parameter 'federation.1'"),
         ({"model": "\ud800"}, r"^configuration: model is '\\ud800', allowed is text"),

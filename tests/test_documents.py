@@ -21,6 +21,7 @@ SKIPPED_PAGES = {"LOG.md": "what was typed once, dated"}
 # A command that begins so is not run here: it would take minutes, a browser or a network, or it is this very test.
 HELD_ELSEWHERE = {
     "make reproduce": "tests/test_smoke.py runs the same graph with tiny counts",
+    "make rehearse": "tests/test_paper_profile.py runs its methods, tasks and switches; test_smoke.py such a graph",
     "make smoke": "tests/test_smoke.py",
     "make test": "is what runs this test",
     "make lab": "tests/browser/test_lab.py",

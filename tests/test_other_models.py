@@ -1,4 +1,4 @@
-"""Mixtures that others published, in tiny: a round of FLUX by the command line, exported, read by plain transformers.
+"""Mixtures that others published, in tiny: a round by the command line, exported, read by plain transformers.
 
 The table of docs/add-a-model.md says which.
 """
@@ -53,7 +53,7 @@ NO_ATTENTION = {
     "minimax": "MiniMaxLightningAttention returns no attention weights",
     "qwen3_next": "found no attention module named one of",
 }
-"""With layers of linear attention, where no token receives any: FLUX's profile refuses them, FMD needs none."""
+"""With layers of linear attention, where no token receives any: FLUX and FLUX+ cannot profile them, FMD need not."""
 REFUSED = {
     "llama": "LlamaForCausalLM has no MoE layer .* a dense model cannot be used",
     "jetmoe": "JetMoeMoA holds no stacks",
@@ -115,20 +115,20 @@ def test_a_round_and_back_to_plain_transformers(
     tuned: list[Any] = []
     save = exports.save_tuned
     monkeypatch.setattr(exports, "save_tuned", lambda result, *rest: tuned.append(result.model) or save(result, *rest))
-    method = "flux"
+    ours = ("flux", "flux_plus")
     if model_type in NO_ATTENTION:
-        assert run(monkeypatch, tmp_path / "base", tmp_path, "flux") == 1
-        assert NO_ATTENTION[model_type] in capsys.readouterr().err
-        method = "fmd"
-    assert run(monkeypatch, tmp_path / "base", tmp_path, method) == 0
-
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    ids = torch.arange(3, 23).view(2, 10)
-    with torch.no_grad():
-        expected, found, before = (model(ids).logits for model in (tuned[0], loaded.eval(), base))
-    assert torch.equal(found, expected)
-    assert not torch.equal(found, before), "nothing was tuned"
+        for method in ours:
+            assert run(monkeypatch, tmp_path / "base", tmp_path, method) == 1
+            assert NO_ATTENTION[model_type] in capsys.readouterr().err
+    for method in ("fmd",) if model_type in NO_ATTENTION else ours:
+        assert run(monkeypatch, tmp_path / "base", tmp_path / method, method) == 0
+        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / method / "tuned", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        ids = torch.arange(3, 23).view(2, 10)
+        with torch.no_grad():
+            expected, found, before = (model(ids).logits for model in (tuned.pop(), loaded.eval(), base))
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, before), "nothing was tuned"
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

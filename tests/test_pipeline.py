@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -76,6 +77,20 @@ def test_a_profile_is_a_grid_with_later_sections_winning(tmp_path):
     assert (flux.training.learning_rate, fmd.training.learning_rate) == (2e-3, 1e-3)
     assert (flux.federation.rounds, flux.federation.participants) == (5, 7)
     assert found.models == {"mini-llama-moe": "mini-llama-moe"}
+
+
+def test_an_overlay_wins_where_it_says_something(tmp_path, monkeypatch):
+    (tmp_path / "my" / "model").mkdir(parents=True)
+    above = tmp_path / "mine.yaml"
+    above.write_text("grid: {models: [my/model]}\nper_method: {flux: {training.batch_size: 3}}")
+    monkeypatch.chdir(tmp_path)
+    found = pipeline.load(profile(tmp_path / "mini.yaml"), above)
+    assert found.models == {"model": str(tmp_path / "my" / "model")}  # notebooks are executed in another folder
+    flux = found.runs["flux-model-mmlu-seed0"]
+    assert (flux.training.learning_rate, flux.training.batch_size, flux.federation.rounds) == (2e-3, 3, 3)
+    above.write_text("grids: {}")
+    with pytest.raises(ConfigError, match="mini.yaml under .*mine.yaml: unknown section 'grids'"):
+        pipeline.load(tmp_path / "mini.yaml", above)
 
 
 def test_a_variant_is_part_of_the_grid_with_something_changed(tmp_path):
@@ -293,6 +308,15 @@ def test_results_that_cannot_be_written_are_refused_first(tmp_path):
     code, files, said = repository.make()
     assert code != 0 and not files
     assert "error: cannot write to the output folder data/results/mini" in said
+
+
+def test_two_at_once_are_refused_and_a_killed_one_is_in_nobodys_way(finished):
+    assert "--nolock" in (REPO_ROOT / "Makefile").read_text()
+    with (finished.root / "build" / "mini" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, said = finished.make("--nolock")
+        assert code != 0 and "error: another process is making build/mini" in said
+    assert finished.make("--nolock")[0] == 0  # whoever held it is gone
 
 
 def test_tables_of_other_runs_are_not_drawn_by_accident(tmp_path):

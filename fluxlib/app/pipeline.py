@@ -86,40 +86,60 @@ class Pipeline:
         return {Path(run.model).name: run.model for run in self.runs.values()}
 
 
-def load(path: Path) -> Pipeline:
+def load(path: Path, overlay: Path | None = None) -> Pipeline:
     """Read ``config/<profile>.yaml``: a grid, common parameters, what differs per model, task or method, variants.
+
+    Args:
+        overlay: a file of the same form, which may lack anything: what it says wins over what ``path`` says there.
 
     Raises:
         ConfigError: an unknown section, a bad value or a name that no run has, by section; a bad parameter, by run.
     """
+    text, where = _read(path), str(path)
+    if overlay is not None:
+        text, where = _laid_over(text, _read(overlay)), f"{path} under {overlay}"
+    try:
+        content = _Profile.model_validate(text)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {_explain(item)}" for item in error.errors())) from None
+    grid, points, runs = content.grid.model_dump(), [], {}
+    for variant, parts in {"": [_Part()], **content.variants}.items():
+        for part in parts:
+            axes = grid | part.model_dump(include=set(grid), exclude_none=True)
+            for values in itertools.product(*axes.values()):
+                point = dict(zip(("method", "model", "task", "seed"), values, strict=True)) | {"variant": variant}
+                points.append(point)
+                placed = point | {"model": _from_anywhere(point["model"])}
+                try:
+                    run = make_config(_with_data(_settings(content, point)) | flatten(part.run) | placed)
+                except ConfigError as error:
+                    raise ConfigError(f"{where}, run {point | part.run}:\n{error}") from None
+                runs[run.run_id] = run
+    for axis in ("model", "task", "method"):
+        used = {point[axis] for point in points}
+        if unused := sorted(getattr(content, f"per_{axis}").keys() - used):
+            raise ConfigError(f"{where}: per_{axis} names {', '.join(unused)}; the runs have {', '.join(sorted(used))}")
+    studies = {name: _with_data(parameters, "data_path") for name, parameters in content.studies.items()}
+    return Pipeline(content.profile, runs, studies)
+
+
+def _read(path: Path) -> Any:
     import yaml
 
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise ConfigError(f"no profile {path.stem!r} in {path.parent}; allowed are {known}")
     try:
-        content = _Profile.model_validate(yaml.safe_load(path.read_text()))
+        return yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_explain(item)}" for item in error.errors())) from None
-    grid, runs = content.grid.model_dump(), {}
-    for variant, parts in {"": [_Part()], **content.variants}.items():
-        for part in parts:
-            axes = grid | part.model_dump(include=set(grid), exclude_none=True)
-            for values in itertools.product(*axes.values()):
-                point = dict(zip(("method", "model", "task", "seed"), values, strict=True)) | {"variant": variant}
-                try:
-                    run = make_config(_with_data(_settings(content, point)) | flatten(part.run) | point)
-                except ConfigError as error:
-                    raise ConfigError(f"{path}, run {point | part.run}:\n{error}") from None
-                runs[run.run_id] = run
-    for axis in ("model", "task", "method"):
-        used = {getattr(run, axis) for run in runs.values()}
-        if unused := sorted(getattr(content, f"per_{axis}").keys() - used):
-            raise ConfigError(f"{path}: per_{axis} names {', '.join(unused)}; the runs have {', '.join(sorted(used))}")
-    studies = {name: _with_data(parameters, "data_path") for name, parameters in content.studies.items()}
-    return Pipeline(content.profile, runs, studies)
+
+
+def _laid_over(below: Any, above: Any) -> Any:
+    """What ``above`` says, and ``below`` where it says nothing: mappings are merged, all else is replaced."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {name: _laid_over(below.get(name), value) for name, value in above.items()}
 
 
 def _explain(item: Any) -> str:
@@ -143,6 +163,12 @@ def _with_data(parameters: dict[str, Any], name: str = "data.path") -> dict[str,
     if not parameters.get(name):
         return parameters
     return parameters | {name: str(Path(parameters[name]).expanduser().resolve())}
+
+
+def _from_anywhere(model: str) -> str:
+    """The name of a model; a folder is named by its whole path."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
 
 
 def runs_read(profile: Pipeline, model: str, variants: Iterable[str]) -> list[str]:

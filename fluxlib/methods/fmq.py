@@ -30,6 +30,7 @@ from fluxlib.methods import fmd
 from fluxlib.methods.base import ExpertKey, LocalRound, Method, ParticipantState, Update
 from fluxlib.methods.local import Stopwatch, make_optimizer, report, run_steps
 from fluxlib.moe import find
+from fluxlib.moe.product import wide_dtype
 from fluxlib.moe.quantized import QuantizedExperts, quantized
 
 SCALE_BITS = 16 / 64
@@ -74,7 +75,7 @@ class QuantizedLearner:
         self.before = [copy.deepcopy(layer.packed) for layer in experts]
         self.parameters: dict[ExpertKey, dict[str, nn.Parameter]] = {
             (index, expert): {
-                name: nn.Parameter(torch.empty(0, dtype=packed.dtype, device=packed.codes.device))
+                name: nn.Parameter(torch.empty(0, dtype=wide_dtype(packed.dtype), device=packed.codes.device))
                 for name, packed in layer.packed.items()
             }
             for index, layer in enumerate(experts)
@@ -110,7 +111,7 @@ class QuantizedLearner:
         """Dequantised weights after the steps minus those before them."""
         return {
             (index, expert): {
-                name: weight - self.before[index][name].read(expert)
+                name: weight - self.before[index][name].read(expert, weight.dtype)
                 for name, weight in self.experts[index].expert_tensors(expert).items()
             }
             for index, expert in self.parameters

@@ -18,7 +18,8 @@ from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan, customize, restore
-from fluxlib.tasks.batches import to_device
+from fluxlib.moe.product import wide_dtype
+from fluxlib.tasks.batches import IGNORED, to_device
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,11 @@ def customized(
 ) -> Iterator[list[CompactExperts]]:
     """The model with each layer's plan in force; afterwards the model is exactly what it was before.
 
-    With ``config`` tuned slots learn what the run says: all of them, or its adapter's B's.
+    With ``config`` tuned slots learn what the run says: all of them, or its adapter's B's. They are in 32 bits beside
+    a model of 16: its own type would round most steps away.
     """
-    customize(model, plans, adapter=None if config is None else Adapter.of(config))
+    dtype = wide_dtype(next(model.parameters()).dtype)
+    customize(model, plans, dtype, None if config is None else Adapter.of(config))
     try:
         yield [layer.experts for layer in find.layers(model)]  # type: ignore[misc]
     finally:
@@ -78,7 +81,7 @@ def tune(model: nn.Module, compact: Sequence[CompactExperts], batches: Sequence[
 
 
 def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], config: RunConfig) -> Tuned:
-    """Forward, backward, count, step, once per batch.
+    """Forward, backward, count, step, once per batch; in the parts and with the memory that ``config.training`` says.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the round's step and loss are named.
@@ -88,26 +91,43 @@ def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], conf
     gate = torch.zeros((len(found), found[0].num_experts), dtype=torch.float64)
     was_training = model.training
     model.train()
+    more = {"use_cache": False} if config.training.checkpointing else {}
     try:
-        for step, cpu_batch in enumerate(batches, start=1):
-            batch = to_device(cpu_batch, device)
-            with capture(model) as seen:
-                loss = model(**batch).loss
-            if not torch.isfinite(loss):
-                rate = config.training.learning_rate
-                raise FloatingPointError(f"training loss is {loss.item()} at step {step} (learning_rate {rate:g})")
-            loss.backward()
-            losses.append(loss.item())
+        if config.training.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        for step, whole in enumerate(batches, start=1):
+            losses.append(0.0)
+            for part, share in micro_batches(whole, config.training.micro_batch):
+                batch = to_device(part, device)
+                with capture(model) as seen:
+                    loss = model(**batch, **more).loss * share
+                if not torch.isfinite(loss):
+                    rate = config.training.learning_rate
+                    raise FloatingPointError(f"training loss is {loss.item()} at step {step} (learning_rate {rate:g})")
+                loss.backward()
+                losses[-1] += loss.item()
+                mask = batch["attention_mask"].bool()
+                hits, _, squares = profiling.count(seen, mask, found[0].num_experts)
+                counts.append(hits)
+                gate += squares
+                for layer, one in zip(found, seen.layers, strict=True):
+                    slot_tokens += num_pairs(layer.experts, one.top_k_index[0], mask)
             norms.append(learner.step())
-            mask = batch["attention_mask"].bool()
-            hits, _, squares = profiling.count(seen, mask, found[0].num_experts)
-            counts.append(hits)
-            gate += squares
-            for layer, one in zip(found, seen.layers, strict=True):
-                slot_tokens += num_pairs(layer.experts, one.top_k_index[0], mask)
     finally:
         model.train(was_training)
+        if config.training.checkpointing:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
     return Tuned(learner.changes(), torch.stack(norms), torch.cat(counts), gate, slot_tokens, sum(losses) / len(losses))
+
+
+def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
+    """``batch`` in parts of at most ``size`` samples (None: all), each with its share of the scored tokens.
+
+    The mean loss of a part times its share, summed over the parts, is the mean loss of the batch; so are gradients.
+    """
+    scored = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+    for rows in torch.arange(len(scored)).split(size or len(scored)):
+        yield {name: tensor[rows] for name, tensor in batch.items()}, float(scored[rows].sum() / scored.sum())
 
 
 class _CompactLearner:
@@ -115,7 +135,6 @@ class _CompactLearner:
 
     def __init__(self, compact: Sequence[CompactExperts], config: RunConfig) -> None:
         self.compact = compact
-        self.before = [{name: p.detach().clone() for name, p in layer.learned_stacks().items()} for layer in compact]
         parameters = [p for layer in compact for p in layer.learned_stacks().values() if p.shape[0]]
         self.optimizer = make_optimizer(parameters, config)
 
@@ -123,16 +142,21 @@ class _CompactLearner:
         norms = squared_gradient_norms(self.compact)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for layer in self.compact:
+            layer.watched_norms.zero_()
         return norms
 
     def changes(self) -> dict[ExpertKey, dict[str, Tensor]]:
-        return {
-            (index, expert): {
-                name: (p.detach()[slot] - self.before[index][name][slot]) for name, p in layer.learned_stacks().items()
-            }
-            for index, layer in enumerate(self.compact)
-            for slot, expert in enumerate(layer.plan.tuned)
-        }
+        """On the host, where the originals are: beside weights, gradients and moments a device has no room for more."""
+        found: dict[ExpertKey, dict[str, Tensor]] = {}
+        for index, layer in enumerate(self.compact):
+            for slot, expert in enumerate(layer.plan.tuned):
+                now = {name: p.detach()[slot].cpu() for name, p in layer.learned_stacks().items()}
+                before = find.expert_tensors(layer.original, expert) if layer.adapter is None else {}
+                found[index, expert] = {
+                    name: new - before[name].to(new) if before else new.clone() for name, new in now.items()
+                }  # B's begin at zero
+        return found
 
 
 def squared_gradient_norms(compact: Sequence[CompactExperts]) -> Tensor:

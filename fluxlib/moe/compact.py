@@ -129,7 +129,7 @@ class CompactExperts(ReplacedExperts):
         method: How slots are computed; see :class:`fluxlib.moe.dispatch.StackedSlots`.
         tuned_fixed: The adapter's A of the tuned slots, see :meth:`fixed`.
         watched: Experts whose gradient norms are measured, see :meth:`watch`.
-        watched_norms: ``[W]`` squared norm of each one's gradient in the last backward pass.
+        watched_norms: ``[W]`` squared norm of each one's gradient, added up until it is set to zero.
     """
 
     slot_of: Tensor

@@ -232,7 +232,8 @@ class WatchedSlots(StackedSlots):
     """Frozen slots whose weight gradients are computed one at a time, for their squared norms alone.
 
     Args:
-        norms: ``[S]``, where the squared norms go; 0 for a slot that no pair reaches.
+        norms: ``[S]``, to which the squared norms are added: of micro-batches, whose gradients are taken to be
+            perpendicular. Deviation: exact with one micro-batch, else an estimate, for their sum is kept by nobody.
     """
 
     def __init__(
@@ -247,11 +248,10 @@ class WatchedSlots(StackedSlots):
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """Their squared norm; the gradients go."""
-        self.norms[slot] = sum(gradient.float().square().sum() for gradient in gradients.values())
+        self.norms[slot] += sum(gradient.float().square().sum() for gradient in gradients.values())
 
     def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
         """None of them is kept."""
-        self.norms[[slot for slot, count in enumerate(counts) if not count]] = 0
         return [None]
 
 

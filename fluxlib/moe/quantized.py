@@ -19,6 +19,7 @@ from .dispatch import SlotExperts
 from .expert import Matrices, to_matrices
 from .find import check_expert
 from .packing import Packed, check_code, quantize_tensor
+from .product import wide_dtype
 from .replace import replace_all, restore
 
 
@@ -53,10 +54,10 @@ class QuantizedExperts(SlotExperts):
         return min(packed.at_once for packed in self.packed.values())
 
     def expert_tensors(self, experts: int | Sequence[int]) -> dict[str, Tensor]:
-        """One expert dequantized, or the stacks of several; copies."""
+        """One expert dequantized, or the stacks of several; copies, in at least float32."""
         for expert in [experts] if isinstance(experts, int) else experts:
             check_expert(expert, self.num_experts)
-        return {name: packed.read(experts) for name, packed in self.packed.items()}
+        return {name: packed.read(experts, wide_dtype(packed.dtype)) for name, packed in self.packed.items()}
 
     def requantize(self, experts: int | Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Quantize one expert anew from full-precision tensors, or several from stacks."""

@@ -56,6 +56,22 @@ def test_apply_adds_exactly_and_leaves_the_rest_bit_for_bit(store: ExpertStore, 
     assert frozen_digest(store.model) == before.frozen_digest
 
 
+def test_a_16_bit_models_small_changes_add_up(tiny: Any) -> None:
+    store = ExpertStore(tiny.build_model().to(torch.bfloat16))
+    space = Workspace(tiny.build_model().to(torch.bfloat16), None)
+    before = {name: tensor.float() for name, tensor in store.tensors((0, 1)).items()}
+    for _ in range(100):
+        store.apply({(0, 1): {name: torch.full_like(tensor, 1e-4) for name, tensor in before.items()}})
+    for name, tensor in store.learned((0, 1)).items():
+        torch.testing.assert_close(tensor, before[name] + 0.01)
+        assert torch.equal(store.tensors((0, 1))[name], tensor.to(torch.bfloat16))
+    held = base(space).updated(store.delta(base(space).version), space.base)
+    assert space.load(held) == 1 and same_weights(space.model, store.model)
+    again = ExpertStore(tiny.build_model().to(torch.bfloat16))
+    again.set({(0, 1): store.learned((0, 1))}, store.history, store.digest_of_version)
+    assert same_weights(again.model, store.model)
+
+
 def test_a_delta_holds_only_what_changed_since(store: ExpertStore) -> None:
     first = store.digest
     store.apply(changes(store, (0, 0), (1, 2)))

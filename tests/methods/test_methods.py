@@ -1,5 +1,6 @@
 """What every method promises, and what FLUX and FMD do beyond that."""
 
+import copy
 import dataclasses
 import math
 from typing import get_args
@@ -69,6 +70,33 @@ class TestEveryMethod:
         for key, tensors in first.changes.items():
             assert all(torch.equal(tensor, again.changes[key][part]) for part, tensor in tensors.items())
 
+    def test_parts_of_a_batch_and_fewer_activations_kept_change_nothing(
+        self, name: str, model: nn.Module, data: LocalData
+    ) -> None:
+        sgd: dict[str, object] = {"training.optimizer": "sgd"}
+        whole, _, given = train(name, model, data, sgd)
+        parts, _, _ = train(name, model, data, sgd | {"training.micro_batch": 3, "training.checkpointing": True})
+        assert not model.is_gradient_checkpointing
+        assert torch.equal(parts.tokens, whole.tokens) and parts.work == whole.work
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+        torch.testing.assert_close(parts.utilities[given.exploit], whole.utilities[given.exploit], equal_nan=True)
+        for key, tensors in whole.changes.items():
+            for part, tensor in tensors.items():
+                assert (parts.changes[key][part] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-7, (key, part)
+
+    def test_a_16_bit_model_learns_in_32(self, name: str, model: nn.Module, data: LocalData) -> None:
+        half, small = copy.deepcopy(model).to(torch.bfloat16), {"training.learning_rate": 1e-5}
+        before = {key: value.clone() for key, value in half.state_dict().items()}
+        ours, full = train(name, half, data, small)[0], train(name, model, data, small)[0]
+        assert all(torch.equal(value, half.state_dict()[key]) for key, value in before.items())
+        assert ours.loss == pytest.approx(full.loss, rel=0.01)
+        sizes = []
+        for update in (ours, full):
+            tensors = [tensor for changed in update.changes.values() for tensor in changed.values()]
+            assert {tensor.dtype for tensor in tensors} == {torch.float32}
+            sizes.append(math.hypot(*(float(tensor.norm()) for tensor in tensors)))
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.1), "steps of 1e-5 are lost on a weight of 16 bits"
+
     def test_a_loss_that_explodes_is_named(self, name: str, model: nn.Module, data: LocalData) -> None:
         broken = {key: value.clone() for key, value in data.train[0].items()}
         broken["labels"][:] = -100  # nothing to score: the mean is 0 / 0
@@ -102,9 +130,7 @@ def test_a_watched_expert_stays_frozen_and_shows_its_gradients_norm(model: nn.Mo
     with customized(model, [LayerPlan(tuned=(0, 1), groups=alone)] * LAYERS) as compact:
         for layer in compact:
             layer.watch(3)
-        for _ in range(2):  # the norms are of the last pass
-            model.zero_grad()
-            model(**data.train[0]).loss.backward()
+        model(**data.train[0]).loss.backward()
         norms = squared_gradient_norms(compact)
         with pytest.raises(ValueError, match="count: expected at most the leading slots"):
             compact[0].watch(EXPERTS)

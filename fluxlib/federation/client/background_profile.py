@@ -77,7 +77,8 @@ def _make(state: RecordDict) -> RecordDict:
     """The pending profile of ``state``, of the model and the samples of that round."""
     pending: Any = state[PENDING]
     number, config = pending["round"], messages.parse_config(pending["run"])
-    space = workspace(config.model, config.wire.downlink, pending["device"], Adapter.of(config))
+    device = pending["device"]
+    space = workspace(config.model, config.wire.downlink, device, Adapter.of(config), config.torch_dtype)
     space.load(LocalCopy.load(state, space.base_digest))
     samples = Path(pending["samples"]) if pending["samples"] else None
     data = local_data(config, space.tokenizer, pending["participant"], number, samples)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
@@ -148,9 +149,11 @@ class Workspace:
 
 
 @lru_cache(maxsize=1)
-def workspace(model: str, wire: Form, device: str = "cpu", adapter: Adapter | None = None) -> Workspace:
+def workspace(
+    model: str, wire: Form, device: str = "cpu", adapter: Adapter | None = None, dtype: str = "float32"
+) -> Workspace:
     """The process's one model in memory, shared by all participants that run in it."""
-    return Workspace(*models.load(model, device=torch_device(device)), wire, adapter)
+    return Workspace(*models.load(model, getattr(torch, dtype), torch_device(device)), wire, adapter)
 
 
 def forget_workspace() -> None:

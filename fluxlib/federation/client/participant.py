@@ -153,7 +153,8 @@ def _own_samples(context: Context) -> Path | None:
 
 
 def _workspace(config: RunConfig, context: Context) -> Workspace:
-    return workspace(config.model, config.wire.downlink, _torch_device(config, context), Adapter.of(config))
+    device = _torch_device(config, context)
+    return workspace(config.model, config.wire.downlink, device, Adapter.of(config), config.torch_dtype)
 
 
 def _torch_device(config: RunConfig, context: Context) -> str:

@@ -9,7 +9,8 @@ Experts that a participant will only merge need not be the newest (``wire.max_st
 tune them, or when its copy is too many rounds old. Which copies are older stands in its :class:`ModelVersion`.
 
 With an adapter (:mod:`fluxlib.moe.adapter`) an expert that changed is its B's: they travel, are kept and are added up;
-both sides form the same weights from them and the base.
+both sides form the same weights from them and the base. Likewise an expert of a 16-bit model that changed is its
+weights in 32 bits, on the host: they are added up, and both sides round them to compute, so that small changes count.
 
 A version is named by its digest: SHA-256 over the SHA-256 of each expert as it travels. Where the server's
 (:class:`ExpertStore`) and a participant's (:class:`~fluxlib.federation.client.local_copy.LocalCopy`) differ, every
@@ -35,6 +36,7 @@ from fluxlib.federation.protocol.wire import Experts, Form, WireError
 from fluxlib.methods.base import ExpertKey
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
+from fluxlib.moe.product import wide_dtype
 
 History = dict[ExpertKey, list[tuple[int, bytes]]]
 """Of every expert the versions that changed it, and its digest since each; the first is version 0."""
@@ -142,6 +144,8 @@ class ExpertStore:
         self._learned: dict[ExpertKey, dict[str, Tensor]] = {}
         self._keeps_base = wire != "float32" or adapter is not None
         self._layers = find.layers(model)
+        dtype = find.expert_tensors(self._layers[0].experts, 0)["down_proj"].dtype
+        self._is_apart = adapter is not None or wide_dtype(dtype) != dtype
         digests = base_digests(model)
         self.history: History = {key: [(0, digest)] for key, digest in digests.items()}
         self.keys = list(digests)
@@ -168,16 +172,19 @@ class ExpertStore:
         return find.expert_tensors(self._layers[key[0]].experts, key[1])
 
     def learned(self, key: ExpertKey) -> dict[str, Tensor]:
-        """What of an expert changes, is kept and sent: its tensors, or its B's."""
-        if self.adapter is None or key in self._learned:
+        """What of an expert changes, is kept and sent: its tensors (of a 16-bit model in 32 bits), or its B's."""
+        if not self._is_apart or key in self._learned:
             return self._learned.get(key) or self.tensors(key)
+        if self.adapter is None:
+            return {name: tensor.to("cpu", wide_dtype(tensor.dtype)) for name, tensor in self.tensors(key).items()}
         return self.adapter.start(self.tensors(key), find.read_layout(self._layers[key[0]].experts))
 
     def _put(self, key: ExpertKey, learned: Mapping[str, Tensor]) -> None:
         """Make an expert what was learned of it."""
         experts = self._layers[key[0]].experts
-        if self.adapter is not None:
+        if self._is_apart:
             self._learned[key] = dict(learned)
+        if self.adapter is not None:
             learned = self.adapter.added(key, self._base[key], learned, find.read_layout(experts))
         find.write_expert(experts, key[1], learned)
 
@@ -189,7 +196,7 @@ class ExpertStore:
             target = self.learned(key)
             for name, change in tensors.items():
                 target[name].add_(change.to(target[name]))
-            if self.adapter is not None:
+            if self._is_apart:
                 self._put(key, target)
         self._raise_version(list(changes))
 
@@ -268,7 +275,7 @@ class ExpertStore:
         tensors = self.learned(key)
         if self.wire != "float32" and self.adapter is None:
             base = self._base.get(key, tensors)
-            tensors = {name: tensor.float() - base[name].float() for name, tensor in tensors.items()}
+            tensors = {name: tensor.float().cpu() - base[name].float().cpu() for name, tensor in tensors.items()}
         made = {name: wires.encode(tensor, self.wire) for name, tensor in tensors.items()}
         if self.changed_at(key) > 0:
             self._arrays[key] = made

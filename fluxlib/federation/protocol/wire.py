@@ -139,7 +139,7 @@ def encode_changes(changes: Experts, wire: Form, residual: Mapping[str, Array]) 
             if wire != "int8":
                 sent[label] = encode(tensor, wire)
                 continue
-            total = tensor + decode(residual[label]) if label in residual else tensor
+            total = tensor.cpu() + decode(residual[label]) if label in residual else tensor
             sent[label] = encode(total, wire)
             residual[label] = encode(total.cpu().float() - decode(sent[label], wire, total.shape))
     return sent, residual

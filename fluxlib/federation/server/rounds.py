@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+import torch
 from flwr.serverapp import Grid
 from safetensors import SafetensorError
 
@@ -54,7 +55,8 @@ class _Run:
         self.config, self.output = config, output
         self.start = datetime.datetime.now(datetime.UTC)
         try:
-            self.model, self.tokenizer = models.load(config.model, device=torch_device(config.torch_device))
+            dtype, device = getattr(torch, config.torch_dtype), torch_device(config.torch_device)
+            self.model, self.tokenizer = models.load(config.model, dtype, device)
         except (ValueError, OSError, SafetensorError) as error:
             raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
         self.task, self.parts = load_task(config)

@@ -15,6 +15,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from fluxlib import models, records
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, brief
 from fluxlib.federation.checks import check
@@ -145,7 +147,7 @@ def _read(config: RunConfig, out: Path, keep: bool) -> RunResult:
     if not all(path.is_file() for path in paths.values()):
         raise RunFailed(f"the run is complete; its tables are in {out} on the SuperLink's machine, not on this one")
     frames = {table: records.read(table, path) for table, path in paths.items()}
-    model, _ = models.load(config.model)
+    model, _ = models.load(config.model, getattr(torch, config.torch_dtype))
     found, adapter = find.layers(model), Adapter.of(config)
     for (layer, expert), tensors in by_expert(read_tensors(experts_path(out, config.run_id))[0]).items():
         experts = found[layer].experts
