@@ -122,6 +122,13 @@ def test_runs_go_through_and_repeat_with_every_option(make_config: Make, options
     assert any(not torch.equal(a, b) for a, b in zip(one.model.parameters(), plain.model.parameters(), strict=True))
 
 
+def test_options_that_protect_from_nothing_say_so(make_config: Make, caplog: pytest.LogCaptureFixture) -> None:
+    federation.run(make_config({"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.01}))
+    assert "privacy.noise_multiplier 0.01 is epsilon 1.6e+04 after 3 rounds: it protects nobody's data" in caplog.text
+    assert privacy.weakness(make_config({"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 1.0})) == ""
+    assert privacy.weakness(make_config({"privacy.clip_norm": 1.0})) == ""
+
+
 def test_withheld_reports_never_leave(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     replies: list[Message] = []
     deliver = LocalGrid._deliver

@@ -26,6 +26,9 @@ from fluxlib.methods.base import ExpertKey, Update
 
 Changes = dict[ExpertKey, dict[str, Tensor]]
 
+MOST_EPSILON = 50.0
+"""Above it an epsilon promises nothing that anybody could use."""
+
 ADAPT_RATE = 0.2
 """How fast an adaptive bound follows: the learning rate of Andrew et al."""
 
@@ -132,3 +135,15 @@ def spent_epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> 
         return math.inf
     cost = rounds / (2 * noise_multiplier**2)
     return cost + 2 * math.sqrt(cost * math.log(1 / delta))
+
+
+def weakness(config: RunConfig) -> str:
+    """What the privacy options that a run has switched on do not do, as measured (``docs/security.md``); or nothing."""
+    chosen = config.privacy
+    epsilon = spent_epsilon(chosen.noise_multiplier, config.federation.rounds)
+    if chosen.noise_multiplier and epsilon > MOST_EPSILON:
+        return (
+            f"privacy.noise_multiplier {chosen.noise_multiplier:g} is epsilon {epsilon:.2g} after "
+            f"{config.federation.rounds} rounds: it protects nobody's data. docs/security.md says what was measured"
+        )
+    return ""
