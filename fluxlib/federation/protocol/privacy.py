@@ -138,12 +138,12 @@ def spent_epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> 
 
 
 def weakness(config: RunConfig) -> str:
-    """What the privacy options that a run has switched on do not do, as measured (``docs/security.md``); or nothing."""
-    chosen = config.privacy
-    epsilon = spent_epsilon(chosen.noise_multiplier, config.federation.rounds)
+    """What options that a run has switched on do not protect from, as measured (``docs/security.md``); or nothing."""
+    chosen, rounds, found = config.privacy, config.federation.rounds, []
+    epsilon = spent_epsilon(chosen.noise_multiplier, rounds)
     if chosen.noise_multiplier and epsilon > MOST_EPSILON:
-        return (
-            f"privacy.noise_multiplier {chosen.noise_multiplier:g} is epsilon {epsilon:.2g} after "
-            f"{config.federation.rounds} rounds: it protects nobody's data. docs/security.md says what was measured"
-        )
-    return ""
+        noise = f"privacy.noise_multiplier {chosen.noise_multiplier:g}"
+        found.append(f"{noise} is epsilon {epsilon:.2g} after {rounds} rounds, which hides nothing")
+    if chosen.withhold_reports and (epsilon > MOST_EPSILON or chosen.noise == "server"):
+        found.append("privacy.withhold_reports leaves the changes, which tell a server most of what the reports do")
+    return "; ".join([*found, "see docs/security.md"]) if found else ""
