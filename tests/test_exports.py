@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -134,6 +135,24 @@ def test_an_impossible_export_is_refused(tuned, tmp_path):
     with pytest.raises(ConfigError, match=r"has no run\.json"):
         exports.save_participant(tmp_path, tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_an_adapter_that_is_none_is_refused(tuned, tmp_path, monkeypatch):
+    folder, config = tuned
+    with pytest.raises(ConfigError, match=r"adapter\.kind 'none', allowed is 'lora'"):
+        exports.save_adapter(folder, tmp_path / "a")
+    model, tokenizer = models.load(folder)
+    find.layers(model)[1].experts.down_proj.data[3].mul_(1.01)
+    models.export(model, tmp_path / "whole", tokenizer)
+    lora = config.updated({"adapter.kind": "lora", "adapter.rank": 2})
+    (tmp_path / "whole" / exports.RUN).write_text(json.dumps({"config": lora.model_dump(mode="json")}))
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.experts\.down_proj is not that of mini-llama-moe with a"):
+        exports.save_adapter(tmp_path / "whole", tmp_path / "a")
+    layout = find.read_layout(find.layers(model)[0].experts)
+    monkeypatch.setattr(exports.find, "read_layout", lambda _: replace(layout, is_transposed=True))
+    with pytest.raises(ConfigError, match=r"Experts does not say that its stacks are \[in, out\]"):
+        exports.save_adapter(tmp_path / "whole", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 3}'])

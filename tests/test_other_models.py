@@ -5,6 +5,7 @@ The table of docs/add-a-model.md says which.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,8 +15,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fluxlib import models
 from fluxlib.app import cli, exports
-from fluxlib.config import REPO_ROOT
+from fluxlib.config import REPO_ROOT, make_config
+from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.moe.adapter import Adapter
 from fluxlib.pretraining import build_tokenizer
 
 SIZES = {
@@ -76,6 +80,17 @@ def write_config(folder: Path, model_type: str, fields: dict[str, Any]) -> Any:
     return config
 
 
+def write_base(folder: Path, model_type: str) -> Any:
+    """A tiny model of that family with random weights."""
+    base = AutoModelForCausalLM.from_config(write_config(folder, model_type, FAMILIES[model_type])).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in base.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.1, generator=generator)
+    base.save_pretrained(folder)
+    return base
+
+
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path, method: str = "flux") -> int:
     command = [
         "fluxlib",
@@ -105,13 +120,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path, method: str = 
 def test_a_round_and_back_to_plain_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_type: str
 ) -> None:
-    config = write_config(tmp_path / "base", model_type, FAMILIES[model_type])
-    base = AutoModelForCausalLM.from_config(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in base.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(std=0.1, generator=generator)
-    base.save_pretrained(tmp_path / "base")
+    base = write_base(tmp_path / "base", model_type)
     tuned: list[Any] = []
     save = exports.save_tuned
     monkeypatch.setattr(exports, "save_tuned", lambda result, *rest: tuned.append(result.model) or save(result, *rest))
@@ -129,6 +138,32 @@ def test_a_round_and_back_to_plain_transformers(
             expected, found, before = (model(ids).logits for model in (tuned.pop(), loaded.eval(), base))
         assert torch.equal(found, expected)
         assert not torch.equal(found, before), "nothing was tuned"
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "mini-llama-moe", "mini-deepseek-moe"])
+def test_what_adapters_learned_is_an_adapter_that_peft_loads(tmp_path: Path, name: str) -> None:
+    peft = pytest.importorskip("peft")
+    folder = name if name not in FAMILIES else str(tmp_path / "base")
+    base = models.load(name)[0] if name not in FAMILIES else write_base(tmp_path / "base", name)
+    config = make_config({"model": folder, "adapter.kind": "lora", "adapter.rank": 3, "adapter.alpha": 5.0, "seed": 7})
+    model, tokenizer = models.load(folder)
+    store = ExpertStore(model, "float32", Adapter.of(config))
+    chance = torch.Generator().manual_seed(1)
+    store.apply({
+        key: {part: 0.1 * torch.randn(shape, generator=chance) for part, shape in store.shapes[key].items()}
+        for key in store.keys if key[1] % 2
+    })  # fmt: skip
+    models.export(model, tmp_path / "tuned", tokenizer)
+    (tmp_path / "tuned" / exports.RUN).write_text(json.dumps({"config": config.model_dump(mode="json")}))
+
+    exports.save_adapter(tmp_path / "tuned", tmp_path / "adapter")
+    ids = torch.arange(3, 23).view(2, 10)
+    with torch.no_grad():
+        before = base(ids).logits
+        found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=ids).logits
+        expected = model(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, expected, atol=1e-3), "nothing was tuned"
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

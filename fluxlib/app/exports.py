@@ -1,6 +1,7 @@
 """What leaves a run for others to use: the tuned global model with its card, and a participant's compact model.
 
 - :func:`save_tuned` -- the full model in the keys of its public checkpoint, a model card, ``run.json``
+- :func:`save_adapter` -- what adapters learned, for PEFT
 - :func:`save_participant` -- merged within a participant's budget by its own data, for inference on its device, with
   its size and speed beside the full model's
 """
@@ -17,12 +18,15 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 
 from fluxlib import federation, merging, models, profiling, records
 from fluxlib.analysis.studies.bench import interleaved
 from fluxlib.config import ConfigError, RunConfig, make_config
 from fluxlib.federation.checks import make_budgets
 from fluxlib.models.saving import WEIGHTS, load_compact, save_compact
+from fluxlib.moe import find
+from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import customize, restore
 from fluxlib.tasks.batches import make_batch
 from fluxlib.tasks.evaluate import evaluate
@@ -30,6 +34,8 @@ from fluxlib.tasks.evaluate import evaluate
 RUN = "run.json"
 PROFILE_SAMPLES, SCORED_SAMPLES = 64, 64
 TIMED_SAMPLES, TIMED_TOKENS, TIMED_TURNS = 16, 16, 3
+ROUNDING = 1e-5
+"""Of a weight in 32 bit, relative to the largest, and some."""
 
 
 def save_tuned(result: federation.RunResult, config: RunConfig, path: Path | str) -> Path:
@@ -164,10 +170,7 @@ def save_participant(
         raise ConfigError(f"participant is {participant}, allowed is 0 to {config.federation.participants - 1}")
     if (path / WEIGHTS).exists():
         raise ConfigError(f"{path} holds a compact model already; give a new folder")
-    try:
-        model, tokenizer = models.load(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{source} holds no model that can be loaded: {error}") from None
+    model, tokenizer = _load(source)
     task, parts = federation.load_task(config)
     own = [task.train[index] for index in parts[participant]][:PROFILE_SAMPLES]
     batch = make_batch(own, tokenizer, config.training.max_tokens)
@@ -208,7 +211,65 @@ def save_participant(
     return report
 
 
-def _config(source: Path, tune_frac: float | None, merge_frac: float | None) -> RunConfig:
+def save_adapter(source: Path | str, path: Path | str) -> Path:
+    """Write what a run with ``adapter.kind: lora`` learned as an adapter of its base, in PEFT's format.
+
+    A is drawn anew from the run's seed, and B solves ``B A = W_tuned - W_base``, which has an exact solution. PEFT puts
+    the product on the stacks of experts (``target_parameters``); an expert that nobody tuned has zeros for B.
+
+    Args:
+        source: a folder of :func:`save_tuned`.
+        path: an empty or new folder.
+
+    Raises:
+        ConfigError: not such a folder, a run that tuned whole experts, weights that are not the base's with a product
+            on them, or experts that PEFT would read the wrong way round.
+    """
+    source, path = Path(source), Path(path)
+    config = _config(source)
+    adapter = Adapter.of(config)
+    if adapter is None:
+        raise ConfigError(f"{source} is of a run with adapter.kind 'none', allowed is 'lora': it tuned whole experts")
+    (base, _), (tuned, _) = _load(config.model), _load(source)
+    tensors: dict[str, torch.Tensor] = {}
+    targets: dict[str, None] = {}
+    for before, after in zip(find.layers(base), find.layers(tuned), strict=True):
+        layout = find.read_layout(before.experts)
+        if layout.is_transposed != getattr(before.experts, "is_transposed", False):
+            kind = type(before.experts).__name__
+            raise ConfigError(f"{kind} does not say that its stacks are [in, out]: PEFT would take them for [out, in]")
+        every = range(before.num_experts)
+        fixed = [adapter.fixed((before.index, e), find.expert_tensors(before.experts, e), layout) for e in every]
+        names = [name for name, _ in before.experts.named_parameters(recurse=False) if name in fixed[0]]
+        for depth, name in enumerate(reversed(names)):  # PEFT wraps one parameter around the other, the last outermost
+            old, new = (getattr(layer.experts, name).detach().double() for layer in (before, after))
+            change, down = new - old, torch.stack([one[name] for one in fixed]).double()
+            change = change.mT if layout.is_transposed else change
+            up = torch.linalg.lstsq(down.mT, change.mT).solution.mT
+            if (up @ down - change).abs().max() > ROUNDING * old.abs().max():
+                raise ConfigError(f"{source}: {before.name}.{name} is not that of {config.model} with a product on it")
+            prefix = f"base_model.model.{before.name}.{'base_layer.' * depth}"
+            tensors[f"{prefix}lora_A.weight"] = (down / (adapter.alpha / adapter.rank)).flatten(0, 1).float()
+            tensors[f"{prefix}lora_B.weight"] = up.permute(1, 2, 0).flatten(1).float()
+            targets[".".join((*before.name.split(".")[-2:], name))] = None
+    about = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": config.model, "inference_mode": True,
+        "r": adapter.rank, "lora_alpha": adapter.alpha, "target_modules": [], "target_parameters": list(targets),
+    }  # fmt: skip
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    return path
+
+
+def _load(folder: Path | str) -> tuple[Any, Any]:
+    try:
+        return models.load(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no model that can be loaded: {error}") from None
+
+
+def _config(source: Path, tune_frac: float | None = None, merge_frac: float | None = None) -> RunConfig:
     if not (source / RUN).is_file():
         raise ConfigError(f"{source} has no {RUN}: give a folder that `fluxlib run --save` wrote")
     try:

@@ -122,6 +122,18 @@ def test_runs_go_through_and_repeat_with_every_option(make_config: Make, options
     assert any(not torch.equal(a, b) for a, b in zip(one.model.parameters(), plain.model.parameters(), strict=True))
 
 
+def test_options_that_protect_from_nothing_say_so(make_config: Make, caplog: pytest.LogCaptureFixture) -> None:
+    noise = {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.01, "privacy.noise": "participant"}
+    federation.run(make_config(noise))
+    assert "noise_multiplier 0.01 is epsilon 1.6e+04 after 3 rounds, which hides nothing; see docs" in caplog.text
+    assert privacy.weakness(make_config({"privacy.clip_norm": 1.0})) == ""
+    enough = noise | {"privacy.noise_multiplier": 1.0}
+    assert privacy.weakness(make_config(enough)) == ""
+    withheld = {"roles.assignment": "random", "privacy.withhold_reports": True}
+    assert "withhold_reports leaves the changes" in privacy.weakness(make_config(withheld))
+    assert privacy.weakness(make_config(enough | withheld)) == ""
+
+
 def test_withheld_reports_never_leave(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     replies: list[Message] = []
     deliver = LocalGrid._deliver
@@ -134,7 +146,8 @@ def test_withheld_reports_never_leave(make_config: Make, monkeypatch: pytest.Mon
     config = make_config({
         "method": "flux", "roles.assignment": "random", "privacy.withhold_reports": True, "federation.rounds": 2
     })  # fmt: skip
-    assert (federation.run(config).participants["rejected"] == "").all()
+    participants = federation.run(config).participants
+    assert (participants[["rejected", "utility_faults"]] == "").all(axis=None), "what is withheld is not missing"
     found = [dict(reply.content["config"]) for reply in replies]
     profiles = [torch.frombuffer(bytearray(c["frequency"]), dtype=torch.float32) for c in found if "frequency" in c]
     trained = [c for c in found if "tokens" in c]

@@ -198,13 +198,16 @@ def compare(
 
 def export(
     source: Annotated[Path, typer.Argument(help="a folder of `fluxlib run --save`")],
-    folder: Annotated[Path, typer.Argument(help="new folder for the compact model")],
+    folder: Annotated[Path, typer.Argument(help="new folder for the compact model or the adapter")],
     participant: Annotated[int, typer.Option(help="for whose data and budget")] = 0,
     tune: Annotated[float | None, typer.Option(help="share of experts kept unmerged; default: the run's")] = None,
     merge: Annotated[float | None, typer.Option(help="merged slots, as a share; default: the run's")] = None,
+    peft: Annotated[bool, typer.Option("--peft", help="write what adapters learned, in PEFT's format")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a participant's compact model of a tuned one, and measure it beside the full one.
+
+    With --peft: of a run with adapter.kind lora, what it learned as an adapter of its base.
 
     \b
     Example:
@@ -214,6 +217,10 @@ def export(
     new_folder(folder)
     from fluxlib.app import exports
 
+    if peft:
+        exports.save_adapter(source, folder)
+        print(json.dumps({"path": str(folder)}) if as_json else f"adapter in {folder}")
+        return
     report = exports.save_participant(source, folder, participant, tune, merge)
     if as_json:
         print(json.dumps(report.to_dict() | {"path": str(folder)}))

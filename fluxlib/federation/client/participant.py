@@ -93,8 +93,7 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
 
     secret = privacy.noise_generator(config, "noise", number, participant)
     update, within = privacy.protect(update, config, instruction.clip_norm, secret)
-    # Who withholds how many tokens an expert got does not tell which got none.
-    sent = update.changes if config.privacy.withhold_reports else wires.moved(update.changes)
+    sent = wires.moved(update.changes)
     changes, residual = wires.encode_changes(sent, config.wire.uplink, context.state.get(RESIDUAL, {}))
     if residual:
         context.state[RESIDUAL] = wires.make_record(residual)

@@ -26,6 +26,9 @@ from fluxlib.methods.base import ExpertKey, Update
 
 Changes = dict[ExpertKey, dict[str, Tensor]]
 
+MOST_EPSILON = 50.0
+"""Above it an epsilon promises nothing that anybody could use."""
+
 ADAPT_RATE = 0.2
 """How fast an adaptive bound follows: the learning rate of Andrew et al."""
 
@@ -132,3 +135,15 @@ def spent_epsilon(noise_multiplier: float, rounds: int, delta: float = 1e-5) -> 
         return math.inf
     cost = rounds / (2 * noise_multiplier**2)
     return cost + 2 * math.sqrt(cost * math.log(1 / delta))
+
+
+def weakness(config: RunConfig) -> str:
+    """What options that a run has switched on do not protect from, as measured (``docs/security.md``); or nothing."""
+    chosen, rounds, found = config.privacy, config.federation.rounds, []
+    epsilon = spent_epsilon(chosen.noise_multiplier, rounds)
+    if chosen.noise_multiplier and epsilon > MOST_EPSILON:
+        noise = f"privacy.noise_multiplier {chosen.noise_multiplier:g}"
+        found.append(f"{noise} is epsilon {epsilon:.2g} after {rounds} rounds, which hides nothing")
+    if chosen.withhold_reports and (epsilon > MOST_EPSILON or chosen.noise == "server"):
+        found.append("privacy.withhold_reports leaves the changes, which tell a server most of what the reports do")
+    return "; ".join([*found, "see docs/security.md"]) if found else ""

@@ -233,12 +233,13 @@ class FluxStrategy:
         tuned = torch.zeros_like(utilities, dtype=torch.bool)
         explored = torch.zeros_like(tuned)
         due = torch.zeros(len(tuned), dtype=torch.long)
+        reported = self.method.utilities and not self.config.privacy.withhold_reports
         for part in result.accepted:
             tuned[part.participant], explored[part.participant] = part.roles.exploit, part.roles.explore
-            if self.method.explores:
+            if self.method.explores and reported:
                 count = int(part.roles.explore.sum())
                 due[part.participant] = roles.num_probed(self.config.roles, count)
-        asked = tuned if self.method.utilities else torch.zeros_like(tuned)
+        asked = tuned if reported else torch.zeros_like(tuned)
         self.role_state = roles.update(self.role_state, utilities, asked, tuned | explored, due)
         for part in result.accepted:
             mine = [fault for fault in self.role_state.faults if fault.participant == part.participant]
