@@ -68,7 +68,16 @@ def make(profile_name: str, files: Sequence[str], folder: Path, jobs: int) -> No
         RuntimeError: a step failed; what was said on the way names it.
     """
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPO_ROOT / "Snakefile"), "--cores", str(jobs)]
-    command += ["--directory", str(folder), "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input"]
+    command += [
+        "--directory",
+        str(folder),
+        "--nolock",
+        "--rerun-incomplete",
+        "--rerun-triggers",
+        "mtime",
+        "params",
+        "input",
+    ]
     command += ["--quiet", "rules", "host", "reason", "--config", f"profile={profile_name}", "--", *files]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if subprocess.run(command, env=os.environ | threads, check=False).returncode:
