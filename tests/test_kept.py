@@ -18,12 +18,12 @@ def parameters(stem: str, folder) -> dict:
 
 
 def test_a_study_keeps_a_table_with_its_parameters_and_pictures_with_their_numbers(tmp_path):
-    kept = keep("01_profiling", parameters("01_profiling", tmp_path) | {"seeds": [3], "another": "name"})
+    kept = keep("07_real_models", parameters("07_real_models", tmp_path) | {"seeds": [3], "another": "name"})
     table = kept.table([studies.row("s", "", 0.5, model=kept.name, task="t")])
     kept.write(table)
     picture = figures.picture.notice("nothing", table)
-    assert kept.picture("drift", picture) is picture
-    stem, shown = "01_profiling-mini-llama-moe", "drift-mini-llama-moe"
+    assert kept.picture("real_links", picture) is picture
+    stem, shown = "07_real_models-mini-llama-moe", "real_links-mini-llama-moe"
     written = {path.name for path in tmp_path.rglob("*.*")}
     assert written == {f"{stem}.parquet", f"{stem}.json", *(f"{shown}.{kind}" for kind in ("pdf", "png", "csv"))}
     about = json.loads((tmp_path / "results" / "measurements" / f"{stem}.json").read_text())["parameters"]

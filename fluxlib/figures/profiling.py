@@ -31,7 +31,7 @@ def activation_by_label(frequencies: Mapping[str, Any], layer: int = 0) -> Pictu
     shares = {label: np.asarray(frequency, dtype=float)[layer] for label, frequency in frequencies.items()}
     rows = pd.DataFrame(shares).rename_axis("expert").reset_index().melt("expert", var_name="label").assign(seed=0)
     figure, ax = panels(rows, (7.0, 2.4))
-    looks = style.of_settings(shares)
+    looks = style.of_settings(list(shares))
     marks.bars(ax, rows, "expert", "value", looks, by="label")
     ax.set(xlabel="expert", ylabel="share of tokens")
     marks.legend(ax, looks, filled=True)

@@ -53,6 +53,7 @@ def test_pictures_of_a_model_and_a_partition() -> None:
     frequency = np.full((3, 4), 0.25)
     assert "0.250" in profiling.activation(frequency).get_supxlabel()
     bars = profiling.activation_by_label({"a": frequency, "b": frequency}, layer=1)
+    assert [text.get_text() for text in bars.axes[0].get_legend().get_texts()] == ["a", "b"]
     assert len(bars.axes[0].patches) == 8
     stacks = dashboard.partition([{"a": 2, "b": 1}, {"b": 3}])
     assert [patch.get_height() for patch in stacks.axes[0].patches] == [2, 0, 1, 3]
