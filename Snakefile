@@ -98,8 +98,10 @@ WORK = Path.cwd()
 
 
 onstart:
-    where = f"Figures: {' '.join(PICTURES) or FIGURES + '/'}   tables: {RESULTS}/   executed notebooks, logs, times: {BUILD}/"
-    progress.watch(workflow.dag.needrun_jobs(), workflow.cores, Path(BUILD) / "benchmarks", where)
+    where = "" if WORK == REPO else f" in {WORK}"
+    shown = " ".join(PICTURES) or f"{FIGURES}/"
+    end = f"Figures: {shown}   tables: {RESULTS}/   executed notebooks, logs, times: {BUILD}/{where}"
+    progress.watch(workflow.dag.needrun_jobs(), workflow.cores, Path(BUILD) / "benchmarks", end)
 
 
 wildcard_constraints:

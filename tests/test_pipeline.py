@@ -293,8 +293,8 @@ def test_a_figure_of_the_paper_needs_its_own_runs_only(tmp_path):
 def test_a_failed_run_stops_no_other_and_leaves_nothing_that_looks_done(tmp_path):
     repository = Repository(tmp_path)
     repository.configure(per_method={"flux": {"training.local_steps": 13}})
-    code, files, _ = repository.make("--until", "federated_run")
-    assert code != 0
+    code, files, said = repository.make("--until", "federated_run")
+    assert code != 0 and "FAILED after" in said and "2 of 2 steps in" in said and ", 1 failed\n" in said
     assert list(files) == ["fmd-mini-llama-moe-mmlu-seed0.parquet"]
     log = (tmp_path / "build/mini/logs/04_federated_run/flux-mini-llama-moe-mmlu-seed0.log").read_text()
     assert "AssertionError: unlucky" in log

@@ -227,7 +227,7 @@ def verify(
         found = table.row(known[name], table.read(known[name], load(folder)))
         if rerun and results_dir(profile_name).is_dir():
             before = table.row(known[name], table.read(known[name], load(results_dir(profile_name))))
-            found["stored"] = f"{before['verdict']}<br>{before['ours']}"
+            found["stored"] = "<br>".join(filter(None, (before["verdict"], before["ours"])))
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
