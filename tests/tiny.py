@@ -32,7 +32,11 @@ MODELS = {
         **SMALL, intermediate_size=64, num_experts=8, num_selects=2, score_scale_factor=4.0
     ),
     "deepseek-moe-16b-base": DeepseekMoeConfig(
-        **SMALL, intermediate_size=24, moe_intermediate_size=8, n_routed_experts=8, num_experts_per_tok=3
+        **SMALL | {"num_hidden_layers": 3},
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        n_routed_experts=16,
+        num_experts_per_tok=3,
     ),
 }
 WORDS = ("red", "blue", "green", "grey")
