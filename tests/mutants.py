@@ -42,7 +42,7 @@ TESTS = {
     "merging": ["test_merging.py"],
     "roles": ["test_roles.py", "federation/test_utilities.py"],
     "gradients": ["test_gradients.py", "test_gradient_quality.py"],
-    "gradients/local.py": ["methods/test_methods.py"],
+    "gradients/local.py": ["test_gradients.py", "methods/test_methods.py"],
     "federation/server/aggregation.py": [f"federation/test_{n}.py" for n in ("aggregation", "robust", "strategy")],
     "federation/protocol/sync.py": [f"federation/test_{n}.py" for n in ("sync", "strategy", "wire_options")],
     "federation/store/checkpoint.py": ["federation/test_checkpoint.py"],
