@@ -64,6 +64,11 @@ test: lint  ## Lint, types and all tests, the smoke profile among them
 bench: $(STAMP)  ## The benchmarks (tables on the terminal)
 	@for script in $(filter-out benchmarks/new_user.py benchmarks/race.py,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+.PHONY: mutants
+mutants: $(STAMP)  ## What the tests miss: the code is changed in one place at a time (SAMPLE=200 of them)
+	$(BIN)/python -m pip install --quiet $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[mutation]'
+	$(BIN)/python tests/mutants.py $(if $(SAMPLE),--sample $(SAMPLE))
+
 .PHONY: race
 race: $(STAMP)  ## Four methods over real links of three rates, by the wall clock: three quarters of an hour, on an idle machine
 	$(BIN)/python benchmarks/race.py

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -136,6 +139,8 @@ def test_features_of_a_module_are_those_of_its_flattened_experts() -> None:
 def test_equal_experts_and_single_experts_have_no_features() -> None:
     assert (merging.features(torch.ones(4, 10)) == 0).all()
     assert (merging.features(torch.ones(1, 10)) == 0).all()
+    with pytest.raises(ValueError, match="dim is -1, allowed is at least 1"):
+        merging.features(torch.randn(4, 10), -1)
 
 
 # Clusters
@@ -323,6 +328,36 @@ def test_plan_covers_every_expert_within_the_budget(model: nn.Module, profile: p
         assert plan.tuned == tuple(tuned[layer].nonzero().flatten().tolist())
         for group, weights in zip(plan.groups, plan.weights or (), strict=True):
             assert weights == pytest.approx(alpha[layer, list(group)].tolist())
+
+
+def test_a_plan_of_whatever_comes_covers_every_expert_or_is_refused(
+    model: nn.Module, profile: profiling.Profile
+) -> None:
+    values = st.lists(st.floats(width=32) | st.sampled_from([0.0, 0.1, 0.5]), min_size=24, max_size=24)
+    every = {name: st.sampled_from(get_args(field.annotation)) for name, field in MergingConfig.model_fields.items()
+             if field.annotation is not bool}  # fmt: skip
+    made = []
+
+    @given(
+        st.lists(st.booleans(), min_size=24, max_size=24), values,
+        st.integers(-1, 30) | st.floats(-1, 30), st.builds(MergingConfig, **every, align_neurons=st.booleans()),
+    )  # fmt: skip
+    def case(flags: list[bool], numbers: list[float], num_merged: float, rules: MergingConfig) -> None:
+        tuned, found = torch.tensor(flags).view(3, 8), torch.tensor(numbers).view(3, 8)
+        try:
+            plans = merging.plan(model, replace(profile, frequency=found, gate=found), tuned, num_merged, rules)  # type: ignore[arg-type]
+        except ValueError:
+            return
+        made.append(plans)
+        for row, plan in zip(tuned, plans, strict=True):
+            plan.check(8)
+            assert plan.tuned == tuple(row.nonzero().flatten().tolist())
+        slots = sum(len(plan.groups) for plan in plans)
+        single = int((~tuned).any(dim=1).sum())
+        assert slots == (single if rules.budgets == "single" else min(num_merged, int((~tuned).sum())))
+
+    case()
+    assert made
 
 
 def test_a_slot_for_every_expert_changes_nothing(model: nn.Module, profile: profiling.Profile) -> None:

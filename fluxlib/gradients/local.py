@@ -43,7 +43,7 @@ class ExpertCall:
     samples: Tensor
     matrices: Matrices
     activation: Activation
-    frame: Matrices | None = None
+    frame: Matrices | None
 
     @property
     def learned(self) -> Matrices:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fluxlib import federation, records
 from fluxlib.config import ConfigError, RunConfig
@@ -234,6 +239,66 @@ def test_what_is_wrong_in_a_checkpoint_is_named(
     damaged(path_of(make_config(), tmp_path), change)
     with pytest.raises(CheckpointError, match=re.escape(named)):
         federation.run(make_config(), out=tmp_path)
+
+
+ODD = [None, True, -1, 3.5, 2**63, 1e308, math.nan, "", "x", "\ud800", "9" * 5000, [], [[]], {}, {"1": 2}]
+
+
+def anything_else(value: Any, chance: random.Random) -> None:
+    """Put something odd in one place of a JSON value, at whatever depth, or take it out."""
+    while True:
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if not (isinstance(value[key], (dict, list)) and value[key] and chance.random() < 0.8):
+            break
+        value = value[key]
+    if chance.random() < 0.2:
+        del value[key]
+    else:
+        value[key] = chance.choice(ODD)
+
+
+def another(tensor: torch.Tensor, chance: random.Random) -> torch.Tensor:
+    return chance.choice([
+        lambda: torch.ones(3), lambda: tensor.double(), lambda: torch.zeros_like(tensor), lambda: tensor[:0].clone(),
+        lambda: torch.full_like(tensor, 255), lambda: tensor.float() * math.nan,
+    ])()  # fmt: skip
+
+
+def test_a_checkpoint_of_whatever_comes_is_resumed_from_or_refused(
+    make_config: Make, tmp_path: Path, store: ExpertStore
+) -> None:
+    """Its digest is right, so it may be another program's."""
+    config = make_config({"method": "flux"})
+    with pytest.raises(Killed):
+        federation.run(config, on_round=kill_after(1), out=tmp_path)
+    path, refused = path_of(config, tmp_path), []
+    good, text = tensor_file.read_tensors(path)
+
+    @settings(max_examples=settings().max_examples // 3)
+    @given(st.randoms(use_true_random=False))
+    def case(chance: random.Random) -> None:
+        about, tensors = json.loads(text), dict(good)
+        if chance.random() < 0.7:
+            anything_else(about, chance)
+        else:
+            name = chance.choice(list(tensors))
+            tensor = tensors.pop(name)
+            name = chance.choice([name, name, "", "nodes/2/others", "experts/0.1", "roles/first"])
+            tensors |= {name: another(tensor, chance)} if chance.random() < 0.8 else {}
+        tensor_file.write_tensors(path, tensors, json.dumps(about))
+        fresh = ExpertStore(copy.deepcopy(store.model))
+        strategy = FluxStrategy(LocalGrid(client_app.app, 3), config, fresh)
+        tables = Tables(config, store.model, "accuracy", len(store.keys))
+        try:
+            checkpoint.Checkpoint(tmp_path, config).resume(strategy, tables)
+        except CheckpointError as error:
+            assert len(str(error)) < 1000
+            refused.append(str(error))
+        else:
+            assert strategy.store.delta().num_experts == len(store.keys) and tables.frames()
+
+    case()
+    assert refused
 
 
 def test_another_configuration_starts_anew(make_config: Make, tmp_path: Path) -> None:

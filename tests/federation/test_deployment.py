@@ -69,17 +69,29 @@ def until_round_1(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["round"] < 2].drop(columns=left)
 
 
-def test_a_killed_server_app_goes_on_after_its_last_complete_round(
-    base: RunConfig, nodes: LocalFederation, tmp_path: Path
+def test_a_run_whose_superlink_dies_goes_on_after_its_last_complete_round(
+    base: RunConfig, nodes: LocalFederation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is lost: participants kept their state on disk, the server its checkpoint. The result is the same."""
+    """Nothing is lost: participants kept their state on disk, the server its checkpoint. The result is the same.
+
+    The server app dies with its SuperLink. Who follows the run is told, in bounded time.
+    """
     config = base  # the seed decides who holds what, which lies in folders
-    engine.submit(config, tmp_path, nodes.home, CONNECTION)
-    wait_for((tmp_path / "checkpoints" / f"{config.run_id}.safetensors").is_file)
-    server = server_app_of(nodes)
-    assert (tmp_path / f".{config.run_id}.lock").read_text().startswith(f"process {server.pid} on")
-    server.send_signal(signal.SIGKILL)
-    wait_for(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
+    monkeypatch.setattr(engine, "STATUS_EVERY_S", 2.0)
+    monkeypatch.setattr(engine, "SILENCE_S", 5.0)
+    servers: list[psutil.Process] = []
+
+    def strike(row: dict[str, Any]) -> None:
+        if row["round"] == 1:
+            servers.append(server_app_of(nodes))
+            assert (tmp_path / f".{config.run_id}.lock").read_text().startswith(f"process {servers[0].pid} on")
+            nodes.processes["superlink"].kill()
+            nodes.processes["superlink"].wait()
+
+    with pytest.raises(federation.RunFailed, match="nobody answers at .*; the same command goes on after the last com"):
+        federation.run(config, on_round=strike, out=tmp_path, superlink=CONNECTION)
+    wait_for(lambda: not servers[0].is_running())
+    nodes.start_superlink()
     rows: list[dict[str, Any]] = []
     result = federation.run(config, on_round=rows.append, out=tmp_path, superlink=CONNECTION)
     assert [row["round"] for row in rows] == [2]

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 import socket
 import time
 import tomllib
@@ -25,6 +26,7 @@ from flwr.app import Array, ConfigRecord, Context, Message, RecordDict
 
 import fluxlib
 from fluxlib import federation
+from fluxlib.app.cli import deploy
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
 from fluxlib.federation import LocalGrid, Output
 from fluxlib.federation.client import client_app, local_copy, local_data, participant
@@ -418,8 +420,9 @@ def test_rows_are_followed_as_they_come_and_a_run_can_be_stopped(tmp_path: Path)
 
 @pytest.mark.parametrize("role", ["", "caller"])
 def test_a_second_deployment_run_leaves_the_first_ones_files_alone(
-    make_config: Make, tmp_path: Path, role: str
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str
 ) -> None:
+    monkeypatch.setattr(deployment, "STOPPING_S", 0.3)
     config = make_config({"engine": "deployment"})
     progress = Progress(tmp_path, config.run_id)
     progress.add({"round": 0})
@@ -435,3 +438,51 @@ def test_a_server_that_is_refused_does_not_end_the_run_that_is_there(make_config
     with lock.hold(tmp_path, config.run_id), pytest.raises(ConfigError, match=f"running {config.run_id}"):
         server_app.serve_alone(LocalGrid(client_app.app, 3), config, tmp_path)
     assert Progress(tmp_path, config.run_id).new() == []
+
+
+def test_who_ends_the_caller_ends_the_run(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its server app would hold the run against the command that is to go on."""
+    said: list[tuple[Any, ...]] = []
+
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    replies = {"silence": lambda *_: "", "submit": lambda *_: "7", "flwr": lambda *w: said.append(w)}
+    for name, reply in (replies | {"_follow": interrupted}).items():
+        monkeypatch.setattr(deployment, name, reply)
+    with pytest.raises(KeyboardInterrupt):
+        federation.run(make_config({"engine": "deployment"}), out=tmp_path, superlink="flux")
+    assert said == [(None, "stop", "7", "flux")] and any((tmp_path / "progress").glob("*.stop"))
+
+
+def test_status_says_who_is_there_and_what_is_late(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(row: dict[str, Any]) -> None:
+        if row["round"] == 1:
+            raise KeyboardInterrupt
+
+    config = make_config()
+    with pytest.raises(KeyboardInterrupt):
+        federation.run(config, on_round=interrupt, out=tmp_path)
+    nodes = [{"node-id": "7", "status": "online"}, {"node-id": "8", "status": "offline", "offline-at": "noon"}]
+    known = {"nodes": nodes, "runs": [{"run-id": "5", "status": "running"}]}
+    monkeypatch.setattr(deployment, "listed", lambda home, superlink, what, *_: known[what])
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    os.utime(kept, (time.time() - 1e6,) * 2)
+    Progress(tmp_path, "another").add({"round": 0, "over": ""})
+    with pytest.raises(SystemExit) as ended:
+        deploy.status("flux", tmp_path, as_json=False)
+    said = capsys.readouterr().out
+    assert ended.value.code == 1 and "another" not in said
+    for line in (
+        "node 7: online", "node 8: offline", "run 5: running", "  participant 2, round 1: good",
+        "late: node 8 is offline since noon", f"late: {config.run_id}: its last round ended 1000",
+    ):  # fmt: skip
+        assert line in said
+    nodes.pop()
+    kept.unlink()
+    with pytest.raises(SystemExit) as ended:
+        deploy.status("flux", tmp_path, as_json=True)
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out) == known | {"at_work": {}, "late": []}

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fluxlib.federation.protocol import wire
 
@@ -113,3 +115,22 @@ def test_an_expert_that_is_not_tuned_keeps_its_residual() -> None:
     _, second = wire.encode_changes({(0, 0): {"w": torch.ones(3, 50)}}, "int8", first)
     assert set(second) == {"0.1.w", "0.0.w"} and second["0.1.w"] is first["0.1.w"]
     assert wire.encode_changes({(0, 0): {"w": torch.ones(3, 50)}}, "float32", {})[1] == {}
+
+
+@pytest.mark.parametrize("kind", wire.FORMS)
+def test_whatever_is_sent_arrives_within_one_rounding(kind: wire.Form) -> None:
+    values = st.lists(st.floats(-(2.0**40), 2.0**40, width=32) | st.just(0.0), min_size=1, max_size=150)
+
+    @given(values, st.booleans())
+    def case(numbers: list[float], upright: bool) -> None:
+        sent = torch.tensor(numbers).view((-1, 1) if upright else (1, -1))
+        arrived = wire.decode(wire.encode(sent, kind), kind, sent.shape)
+        assert arrived.shape == sent.shape
+        if kind == "int8":  # half a step of 127 in its block; a scale is a part of the largest one, in 16 bits
+            blocks = torch.nn.functional.pad(sent.flatten(), (0, -sent.numel() % wire.BLOCK)).view(-1, wire.BLOCK)
+            bound = (blocks.abs().amax(dim=1) / 120 + sent.abs().max() * 1e-7).repeat_interleave(wire.BLOCK)
+            assert ((arrived - sent).flatten().abs() <= bound[: sent.numel()]).all()
+        else:
+            assert torch.equal(arrived, sent.to(arrived.dtype))
+
+    case()

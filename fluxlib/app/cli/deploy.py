@@ -5,17 +5,23 @@ The SuperLink itself and the registration of nodes are Flower's commands as they
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from fluxlib.app.cli.arguments import Command, JsonOption
+
 PATIENCE_S, RETRY_S = 150.0, 10.0
 """How long a node that is not let in tries again, and how often."""
+
+LATE = 2.0
+"""How many times as long as the longest before a round may take until it is called late."""
 
 app = typer.Typer(no_args_is_help=True, help="Certificates, keys, SuperNodes; docs/deployment.md shows where.")
 
@@ -64,3 +70,69 @@ def node(
             raise SystemExit(code)
         print(f"not let in; trying again for {PATIENCE_S:g} s after the start", flush=True)
         time.sleep(RETRY_S)
+
+
+@app.command(cls=Command)
+def status(
+    superlink: Annotated[str, typer.Argument(help="its name in Flower's configuration")],
+    out: Annotated[Path, typer.Option(help="folder of the tables: --out of the run")] = Path("build/runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Nodes, rounds, each participant's last reply, and what is late; exit code 1 if something is.
+
+    \b
+    Example:
+        fluxlib deploy status flux --out /srv/flux/results
+    """
+    from fluxlib.federation.engines.deployment import engine
+
+    nodes, runs = (engine.listed(None, superlink, *how) for how in (("nodes", "supernode", "list"), ("runs", "list")))
+    work = _at_work(out)
+    late = [f"node {node['node-id']} is offline since {node['offline-at']}"
+            for node in nodes if node["status"] == "offline"]  # fmt: skip
+    for run_id, one in work.items():
+        late += [f"{run_id}: participant {p}, round {n}: {reply}" for p, n, reply in one["replies"] if reply != "good"]
+        if one["longest_s"] and one["ago_s"] > LATE * one["longest_s"]:
+            late.append(f"{run_id}: its last round ended {one['ago_s']:.0f} s ago, none took more than "
+                        f"{one['longest_s']:.0f} s")  # fmt: skip
+    if as_json:
+        print(json.dumps({"nodes": nodes, "runs": runs, "at_work": work, "late": late}))
+    else:
+        print("\n".join([
+            *(f"node {node['node-id']}: {node['status']}" for node in nodes),
+            *(f"run {run['run-id']}: {run['status']}" for run in runs),
+            *(f"{one['last']}, {one['ago_s']:.0f} s ago" for one in work.values()),
+            *(f"  participant {p}, round {n}: {reply}" for one in work.values() for p, n, reply in one["replies"]),
+            *(f"late: {what}" for what in late or ["nothing"]),
+        ]))  # fmt: skip
+    raise SystemExit(bool(late))
+
+
+def _at_work(out: Path) -> dict[str, dict[str, Any]]:
+    """Each unfinished run in ``out``: its last round, how long ago that ended, its longest round, the last replies."""
+    from fluxlib import records
+    from fluxlib.analysis import store
+    from fluxlib.federation.store.progress import Progress
+
+    found: dict[str, dict[str, Any]] = {}
+    files = [*out.glob(f"{store.CHECKPOINTS}/*.safetensors"), *out.glob("progress/*.jsonl")]
+    for name in sorted({file.stem for file in files}):
+        kept = out / store.CHECKPOINTS / f"{name}.safetensors"
+        rounds: list[Any] = []
+        replies: list[tuple[int, int, str]] = []
+        if kept.is_file():
+            rounds = store.read(kept).to_dict("records")
+            last = store.read(kept, "participants").groupby("participant").tail(1).sort_values("participant")
+            columns = zip(last["participant"], last["round"], last["rejected"], strict=True)
+            replies = [(int(one), int(number), reason or "good") for one, number, reason in columns]
+        else:  # in its first round
+            rounds = Progress(out, name).new()
+        if rounds and "over" not in rounds[-1]:
+            written = max(store.modified(file) for file in files if file.stem == name)
+            found[name] = {
+                "last": records.describe_round(rounds[-1]), "ago_s": time.time() - written, "replies": replies,
+                "longest_s": max(
+                    (row["round_wall_s"] + row["evaluate_wall_s"] for row in rounds if row["round"]), default=0.0
+                ),
+            }  # fmt: skip
+    return found

@@ -112,7 +112,7 @@ class Checkpoint:
         self, about: dict[str, Any], saved: dict[str, dict[str, Tensor]], strategy: FluxStrategy, tables: Tables
     ) -> None:
         history = {
-            (layer, expert): [(at, bytes.fromhex(digest)) for at, digest in found]
+            (layer, expert): [(checked("version", at, int), bytes.fromhex(digest)) for at, digest in found]
             for layer, expert, found in about["history"]
         }
         strategy.store.set(by_expert(saved.get("experts", {})), history, about["digests"])
@@ -126,7 +126,9 @@ class Checkpoint:
         strategy.profiled = {checked("profiled", one, int) for one in about["profiled"]}
         if strategy.guard.bound is not None:
             strategy.guard.bound = checked("clip_norm", about["clip_norm"], float)
-        tables.rows, tables.totals = checked("rows", about["rows"], dict), Totals(**about["totals"])
+        tables.totals = Totals(**{name: checked(name, value, float) for name, value in about["totals"].items()})
+        tables.rows = checked("rows", about["rows"], dict)
+        tables.frames()  # rows that fit no table would be noticed at the end
         copies = {name: Array(tensor.numpy()) for name, tensor in saved.get("copies", {}).items()}
         for node, tensors in _by_kind(saved.get("nodes", {})).items():
             state, store = from_tensors(tensors), strategy.store

@@ -24,7 +24,7 @@ class Progress:
         """Show ``row``; whether the run is to stop."""
         with writing(self._rows), self._rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        return self._stop.exists()
+        return self.stopping
 
     def end(self, failure: str = "") -> None:
         """The server is done; ``failure`` says why where it failed."""
@@ -39,7 +39,13 @@ class Progress:
 
     def ask_to_stop(self) -> None:
         """The run is to end after the round it is in."""
-        self._stop.touch()
+        with writing(self._stop):
+            self._stop.touch()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody asked it to."""
+        return self._stop.exists()
 
     def clear(self) -> None:
         """Remove what is left of it."""

@@ -14,6 +14,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,8 +41,8 @@ SILENCE_S = 60.0
 
 AGAIN = "the same command goes on after the last complete round"
 
-LETTING_GO_S = 5.0
-"""Seconds that a server app which was killed may still seem to run."""
+LETTING_GO_S, STOPPING_S = 5.0, 60.0
+"""Seconds that a server app may still run: one that was killed, one that Flower stops at its next heartbeat."""
 
 
 def run_deployment(config: RunConfig, output: Output, superlink: str | None) -> RunResult:
@@ -63,7 +64,8 @@ def run_deployment(config: RunConfig, output: Output, superlink: str | None) -> 
         out = (output.out or temporary / "out").resolve()
         progress = Progress(out, config.run_id)
         stack.enter_context(lock.hold(out, config.run_id, "caller"))
-        with lock.hold(out, config.run_id, wait_s=LETTING_GO_S):  # a server at work would lose what it wrote
+        wait_s = STOPPING_S if progress.stopping else LETTING_GO_S
+        with lock.hold(out, config.run_id, wait_s=wait_s):  # a server at work would lose what it wrote
             progress.clear()
         home: Path | None = None  # Flower's own
         if superlink is None:
@@ -72,7 +74,13 @@ def run_deployment(config: RunConfig, output: Output, superlink: str | None) -> 
         elif nobody := silence(home, superlink):
             raise ConfigError(f"superlink is {superlink!r}, {nobody}")
         number = submit(config, out, home, superlink)
-        failure = _follow(progress, number, output, home, superlink)
+        try:
+            failure = _follow(progress, number, output, home, superlink)
+        except BaseException:
+            if home is None:  # left alone, the server app would hold the run against the same command
+                progress.ask_to_stop()
+                flwr(home, "stop", number, superlink)
+            raise
         progress.clear()
         if failure:
             raise RunFailed(f"run {number} on {superlink}: {failure}; {AGAIN}")
@@ -131,14 +139,26 @@ def _follow(progress: Progress, number: str, output: Output, home: Path | None, 
 
 def run_status(number: str, home: Path | None, superlink: str) -> tuple[str, str]:
     """Status of a run (``running``, ``finished:completed`` ...) and what is said about it."""
-    if nobody := silence(home, superlink):
-        return "unknown", nobody
-    done = flwr(home, "list", superlink, "--run-id", number, "--format", "json")
     try:
-        found = json.loads(done.stdout)["runs"][0]
+        found = listed(home, superlink, "runs", "list", "--run-id", number)[0]
         return str(found["status"]), str(found["status-details"])
-    except (ValueError, KeyError, IndexError, TypeError):
-        return "unknown", brief(done.stdout + done.stderr)
+    except (ConfigError, KeyError, IndexError, TypeError) as error:
+        return "unknown", str(error)
+
+
+def listed(home: Path | None, superlink: str, what: str, *command: str) -> list[dict[str, Any]]:
+    """``what`` Flower's command line lists: ``runs`` with ``list``, ``nodes`` with ``supernode list``.
+
+    Raises:
+        ConfigError: nobody answers at ``superlink``, or not with such a list.
+    """
+    if nobody := silence(home, superlink):
+        raise ConfigError(f"superlink is {superlink!r}, {nobody}")
+    done = flwr(home, *command, superlink, "--format", "json")
+    try:
+        return list(json.loads(done.stdout)[what])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"superlink is {superlink!r}, it says: {brief(done.stdout + done.stderr)}") from None
 
 
 def _read(config: RunConfig, out: Path, keep: bool) -> RunResult:

@@ -168,13 +168,12 @@ class LocalFederation:
         for path in server.glob("superlink.db*"):
             path.unlink()  # what a SuperLink that was killed still wants to do
         self.node_folders = folders.make_folders(self.folder, self.config)
-        self.spawn("superlink", superlink_command(server, HOST, self.port))
         self.home.mkdir(parents=True, exist_ok=True)
         (self.home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self.address}"\n'
             f'root-certificates = "{authority}"\n'
         )
-        self._await_superlink(authority)
+        self.start_superlink()
         for relay in self.relays:
             relay.start()
         doors = [f"{HOST}:{relay.port}" for relay in self.relays] or [self.address] * len(self.node_folders)
@@ -203,8 +202,15 @@ class LocalFederation:
         while self.relays:
             self.relays.pop().stop()
 
-    def _await_superlink(self, authority: Path) -> None:
-        context = ssl.create_default_context(cafile=str(authority))
+    def start_superlink(self) -> None:
+        """Start the SuperLink, or start it again on the database that it had.
+
+        Raises:
+            RunFailed: it does not answer.
+        """
+        server = self.folder / "server"
+        self.spawn("superlink", superlink_command(server, HOST, self.port))
+        context = ssl.create_default_context(cafile=str(server / credentials.CA_CERTIFICATE))
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self.processes["superlink"].poll() is None:
             try:
