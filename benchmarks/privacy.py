@@ -1,6 +1,6 @@
 """What a curious server learns of its participants' data, what protections change about that, and what they cost.
 
-    python benchmarks/privacy.py --out benchmarks/results    the tables of docs/security.md: an hour of one core
+    python benchmarks/privacy.py --out benchmarks/results    the tables of docs/security.md: half an hour of a core
     python benchmarks/privacy.py --quick                     one round with each option
 
 The server does its work and keeps what it gets. It has rows of its own, of every label, and knows what a round of local
