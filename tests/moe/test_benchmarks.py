@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -54,3 +55,23 @@ def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["files"] for row in rows] == ["safetensors", "bin"]
     assert rows[0]["model_bytes"] == rows[1]["model_bytes"] > 0
     assert all(row["peak_bytes"] > 0 for row in rows)
+
+
+def test_privacy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    privacy = runpy.run_path(str(FOLDER / "privacy.py"))
+    truth = torch.tensor([True, False, True, False])
+    assert privacy["auc"](torch.tensor([3.0, 1.0, 2.0, 2.0]), truth) == (1 + 1 + 1 + 0.5) / 4
+    labels = torch.eye(3)[:, [0, 1, 2, 2]] + 0.1
+    mixed = 0.7 * labels[0] + 0.3 * labels[2]
+    assert privacy["shares"](labels, mixed).tolist() == pytest.approx([0.7, 0.0, 0.3], abs=1e-6)
+    rows = [
+        {"setting": "s", "method": "m", "option": "o", "question": "row", "seen": "x", "value": v} for v in (0.5, 1)
+    ]
+    assert privacy["wide"](rows, "row") == [{"setting": "s", "method": "m", "option": "o", "x": "0.75 [0.50, 1.00] 2"}]
+
+
+def test_the_page_on_security_shows_what_was_measured() -> None:
+    page = (FOLDER.parent / "docs" / "security.md").read_text()
+    measured = (FOLDER / "results" / "privacy.md").read_text()
+    assert [line for line in measured.splitlines() if line.startswith("|") and line not in page] == []
