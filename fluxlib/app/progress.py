@@ -184,6 +184,8 @@ class Progress(logging.Handler):
 def watch(jobs: Iterable[Any], cores: int, benchmarks: Path, end: str) -> None:
     """Listen to Snakemake from now on, and leave only its warnings and errors.
 
+    With ``--quiet progress`` Snakemake does not say which step has ended.
+
     Args:
         jobs: of Snakemake's graph, those that are to be done; what keeps no time (``all``) does nothing itself.
         cores: how many of them run side by side.
