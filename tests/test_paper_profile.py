@@ -13,6 +13,7 @@ import yaml
 from fluxlib import federation, methods, models
 from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT, RunConfig
+from fluxlib.figures.picture import unique
 
 PAPER, OVERLAY = REPO_ROOT / "config" / "paper.yaml", REPO_ROOT / "config" / "overlays" / "tiny.yaml"
 METRICS = {"dolly": "rouge_l", "gsm8k": "exact_match", "mmlu": "accuracy", "piqa": "accuracy"}
@@ -87,6 +88,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(runs: dict[str, RunConfig],
     again = federation.run(run, out=tmp_path).rounds
     same = [name for name in whole if "wall" not in name and name != "peak_memory_bytes"]
     pd.testing.assert_frame_equal(again[same], whole[same])
+
+
+def test_a_figure_names_a_models_folder_by_its_last_name(runs: dict[str, RunConfig]) -> None:
+    rounds = pd.DataFrame({"model": [run.model for run in runs.values()]})
+    assert unique(rounds, "model") == ", ".join(tiny.MODELS)
 
 
 def test_data_path_of_a_profile_is_from_where_make_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def facets(
     size = max(4.4, width * len(groups) + 1.3), height
     figure, axes = panels(numbers, size, 1, len(groups), squeeze=False, **kwargs)
     for ax, (key, _) in zip(axes[0], groups, strict=True):
-        ax.set_title("\n".join(map(str, key)))
+        ax.set_title("\n".join(Path(str(part)).name for part in key))
     return figure, [(ax, part) for ax, (_, part) in zip(axes[0], groups, strict=True)]
 
 
@@ -146,8 +146,8 @@ def footer(figure: Figure, rows: pd.DataFrame, *parts: str, seeds: str | None = 
 
 
 def unique(rows: pd.DataFrame, column: str) -> str:
-    """The values of ``column``, joined."""
-    return ", ".join(str(value) for value in pd.unique(rows[column]))
+    """The values of ``column``, joined; a folder by its last name."""
+    return ", ".join(Path(str(value)).name for value in pd.unique(rows[column]))
 
 
 def seeds_name(rows: pd.DataFrame) -> str:

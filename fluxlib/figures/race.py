@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -37,7 +38,7 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
             means = marks.at_mean_times(runs, clock, "method")
             marks.lines(ax, means, clock, "metric", "method", looks, errorbar=_within_scores, markevery=2)
             ax.set(xlabel=style.CLOCKS[clock], ylabel=METRICS.get(unique(runs, "metric_name"), "score"))
-        column[0].set_title(f"{model}\n{task}")
+        column[0].set_title(f"{Path(model).name}\n{task}")
     marks.legend(figure, looks, loc="outside right upper")
     footer(figure, rounds)
     return figure
