@@ -55,7 +55,7 @@ rehearse: $(STAMP)  ## The profile paper to its end, on tiny models and files th
 lint: $(STAMP)  ## Ruff on code and notebooks, stripped outputs, the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify --extra-keys "metadata.widgets metadata.language_info.version" notebooks/*.ipynb
+	$(BIN)/nbstripout --verify --extra-keys "metadata.widgets metadata.language_info.version" notebooks/*.ipynb notebooks/exercises/*.ipynb
 	$(BIN)/mypy
 
 test: lint  ## Lint, types and all tests, the smoke profile among them
