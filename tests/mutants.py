@@ -42,7 +42,7 @@ TESTS = {
     "merging": ["test_merging.py"],
     "roles": ["test_roles.py", "federation/test_utilities.py"],
     "gradients": ["test_gradients.py", "test_gradient_quality.py"],
-    "gradients/local.py": ["test_gradients.py", "methods/test_methods.py"],
+    "gradients/local.py": ["test_gradients.py", "moe/test_adapter.py", "methods/test_methods.py"],
     "federation/server/aggregation.py": [f"federation/test_{n}.py" for n in ("aggregation", "robust", "strategy")],
     "federation/protocol/sync.py": [f"federation/test_{n}.py" for n in ("sync", "strategy", "wire_options")],
     "federation/store/checkpoint.py": ["federation/test_checkpoint.py"],
@@ -51,7 +51,7 @@ TESTS = {
 
 PACKAGES = tuple(dict.fromkeys(place.partition("/")[0] for place in TESTS))
 
-SLOW = ("every_way_to_measure", "on_a_mini_model", "backward_pass_measures_all", "fits_where_what_it_gives_up")
+SLOW = ("on_a_mini_model", "backward_pass_measures_all", "fits_where_what_it_gives_up")
 """Parts of the names of tests that take long and are left out here."""
 
 SILENT = re.compile(r"log\.|cast\(|len\(|isinstance\(")
