@@ -19,7 +19,7 @@ export PYTHONHASHSEED := 0
 
 # Contents and parameters decide what is out of date (not the text of a rule); one failed run stops no other.
 SNAKEMAKE = $(BIN)/snakemake --cores $(JOBS) --rerun-triggers mtime params input --rerun-incomplete \
-	--nolock --keep-going --quiet rules progress host reason --config profile=$(1) $(if $(OVERLAY),overlay=$(abspath $(OVERLAY)))
+	--nolock --keep-going --quiet rules host reason --config profile=$(1) $(if $(OVERLAY),overlay=$(abspath $(OVERLAY)))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv reproduce rehearse figure smoke test lint bench lab book report clean
