@@ -38,7 +38,7 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
             means = marks.at_mean_times(runs, clock, "method")
             marks.lines(ax, means, clock, "metric", "method", looks, errorbar=_within_scores, markevery=2)
             ax.set(xlabel=style.CLOCKS[clock], ylabel=METRICS.get(unique(runs, "metric_name"), "score"))
-        column[0].set_title(f"{Path(model).name}\n{task}")
+        column[0].set_title(f"{Path(str(model)).name}\n{task}")
     marks.legend(figure, looks, loc="outside right upper")
     footer(figure, rounds)
     return figure

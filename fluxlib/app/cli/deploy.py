@@ -119,6 +119,7 @@ def _at_work(out: Path) -> dict[str, dict[str, Any]]:
     for name in sorted({file.stem for file in files}):
         kept = out / store.CHECKPOINTS / f"{name}.safetensors"
         rounds: list[Any] = []
+        rounds: list[Any] = []
         replies: list[tuple[int, int, str]] = []
         if kept.is_file():
             rounds = store.read(kept).to_dict("records")
