@@ -119,7 +119,6 @@ def _at_work(out: Path) -> dict[str, dict[str, Any]]:
     for name in sorted({file.stem for file in files}):
         kept = out / store.CHECKPOINTS / f"{name}.safetensors"
         rounds: list[Any] = []
-        rounds: list[Any] = []
         replies: list[tuple[int, int, str]] = []
         if kept.is_file():
             rounds = store.read(kept).to_dict("records")
@@ -129,9 +128,10 @@ def _at_work(out: Path) -> dict[str, dict[str, Any]]:
         else:  # in its first round
             rounds = Progress(out, name).new()
         if rounds and "over" not in rounds[-1]:
+            latest: Any = rounds[-1]
             written = max(store.modified(file) for file in files if file.stem == name)
             found[name] = {
-                "last": records.describe_round(rounds[-1]), "ago_s": time.time() - written, "replies": replies,
+                "last": records.describe_round(latest), "ago_s": time.time() - written, "replies": replies,
                 "longest_s": max(
                     (row["round_wall_s"] + row["evaluate_wall_s"] for row in rounds if row["round"]), default=0.0
                 ),
