@@ -65,9 +65,9 @@ def config(notebook: dict[str, Any]) -> RunConfig:
     })  # fmt: skip
 
 
-def load_in_64_bits(load, *args, **kwargs) -> tuple[Any, Any]:
+def load_in_64_bits(load, name, *_) -> tuple[Any, Any]:
     """As the notebook computes: then no token is so undecided between two experts that rounding decides."""
-    model, tokenizer = load(*args, **kwargs, dtype=torch.float64)
+    model, tokenizer = load(name, torch.float64)
     model.set_experts_implementation("eager")  # the only one that takes 64 bits
     return model, tokenizer
 

@@ -28,6 +28,7 @@ def make(folder) -> str:
     command += ["--directory", str(folder), "--cores", "2", "--rerun-triggers", "mtime", "params", "input"]
     command += ["--quiet", "host", "--show-failed-logs", "--config", "profile=smoke"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment.pop("MPLBACKEND", None)  # kernels draw into the notebook
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
