@@ -8,7 +8,6 @@ counts their works there. Everybody takes the fastest of his own runs. The targe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
@@ -71,7 +70,7 @@ def races(
     counted = recounts(participants, rounds, runs, devices, links, offloading)
     fitting = {name: [run for run in tuned.index if fits(runs[run], float(tuned[run]), catalogue.DEVICES[name])]
                for name in devices}  # fmt: skip
-    found = []
+    found = [pd.DataFrame(columns=[*PAIR, "run_id", "method", "device", "link"])] if counted.empty else []
     for key, part in counted.groupby(["fleet", "link"], sort=False):
         kind = part["method"].where(part["variant"] == "", part["method"] + " " + part["variant"])
         times = times_to_target(part.assign(kind=kind), fraction, by="kind")
@@ -94,11 +93,6 @@ def duels(raced: pd.DataFrame, ours: str = "flux") -> pd.DataFrame:
     keys = [*PAIR, "device", "link"]
     rows = [dict(zip(keys, key, strict=True)) | _best(part, ours) for key, part in raced.groupby(keys, sort=False)]
     return pd.DataFrame(rows)
-
-
-def pays(*tables: Any, ours: str = "flux", **settings: Any) -> pd.DataFrame:
-    """The map: :func:`duels` of :func:`races`, which gets everything but ``ours``."""
-    return duels(races(*tables, **settings), ours)
 
 
 def _best(times: pd.DataFrame, method: str = "flux") -> dict[str, object]:

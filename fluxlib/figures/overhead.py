@@ -150,7 +150,7 @@ def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION, ours: str = "fl
     A thick line is the break-even. The name below a factor is the baseline that FLUX meets there.
 
     Args:
-        table: of :func:`fluxlib.analysis.where.pays`.
+        table: of :func:`fluxlib.analysis.where.duels`.
         ours: the method that it was made for.
     """
     cells = where.over_tasks(table)

@@ -243,7 +243,7 @@ def verify(
 
 
 def pages() -> None:
-    """Write the generated pages of docs/ anew: claims, races, gallery, settings, tables.
+    """Write the generated pages of docs/ anew (claims, races, gallery, settings, tables), and each lesson's answer.
 
     \b
     Example:
