@@ -182,6 +182,7 @@ def run(mutants: list[tuple[Row, str]], known: dict[tuple[str, str, str], Row]) 
         for name in modules:  # once for all mutants
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+    assert "fluxlib" not in sys.modules, "a mutant of a module that is there already would not be seen"
     done = []
     for row, text in mutants:
         before = known.pop(row.key, row)
@@ -250,7 +251,9 @@ def child(tests: list[str], file: str, text: str, folder: Path) -> int:
     more = ["-k", f"not ({' or '.join(SLOW)})", f"--basetemp={folder / 'tmp'}", f"--rootdir={ROOT}"]
     code = int(pytest.main([*options.split(), *more, *tests]))
     if not file:
-        others = [name for name in sys.modules if not name.startswith(("fluxlib", "tests", "test_", "__"))]
+        ours = tuple(str(ROOT / place) for place in ("fluxlib", "tests", "benchmarks"))
+        places = {name: getattr(one, "__file__", None) or "" for name, one in sys.modules.items() if name[:2] != "__"}
+        others = [name for name, place in places.items() if not place.startswith(ours)]
         (folder / "modules.json").write_text(json.dumps(others))
     return code
 

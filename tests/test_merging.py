@@ -7,6 +7,7 @@ import weakref
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from fluxlib import merging, profiling
 from fluxlib.config import MergingConfig
-from fluxlib.merging.features import from_gram, gram_of
+from fluxlib.merging.budgets import check_enough
+from fluxlib.merging.features import _greedy_match, from_gram, gram_of
 from fluxlib.methods import fmes
 from fluxlib.models import LlamaMoeConfig, LlamaMoeForCausalLM
 from fluxlib.moe import compact, find
@@ -514,3 +516,20 @@ def test_merging_holds_one_layer_at_a_time(
     plans = merging.plan(model, profile, torch.zeros(3, 8, dtype=torch.bool), 9, MergingConfig(budgets="uniform"))
     compact.restore(compact.customize(model, plans), write=False)
     assert most[0] <= 3
+
+
+def test_joint_cost_is_wards_for_experts_that_count_little() -> None:
+    # Cost of a pair: squared distance times q q' / (q + q'), so 0.5 for the first two and 0.6 for the last two.
+    x = torch.tensor([[0.0], [1.0], [10.0], [12.0]])
+    found = merging.joint_clusters([x @ x.T], [torch.tensor([1.0, 1.0, 0.3, 0.3])], 3)
+    assert found[0].tolist() == [0, 0, 1, 2]
+
+
+def test_a_layer_with_a_single_expert_to_merge_needs_a_slot_too() -> None:
+    check_enough(np.array([1, 3, 0]), 2)
+    with pytest.raises(ValueError, match="at least 2"):
+        check_enough(np.array([1, 3, 0]), 1)
+
+
+def test_a_neuron_whose_match_is_taken_gets_another() -> None:
+    assert _greedy_match(np.array([[3.0, 2.0], [2.9, 0.0]])).tolist() == [0, 1]
