@@ -36,7 +36,7 @@ MIN_SEEDS = 3
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper, or of ours beyond it; the fields are explained in ``claims.yaml``."""
+    """One claim of the paper, or of this suite's; the fields are explained in ``claims.yaml``."""
 
     slug: str
     claim: str
@@ -55,11 +55,17 @@ class Claim:
     clock: str = ""
     needs: str = ""
     beyond: bool = False
+    own: bool = False
 
     @property
     def is_measured(self) -> bool:
         """Whether seeds differ: not where all is modelled."""
         return self.source != "modelled"
+
+    @property
+    def whose(self) -> str:
+        """Whose number :attr:`size` is."""
+        return "the aim" if self.own else "the paper's"
 
     @property
     def bar(self) -> str:
@@ -75,8 +81,10 @@ class Claim:
 
 
 EVERY = tuple(Claim(**entry) for entry in yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text()))
-CLAIMS = tuple(claim for claim in EVERY if not claim.beyond)
+CLAIMS = tuple(claim for claim in EVERY if not claim.beyond and not claim.own)
 """The paper's, in its order."""
+OWN = tuple(claim for claim in EVERY if claim.own)
+"""What this suite says of itself."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +184,9 @@ def _miss(
     size = float(claim.size or 0.0)
     if claim.better == "smaller":
         unclear = "not clear of no effect in every seed and the interval" if found == DIRECTION else ""
-        return f"{value / size:.2g} times the paper's" if value > size else unclear
+        return f"{value / size:.2g} times {claim.whose}" if value > size else unclear
     base = no_effect(size) if none is None else float(none)
-    share = f"{shown(value / size, '%')} of the paper's" if base < value < size or value < base == none else ""
+    share = f"{shown(value / size, '%')} of {claim.whose}" if base < value < size or value < base == none else ""
     if base == none == size:
         return share
     against = int((values <= base).sum())

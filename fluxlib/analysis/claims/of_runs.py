@@ -23,10 +23,21 @@ from fluxlib.analysis.claims.judge import (
     verdict,
     weakest,
 )
+from fluxlib.analysis import store, where
 from fluxlib.analysis.claims.tables import Tables, of_model
 from fluxlib.analysis.runs import EQUAL_SECONDS, OWN_PHASES, WHOLE, breakdown, quality_over_seeds
 from fluxlib.analysis.speedups import OURS, REFERENCE, against_all, describe, speed_ups
-from fluxlib.analysis.wording import clock_shapes, percent, sentence, shown, shown_interval
+from fluxlib.analysis.statistics import geometric
+from fluxlib.analysis.wording import (
+    clock_shapes,
+    methods_in_order,
+    models_in_order,
+    percent,
+    sentence,
+    shown,
+    shown_interval,
+    title,
+)
 
 PARTICIPANTS = (10, 20, 30)
 """Numbers of participants in the paper."""
@@ -62,7 +73,7 @@ def up_to(claim: Claim, tables: Tables) -> Iterator[Reading]:
 
 def _compared(tables: Tables, baseline: str) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
     """Model by model: its name, its plain runs, and FLUX's speed-ups over ``baseline`` in them, one row per task."""
-    for name, rounds in tables.plain():
+    for name, rounds in tables.runs():
         rows = speed_ups(of_model(tables.times, name))
         if len(rows) and baseline in set(rows["baseline"]):
             yield name, rounds, rows[rows["baseline"] == baseline].reset_index(drop=True)
@@ -133,7 +144,7 @@ def participants(claim: Claim, tables: Tables) -> Iterator[Reading]:
 
     ``agrees`` needs 10, 20 and 30 participants; with two or more numbers, but not these, it is in direction at most.
     """
-    for name, _ in tables.plain():
+    for name, _ in tables.runs():
         runs = of_model(tables.rounds, name)  # type: ignore[arg-type]
         runs = runs[runs["variant"].str.fullmatch(r"participants-\d+")]
         rows = []
@@ -162,10 +173,12 @@ def final_quality(claim: Claim, tables: Tables) -> Iterator[Reading]:
     is agreed with in direction at most, alone it counts as not attempted.
     """
     assert claim.size is not None
-    compared = claim.ours["compared"]
-    for name, rounds in tables.plain():
-        table = tables.quality
-        rows = of_model(table[(table["method"] == OURS) & (table["compared"] == compared)], name)
+    if tables.rounds is None:
+        return
+    compared, ours = claim.ours["compared"], claim.ours.get("run", (OURS, ""))
+    table = tables.quality(ours, claim.ours.get("reference", (REFERENCE, "")))
+    for name, rounds in tables.runs(ours[1]):
+        rows = of_model(table[(table["method"] == ours[0]) & (table["compared"] == compared)], name)
         rows = rows[rows["task"].str.endswith(claim.ours.get("only", ""))]
         if rows.empty:
             continue
@@ -183,7 +196,7 @@ def final_quality(claim: Claim, tables: Tables) -> Iterator[Reading]:
         fewest, reached = int(means["seeds"].min()), claim.reached(least["ratio"]) if judged else None
         parts = [few(fewest) if judged else "", f"mean over tasks {shown(means['ratio'].mean(), '%')}"]
         parts += [f"least on `{least.name}`" if overall != AGREES and judged else ""]
-        parts += [f"FLUX's run ended too early for a final score on {', '.join(early)}" if early else ""]
+        parts += [f"{title(ours[0])}'s run ended too early for a final score on {', '.join(early)}" if early else ""]
         yield Reading(
             name, overall, "; ".join(told), least["ratio"], least["low"], least["high"], int(means["seeds"].max()),
             fewest, tuple(means.index), _clock(rounds) if compared == EQUAL_SECONDS else "",
@@ -196,7 +209,7 @@ def oscillation(claim: Claim, tables: Tables) -> Iterator[Reading]:
 
     Seed by seed, over the tasks and scored rounds that both have; a seed in which FMD never falls has no ratio.
     """
-    for name, rounds in tables.plain():
+    for name, rounds in tables.runs():
         runs = rounds[rounds["method"].isin(["fmq", REFERENCE])].dropna(subset=["metric"])
         wide = runs.pivot_table(index=["seed", "task", "round"], columns="method", values="metric").dropna()
         if wide.shape[1] < 2 or wide.empty:
@@ -210,12 +223,13 @@ def oscillation(claim: Claim, tables: Tables) -> Iterator[Reading]:
 
 
 def own_share(claim: Claim, tables: Tables) -> Iterator[Reading]:
-    """FLUX's own phases (merge, quantize, profile, probe) as a share of a round on the device clock, in its plain runs.
+    """FLUX's own phases (merge, quantize, profile, probe) as a share of a round on the device clock, in its own runs.
 
     A profile that runs beside the upload counts as well, although nobody waits for it.
     """
-    for name, rounds in tables.plain():
-        ours = rounds[(rounds["method"] == OURS) & (rounds["round"] > 0)]
+    method, variant = claim.ours.get("run", (OURS, ""))
+    for name, rounds in tables.runs(variant):
+        ours = rounds[(rounds["method"] == method) & (rounds["round"] > 0)]
         if ours.empty or tables.participants is None:
             continue
         shares = {}
@@ -235,7 +249,7 @@ def absolute_targets(claim: Claim, tables: Tables) -> Iterator[Reading]:
     :data:`~fluxlib.analysis.claims.judge.MIN_SEEDS`. ``does not``: anything else.
     """
     targets = claim.ours["targets"]
-    for name, rounds in tables.plain():
+    for name, rounds in tables.runs():
         rows = rounds[(rounds["method"] == OURS) & rounds["task"].isin(targets)]
         best = rows.groupby(["task", "seed"])["metric"].max().groupby("task").min()
         if len(best):
@@ -247,3 +261,35 @@ def absolute_targets(claim: Claim, tables: Tables) -> Iterator[Reading]:
                 seeds=int(rows["seed"].nunique()), tasks=tuple(best.index),
                 reason="" if agrees else f"{sum(hits)} of {len(targets)} targets",
             )  # fmt: skip
+
+
+def plus_sooner(claim: Claim, tables: Tables) -> Iterator[Reading]:
+    """FLUX+ against the best baseline that fits an L20 at 1 Gb/s, every task by the rule; the weakest decides.
+
+    FMD's plain run sets the target; everybody takes the fastest of his runs with the help (:mod:`fluxlib.analysis.where`).
+    """
+    assert claim.size is not None
+    if tables.rounds is None or tables.participants is None or tables.folder is None:
+        return
+    every, plain = tables.rounds, (tables.rounds["method"] == REFERENCE) & (tables.rounds["variant"] == "")
+    rounds = every[plain | every["variant"].isin(claim.ours["variants"])]
+    configs = store.configs(tables.folder, rounds["run_id"].unique())
+    replies = tables.participants[tables.participants["run_id"].isin(list(configs))]
+    raced = where.races(rounds, replies, configs, ("l20",), ("1gbps",))
+    duels = where.duels(raced, "flux_plus").dropna(subset="our_run")
+    for name in models_in_order(duels["model"]):
+        judged, told, means = {}, [], {}
+        for task, rows in of_model(duels, name).groupby("task", sort=False):
+            known = rows["sign"].isin([where.SOONER, where.LATER]).all()
+            judged[task] = judge(rows["factor"], claim.size, none=1.0, ratio=True) if known else DIFFERS
+            means[task] = geometric(rows["factor"]) if known else (np.nan, np.nan, np.nan)
+            others = " and ".join(map(title, methods_in_order(set(rows["baseline"]))))
+            seeds = len(rows)
+            told.append(f"`{task}` {shown_interval(*means[task], 'x')}, over {others}, {seeds} seed{'s' * (seeds > 1)}")
+        least = min(means, key=lambda task: means[task][0])
+        seeds_of = of_model(duels, name).groupby("task")["seed"].nunique()
+        yield Reading(
+            name, weakest(judged.values()), "; ".join(told), *means[least], int(seeds_of.max()), int(seeds_of.min()),
+            tuple(means), f"device clock, {clock_shapes(of_model(tables.rounds, name))}", claim.reached(means[least][0]),
+            sentence([few(int(seeds_of.min())), f"least on `{least}`"]),
+        )  # fmt: skip

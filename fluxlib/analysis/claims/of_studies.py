@@ -11,7 +11,8 @@ import pandas as pd
 from fluxlib.analysis.claims.judge import AGREES, DIFFERS, DIRECTION, Claim, Reading, judge, read_size, weakest
 from fluxlib.analysis.claims.tables import Tables, tasks_of, values
 from fluxlib.analysis.statistics import geometric, interval
-from fluxlib.analysis.wording import sentence, shown, shown_interval
+from fluxlib.analysis.studies import race
+from fluxlib.analysis.wording import sentence, shown, shown_interval, title
 from fluxlib.devices import catalogue
 
 GIB = 2**30
@@ -174,3 +175,20 @@ def memory(claim: Claim, tables: Tables) -> Iterator[Reading]:
                 model, AGREES if fits else DIFFERS, told, peaks["flux"] / peaks["fmd"],
                 clock="memory planner, real shapes", reason="" if fits else why,
             )  # fmt: skip
+
+
+def clock_error(claim: Claim, tables: Tables) -> Iterator[Reading]:
+    """How far the device clock's seconds are off, for the method and link where they are furthest.
+
+    ``agrees``: at most the size. The rounds are many, the run is one, so there is no interval.
+    """
+    assert claim.size is not None
+    for model, table in tables.measurements.get(claim.notebook, {}).items():
+        found = race.summary(table)
+        worst = found.loc[found["clock_error"].idxmax()]
+        error, fits = float(worst["clock_error"]), bool(worst["clock_error"] <= claim.size)
+        why = f"{title(str(worst['method']))}, {worst['link']}; median over methods and links {shown(found['clock_error'].median(), '%')}"
+        yield Reading(
+            model, AGREES if fits else DIFFERS, shown(error, claim.unit), error, tasks=tasks_of(table),
+            reached=claim.reached(error), reason=why,
+        )  # fmt: skip

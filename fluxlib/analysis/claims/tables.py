@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import pandas as pd
 from fluxlib import records
 from fluxlib.analysis import store
 from fluxlib.analysis.runs import final_quality
-from fluxlib.analysis.speedups import REFERENCE, against_all
+from fluxlib.analysis.speedups import against_all
 from fluxlib.analysis.wording import models_in_order
 
 JOINS = {
@@ -33,6 +33,8 @@ class Tables:
     participants: pd.DataFrame | None = None
     measurements: dict[str, dict[str, pd.DataFrame]] = field(default_factory=dict)
     """By notebook, e.g. ``01_profiling``, and model."""
+    folder: Path | None = None
+    """Where they lie."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Runs that did not finish, by run id, and why: they are no evidence and in none of the tables."""
 
@@ -42,16 +44,16 @@ class Tables:
         assert self.rounds is not None
         return against_all(self.rounds)
 
-    @cached_property
-    def quality(self) -> pd.DataFrame:
-        """:func:`fluxlib.analysis.runs.final_quality` of the plain runs."""
+    def quality(self, ours: Sequence[str], reference: Sequence[str]) -> pd.DataFrame:
+        """:func:`fluxlib.analysis.runs.final_quality` of two kinds of runs, each a method and its variant."""
         assert self.rounds is not None
-        return final_quality(self.rounds[self.rounds["variant"] == ""], REFERENCE)
+        kinds = [(self.rounds["method"] == method) & (self.rounds["variant"] == variant) for method, variant in (ours, reference)]
+        return final_quality(self.rounds[kinds[0] | kinds[1]], reference[0])
 
-    def plain(self) -> Iterator[tuple[str, pd.DataFrame]]:
-        """Model by model: its name, and the ``rounds`` of its unchanged runs."""
+    def runs(self, variant: str = "") -> Iterator[tuple[str, pd.DataFrame]]:
+        """Model by model: its name, and the ``rounds`` of its runs of one variant; the unchanged ones if none is given."""
         if self.rounds is not None:
-            rows = self.rounds[self.rounds["variant"] == ""]
+            rows = self.rounds[self.rounds["variant"] == variant]
             for name in models_in_order(rows["model"]):
                 yield name, of_model(rows, name)
 
@@ -73,7 +75,7 @@ def load(results: Path) -> Tables:
         stem, _, model = path.stem.partition("-")
         found.setdefault(stem, {})[model] = records.read("measurements", path)
     ordered = {stem: {name: found[stem][name] for name in models_in_order(found[stem])} for stem in sorted(found)}
-    return Tables(rounds, participants, ordered, records.unfinished(results))
+    return Tables(rounds, participants, ordered, Path(results), records.unfinished(results))
 
 
 def values(table: pd.DataFrame, spec: Mapping[str, Any]) -> pd.Series:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from asyncio import StreamReader, StreamWriter
+from contextlib import suppress
 
 from fluxlib.devices.catalogue import Link
 
@@ -77,6 +78,10 @@ class Relay:
             await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
+        with suppress(asyncio.CancelledError):  # the relay stops; Python 3.11 logs a cancelled handler as one that failed
+            await self._join(reader, writer)
+
+    async def _join(self, reader: StreamReader, writer: StreamWriter) -> None:
         try:
             far_reader, far_writer = await asyncio.open_connection(HOST, self.target)
         except OSError:  # nobody there: as a network would, hang up
