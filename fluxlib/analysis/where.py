@@ -1,7 +1,7 @@
 """Where FLUX or FLUX+ pays: against the best baseline that fits, by the memory of a device and its link.
 
 Nothing is trained for it. Runs with several budgets, and with few bits on the link, are stored; on a device each method
-enters with those of them that its memory holds (:func:`fluxlib.devices.memory.share_that_fits`), and the device clock
+enters with those of them that its memory holds (:func:`fluxlib.devices.memory.fits`), and the device clock
 counts their works there. Everybody takes the fastest of his own runs. The target is set by the plain run of FMD.
 """
 
@@ -17,7 +17,7 @@ from fluxlib.analysis.studies.scale import recounts
 from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_target
 from fluxlib.config import Offloading, RunConfig
 from fluxlib.devices import catalogue
-from fluxlib.devices.memory import share_that_fits
+from fluxlib.devices.memory import fits
 
 DEVICES = ("rtx-3060", "rtx-4080", "rtx-4090", "jetson-agx-orin-32", "l20", "jetson-agx-orin")
 """Of the catalogue, by memory: 12, 16, 24, 32, 48 and 64 GB."""
@@ -32,18 +32,6 @@ def budgets(participants: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.Ser
     place = participants["run_id"].map(lambda name: methods.get(runs[name].method).explored_place)
     kept = participants["num_tuned"] + participants["num_explored"] * place
     return kept.groupby(participants["run_id"]).max()
-
-
-def fits(config: RunConfig, tuned: float, device: catalogue.Device) -> bool:
-    """Whether a run that tunes a share ``tuned`` of the experts fits on ``device``, at the clock's shapes.
-
-    FMD and FMQ offload what does not fit; they need what is left to be there.
-    """
-    try:
-        most, _ = share_that_fits(config, int(device.memory_bytes))
-    except ValueError:
-        return False
-    return config.method in ("fmd", "fmq") or tuned <= most
 
 
 def races(
@@ -68,8 +56,9 @@ def races(
     """
     tuned = budgets(participants, runs) / rounds.groupby("run_id")["num_experts"].max()
     counted = recounts(participants, rounds, runs, devices, links, offloading)
-    fitting = {name: [run for run in tuned.index if fits(runs[run], float(tuned[run]), catalogue.DEVICES[name])]
-               for name in devices}  # fmt: skip
+    memories = {name: int(catalogue.DEVICES[name].memory_bytes) for name in devices}
+    fitting = {name: [run for run in tuned.index if fits(runs[run], float(tuned[run]), memory)]
+               for name, memory in memories.items()}  # fmt: skip
     found = [pd.DataFrame(columns=[*PAIR, "run_id", "method", "device", "link"])] if counted.empty else []
     for key, part in counted.groupby(["fleet", "link"], sort=False):
         kind = part["method"].where(part["variant"] == "", part["method"] + " " + part["variant"])

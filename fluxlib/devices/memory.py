@@ -13,6 +13,7 @@ rule; here both follow from bytes, as many merged experts as tuned ones.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -141,8 +142,8 @@ def plan_memory(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if memory_bytes is not None and memory_bytes < 1:
         raise ValueError(f"memory: expected at least 1 byte, got {memory_bytes}")
-    planner = _Planner(config, "flux" if method == "flux_plus" else method, step)
-    usable = None if memory_bytes is None else int(memory_bytes * (1 - RESERVE_FRAC))
+    planner = _Planner(config, method, step)
+    usable = None if memory_bytes is None else _usable(memory_bytes)
     if num_tuned is None and usable is not None:
         num_tuned = planner.largest(usable)
     elif num_tuned is None:
@@ -180,14 +181,36 @@ def share_that_fits(run: RunConfig, memory_bytes: int) -> tuple[float, float]:
     Raises:
         ValueError: see :func:`plan_memory`.
     """
+    return _share_that_fits(*_planned(run), memory_bytes)
+
+
+def fits(run: RunConfig, tuned_frac: float, memory_bytes: int) -> bool:
+    """Whether a share of the experts fits, tuned, into a memory: whether :func:`share_that_fits` is as large, but by
+    one dry run for all memories."""
+    model, method, step = _planned(run)
+    try:
+        if method in ("fmd", "fmq"):
+            return tuned_frac <= share_that_fits(run, memory_bytes)[0]
+        planner = _Planner(models.config(model), method, step)
+        num_tuned = max(planner.smallest, math.ceil(tuned_frac * planner.total - 1e-9))  # a share may be rounded up
+        return planner.peak(num_tuned, planner.num_merged(num_tuned)).total() <= _usable(memory_bytes)
+    except ValueError:
+        return False
+
+
+def _usable(memory_bytes: int) -> int:
+    return int(memory_bytes * (1 - RESERVE_FRAC))
+
+
+def _planned(run: RunConfig) -> tuple[str, str, Step]:
+    """The model whose shapes a run's clock has, its method, and its step there."""
     model = run.model if run.clock.model == "self" else run.clock.model
     tokens = run.clock.tokens_per_sample or run.training.max_tokens
-    step = Step(batch=run.training.batch_size, tokens=tokens, rank=run.adapter.used_rank)
-    return _share_that_fits(model, run.method, memory_bytes, step)
+    return model, run.method, Step(batch=run.training.batch_size, tokens=tokens, rank=run.adapter.used_rank)
 
 
 @lru_cache(maxsize=64)
-def _share_that_fits(model: str, method: str, memory_bytes: int, step: Step) -> tuple[float, float]:
+def _share_that_fits(model: str, method: str, step: Step, memory_bytes: int) -> tuple[float, float]:
     config = models.config(model)
     if method == "fmq" and plan_memory(config, method, memory_bytes, num_tuned=1, step=step).fits:
         return 1.0, 0.0
@@ -219,7 +242,7 @@ class _Planner:
     """One model and one step of one method; numbers of experts in, bytes out."""
 
     def __init__(self, config: Any, method: str, step: Step) -> None:
-        self.method, self.step = method, step
+        self.method, self.step = "flux" if method == "flux_plus" else method, step
         with _ONE_AT_A_TIME:
             self.model = _meta_model(config, step.dtype)
             self.parameters = count_parameters(self.model)

@@ -6,7 +6,7 @@ import io
 import re
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -27,8 +27,13 @@ class Picture(Figure):
     numbers: pd.DataFrame
     """What it shows: the rows that :func:`save` writes beside it."""
 
-    def _repr_png_(self) -> bytes:
+    @cached_property
+    def png(self) -> bytes:
+        """As it is when first asked for: a picture that is written and then shown is drawn once."""
         return _render(self, "png")
+
+    def _repr_png_(self) -> bytes:
+        return self.png
 
 
 def drawn(function: Callable[P, Picture]) -> Callable[P, Picture]:
@@ -71,7 +76,7 @@ def save(figure: Picture, slug: str, folder: Path | str, numbers: pd.DataFrame |
     table = figure.numbers if numbers is None else numbers
     contents = {
         "pdf": _render(figure, "pdf"),
-        "png": _render(figure, "png"),
+        "png": figure.png,
         "csv": table.to_csv(index=False, lineterminator="\n").encode(),
     }
     paths = {kind: folder / f"{slug}.{kind}" for kind in contents}

@@ -9,6 +9,7 @@ import pytest
 
 from fluxlib.analysis import where
 from fluxlib.config import make_config
+from fluxlib.devices import memory
 from fluxlib.devices.catalogue import DEVICES
 
 
@@ -55,13 +56,21 @@ def test_a_run_fits_where_its_share_of_tuned_experts_does_and_what_offloads_wher
     def config(method: str):
         return make_config({"method": method, "clock.model": "llama-moe-3.5b", "clock.tokens_per_sample": 128})
 
-    small, large = DEVICES["rtx-4090"], DEVICES["l20"]
-    assert where.fits(config("flux"), 0.125, small) and not where.fits(config("flux"), 0.25, small)
-    assert where.fits(config("flux"), 0.25, large)
-    assert where.fits(config("fmd"), 1.0, DEVICES["rtx-3060"]) and not where.fits(
-        config("fmq"), 1.0, DEVICES["rtx-3060"]
-    )
-    assert not where.fits(config("fmes"), 0.25, small)
+    def fits(method: str, tuned_frac: float, device: str) -> bool:
+        found = memory.fits(config(method), tuned_frac, DEVICES[device].memory_bytes)
+        assert found == (tuned_frac <= largest(method, device)), "as the search for the largest share has it"
+        return found
+
+    def largest(method: str, device: str) -> float:
+        try:
+            return memory.share_that_fits(config(method), DEVICES[device].memory_bytes)[0]
+        except ValueError:
+            return 0.0
+
+    assert fits("flux", 0.125, "rtx-4090") and not fits("flux", 0.25, "rtx-4090")
+    assert fits("flux", 0.25, "l20")
+    assert fits("fmd", 1.0, "rtx-3060") and not fits("fmq", 1.0, "rtx-3060")
+    assert not fits("fmes", 0.25, "rtx-4090")
 
 
 def test_a_budget_is_what_is_tuned_and_what_flux_explores() -> None:
