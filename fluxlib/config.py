@@ -292,7 +292,7 @@ class AggregationConfig(_Group):
         "mean", description="how the changes of one expert are combined"
     )
     trim_frac: float = Field(0.2, gt=0, lt=0.5, description="share of an expert's tuners that may be bad")
-    clip_norm: float | None = Field(None, gt=0, description="a participant's whole change is scaled to this norm at most")
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of a participant's whole change")
 
 
 class ClockConfig(_Group):

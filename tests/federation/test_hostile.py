@@ -151,9 +151,9 @@ def test_no_damaged_reply_gets_further_than_its_check(expected: Expected, wire: 
 def reports(store: ExpertStore) -> dict[str, tuple[RecordDict, Callable[[RecordDict], Any]]]:
     held, roles = ModelVersion(2, "d" * 64, frozenset({(0, 1)})), torch.eye(4, dtype=torch.bool)[:2]
     frequency, state = torch.full((2, 4), 0.25), RecordDict()
-    profile = Profile(frequency, frequency.long(), frequency, frequency.bool()[None], 4, 17, ((2, 1, 8, 4),))
+    profile = Profile(frequency, frequency.long(), frequency, 17, ((2, 1, 8, 4),))
     node_state.save_state(state, ParticipantState(profile, 3))
-    instruction = Instruction(CONFIG, 3, 1, store.delta(), Roles(roles, ~roles), Budget(2, 2), 0.5).to_records()
+    instruction = Instruction(CONFIG, 3, 1, store.delta(), Roles(roles, ~roles), Budget(2, 2)).to_records()
     return {
         "join": (JoinReport(1, 0, held, "f" * 64, "l20").to_records(), JoinReport.from_records),
         "profile": (
