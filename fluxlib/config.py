@@ -292,7 +292,7 @@ class AggregationConfig(_Group):
         "mean", description="how the changes of one expert are combined"
     )
     trim_frac: float = Field(0.2, gt=0, lt=0.5, description="share of an expert's tuners that may be bad")
-    clip_norm: float | None = Field(None, gt=0, description="largest norm of a participant's whole change")
+    clip_norm: float | None = Field(None, gt=0, description="a participant's larger change is scaled to this norm")
 
 
 class ClockConfig(_Group):
@@ -443,8 +443,9 @@ def make_config(parameters: Mapping[str, Any]) -> RunConfig:
         ConfigError: one line per bad parameter: its name, what is allowed and what came.
     """
     nested: dict[str, Any] = {}
-    given = flatten(parameters).items()
-    for name, value in (item for item in given if item not in RETIRED.items()):
+    for name, value in flatten(parameters).items():
+        if (name, value) in RETIRED.items():
+            continue
         with reading("configuration"):
             group, dot, inner = checked("the name of a setting", name, str).partition(".")
             _ = checked(name, value, str) if isinstance(value, str) else value
