@@ -11,13 +11,14 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
+from fluxlib.config import WireType as Form
 from fluxlib.config import brief, shown
 from fluxlib.methods.base import ExpertKey
 from fluxlib.moe.packing import BLOCK, SCALE_BITS, Packed
@@ -28,7 +29,6 @@ Experts = Mapping[ExpertKey, Mapping[str, Tensor]]
 Shapes = Mapping[ExpertKey, Mapping[str, tuple[int, ...]]]
 """Shapes of the tensors of every expert of a model."""
 
-Form = Literal["float32", "bfloat16", "int8"]
 FORMS: tuple[Form, ...] = get_args(Form)
 """``float32``: exact. ``bfloat16``: half the bytes, sent as a ``uint16`` view because NumPy has no bfloat16.
 ``int8``: codes and a scale per block (:mod:`fluxlib.moe.packing`), sent as plain bytes."""
