@@ -24,6 +24,7 @@ from fluxlib import methods, profiling, roles, seeding
 from fluxlib.analysis import studies
 from fluxlib.config import RunConfig, make_config
 from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState
+from fluxlib.methods.local import size
 
 METHODS = ("fmd", "flux", "flux_plus")
 SHARE = 1 / 16
@@ -72,11 +73,12 @@ def main() -> None:
         for name, seconds in found.items():
             times.append({"model": model, "method": name} | summary(seconds, found["fmd"]))
         _, state = methods.get("flux_plus").train(bench.model, locals_["flux_plus"])
-        truth = profiling.profile(bench.model, locals_["flux_plus"].data.train, bits=16)
-        for name, seen in (("4 bit", first), ("training", state.profile)):
+        trained = locals_["flux_plus"].data.train
+        truth = profiling.profile(bench.model, trained, bits=16)
+        for name, seen, samples in (("4 bit", first, 32), ("training", state.profile, size(trained)[0])):
             assert seen is not None
             error = profiling.frequency_error(seen, truth)
-            errors.append({"model": model, "profile": name, "samples": seen.num_samples, "error": error})
+            errors.append({"model": model, "profile": name, "samples": samples, "error": error})
     facts = machine(CPU)
     text = "\n".join([
         f"mini-mmlu, one participant, seed 0; {facts}", "",

@@ -1,7 +1,7 @@
-"""What a curious server learns of its participants' data, what protections change about that, and what they cost.
+"""What a curious server learns of its participants' data.
 
     python benchmarks/privacy.py --out benchmarks/results    the tables of docs/security.md: half an hour of a core
-    python benchmarks/privacy.py --quick                     one round with each option
+    python benchmarks/privacy.py --quick                     one round with each method
 
 The server does its work and keeps what it gets. It has rows of its own, of every label, and knows what a round of local
 steps on them does to the base model. After each round it asks two questions about each participant; answers are added
@@ -56,21 +56,13 @@ from fluxlib.tasks.base import Example
 from fluxlib.tasks.batches import make_batch
 from fluxlib.tasks.evaluate import evaluate
 
-NOISE = {"privacy.clip_norm": 1.0, "privacy.noise": "participant"}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "nothing": {},
-    "withheld": {"roles.assignment": "random", "privacy.withhold_reports": True},
-    "noise 0.001": NOISE | {"privacy.noise_multiplier": 0.001},
-    "noise 0.01": NOISE | {"privacy.noise_multiplier": 0.01},
-}
 SEEDS, PARTICIPANTS, ROUNDS = (0, 1), 4, 3
-METHODS = (*(("flux", option) for option in OPTIONS), ("flux_plus", "nothing"), ("fmd", "nothing"))
 PLAN = (
-    ("mini-llama-moe", "mini-mmlu", 80, METHODS),
-    ("mini-llama-moe", "mini-mmlu", 20, (("flux", "nothing"),)),
-    ("mini-llama-moe", "mini-piqa", 80, (("flux", "nothing"),)),
+    ("mini-llama-moe", "mini-mmlu", 80, ("flux", "flux_plus", "fmd")),
+    ("mini-llama-moe", "mini-mmlu", 20, ("flux",)),
+    ("mini-llama-moe", "mini-piqa", 80, ("flux",)),
 )
-"""Model, task, rows of each participant, and each method with its option."""
+"""Model, task, rows of each participant, and methods."""
 TEST_TASK = 1250
 """Of its samples a fifth are for tests: all ask for facts that the training rows tell."""
 OWN_SEED = 1_000_000
@@ -198,7 +190,7 @@ class Curious(FluxStrategy):
 
     def profile(self, number: int, participants: Sequence[int]) -> None:
         super().profile(number, participants)
-        if self.method.profiles and not self.config.privacy.withhold_reports:
+        if self.method.profiles:
             for one in participants:
                 _, routed = seen_by(self.store.model, self.suspects[one].batch)
                 self.look_at_counts("frequencies", one, self.role_state.first[one], routed)
@@ -209,9 +201,8 @@ class Curious(FluxStrategy):
             one, update = report.participant, report.update
             before, routed = seen_by(self.store.model, self.suspects[one].batch)
             self.look_at_changes(one, update.changes, before)
-            if not self.config.privacy.withhold_reports:
-                self.look_at_counts("tokens", one, update.tokens, routed)
-                self.look_at_utilities(one, update.utilities)
+            self.look_at_counts("tokens", one, update.tokens, routed)
+            self.look_at_utilities(one, update.utilities)
             yield reply
 
     def look_at_counts(self, name: str, participant: int, came: Tensor, routed: Tensor) -> None:
@@ -256,23 +247,23 @@ def measure(config: RunConfig) -> Iterator[Row]:
         yield from suspects.answers()
 
 
-NAMES = ("setting", "method", "option")
+NAMES = ("setting", "method")
 
 
 def runs(quick: bool) -> Iterator[tuple[Row, RunConfig]]:
     """Every run, with what it is called in the tables."""
-    for model, task, rows, chosen in PLAN[:1] if quick else PLAN:
-        for seed, (method, option) in itertools.product(SEEDS[:1] if quick else SEEDS, chosen):
+    for model, task, rows, methods in PLAN[:1] if quick else PLAN:
+        for seed, method in itertools.product(SEEDS[:1] if quick else SEEDS, methods):
             config = make_config({
                 "method": method, "model": model, "task": task, "seed": seed,
                 "federation.participants": PARTICIPANTS, "federation.rounds": 1 if quick else ROUNDS,
-                "data.task_size": rows * PARTICIPANTS * 5 // 4, **OPTIONS[option],
+                "data.task_size": rows * PARTICIPANTS * 5 // 4,
             })  # fmt: skip
-            yield {"setting": f"{model}, {task}, {rows} rows", "method": method, "option": option}, config
+            yield {"setting": f"{model}, {task}, {rows} rows", "method": method}, config
 
 
 def wide(found: Sequence[Row], question: str) -> list[Row]:
-    """The answers to a question: a row per setting, method and option, a column for each thing that was looked at."""
+    """The answers to a question: a row per setting and method, a column for each thing that was looked at."""
     groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for row in found:
         if row["question"] == question:

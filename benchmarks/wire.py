@@ -1,7 +1,7 @@
 """What each way of sending experts, and each protection, costs: bytes, device time and score of the same run.
 
     python benchmarks/wire.py                                       FLUX and FMD, all wire options, 12 rounds
-    python benchmarks/wire.py --methods flux --options protection   clipping, noise, robust rules, withheld reports
+    python benchmarks/wire.py --methods flux --options protection   robust rules, random roles
     python benchmarks/wire.py --methods flux --options exact stale --rounds 30
 
 One JSON line per run: bytes per participant and round, device seconds per round at the shapes of ``--clock-model``
@@ -26,14 +26,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stale, int8 both": {"wire.max_staleness": 2, "wire.uplink": "int8", "wire.downlink": "int8"},
 }
 PROTECTION: dict[str, dict[str, Any]] = {
-    "clip at the median": {"privacy.clip_norm": 1.0, "privacy.clip_quantile": 0.5},
-    "central noise 0.001": {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.001},
-    "central noise 0.01": {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.01},
-    "local noise 0.001": {"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 0.001, "privacy.noise": "participant"},
     "trimmed mean": {"aggregation.rule": "trimmed_mean"},
     "median": {"aggregation.rule": "median"},
     "random roles": {"roles.assignment": "random"},
-    "withheld reports": {"roles.assignment": "random", "privacy.withhold_reports": True},
 }
 ALL = OPTIONS | PROTECTION
 
@@ -75,8 +70,6 @@ def main() -> None:
     wanted = list(PROTECTION) if given.options == ["protection"] else given.options
     for method in given.methods:
         for option in wanted:
-            if method == "fmd" and option.startswith("4bit"):
-                continue  # FMD merges nothing
             print(json.dumps(measure(method, option, given)), flush=True)
 
 

@@ -44,6 +44,16 @@ NO_NUMBERS: dict[str, Any] = {
 }
 """Settings of a run that no number depends on: engine, hardware and patience."""
 
+RETIRED: dict[str, Any] = {
+    "merging.clustering": "fused",
+    "privacy.clip_norm": None,
+    "privacy.clip_quantile": None,
+    "privacy.noise_multiplier": 0.0,
+    "privacy.noise": "server",
+    "privacy.withhold_reports": False,
+}
+"""Settings that are gone, at the values at which a run that was stored with them is the same today."""
+
 
 T = TypeVar("T")
 
@@ -239,7 +249,6 @@ class MergingConfig(_Group):
     """Section 5: what becomes of experts that are not tuned."""
 
     budgets: Literal["adaptive", "uniform", "single", "joint"] = Field("adaptive", description="slots per layer, eq. 1")
-    clustering: Literal["fused", "per_layer"] = Field("fused", description="all layers at once, or one by one")
     weights: MergeWeights = Field("attention_frequency", description="of an expert in its slot, eq. 2")
     align_neurons: bool = Field(False, description="permute neurons to match before experts are averaged")
 
@@ -277,22 +286,13 @@ class WireConfig(_Group):
 
 
 class AggregationConfig(_Group):
-    """Section 6: how the changes of one expert become one. Rules other than the mean bound what bad participants do."""
+    """Section 6: how the changes of one expert become one. Other rules and a bound limit what bad participants do."""
 
     rule: Literal["mean", "trimmed_mean", "median"] = Field(
         "mean", description="how the changes of one expert are combined"
     )
     trim_frac: float = Field(0.2, gt=0, lt=0.5, description="share of an expert's tuners that may be bad")
-
-
-class PrivacyConfig(_Group):
-    """Clipping, noise, and what participants keep to themselves; for operators, the paper has none of it."""
-
-    clip_norm: float | None = Field(None, gt=0, description="bound on the norm of a participant's whole change")
-    clip_quantile: float | None = Field(None, gt=0, lt=1, description="quantile of the norms that clip_norm follows")
-    noise_multiplier: float = Field(0.0, ge=0, description="standard deviation of the noise, in units of clip_norm")
-    noise: Literal["server", "participant"] = Field("server", description="who adds it: central or local privacy")
-    withhold_reports: bool = Field(False, description="participants send no utilities, token counts or frequencies")
+    clip_norm: float | None = Field(None, gt=0, description="a participant's larger change is scaled to this norm")
 
 
 class ClockConfig(_Group):
@@ -348,12 +348,11 @@ class RunConfig(_Group):
     roles: RolesConfig = RolesConfig()
     wire: WireConfig = WireConfig()
     aggregation: AggregationConfig = AggregationConfig()
-    privacy: PrivacyConfig = PrivacyConfig()
     clock: ClockConfig = ClockConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        for problem in (self._federation_problem, self._privacy_problem, self._budget_problem, self._probe_problem):
+        for problem in (self._federation_problem, self._budget_problem, self._probe_problem):
             if message := problem():
                 raise ValueError(message)
         return self
@@ -365,19 +364,6 @@ class RunConfig(_Group):
         epsilon = self.roles.epsilon
         if isinstance(epsilon, float) and not 0 < epsilon <= 1:
             return f"roles.epsilon is {epsilon}, allowed are 'dynamic', 'paper' and more than 0 up to 1"
-        return ""
-
-    def _privacy_problem(self) -> str:
-        privacy = self.privacy
-        if (privacy.noise_multiplier or privacy.clip_quantile) and privacy.clip_norm is None:
-            name = "noise_multiplier" if privacy.noise_multiplier else "clip_quantile"
-            return f"privacy.{name} is set and privacy.clip_norm is not; it needs a norm to refer to"
-        if privacy.noise_multiplier and privacy.clip_quantile:
-            return f"privacy.clip_quantile is {privacy.clip_quantile:g}, allowed with noise is None: a fixed clip_norm"
-        if privacy.noise_multiplier and privacy.noise == "server" and self.aggregation.rule != "mean":
-            return f"aggregation.rule is {self.aggregation.rule!r}, allowed with noise on the server is 'mean'"
-        if privacy.withhold_reports and self.roles.assignment != "random":
-            return f"roles.assignment is {self.roles.assignment!r}, allowed with privacy.withhold_reports is 'random'"
         return ""
 
     def _budget_problem(self) -> str:
@@ -443,7 +429,7 @@ def flatten(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for name, value in parameters.items():
-        if name in GROUPS and isinstance(value, Mapping):
+        if isinstance(value, Mapping) and (name in GROUPS or any(old.startswith(f"{name}.") for old in RETIRED)):
             flat |= {f"{name}.{inner}": setting for inner, setting in value.items()}
         else:
             flat[name] = value
@@ -458,6 +444,8 @@ def make_config(parameters: Mapping[str, Any]) -> RunConfig:
     """
     nested: dict[str, Any] = {}
     for name, value in flatten(parameters).items():
+        if (name, value) in RETIRED.items():
+            continue
         with reading("configuration"):
             group, dot, inner = checked("the name of a setting", name, str).partition(".")
             _ = checked(name, value, str) if isinstance(value, str) else value

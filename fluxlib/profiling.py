@@ -33,8 +33,6 @@ class Profile:
         frequency: ``[L, E]`` share of the layer's routed tokens; rows add up to 1.
         tokens: ``[L, E]`` long, tokens routed to the expert, ``|D|``.
         attention: ``[L, E]`` mean attention received by those tokens in that layer, 0 where there were none.
-        samples: bool ``[S, L, E]``, whether any token of a sample went to the expert.
-        bits: of the experts while profiling; 16: as they are.
         num_tokens: tokens seen, N.
         fingerprint: per layer (experts, top-k, hidden size, expert size): the model it is of.
         gate: ``[L, E]`` squared gate weight summed over the tokens, as a share of the layer's sum; empty if it was not
@@ -46,17 +44,10 @@ class Profile:
     frequency: Tensor
     tokens: Tensor
     attention: Tensor
-    samples: Tensor
-    bits: int
     num_tokens: int
     fingerprint: tuple[tuple[int, ...], ...] = ()
     gate: Tensor = field(default_factory=lambda: torch.empty(0))
     sampling_error: float = math.nan
-
-    @property
-    def num_samples(self) -> int:
-        """Sequences seen, S."""
-        return len(self.samples)
 
 
 def fingerprint(model: nn.Module) -> tuple[tuple[int, ...], ...]:
@@ -97,16 +88,11 @@ def profile(model: nn.Module, batches: Iterable[dict[str, Tensor]], bits: int = 
             received, gate, counts, num_tokens = _count(model, batches, attention)
         finally:
             model.train(training)
-    return of_counts(model, counts, gate, num_tokens, received, bits)
+    return of_counts(model, counts, gate, num_tokens, received)
 
 
 def of_counts(
-    model: nn.Module,
-    counts: Tensor,
-    gate: Tensor,
-    num_tokens: int,
-    received: Tensor | None = None,
-    bits: int = 16,
+    model: nn.Module, counts: Tensor, gate: Tensor, num_tokens: int, received: Tensor | None = None
 ) -> Profile:
     """What passes through ``model`` counted, as a profile.
 
@@ -122,8 +108,6 @@ def of_counts(
         tokens=tokens,
         attention=attention.float(),
         gate=(gate / gate.sum(dim=1, keepdim=True)).float(),
-        samples=counts > 0,
-        bits=bits,
         num_tokens=num_tokens,
         fingerprint=fingerprint(model),
         sampling_error=expected_error(counts),
@@ -164,11 +148,7 @@ def frequency_error(estimate: Profile, truth: Profile) -> float:
 
 def rank_correlation(estimate: Profile, truth: Profile) -> float:
     """Spearman's correlation of the experts' frequencies, mean over layers; ties share their mean rank."""
-    first, second = (
-        ranks(each.frequency) - ranks(each.frequency).mean(dim=1, keepdim=True) for each in (estimate, truth)
-    )
-    norm = first.norm(dim=1) * second.norm(dim=1)
-    return float(((first * second).sum(dim=1) / norm.clamp(min=1e-12)).mean())
+    return float(spearman(estimate.frequency, truth.frequency).mean())
 
 
 def top_overlap(estimate: Profile, truth: Profile, num_experts: int) -> float:
@@ -244,6 +224,12 @@ def _count_layer(layer: LayerCapture, mask: Tensor, num_experts: int) -> tuple[T
     weights = layer.top_k_weights[-1].detach().view(index.shape).float()
     squares = torch.zeros_like(hits).scatter_(2, index, weights.square())
     return hits.sum(dim=1).long(), attended, (squares * mask[:, :, None]).sum(dim=(0, 1))
+
+
+def spearman(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's correlation of two rows of values each ``[..., N]``; equal values share their mean rank."""
+    one, other = (rank - rank.mean(dim=-1, keepdim=True) for rank in (ranks(first), ranks(second)))
+    return (one * other).sum(dim=-1) / (one.norm(dim=-1) * other.norm(dim=-1)).clamp(min=1e-12)
 
 
 def ranks(values: Tensor) -> Tensor:

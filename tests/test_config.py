@@ -71,3 +71,11 @@ def test_what_is_said_of_a_bad_value_is_short() -> None:
         with pytest.raises(ConfigError) as caught:
             make_config(bad)
         assert len(str(caught.value)) < 2500
+
+
+def test_settings_that_are_gone_are_taken_from_stored_runs_where_they_did_nothing() -> None:
+    assert (
+        make_config({"privacy": {"noise": "server", "clip_norm": None}, "merging.clustering": "fused"}) == RunConfig()
+    )
+    with pytest.raises(ConfigError, match="unknown parameter 'privacy.noise_multiplier'"):
+        make_config({"privacy": {"noise_multiplier": 0.1}})

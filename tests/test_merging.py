@@ -394,7 +394,6 @@ def test_alignment_undoes_shuffled_neurons() -> None:
             find.write_expert(
                 layer.experts, expert + 4, find.permute_neurons(own, order, find.read_layout(layer.experts))
             )
-    known = profiling.profile(model, [batch()], bits=16)
     groups = tuple((e, e + 4) for e in range(4))
     plain = [compact.LayerPlan(groups=groups)] * 3
     assert merging.output_error(model, plain, [batch()]).min() > 0.1
@@ -403,7 +402,6 @@ def test_alignment_undoes_shuffled_neurons() -> None:
         for layer in find.layers(model)
     ]
     assert merging.output_error(model, aligned, [batch()], accumulated=True).max() < 1e-5
-    assert known.num_samples == 3
 
 
 def test_a_joint_plan_spends_the_budget_where_it_counts(model: nn.Module, profile: profiling.Profile) -> None:

@@ -161,7 +161,7 @@ def test_a_utility_nobody_asked_for_is_ignored() -> None:
     state = roles.RoleState.start(torch.full((1, 1, 2), 0.5))
     asked = torch.tensor([[[True, False]]])
     state = roles.update(state, torch.tensor([[[1.0, 2.0]]]), asked=asked)
-    assert state.faults == (roles.Fault(0, "unasked", 1, 2.0),)
+    assert state.faults == (roles.Fault(0, "unasked", 1),)
     assert state.measured[0, 0, 1].isnan()
 
 

@@ -30,23 +30,13 @@ from dataclasses import dataclass
 from fluxlib.config import Offloading
 from fluxlib.devices.catalogue import SERVER, Device, Link
 from fluxlib.devices.memory import RESERVE_FRAC
-from fluxlib.devices.shapes import Shapes, shapes, shapes_of
-from fluxlib.devices.step import WEIGHT_BYTES, Load, device_bytes, step_seconds
+from fluxlib.devices.shapes import Shapes as Shapes
+from fluxlib.devices.shapes import shapes as shapes
+from fluxlib.devices.shapes import shapes_of as shapes_of
+from fluxlib.devices.step import WEIGHT_BYTES, Load, step_seconds
+from fluxlib.devices.step import device_bytes as device_bytes
 from fluxlib.methods.base import Work
 from fluxlib.records import PHASES
-
-__all__ = [
-    "ParticipantSeconds",
-    "RoundTime",
-    "Shapes",
-    "device_bytes",
-    "participant_seconds",
-    "phase_seconds",
-    "round_seconds",
-    "server_seconds",
-    "shapes",
-    "shapes_of",
-]
 
 PROFILE = ("quantize", "profile")
 

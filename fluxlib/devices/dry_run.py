@@ -34,11 +34,9 @@ from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.dispatch import Pairs, SlotExperts, dispatch
 from fluxlib.moe.expert import Matrices, to_matrices
-from fluxlib.moe.packing import BITS
+from fluxlib.moe.packing import BITS, SCALE_BITS
 
 DRY_ATTENTION = "fluxlib_dry_run"
-SCALE_BYTES, SCALE_BLOCK = 2, 64
-"""Of a quantised block's scale, and the values that share it."""
 KERNELS = ("auto", "grouped", "slots")
 TUNED_DTYPE = torch.float32
 """Type of tuned weights and of their gradients."""
@@ -147,7 +145,7 @@ class _UnpackedOnMeta(SlotExperts):
         if self.slots.offloaded:
             return 0
         values = sum(tensor.numel() for tensor in self.one.values())
-        num_bytes = self.slots.bits / 8 + SCALE_BYTES / SCALE_BLOCK
+        num_bytes = (self.slots.bits + SCALE_BITS) / 8
         return int((self.slots.num_tuned + self.slots.num_frozen) * values * num_bytes)
 
     def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:

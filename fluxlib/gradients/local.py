@@ -18,9 +18,7 @@ from fluxlib.moe import find
 from fluxlib.moe.compact import CompactExperts
 from fluxlib.moe.dispatch import dense_choices
 from fluxlib.moe.expert import Activation, Matrices, to_matrices
-
-ExpertKey = tuple[int, int]
-"""``(layer, expert)``, counted over MoE layers."""
+from fluxlib.moe.find import ExpertKey
 
 
 @dataclass(frozen=True)

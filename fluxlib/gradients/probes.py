@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib import seeding
-from fluxlib.gradients.local import ExpertCall, ExpertKey, by_layer, calls, dot
+from fluxlib.gradients.local import ExpertCall, by_layer, calls, dot
 from fluxlib.gradients.patching import CachedForward, depth, quiet, scored_tokens
 from fluxlib.moe.expert import Matrices
-from fluxlib.moe.find import MoELayer
+from fluxlib.moe.find import ExpertKey, MoELayer
 
 SIGMA = 1e-3
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxlib.profiling import ranks
+from fluxlib.profiling import spearman
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,10 @@ def quality(estimated: Tensor, true: Tensor, tokens: Tensor, floor: float = 3e-8
     ratio = norms[:, seen] / truth[seen]
     means = ratio.mean(dim=1)
     cosine = torch.nn.functional.cosine_similarity(utilities, best[None], dim=1)
-    order = torch.stack([_correlation(ranks(row), ranks(best)) for row in utilities])
     return Quality(
         cosine_distance=float(1 - cosine.mean()),
-        rank_correlation=float(order.mean()),
+        rank_correlation=float(spearman(utilities, best[None]).mean()),
         bias=float(ratio.mean() - 1),
         bias_error=float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("inf"),
         spread=float((ratio - 1).square().mean().sqrt()),
     )
-
-
-def _correlation(first: Tensor, second: Tensor) -> Tensor:
-    first, second = first - first.mean(), second - second.mean()
-    return (first @ second) / (first.norm() * second.norm()).clamp(min=1e-12)

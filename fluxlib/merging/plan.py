@@ -73,7 +73,7 @@ def plan(
     else:
         slots = layer_budgets(profile.frequency, tuned.sum(dim=1), num_merged, rules.budgets)
         points = [from_gram(gram[members][:, members]) for gram, members in zip(grams, rest, strict=True)]
-        labels = cluster(points, slots, rules.clustering, seed)
+        labels = cluster(points, slots, seed=seed)
     plans = [_layer_plan(*parts) for parts in zip(rest, labels, alpha, strict=True)]
     return [align_neurons(*pair) for pair in zip(found, plans, strict=True)] if rules.align_neurons else plans
 

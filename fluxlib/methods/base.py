@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from fluxlib.config import RunConfig
+from fluxlib.moe.find import ExpertKey
 from fluxlib.profiling import Profile
 from fluxlib.roles import Roles, RoleState
 
 Batch = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` and ``labels``, each ``[B, T]`` long; label -100 is not scored."""
-
-ExpertKey = tuple[int, int]
-"""``(layer, expert)``, both counted over routed experts: layer 0 is the model's first MoE layer."""
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,9 @@ from fluxlib.methods import fmd
 from fluxlib.methods.base import ExpertKey, LocalRound, Method, ParticipantState, Update
 from fluxlib.methods.local import Stopwatch, make_optimizer, report, run_steps
 from fluxlib.moe import find
+from fluxlib.moe.packing import SCALE_BITS
 from fluxlib.moe.product import wide_dtype
 from fluxlib.moe.quantized import QuantizedExperts, quantized
-
-SCALE_BITS = 16 / 64
-"""Of a block's scale, per weight."""
 
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from fluxlib import seeding
 from fluxlib.config import RunConfig
 
-from .find import Layout
+from .find import ExpertKey, Layout
+from .product import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,26 @@ class Adapter:
         chosen = config.adapter
         return cls(chosen.rank, chosen.alpha, config.seed) if chosen.used_rank else None
 
-    def fixed(self, key: tuple[int, int], tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    def fixed(self, key: ExpertKey, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         """``A * alpha / rank`` ``[rank, in]`` of each adapted tensor of an expert, in at least float32."""
         made = {}
         for name, tensor in _adapted(tensors).items():
             width = tensor.shape[0 if layout.is_transposed else 1]
             chance = seeding.generator(self.seed, "adapter", *key, name)
             drawn = torch.empty(self.rank, width).uniform_(-(width**-0.5), width**-0.5, generator=chance)
-            made[name] = (drawn * (self.alpha / self.rank)).to(tensor.device, _wide(tensor))
+            made[name] = (drawn * (self.alpha / self.rank)).to(tensor.device, wide_dtype(tensor.dtype))
         return made
 
     def start(self, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         """``B [out, rank]`` of each adapted tensor before anything is learned: zero, in at least float32."""
         side = 1 if layout.is_transposed else 0
         return {
-            name: torch.zeros(tensor.shape[side], self.rank, dtype=_wide(tensor), device=tensor.device)
+            name: torch.zeros(tensor.shape[side], self.rank, dtype=wide_dtype(tensor.dtype), device=tensor.device)
             for name, tensor in _adapted(tensors).items()
         }
 
     def added(
-        self, key: tuple[int, int], tensors: Mapping[str, Tensor], learned: Mapping[str, Tensor], layout: Layout
+        self, key: ExpertKey, tensors: Mapping[str, Tensor], learned: Mapping[str, Tensor], layout: Layout
     ) -> dict[str, Tensor]:
         """An expert's ``tensors`` with what was ``learned`` on top; server and participants both come here."""
         made, fixed = dict(tensors), self.fixed(key, tensors, layout)
@@ -71,7 +72,3 @@ def add_product(base: Tensor, up: Tensor, fixed: Tensor, layout: Layout) -> Tens
 
 def _adapted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1}
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

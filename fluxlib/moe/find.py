@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ExpertKey = tuple[int, int]
+"""``(layer, expert)``, both counted over routed experts: layer 0 is the model's first MoE layer."""
+
 STACK_NAMES = ("gate_up_proj", "up_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj", "down_proj_bias")
 
 # Classes of transformers that keep fused stacks without declaring their layout through the decorator:

@@ -29,11 +29,8 @@ from fluxlib.config import Offloading
 
 from .dispatch import SlotExperts
 from .expert import Matrices, to_matrices
-from .find import MoELayer, check_expert
+from .find import ExpertKey, MoELayer, check_expert
 from .replace import replace_all
-
-Key = tuple[int, int]
-"""Layer and expert."""
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -86,18 +83,18 @@ class DeviceSet:
         self.capacity, self.overlaps = capacity, offloading == "overlapped"
         self.traffic = Traffic()
         self.layers: dict[int, OffloadedExperts] = {}
-        self.next_layer: dict[Key, Key] = {}
+        self.next_layer: dict[ExpertKey, ExpertKey] = {}
         """What came after a layer's last expert, the last time."""
-        self._entries: OrderedDict[Key, _Entry] = OrderedDict()
-        self._working: dict[Key, _Entry] = {}
-        self._before: Key | None = None
+        self._entries: OrderedDict[ExpertKey, _Entry] = OrderedDict()
+        self._working: dict[ExpertKey, _Entry] = {}
+        self._before: ExpertKey | None = None
         self._stream: Any = None
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def get(
-        self, key: Key, host: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None = None
+        self, key: ExpertKey, host: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
         """Tensors of an expert on the device, current with the host's, in ``dtype`` (None: the host's)."""
         if self._before is not None and self._before[0] != key[0]:
@@ -115,7 +112,7 @@ class DeviceSet:
         return entry.tensors
 
     def ahead(
-        self, key: Key, host: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None = None
+        self, key: ExpertKey, host: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None = None
     ) -> None:
         """Start copying an expert that will be used next, unless it is there or would push out the one in use."""
         if self.overlaps and self.capacity > 1 and self._current(key, host) is None:
@@ -127,11 +124,13 @@ class DeviceSet:
             self._stream = torch.cuda.Stream(device)
         return self._stream
 
-    def _current(self, key: Key, host: Mapping[str, Tensor]) -> _Entry | None:
+    def _current(self, key: ExpertKey, host: Mapping[str, Tensor]) -> _Entry | None:
         entry = self._entries.get(key)
         return entry if entry is not None and entry.version == _version(host) else None
 
-    def _load(self, key: Key, host: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None) -> _Entry:
+    def _load(
+        self, key: ExpertKey, host: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None
+    ) -> _Entry:
         stale = self._entries.pop(key, None)
         while len(self._entries) >= self.capacity:
             stale = self._entries.popitem(last=False)[1]
@@ -143,7 +142,7 @@ class DeviceSet:
         self._entries[key] = entry
         return entry
 
-    def _as_computed(self, key: Key, host: Mapping[str, Tensor], dtype: torch.dtype | None) -> _Entry:
+    def _as_computed(self, key: ExpertKey, host: Mapping[str, Tensor], dtype: torch.dtype | None) -> _Entry:
         """The host's tensors in ``dtype``; a copy of another type is kept on the host until they change."""
         tensors, version = {name: tensor.detach() for name, tensor in host.items()}, _version(host)
         if all(tensor.dtype == (dtype or tensor.dtype) for tensor in tensors.values()):

@@ -28,8 +28,10 @@ BITS = (2, 3, 4, 8)
 # Codes that are looked up together: one byte of 2 or 4-bit codes, half of the 3 bytes of 3-bit codes.
 WORD_CODES = {2: 4, 3: 4, 4: 2}
 CACHE_VALUES = 1 << 17
-NF4_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
-"""Values per scale that bitsandbytes' kernels know."""
+BLOCK = 64
+"""Values that share a scale."""
+SCALE_BITS = 16 / BLOCK
+"""Of a block's scale, per value."""
 
 
 class Packed(nn.Module):
@@ -41,7 +43,6 @@ class Packed(nn.Module):
     Args:
         stack: Floating point; an expert's values are taken in row-major order, its last block may be short.
         bits: 2, 3, 4 or 8.
-        block: Values per scale, a multiple of 8.
 
     Raises:
         ValueError: There is no such code.
@@ -51,13 +52,13 @@ class Packed(nn.Module):
     scale_bits: Tensor
     unit_bits: Tensor
 
-    def __init__(self, stack: Tensor, bits: int, block: int = 64) -> None:
+    def __init__(self, stack: Tensor, bits: int) -> None:
         super().__init__()
-        check_code(bits, block)
-        self.bits, self.block, self.dtype, self.shape = bits, block, stack.dtype, tuple(stack.shape[1:])
-        blocks = -(-math.prod(self.shape) // block)
+        check_bits(bits)
+        self.bits, self.dtype, self.shape = bits, stack.dtype, tuple(stack.shape[1:])
+        blocks = -(-math.prod(self.shape) // BLOCK)
         num, place = len(stack), stack.device
-        self.register_buffer("codes", torch.zeros(num, blocks * block * bits // 8, dtype=torch.uint8, device=place))
+        self.register_buffer("codes", torch.zeros(num, blocks * BLOCK * bits // 8, dtype=torch.uint8, device=place))
         self.register_buffer("scale_bits", torch.zeros(num, blocks, dtype=torch.int16, device=place))
         self.register_buffer("unit_bits", torch.zeros(num, dtype=torch.int32, device=place))
         for first in range(0, num, self.at_once):
@@ -95,8 +96,8 @@ class Packed(nn.Module):
             index, values = index[finite], values[finite]
         if not len(index):
             return
-        values = F.pad(values, (0, -values.shape[1] % self.block)).view(-1, self.block)
-        codes = self.codes.new_empty(len(values), self.block * self.bits // 8)
+        values = F.pad(values, (0, -values.shape[1] % BLOCK)).view(-1, BLOCK)
+        codes = self.codes.new_empty(len(values), BLOCK * self.bits // 8)
         scale = self._encode(values, codes).view(len(index), -1)
         unit = scale.amax(1).clamp(min=1e-30)
         self.codes[index] = codes.view(len(index), -1)
@@ -106,7 +107,7 @@ class Packed(nn.Module):
     def read(self, experts: int | Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """One expert's tensor, or the stack of several, in the type it had or in ``dtype``."""
         index: int | list[int] = experts if isinstance(experts, int) else list(experts)
-        codes = self.codes[index].view(-1, self.block * self.bits // 8)
+        codes = self.codes[index].view(-1, BLOCK * self.bits // 8)
         scales = self.scales[index].float() * self.unit[index, None]
         values = self._decode(codes, scales.view(-1), dtype or self.dtype)
         shape = self.shape if isinstance(index, int) else (len(index), *self.shape)
@@ -123,31 +124,26 @@ class Packed(nn.Module):
 
     def _decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Values ``[blocks, block]``."""
-        out = torch.empty(len(codes), self.block, device=codes.device, dtype=dtype)
+        out = torch.empty(len(codes), BLOCK, device=codes.device, dtype=dtype)
         for start in range(0, len(codes), rows := self._rows):
             part = slice(start, start + rows)
-            values = _decode(codes[part].flatten(), self.bits).view(-1, self.block)
+            values = _decode(codes[part].flatten(), self.bits).view(-1, BLOCK)
             out[part] = values.mul_(scales[part, None])
         return out
 
     @property
     def _rows(self) -> int:
         """Blocks worked on at a time: what fits a core's cache; all of them on an accelerator."""
-        return max(1, CACHE_VALUES // self.block) if self.codes.device.type == "cpu" else len(self.scale_bits[0])
+        return max(1, CACHE_VALUES // BLOCK) if self.codes.device.type == "cpu" else len(self.scale_bits[0])
 
 
 class PackedNF4(Packed):
     """4 bits by bitsandbytes' own kernels, with its levels (NF4) and each block's largest value as scale."""
 
-    def __init__(self, stack: Tensor, bits: int = 4, block: int = 64) -> None:
-        if bits != 4 or block not in NF4_BLOCKS:
-            raise ValueError(f"bits, block: expected 4 and one of {NF4_BLOCKS}, got {bits} and {block}")
-        super().__init__(stack, bits, block)
-
     def _encode(self, values: Tensor, codes: Tensor) -> Tensor:
         from bitsandbytes import functional
 
-        coded, state = functional.quantize_4bit(values, blocksize=self.block, quant_type="nf4")
+        coded, state = functional.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
         codes.view(-1).copy_(coded.view(-1))
         return state.absmax
 
@@ -156,28 +152,25 @@ class PackedNF4(Packed):
 
         wide = torch.float32 if dtype == torch.float64 else dtype
         state = functional.QuantState(
-            scales, torch.Size((len(codes), self.block)), functional.get_4bit_type("nf4", codes.device), self.block,
-            "nf4", wide,
-        )  # fmt: skip
+            scales, torch.Size((len(codes), BLOCK)), functional.get_4bit_type("nf4", codes.device), BLOCK, "nf4", wide
+        )
         return functional.dequantize_4bit(codes.view(-1, 1), state).to(dtype)
 
 
-def quantize_tensor(stack: Tensor, bits: int, block: int = 64) -> Packed:
+def quantize_tensor(stack: Tensor, bits: int) -> Packed:
     """Quantize a stack ``[E, ...]``, each expert by itself: 4 bits on CUDA by bitsandbytes, where it is installed."""
-    if stack.device.type == "cuda" and bits == 4 and block in NF4_BLOCKS:
+    if stack.device.type == "cuda" and bits == 4:
         if importlib.util.find_spec("bitsandbytes") is not None:
-            return PackedNF4(stack, bits, block)
+            return PackedNF4(stack, bits)
         warnings.warn("4-bit experts: bitsandbytes is not installed (pip install 'fluxlib[quantization]'), which is"
                       " faster on CUDA; the library's own code is used", stacklevel=2)  # fmt: skip
-    return Packed(stack, bits, block)
+    return Packed(stack, bits)
 
 
-def check_code(bits: int, block: int) -> None:
-    """Raise ValueError for a number of bits or a block size that there is no code for."""
+def check_bits(bits: int) -> None:
+    """Raise ValueError for a number of bits that there is no code for."""
     if bits not in BITS:
         raise ValueError(f"bits: expected one of {BITS}, got {bits}")
-    if block < 8 or block % 8:
-        raise ValueError(f"block: expected a positive multiple of 8, got {block}")
 
 
 @functools.cache

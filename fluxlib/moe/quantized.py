@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .dispatch import SlotExperts
 from .expert import Matrices, to_matrices
 from .find import check_expert
-from .packing import Packed, check_code, quantize_tensor
+from .packing import Packed, check_bits, quantize_tensor
 from .product import wide_dtype
 from .replace import replace_all, restore
 
@@ -32,13 +32,12 @@ class QuantizedExperts(SlotExperts):
     Args:
         original: An experts module of any handled layout.
         bits: 2, 3, 4 or 8; biases take 8.
-        block: Values per scale.
     """
 
-    def __init__(self, original: nn.Module, bits: int = 4, block: int = 64) -> None:
+    def __init__(self, original: nn.Module, bits: int = 4) -> None:
         super().__init__(original)
         widths = {name: 8 if name.endswith("_bias") else bits for name in self.layout.names}
-        packed = {name: quantize_tensor(getattr(original, name), widths[name], block) for name in widths}
+        packed = {name: quantize_tensor(getattr(original, name), widths[name]) for name in widths}
         self.packed = cast("dict[str, Packed]", nn.ModuleDict(packed))
         self.collects_gradients = False
         self._gradients: dict[int, dict[str, Tensor]] = {}
@@ -89,21 +88,21 @@ class QuantizedExperts(SlotExperts):
             held[name] = held[name] + gradient if name in held else gradient
 
 
-def quantize(model: nn.Module, bits: int = 4, block: int = 64) -> nn.Module:
+def quantize(model: nn.Module, bits: int = 4) -> nn.Module:
     """Put a :class:`QuantizedExperts` at every MoE layer, in place; :func:`fluxlib.moe.compact.restore` undoes it.
 
     Raises:
         ValueError: The experts were replaced before, or the number of bits is none of 2, 3, 4, 8.
     """
-    check_code(bits, block)
-    replace_all(model, lambda layer: QuantizedExperts(layer.experts, bits, block))
+    check_bits(bits)
+    replace_all(model, lambda layer: QuantizedExperts(layer.experts, bits))
     return model
 
 
 @contextmanager
-def quantized(model: nn.Module, bits: int = 4, block: int = 64) -> Iterator[nn.Module]:
+def quantized(model: nn.Module, bits: int = 4) -> Iterator[nn.Module]:
     """:func:`quantize` for the duration of a ``with`` block."""
-    quantize(model, bits, block)
+    quantize(model, bits)
     try:
         yield model
     finally:

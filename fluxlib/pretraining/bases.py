@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from fluxlib.models import DeepseekMoeConfig, DeepseekMoeForCausalLM, LlamaMoeConfig, LlamaMoeForCausalLM
+from fluxlib.models.loading import MINI
 from fluxlib.tasks import mini
-
-NAMES = ("mini-llama-moe", "mini-deepseek-moe")
 
 
 def build_tokenizer() -> Any:
@@ -71,4 +70,4 @@ def build_model(name: str, vocab_size: int) -> nn.Module:
                 norm_topk_prob=True,
             )
         )
-    raise ValueError(f"model is {name!r}, allowed are {', '.join(NAMES)}")
+    raise ValueError(f"model is {name!r}, allowed are {', '.join(MINI)}")

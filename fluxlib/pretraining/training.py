@@ -19,7 +19,8 @@ from torch.distributions import Categorical
 from torch.nn.functional import one_hot
 
 from fluxlib import models, seeding
-from fluxlib.pretraining.bases import NAMES, build_model, build_tokenizer
+from fluxlib.models.loading import MINI
+from fluxlib.pretraining.bases import build_model, build_tokenizer
 from fluxlib.tasks import FORMATS, mini
 from fluxlib.tasks.batches import IGNORED, collate, encode
 from fluxlib.tasks.mini import pretraining_row
@@ -57,7 +58,7 @@ class Recipe:
     seed: int = 0
 
 
-RECIPES = dict(zip(NAMES, (Recipe(), Recipe(target_exponent=(0.45, 0.0), gate_entropy=0.15)), strict=True))
+RECIPES = dict(zip(MINI, (Recipe(), Recipe(target_exponent=(0.45, 0.0), gate_entropy=0.15)), strict=True))
 
 
 def pretraining_batch(

@@ -23,7 +23,7 @@ MOST_UTILITY = 1e30
 
 @dataclass(frozen=True)
 class Fault:
-    """What :func:`update` did not take as it came: ``count`` values of one participant, ``worst`` among them.
+    """What :func:`update` did not take as it came: ``count`` values of one participant.
 
     ``kind`` is ``infinite`` or ``negative`` (ignored), ``huge`` (cut to the bound), ``unasked`` (ignored) or
     ``missing`` (asked for, not delivered; the last utility stays).
@@ -32,7 +32,6 @@ class Fault:
     participant: int
     kind: str
     count: int
-    worst: float
 
 
 @dataclass(frozen=True)
@@ -101,15 +100,15 @@ def update(
     values = utilities.to(state.measured)
     faults = []
     for kind, wrong in (("infinite", values.isinf()), ("negative", values < 0)):
-        faults += _faults(kind, wrong, values)
+        faults += _faults(kind, wrong)
         values = values.masked_fill(wrong, math.nan)
     if asked is not None:
         allowed = asked if optional is None else asked | optional
         faults += _missing(utilities, asked, allowed & ~asked, at_least)
-        faults += _faults("unasked", ~allowed & ~values.isnan(), values)
+        faults += _faults("unasked", ~allowed & ~values.isnan())
         values = values.masked_fill(~allowed, math.nan)
     cap = _cap(state, values, bound)
-    faults += _faults("huge", values > cap, values)
+    faults += _faults("huge", values > cap)
     values = values.clamp(max=cap)
     fresh = ~values.isnan()
     return replace(
@@ -134,12 +133,10 @@ def _missing(utilities: Tensor, asked: Tensor, optional: Tensor, at_least: Tenso
     count = (asked & ~came).flatten(1).sum(dim=1)
     if at_least is not None:
         count = count + (at_least.to(count) - (optional & came).flatten(1).sum(dim=1)).clamp(min=0)
-    return [Fault(p, "missing", int(count[p]), math.nan) for p in count.nonzero().flatten().tolist()]
+    return _faults("missing", count)
 
 
-def _faults(kind: str, wrong: Tensor, values: Tensor) -> list[Fault]:
-    found = []
-    for participant in wrong.flatten(1).any(dim=1).nonzero().flatten().tolist():
-        hits = values[participant][wrong[participant]]
-        found.append(Fault(participant, kind, len(hits), float(hits[hits.abs().nan_to_num(nan=0.0).argmax()])))
-    return found
+def _faults(kind: str, wrong: Tensor) -> list[Fault]:
+    """``wrong [P, ...]``: how many of each participant's values are, or which."""
+    count = wrong.reshape(len(wrong), -1).sum(dim=1)
+    return [Fault(p, kind, int(count[p])) for p in count.nonzero().flatten().tolist()]

@@ -15,6 +15,8 @@ from fluxlib.tasks.batches import IGNORED, collate, encode, to_device
 from fluxlib.tasks.metrics import exact_match, rouge_l
 
 T = TypeVar("T")
+BATCH_TOKENS = 8192
+"""Tokens that are scored at once, padding included."""
 _TEXT_SCORES: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l, "exact_match": exact_match}
 
 
@@ -28,18 +30,11 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    tokenizer: Any,
-    metric: Metric,
-    examples: Sequence[Example],
-    max_tokens: int,
-    batch_tokens: int = 8192,
-) -> Score:
+def evaluate(model: nn.Module, tokenizer: Any, metric: Metric, examples: Sequence[Example], max_tokens: int) -> Score:
     """Mean metric and mean loss per response token over ``examples``; the model is left in its own mode.
 
     What occurs several times (options of one question, prompts of one text) is computed once; texts of similar length
-    share a batch of at most ``batch_tokens`` tokens, padding included.
+    share a batch of at most :data:`BATCH_TOKENS`.
 
     Raises:
         ValueError: no examples.
@@ -49,17 +44,15 @@ def evaluate(
     was_training, _ = model.training, model.eval()
     try:
         score = _choices if metric == "accuracy" else partial(_texts, score=_TEXT_SCORES[metric])
-        return score(model, tokenizer, examples, max_tokens, batch_tokens)
+        return score(model, tokenizer, examples, max_tokens)
     finally:
         model.train(was_training)
 
 
-def _choices(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_tokens: int, batch_tokens: int
-) -> Score:
+def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> Score:
     """An option's score is the summed log-likelihood of its tokens; ties go to the first."""
     encoded = [encode(e, tokenizer, max_tokens, option) for e in examples for option in e.options]
-    nll, count = _response_nll(model, tokenizer, encoded, batch_tokens)
+    nll, count = _response_nll(model, tokenizer, encoded)
     correct = total = tokens = 0.0
     first = 0
     for example in examples:
@@ -73,22 +66,17 @@ def _choices(
 
 
 def _texts(
-    model: nn.Module,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    max_tokens: int,
-    batch_tokens: int,
-    score: Callable[[str, str], float],
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_tokens: int, score: Callable[[str, str], float]
 ) -> Score:
     """Greedy generation of at most twice the references' tokens, scored against the reference text."""
     encoded = [encode(example, tokenizer, max_tokens) for example in examples]
-    nll, count = _response_nll(model, tokenizer, encoded, batch_tokens)
+    nll, count = _response_nll(model, tokenizer, encoded)
     room: dict[tuple[int, ...], int] = {}
     for ids, start in encoded:
         prompt = tuple(ids[:start])
         room[prompt] = max(room.get(prompt, 0), min(2 * (len(ids) - start), max_tokens))
     texts: dict[tuple[int, ...], str] = {}
-    for chunk in _chunks(room, lambda prompt: len(prompt) + room[prompt], batch_tokens):
+    for chunk in _chunks(room, lambda prompt: len(prompt) + room[prompt]):
         texts |= zip(chunk, generate(model, tokenizer, chunk, [room[prompt] for prompt in chunk]), strict=True)
     scores = [score(texts[tuple(ids[:start])], e.response) for (ids, start), e in zip(encoded, examples, strict=True)]
     return Score(sum(scores) / len(examples), float(nll.sum() / count.sum()), len(examples))
@@ -116,16 +104,14 @@ def generate(
     return tokenizer.batch_decode(new, skip_special_tokens=True)  # type: ignore[no-any-return]
 
 
-def _response_nll(
-    model: nn.Module, tokenizer: Any, encoded: Sequence[tuple[list[int], int]], batch_tokens: int
-) -> tuple[Tensor, Tensor]:
+def _response_nll(model: nn.Module, tokenizer: Any, encoded: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood of each row's response tokens, and their number, both ``[rows]``."""
     device = next(model.parameters()).device
     rows: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for index, (ids, start) in enumerate(encoded):
         rows.setdefault((tuple(ids), start), []).append(index)
     nll, count = torch.zeros(len(encoded)), torch.zeros(len(encoded))
-    for chunk in _chunks(rows, lambda row: len(row[0]), batch_tokens):
+    for chunk in _chunks(rows, lambda row: len(row[0])):
         batch = to_device(collate([(list(ids), start) for ids, start in chunk], tokenizer.pad_token_id), device)
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1].float()
@@ -135,11 +121,11 @@ def _response_nll(
     return nll, count
 
 
-def _chunks(items: Iterable[T], length: Callable[[T], int], batch_tokens: int) -> Iterator[list[T]]:
-    """Items by length, as many at once as fit into ``batch_tokens`` when padded to the longest; at least one."""
+def _chunks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items by length, as many at once as fit into a batch when padded to the longest; at least one."""
     chunk: list[T] = []
     for item in sorted(items, key=length):
-        if chunk and (len(chunk) + 1) * length(item) > batch_tokens:
+        if chunk and (len(chunk) + 1) * length(item) > BATCH_TOKENS:
             yield chunk
             chunk = []
         chunk.append(item)

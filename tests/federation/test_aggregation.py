@@ -64,10 +64,3 @@ def test_memory_does_not_grow_with_the_number_of_replies() -> None:
     for _ in range(100):
         mean.add({(0, 0): change(1.0)}, tokens(e0=1))
     assert sum(t.numel() for total in mean._sums.values() for t in total.tensors.values()) == 2
-
-
-def test_replies_that_changed_an_expert_are_counted() -> None:
-    mean, tokens = ExpertMean(), torch.ones(1, 2)
-    for replies in (1, 2, 3):
-        mean.add({(0, 1): {"w": torch.ones(2)}}, tokens)
-        assert mean.num_tuners((0, 1)) == replies

@@ -121,7 +121,7 @@ def test_no_damaged_reply_gets_further_than_its_check(expected: Expected, wire: 
     changes = {key: {n: torch.ones(s) for n, s in expected.shapes[key].items()} for key in ((0, 1), (1, 2))}
     work = Work(8, num_tuned=2, train_steps=2, train_samples=4, train_tokens=80, routed_tokens=160, tuned_tokens=40)
     update = Update(changes, torch.full((2, 4), math.nan), torch.ones(2, 4), 1.0, 4, work, {"train": 0.5})
-    good = TrainReport(1, 3, expected.held, update, within=True).to_records(encode_changes(changes, wire, {})[0])
+    good = TrainReport(1, 3, expected.held, update).to_records(encode_changes(changes, wire, {})[0])
     asked, refused = LocalGrid(client_app.app, 1).create_message(RecordDict(), "train", 3, "3"), []
 
     @given(CHANCE)
@@ -151,9 +151,9 @@ def test_no_damaged_reply_gets_further_than_its_check(expected: Expected, wire: 
 def reports(store: ExpertStore) -> dict[str, tuple[RecordDict, Callable[[RecordDict], Any]]]:
     held, roles = ModelVersion(2, "d" * 64, frozenset({(0, 1)})), torch.eye(4, dtype=torch.bool)[:2]
     frequency, state = torch.full((2, 4), 0.25), RecordDict()
-    profile = Profile(frequency, frequency.long(), frequency, frequency.bool()[None], 4, 17, ((2, 1, 8, 4),))
+    profile = Profile(frequency, frequency.long(), frequency, 17, ((2, 1, 8, 4),))
     node_state.save_state(state, ParticipantState(profile, 3))
-    instruction = Instruction(CONFIG, 3, 1, store.delta(), Roles(roles, ~roles), Budget(2, 2), 0.5).to_records()
+    instruction = Instruction(CONFIG, 3, 1, store.delta(), Roles(roles, ~roles), Budget(2, 2)).to_records()
     return {
         "join": (JoinReport(1, 0, held, "f" * 64, "l20").to_records(), JoinReport.from_records),
         "profile": (

@@ -63,18 +63,15 @@ def test_a_profile_report_is_read_as_it_was_written() -> None:
 
 
 def test_a_participants_state_survives_in_records() -> None:
-    profile = Profile(
-        torch.tensor([[0.25, 0.75]]), torch.tensor([[1, 3]]), torch.rand(1, 2), torch.tensor([[[True, False]]]),
-        4, 17, ((2, 1, 8, 4),),
-    )  # fmt: skip
+    profile = Profile(torch.tensor([[0.25, 0.75]]), torch.tensor([[1, 3]]), torch.rand(1, 2), 17, ((2, 1, 8, 4),))
     state = RecordDict()
     save_state(state, ParticipantState(profile, 5))
     again = load_state(state)
     assert again.profile is not None and again.profile_round == 5
-    for name in ("frequency", "tokens", "attention", "samples"):
+    for name in ("frequency", "tokens", "attention"):
         assert torch.equal(getattr(again.profile, name), getattr(profile, name))
         assert getattr(again.profile, name).dtype == getattr(profile, name).dtype
-    assert (again.profile.bits, again.profile.num_tokens, again.profile.fingerprint) == (4, 17, ((2, 1, 8, 4),))
+    assert (again.profile.num_tokens, again.profile.fingerprint) == (17, ((2, 1, 8, 4),))
     save_state(state, ParticipantState(None, 6))
     assert load_state(state) == ParticipantState(None, 6)
     assert load_state(RecordDict()) == ParticipantState()
@@ -85,7 +82,7 @@ def test_a_flipped_bit_in_a_kept_arrays_header_is_an_error_of_our_own(bit: int) 
     """``numpy.load`` parses the header as Python, and raises what its tokenizer raises."""
     frequency = torch.tensor([[0.25, 0.75]])
     state = RecordDict()
-    save_state(state, ParticipantState(Profile(frequency, frequency.long(), frequency, frequency.bool()[None], 4, 17)))
+    save_state(state, ParticipantState(Profile(frequency, frequency.long(), frequency, 17)))
     array = state["profile"]["frequency"]
     data = bytearray(array.data)
     data[bit // 8] ^= 1 << bit % 8

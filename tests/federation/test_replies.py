@@ -204,7 +204,6 @@ def test_what_is_no_believable_change() -> None:
         ("config", "stale", [1]),
         ("metrics", "num-examples", 5.0),
         ("metrics", "loss", [1.0]),
-        ("metrics", "norm_bit", 2),
         ("arrays", "0." + "1" * 5000 + ".w", Array(torch.ones(1).numpy())),
         ("config", "work", '{"num_experts": 8, "train_tokens": "x"}'),
         ("config", "work", '{"num_experts": 8, "train_tokens": -1}'),

@@ -65,10 +65,8 @@ def test_privacy(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.eye(3)[:, [0, 1, 2, 2]] + 0.1
     mixed = 0.7 * labels[0] + 0.3 * labels[2]
     assert privacy["shares"](labels, mixed).tolist() == pytest.approx([0.7, 0.0, 0.3], abs=1e-6)
-    rows = [
-        {"setting": "s", "method": "m", "option": "o", "question": "row", "seen": "x", "value": v} for v in (0.5, 1)
-    ]
-    assert privacy["wide"](rows, "row") == [{"setting": "s", "method": "m", "option": "o", "x": "0.75 [0.50, 1.00] 2"}]
+    rows = [{"setting": "s", "method": "m", "question": "row", "seen": "x", "value": v} for v in (0.5, 1)]
+    assert privacy["wide"](rows, "row") == [{"setting": "s", "method": "m", "x": "0.75 [0.50, 1.00] 2"}]
 
 
 def test_the_page_on_security_shows_what_was_measured() -> None:

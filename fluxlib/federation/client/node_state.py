@@ -37,7 +37,7 @@ STATE_DIR = "state-dir"
 STATE = "state.safetensors"
 """Its file with everything that the node's context holds."""
 
-KEPT = ("bool", "uint8", "uint16", "int64", "float32")
+KEPT = ("uint8", "uint16", "int64", "float32")
 """Types of the arrays that are kept."""
 
 OTHERS = "others"

@@ -13,7 +13,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from fluxlib import methods, profiling, seeding
@@ -22,7 +21,7 @@ from fluxlib.federation.client import background_profile
 from fluxlib.federation.client.local_copy import LocalCopy, Workspace, workspace
 from fluxlib.federation.client.local_data import local_data
 from fluxlib.federation.client.node_state import STATE_DIR, load_state, save_state
-from fluxlib.federation.protocol import messages, privacy
+from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.messages import Instruction
 from fluxlib.federation.protocol.sync import NOTHING
@@ -59,12 +58,9 @@ def profile(instruction: Instruction, context: Context) -> RecordDict:
     found = profiling.profile(space.model, data.profile, bits=config.profiling.bits)
     phases_s = {"profile": time.perf_counter() - start}
     save_state(context.state, ParticipantState(found, instruction.round))
-    frequency = found.frequency
-    if config.privacy.withhold_reports:
-        frequency = torch.full_like(frequency, 1 / frequency.shape[1])
-    size = frequency.numel()
+    size = found.frequency.numel()
     work = Work(size, **profile_account(data, size, config))
-    report = messages.ProfileReport(instruction.participant, instruction.round, held, frequency, work, phases_s)
+    report = messages.ProfileReport(instruction.participant, instruction.round, held, found.frequency, work, phases_s)
     return report.to_records()
 
 
@@ -91,8 +87,6 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
             update = replace(update, phases_s=update.phases_s | {"profile": time.perf_counter() - start})
     save_state(context.state, state)
 
-    secret = privacy.noise_generator(config, "noise", number, participant)
-    update, within = privacy.protect(update, config, instruction.clip_norm, secret)
     sent = wires.moved(update.changes)
     changes, residual = wires.encode_changes(sent, config.wire.uplink, context.state.get(RESIDUAL, {}))
     if residual:
@@ -103,12 +97,7 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
         num_uploaded=len(sent),
         upload_bits=min(update.work.upload_bits, wires.bits_per_weight(config.wire.uplink)),
     )
-    report = messages.TrainReport(
-        participant, number, held,
-        update=replace(update, work=work),
-        within=within if config.privacy.clip_quantile else None,
-    )  # fmt: skip
-    return report.to_records(changes)
+    return messages.TrainReport(participant, number, held, replace(update, work=work)).to_records(changes)
 
 
 def number_of(context: Context) -> int:

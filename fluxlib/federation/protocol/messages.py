@@ -55,7 +55,6 @@ class Instruction:
     delta: Delta = field(default_factory=Delta)
     roles: Roles | None = None
     budget: Budget | None = None
-    clip_norm: float | None = None
 
     def to_records(self) -> RecordDict:
         """As message content."""
@@ -70,8 +69,6 @@ class Instruction:
             masks = torch.stack([self.roles.exploit, self.roles.explore]).cpu()
             values["shape"], values["roles"] = list(masks.shape), np.packbits(masks.numpy()).tobytes()
             values["budget"] = [self.budget.num_tuned, self.budget.num_merged]
-        if self.clip_norm is not None:
-            values["clip_norm"] = self.clip_norm
         return RecordDict({"arrays": self.delta.arrays, "config": ConfigRecord(values)})
 
     @classmethod
@@ -85,8 +82,7 @@ class Instruction:
             roles = Roles(*torch.from_numpy(bits[:size].astype(bool)).reshape(values["shape"]))
             budget = Budget(*values["budget"])
         delta = Delta(content["arrays"], values["since"], ModelVersion.read(values))
-        config, clip_norm = parse_config(values["run"]), values.get("clip_norm")
-        return cls(config, values["round"], values["participant"], delta, roles, budget, clip_norm)
+        return cls(parse_config(values["run"]), values["round"], values["participant"], delta, roles, budget)
 
 
 @dataclass(frozen=True)
@@ -158,8 +154,6 @@ class TrainReport(_Report):
 
     update: Update
     num_bytes: int = 0
-    within: bool | None = None
-    """Whether the change was within an adaptive bound on its norm; None: nobody asked."""
 
     def to_records(self, changes: ArrayRecord) -> RecordDict:
         """As message content; ``changes`` are those of the update as they travel."""
@@ -171,8 +165,6 @@ class TrainReport(_Report):
             **_account(update.work, update.phases_s),
         )
         metrics = MetricRecord({"loss": float(update.loss), "num-examples": int(update.num_samples)})
-        if self.within is not None:
-            metrics["norm_bit"] = int(self.within)
         return RecordDict({"arrays": changes, "config": config, "metrics": metrics})
 
     @classmethod
@@ -190,8 +182,7 @@ class TrainReport(_Report):
             work=_work(values["work"]),
             phases_s=_phases(values["phases"]),
         )
-        within = bool(checked("norm_bit", metrics["norm_bit"], int, 0, 1)) if "norm_bit" in metrics else None
-        return cls(*_header(values), update, wires.record_bytes(arrays), within)
+        return cls(*_header(values), update, wires.record_bytes(arrays))
 
 
 def resync_request() -> RecordDict:

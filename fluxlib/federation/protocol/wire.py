@@ -11,16 +11,17 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
+from fluxlib.config import WireType as Form
 from fluxlib.config import brief, shown
 from fluxlib.methods.base import ExpertKey
-from fluxlib.moe.packing import Packed
+from fluxlib.moe.packing import BLOCK, SCALE_BITS, Packed
 
 Experts = Mapping[ExpertKey, Mapping[str, Tensor]]
 """Tensors, or changes of them, of some experts by name."""
@@ -28,13 +29,9 @@ Experts = Mapping[ExpertKey, Mapping[str, Tensor]]
 Shapes = Mapping[ExpertKey, Mapping[str, tuple[int, ...]]]
 """Shapes of the tensors of every expert of a model."""
 
-Form = Literal["float32", "bfloat16", "int8"]
 FORMS: tuple[Form, ...] = get_args(Form)
 """``float32``: exact. ``bfloat16``: half the bytes, sent as a ``uint16`` view because NumPy has no bfloat16.
 ``int8``: codes and a scale per block (:mod:`fluxlib.moe.packing`), sent as plain bytes."""
-
-BLOCK = 64
-"""Values per scale of the coded forms."""
 
 _NUMPY_NAME = {"float32": "float32", "bfloat16": "uint16", "int8": "uint8"}
 _CODE_BITS = {"int8": 8}
@@ -67,7 +64,7 @@ def parse_name(name: str) -> tuple[ExpertKey, str]:
 
 def bits_per_weight(wire: Form) -> float:
     """What a weight of a real model takes on the link, for the device clock; its own type has 16 bits."""
-    return _CODE_BITS[wire] + 16 / BLOCK if wire in _CODE_BITS else 16.0
+    return _CODE_BITS[wire] + SCALE_BITS if wire in _CODE_BITS else 16.0
 
 
 def encode(tensor: Tensor, wire: Form = "float32") -> Array:
@@ -205,7 +202,7 @@ def array_digest(array: Array) -> bytes:
 
 
 def _codes(tensor: Tensor, wire: Form) -> np.ndarray:
-    packed = Packed(tensor.detach().to("cpu", torch.float32)[None], _CODE_BITS[wire], BLOCK)
+    packed = Packed(tensor.detach().to("cpu", torch.float32)[None], _CODE_BITS[wire])
     parts = (packed.codes, packed.scale_bits, packed.unit_bits)
     return torch.cat([part.flatten().view(torch.uint8) for part in parts]).numpy()
 
@@ -216,7 +213,7 @@ def _read_codes(data: Tensor, wire: Form, shape: tuple[int, ...]) -> Tensor:
     if data.dim() != 1 or len(data) != sum(sizes):
         raise WireError(f"{data.numel()} bytes, allowed are {sum(sizes)} for {wire} values of shape {shape}")
     codes, scales, unit = (part.clone()[None] for part in data.split(sizes))
-    packed = Packed(torch.empty(0, *shape), _CODE_BITS[wire], BLOCK)
+    packed = Packed(torch.empty(0, *shape), _CODE_BITS[wire])
     packed.codes, packed.scale_bits, packed.unit_bits = codes, scales.view(torch.int16), unit.view(torch.int32)[0]
     return packed.read(0)
 

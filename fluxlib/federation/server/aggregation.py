@@ -5,6 +5,7 @@ sizes of data sets.
 
 Robust rules are for operators who do not know who takes part: one participant that lies moves a mean as far as it
 likes. No profile uses them; without them nothing would stand between a federation of strangers and its worst member.
+What one participant does to all experts together is bounded by :func:`clip`.
 Each expert is aggregated over those who tuned it, so what a rule can bear depends on how many that were: with one
 tuner no rule can tell a lie from the truth, with two medians and trimmed means are the mean. Flower's robust
 strategies (``FedMedian``, ``FedTrimmedAvg``, ``Krum``, ``Bulyan``) refuse replies with different arrays, as these are.
@@ -70,10 +71,6 @@ class ExpertMean:
             total.weight += max(weight, NO_TOKENS)
             total.count += 1
 
-    def num_tuners(self, key: ExpertKey) -> int:
-        """How many replies changed this expert."""
-        return self._sums[key].count
-
     def result(self) -> dict[ExpertKey, dict[str, Tensor]]:
         """Mean change of every expert that at least one reply tuned."""
         return {
@@ -102,10 +99,6 @@ class RobustAggregate:
         for key, tensors in changes.items():
             self._changes.setdefault(key, []).append(dict(tensors))
 
-    def num_tuners(self, key: ExpertKey) -> int:
-        """How many replies changed this expert."""
-        return len(self._changes[key])
-
     @torch.no_grad()
     def result(self) -> dict[ExpertKey, dict[str, Tensor]]:
         """The combined change of every expert that at least one reply tuned."""
@@ -120,6 +113,18 @@ class RobustAggregate:
         half = (len(tensors) - 1) // 2
         bad = math.ceil(self.trim_frac * len(tensors) - 1e-9)
         return trimmed_mean(torch.stack(tensors).float(), half if self.rule == "median" else min(bad, half))
+
+
+@torch.no_grad()
+def clip(changes: Experts, bound: float | None) -> Experts:
+    """One participant's whole change, as one vector scaled to a norm of at most ``bound``; None: as it came."""
+    tensors = [tensor.float() for change in changes.values() for tensor in change.values()]
+    if bound is None or not tensors:
+        return changes
+    norm = float(torch.stack(torch._foreach_norm(tensors)).norm())
+    if norm <= bound:
+        return changes
+    return {key: {name: t * (bound / norm) for name, t in change.items()} for key, change in changes.items()}
 
 
 def trimmed_mean(values: Tensor, num_cut: int) -> Tensor:

@@ -17,7 +17,6 @@ from fluxlib import models, records
 from fluxlib.config import ConfigError, RunConfig
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.federation.client.local_data import load_task
-from fluxlib.federation.protocol.privacy import weakness
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.results import Output, RunFailed, RunResult, experts_path
 from fluxlib.federation.server.join import join
@@ -45,8 +44,6 @@ def serve(grid: Grid, config: RunConfig, output: Output) -> RunResult:
         CheckpointError: there is a checkpoint of this configuration, and it is damaged.
     """
     check(config, output.out)
-    if weak := weakness(config):
-        log.warning("%s", weak)
     with lock.hold(output.out, config.run_id) if output.out else nullcontext():
         return _Run(grid, config, output).go()
 

@@ -25,11 +25,10 @@ from fluxlib.federation.checks import make_budgets
 from fluxlib.federation.engines.grid import send_and_receive
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction, ProfileReport
-from fluxlib.federation.protocol.privacy import Guard
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.protocol.wire import WireError, moved, whole
 from fluxlib.federation.results import Participation, RoundResult
-from fluxlib.federation.server.aggregation import ExpertMean, RobustAggregate, make_aggregate
+from fluxlib.federation.server.aggregation import ExpertMean, RobustAggregate, clip, make_aggregate
 from fluxlib.federation.server.join import Member
 from fluxlib.federation.server.validation import Expected, Rejected, check_work, most_counts, read_reply
 from fluxlib.methods.base import ExpertKey
@@ -60,7 +59,6 @@ class FluxStrategy:
         self.members: dict[int, Member] = {}
         self.profiled: set[int] = set()
         self.role_state = roles.RoleState.start(torch.ones(config.federation.participants, *store.shape))
-        self.guard = Guard(config)
         self.most = most_counts(config, self.role_state.first[0].numel())
         self.current: dict[int, Participation] = {}
         self.last: RoundResult | None = None
@@ -177,7 +175,7 @@ class FluxStrategy:
         epsilon = self.epsilon(number) if self.method.explores else math.nan
         self.last = result = RoundResult(number, epsilon, tuple(self.current.values()), tuple(extra), len(changes))
         result.require(self.config.federation.min_replies_frac)
-        changed = moved(self.guard.finish(number, changes, mean.num_tuners, len(result.accepted)))
+        changed = moved(changes)
         self.store.apply(changed)
         self.last = result = replace(result, num_tuned=len(changed))
         self._remember_utilities(result, utilities)
@@ -197,7 +195,7 @@ class FluxStrategy:
         part.download = part.download.plus(delta, wire.downlink)
         instruction = Instruction(self.config, number, part.participant, delta)
         if kind == messages.TRAIN:
-            instruction = replace(instruction, roles=part.roles, budget=part.budget, clip_norm=self.guard.bound)
+            instruction = replace(instruction, roles=part.roles, budget=part.budget)
         return self.grid.create_message(instruction.to_records(), kind, member.node_id, str(number))
 
     def _accept(
@@ -220,8 +218,9 @@ class FluxStrategy:
             return ""
         part.accept(report.update, report.num_bytes)
         self.members[sender].held = part.download.after
-        changes = whole(report.update.changes, part.roles.exploit, self.config.wire.uplink, self.store.shapes)
-        mean.add(*self.guard.admit(changes, report.update.tokens, report.within))
+        changes = clip(report.update.changes, self.config.aggregation.clip_norm)
+        changes = whole(changes, part.roles.exploit, self.config.wire.uplink, self.store.shapes)
+        mean.add(changes, report.update.tokens)
         utilities[sender] = report.update.utilities
         return ""
 
@@ -233,13 +232,12 @@ class FluxStrategy:
         tuned = torch.zeros_like(utilities, dtype=torch.bool)
         explored = torch.zeros_like(tuned)
         due = torch.zeros(len(tuned), dtype=torch.long)
-        reported = self.method.utilities and not self.config.privacy.withhold_reports
         for part in result.accepted:
             tuned[part.participant], explored[part.participant] = part.roles.exploit, part.roles.explore
-            if self.method.explores and reported:
+            if self.method.explores and self.method.utilities:
                 count = int(part.roles.explore.sum())
                 due[part.participant] = roles.num_probed(self.config.roles, count)
-        asked = tuned if reported else torch.zeros_like(tuned)
+        asked = tuned if self.method.utilities else torch.zeros_like(tuned)
         self.role_state = roles.update(self.role_state, utilities, asked, tuned | explored, due)
         for part in result.accepted:
             mine = [fault for fault in self.role_state.faults if fault.participant == part.participant]

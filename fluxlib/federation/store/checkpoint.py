@@ -72,7 +72,6 @@ class Checkpoint:
             "digests": store.digest_of_version,
             "history": [[*key, [[at, digest.hex()] for at, digest in store.history[key]]] for key in store.changed()],
             "profiled": sorted(strategy.profiled),
-            "clip_norm": strategy.guard.bound,
         }
         tensors = {f"experts/{name}": tensor for name, tensor in changed_tensors(store).items()}
         tensors |= {f"roles/{name}": getattr(state, name) for name in ROLES}
@@ -124,8 +123,6 @@ class Checkpoint:
         number = checked("roles_round", about["roles_round"], int)
         strategy.role_state = RoleState(measured, first, measured_round, number)
         strategy.profiled = {checked("profiled", one, int) for one in about["profiled"]}
-        if strategy.guard.bound is not None:
-            strategy.guard.bound = checked("clip_norm", about["clip_norm"], float)
         tables.totals = Totals(**{name: checked(name, value, float) for name, value in about["totals"].items()})
         tables.rows = checked("rows", about["rows"], dict)
         tables.frames()  # rows that fit no table would be noticed at the end

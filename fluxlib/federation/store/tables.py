@@ -183,24 +183,8 @@ def write_work(one: Participation) -> str:
 
 def read_work(text: str) -> tuple[Work, Work | None]:
     """Inverse of :func:`write_work`: the round's work, and the first profile's or ``None``."""
-    works = [_work(item) for item in json.loads(text)]
+    works = [Work(**item) for item in json.loads(text)]
     return works[0], works[1] if len(works) > 1 else None
-
-
-def _work(item: dict[str, Any]) -> Work:
-    """One account of work. Older tables count otherwise, and less: what they leave open is taken as it was meant."""
-    item = dict(item)
-    if item.get("num_tuned") and "num_updated" not in item:
-        passes = item.get("probe_samples", 0) * item["train_steps"] / item["train_samples"]
-        if passes and passes != 3:  # a backward pass; else one pass to begin with, and the probes
-            for name in ("probe_samples", "probe_tokens"):
-                whole = item[name]
-                item[name] = round(whole / passes)
-                item[f"expert_{name}"] = whole - item[name]
-        item["num_updated"] = item["num_tuned"]
-        item["hidden_profile"] = "num_merge_sources" in item and "first_profile" not in item
-    known = {f.name for f in fields(Work)}
-    return Work(**{name: value for name, value in item.items() if name in known})
 
 
 def peak_memory_bytes() -> int:

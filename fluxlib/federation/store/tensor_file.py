@@ -40,7 +40,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     with reading(str(path)):
         with safe_open(path, "pt") as file:
             said, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if said.get(DIGEST) != _digest(tensors, about := said.get("about", "")):
+        if said.get(DIGEST) != _digest(tensors, about := said["about"]):
             raise ValueError("its content is not what was written")
     return tensors, about
 
