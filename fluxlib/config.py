@@ -407,6 +407,11 @@ class RunConfig(_Group):
         model, task = (Path(name).name for name in (self.model, self.task))
         return "-".join(part for part in (self.method, self.variant, model, task, f"seed{self.seed}") if part)
 
+    @property
+    def sized_as(self) -> str:
+        """The model whose shapes the device clock and the memory planner count."""
+        return self.model if self.clock.model == "self" else self.clock.model
+
     def settings(self, changed_only: bool = False) -> dict[str, Any]:
         """Every setting by its full name (``merging.budgets``), as plain values; only those that are not defaults."""
         return flatten(self.model_dump(mode="json", exclude_defaults=changed_only))
