@@ -62,19 +62,16 @@ def model_card(config: RunConfig, rounds: pd.DataFrame, versions: Mapping[str, s
     """A model card in Markdown; every number in it is from ``rounds``."""
     changed = config.settings(changed_only=True).items()
     up, down = (rounds[f"{way}_bytes"].sum() / 1e6 for way in ("uplink", "downlink"))
-    return (
-        (CARDS / "tuned.md")
-        .read_text()
-        .format(
-            config=config,
-            first=rounds.iloc[0],
-            last=rounds.iloc[-1],
-            clock=Path(config.sized_as).name,
-            up=up,
-            down=down,
-            settings="\n".join(f"| `{setting}` | `{value}` |" for setting, value in changed),
-            versions=", ".join(f"{name} {version}" for name, version in versions.items()),
-        )
+    card = (CARDS / "tuned.md").read_text()
+    return card.format(
+        config=config,
+        first=rounds.iloc[0],
+        last=rounds.iloc[-1],
+        clock=Path(config.sized_as).name,
+        up=up,
+        down=down,
+        settings="\n".join(f"| `{setting}` | `{value}` |" for setting, value in changed),
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
     )
 
 

@@ -208,18 +208,15 @@ def predict_memory(
     share = 1.0 if method in ("fmd", "fmq") else budget.num_tuned / known.frequency.numel()
     num_tuned = max(1, round(share * total))
     num_merged = round(budget.num_merged / known.frequency.numel() * total) if method in ("flux", "flux_plus") else 0
+    tokens = min(config.clock.tokens_per_sample or config.training.max_tokens, 512)
+    bits = config.training.fmq_bits if config.method == "fmq" else config.profiling.bits
+    step = Step(config.training.batch_size, tokens, bits=min(bits, 8), rank=config.adapter.used_rank)
     limit = device.memory_bytes if method == config.method else None
     try:
-        return _planned(name, method, limit, num_tuned, num_merged, _step(config))
+        return _planned(name, method, limit, num_tuned, num_merged, step)
     except ValueError as error:
         said = f"budget.tune_frac is {share:.3g}, {num_tuned} of {total} experts of {Path(name).name}"
         raise ConfigError(f"{said}: {error}") from None
-
-
-def _step(config: RunConfig) -> Step:
-    tokens = min(config.clock.tokens_per_sample or config.training.max_tokens, 512)
-    bits = config.training.fmq_bits if config.method == "fmq" else config.profiling.bits
-    return Step(config.training.batch_size, tokens, bits=min(bits, 8), rank=config.adapter.used_rank)
 
 
 @lru_cache(maxsize=64)
@@ -259,7 +256,8 @@ def expected_work(
     if method != config.method:
         exploit, explore, plans = torch.ones_like(exploit), torch.zeros_like(explore), ()
     total, steps, batch_size = exploit.numel(), config.training.local_steps, config.training.batch_size
-    samples, looks = steps * batch_size, method in ("flux", "fmes")  # into a profile that is made for that alone
+    samples = steps * batch_size
+    looks = methods.get(method).profiles and method != "flux_plus"  # FLUX+ sees its training's own passes
     profiled = config.profiling.batches * batch_size * looks
     reached = frequency.clone()
     for row, plan in zip(reached, plans, strict=False):
