@@ -17,6 +17,7 @@ from fluxlib.app.widgets.background import COMPLETE, FAILED, STOPPED, Background
 from fluxlib.app.widgets.controls import with_labels
 from fluxlib.config import ConfigError, RunConfig, flatten, make_config
 from fluxlib.figures import style
+from fluxlib.records import seconds
 
 
 class History:
@@ -131,11 +132,6 @@ def _identity(file: Path) -> tuple[Path, str]:
 RED, BROWN = "#b00020", "#8a5a00"
 
 
-def seconds(value: float) -> str:
-    """Three digits, and no powers of ten: a mini model's rounds take milliseconds, a real one's minutes."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "run_id": ("run", str),
     "rounds": ("rounds done", str),
@@ -188,7 +184,8 @@ def status(run: BackgroundRun) -> str:
     if not run.rows:
         return f"Loading the model, scoring the base ...<br>{name}"
     row = run.rows[-1]
-    line = f"<b>round {row['round']}</b> of {run.config.federation.rounds}: {records.describe_result(row)}"
+    said = records.describe_result(row).replace("  ", " · ")
+    line = f"<b>round {row['round']}</b> of {run.config.federation.rounds}: {said}"
     if run.state == STOPPED:
         return f"{line}<br><b>Stopped.</b> Run with the same settings goes on from here. {name}"
     if run.state == COMPLETE:
