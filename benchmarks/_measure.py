@@ -5,6 +5,7 @@ Needs torch, transformers and numpy alone, so that it runs on a bare GPU machine
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -24,6 +25,14 @@ Row = dict[str, Any]
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _clock = ["wall"]
+
+
+def options_of(about: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks have, explained by a module's docstring."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny one, to see that it runs")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder of the tables")
+    return parser
 
 
 def use_clock(name: str) -> None:

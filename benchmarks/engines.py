@@ -10,16 +10,14 @@ the first engine, bit for bit. Simulation needs Ray, and is left out without it.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import time
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 import transformers
-from _measure import Row, machine, table, write
+from _measure import Row, machine, options_of, table, write
 
 from fluxlib import federation
 from fluxlib.config import RunConfig, make_config
@@ -53,10 +51,8 @@ def measure(config: RunConfig) -> tuple[Row, pd.DataFrame]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser = options_of(__doc__)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

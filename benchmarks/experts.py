@@ -15,17 +15,15 @@ model where that is faster (fluxlib.moe.product); "full, grouped_mm, linears too
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from _measure import Row, interleaved, machine, seconds, summary, table, use_clock, write
+from _measure import Row, interleaved, machine, options_of, seconds, summary, table, use_clock, write
 from torch import Tensor, nn
 
 from fluxlib.devices import memory
@@ -412,13 +410,11 @@ def verdict(steps: Sequence[Row], kept: Sequence[Row]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> Row:
     """Run every section and write ``experts.json`` and ``experts.md``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    parser = options_of(__doc__)
     parser.add_argument("--repeats", type=int, default=9, help="timings of each case (default 9)")
     parser.add_argument("--threads", type=int, default=None, help="of torch (default: as it is)")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: one thread on a busy machine")
     parser.add_argument("--backends", nargs="+", default=["grouped_mm", "eager"], help="batched_mm takes 10 GB more")
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     options = parser.parse_args(arguments)
     use_clock(options.clock)
     if options.threads:

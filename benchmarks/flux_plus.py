@@ -13,12 +13,10 @@ the whole model on the same samples in full precision; ``4 bit``: of FLUX's prof
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
-from _measure import Row, interleaved, machine, summary, table, write
+from _measure import Row, interleaved, machine, options_of, summary, table, write
 
 from fluxlib import methods, profiling, roles, seeding
 from fluxlib.analysis import studies
@@ -52,9 +50,7 @@ def play(bench: studies.Bench, local: LocalRound) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
+    parser = options_of(__doc__)
     given = parser.parse_args()
     torch.set_num_threads(1)
     config = make_config({"training.local_steps": 8})

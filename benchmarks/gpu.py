@@ -20,12 +20,11 @@ import argparse
 import gc
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from _measure import Row, machine, peak_rss_bytes, seconds, table, write
+from _measure import Row, machine, options_of, peak_rss_bytes, seconds, table, write
 from torch import Tensor, nn
 
 from fluxlib import models
@@ -209,9 +208,8 @@ def _clean(device: torch.device) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> Row:
     """Measure and write ``gpu.json`` and ``gpu.md``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options_of(__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--models", nargs="+", default=None, help="names, default both")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
@@ -223,7 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> Row:
     parser.add_argument("--kernel", default="auto", choices=("auto", "slots", "grouped"), help="of FLUX and FMES")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():

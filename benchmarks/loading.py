@@ -8,7 +8,6 @@ Each load is a process of its own; what it needed is read from /proc, so this ru
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from _measure import Row, machine, table, write
+from _measure import Row, machine, options_of, table, write
 from safetensors.torch import load_file
 
 from fluxlib import models
@@ -76,10 +75,8 @@ def _status(key: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> Row:
     """Load both kinds and write ``loading.json`` and ``loading.md``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
+    parser = options_of(__doc__)
     parser.add_argument("--only", type=Path, help="load this folder in this process and print what it needed")
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     options = parser.parse_args(arguments)
     if options.only:
         print(json.dumps(load(options.only)))

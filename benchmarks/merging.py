@@ -11,16 +11,14 @@ All timings of a section are taken in turns in one process, on one thread unless
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from _measure import Row, interleaved, machine, summary, table, use_clock, write
+from _measure import Row, interleaved, machine, options_of, summary, table, use_clock, write
 from torch import Tensor, nn
 
 from fluxlib import gradients, merging, models, profiling, roles, tasks
@@ -329,13 +327,11 @@ SECTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> Row:
     """Run every section and write ``merging.json`` and ``merging.md``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one task, few repeats, to see that it runs")
+    parser = options_of(__doc__)
     parser.add_argument("--repeats", type=int, default=11, help="timings of each case (default 11)")
     parser.add_argument("--seeds", type=int, default=3, help="disjoint sets of samples per task (default 3)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine")
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     use_clock(options.clock)

@@ -20,17 +20,15 @@ participants of all seeds, or for the cost the seeds.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import Row, machine, table, write
+from _measure import Row, machine, options_of, table, write
 from flwr.app import Message
 from scipy.linalg import solve_triangular
 from scipy.optimize import nnls
@@ -282,9 +280,7 @@ def cell(values: Sequence[float], is_auc: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
+    parser = options_of(__doc__)
     given = parser.parse_args()
     torch.set_num_threads(1)
     found: list[Row] = []

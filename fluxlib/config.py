@@ -352,34 +352,27 @@ class RunConfig(_Group):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        for problem in (self._federation_problem, self._budget_problem, self._probe_problem):
-            if message := problem():
-                raise ValueError(message)
+        if problem := next(self._problems(), ""):
+            raise ValueError(problem)
         return self
 
-    def _federation_problem(self) -> str:
+    def _problems(self) -> Iterator[str]:
+        """What cannot be together."""
+        roles = self.roles
         asked, present = self.federation.participants_per_round, self.federation.participants
         if asked is not None and asked > present:
-            return f"federation.participants_per_round is {asked}, allowed is at most federation.participants={present}"
-        epsilon = self.roles.epsilon
-        if isinstance(epsilon, float) and not 0 < epsilon <= 1:
-            return f"roles.epsilon is {epsilon}, allowed are 'dynamic', 'paper' and more than 0 up to 1"
-        return ""
-
-    def _budget_problem(self) -> str:
+            yield f"federation.participants_per_round is {asked}, allowed is at most federation.participants={present}"
+        if isinstance(roles.epsilon, float) and not 0 < roles.epsilon <= 1:
+            yield f"roles.epsilon is {roles.epsilon}, allowed are 'dynamic', 'paper' and more than 0 up to 1"
         total = self.budget.tune_frac + self.budget.merge_frac
         if total > 1 and self.budget.tune_frac < 1:
-            return f"budget.tune_frac + budget.merge_frac is {total:g}, allowed is at most 1 (more slots than experts)"
-        return ""
-
-    def _probe_problem(self) -> str:
-        looks = self.method == "flux" and self.roles.assignment == "flux" and self.roles.probe_limit != 0
-        if self.torch_dtype == "float32" or not looks or self.roles.explore_by == "backward":
-            return ""
-        return (
-            f"roles.explore_by is {self.roles.explore_by!r}, allowed with torch_dtype {self.torch_dtype!r} is "
-            "'backward': 16 bits round away what so small a step changes"
-        )
+            yield f"budget.tune_frac + budget.merge_frac is {total:g}, allowed is at most 1 (more slots than experts)"
+        probes = self.method == "flux" and roles.assignment == "flux" and roles.probe_limit != 0
+        if probes and roles.explore_by != "backward" and self.torch_dtype != "float32":
+            yield (
+                f"roles.explore_by is {roles.explore_by!r}, allowed with torch_dtype {self.torch_dtype!r} is "
+                "'backward': 16 bits round away what so small a step changes"
+            )
 
     @property
     def numbers(self) -> str:
@@ -392,6 +385,11 @@ class RunConfig(_Group):
         """Name of the run in the store: the things that runs are compared by."""
         model, task = (Path(name).name for name in (self.model, self.task))
         return "-".join(part for part in (self.method, self.variant, model, task, f"seed{self.seed}") if part)
+
+    @property
+    def sized_as(self) -> str:
+        """The model whose shapes the device clock and the memory planner count."""
+        return self.model if self.clock.model == "self" else self.clock.model
 
     def settings(self, changed_only: bool = False) -> dict[str, Any]:
         """Every setting by its full name (``merging.budgets``), as plain values; only those that are not defaults."""
@@ -406,19 +404,8 @@ class RunConfig(_Group):
         return make_config(self.settings() | flatten(changes))
 
 
-GROUPS: dict[str, type[BaseModel]] = {
-    name: field.annotation
-    for name, field in RunConfig.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-}
+GROUPS = {name: type(value) for name, value in RunConfig() if isinstance(value, BaseModel)}
 """The groups of a :class:`RunConfig`, by name."""
-
-SETTINGS = tuple(
-    full
-    for name in RunConfig.model_fields
-    for full in ([f"{name}.{inner}" for inner in GROUPS[name].model_fields] if name in GROUPS else [name])
-)
-"""Full names of all settings."""
 
 
 def flatten(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -434,6 +421,10 @@ def flatten(parameters: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+SETTINGS = tuple(RunConfig().settings())
+"""Full names of all settings."""
 
 
 def make_config(parameters: Mapping[str, Any]) -> RunConfig:

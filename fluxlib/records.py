@@ -210,15 +210,24 @@ def read_experts(text: str) -> list[tuple[int, int]]:
     return [(int(layer), int(expert)) for layer, expert in pairs]
 
 
+def seconds(value: float) -> str:
+    """Three digits, and no powers of ten: a mini model's rounds take milliseconds, a real one's minutes."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def describe_round(row: Mapping[str, Any]) -> str:
-    """One row of ``rounds`` as a line for people: score, loss, both clocks, traffic, refused replies."""
+    """One row of ``rounds`` as a line for people."""
+    return f"{row['run_id']}  round {row['round']:>3}  {describe_result(row)}"
+
+
+def describe_result(row: Mapping[str, Any]) -> str:
+    """Score, loss, both clocks, traffic and refused replies of one row of ``rounds``."""
     score = "not scored" if _missing(row["metric"]) else f"{row['metric_name']} {row['metric']:.3f}"
     loss = "" if _missing(row["loss"]) else f"  loss {row['loss']:.3f}"
     rejected = f"  {row['num_rejected']} rejected" if row["num_rejected"] else ""
     return (
-        f"{row['run_id']}  round {row['round']:>3}  {score}{loss}  wall {row['wall_s']:.1f} s  "
-        f"device {row['device_s']:.1f} s  up {row['uplink_bytes'] / 1e6:.1f} MB  "
-        f"down {row['downlink_bytes'] / 1e6:.1f} MB{rejected}"
+        f"{score}{loss}  wall {row['wall_s']:.1f} s  device {seconds(row['device_s'])} s  "
+        f"up {row['uplink_bytes'] / 1e6:.1f} MB  down {row['downlink_bytes'] / 1e6:.1f} MB{rejected}"
     )
 
 

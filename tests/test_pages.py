@@ -67,4 +67,4 @@ def test_a_family_of_figures_appears_once_with_its_scale(tmp_path):
 
 
 def test_every_tracked_figure_has_a_title():
-    assert set(pages.families(REPO_ROOT / pages.FIGURES)) <= set(pages.TITLES)
+    assert set(pages.families(REPO_ROOT / pages.FIGURES)) <= set(pages.FAMILIES)

@@ -6,6 +6,7 @@ method with short rounds has had less time, at equal seconds it has had more rou
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -71,19 +72,35 @@ def quality_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     return found.assign(of_reference=groups["of_reference"].min()).reset_index()
 
 
+def slowest(participants: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``participants`` of each round's slowest reply; seconds of its phases by the phases' names."""
+    accepted = participants[participants["rejected"] == ""].rename(columns={f"{p}_device_s": p for p in PHASES})
+    path_s = accepted[list(SERIAL)].sum(axis=1)
+    return accepted.loc[path_s.groupby([accepted["run_id"], accepted["round"]]).idxmax()]
+
+
 def breakdown(rounds: pd.DataFrame, participants: pd.DataFrame) -> pd.DataFrame:
     """Mean device seconds of each phase over rounds, of each round's slowest participant.
 
     Returns:
         One row per model, task, method and phase: ``seconds``, and ``share`` of the mean round.
     """
-    accepted = participants[participants["rejected"] == ""].rename(columns={f"{p}_device_s": p for p in PHASES})
-    path_s = accepted[list(SERIAL)].sum(axis=1)
-    slowest = accepted.loc[path_s.groupby([accepted["run_id"], accepted["round"]]).idxmax()]
     kept = rounds[["run_id", "round", "model", "task", "method", "round_device_s", "server_device_s"]]
-    found = slowest[["run_id", "round", *PHASES]].merge(kept, on=["run_id", "round"])
+    found = slowest(participants)[["run_id", "round", *PHASES]].merge(kept, on=["run_id", "round"])
     found = found.rename(columns={"server_device_s": "server"})
     means = found.groupby(["model", "task", "method"], sort=False)[[*PHASES, "server", "round_device_s"]].mean()
     tidy = means.melt(id_vars="round_device_s", var_name="phase", value_name="seconds", ignore_index=False)
     tidy = tidy.reset_index()
     return tidy.assign(share=tidy["seconds"] / tidy["round_device_s"]).drop(columns="round_device_s")
+
+
+def phase_shares(participants: pd.DataFrame) -> pd.DataFrame:
+    """Mean share of each phase in a participant's round, by clock.
+
+    ``device``: without the first round, whose download is another. ``wall``: what is measured, so without links.
+    """
+    kept = participants[(participants["rejected"] == "") & (participants["round"] > 1)]
+    seconds = {(clock, phase): kept[f"{phase}_{clock}_s"].fillna(0.0).mean()
+               for clock, phase in itertools.product(("device", "wall"), PHASES)}  # fmt: skip
+    table = pd.Series(seconds).rename_axis(["clock", "phase"])
+    return (table / table.groupby("clock").transform("sum")).rename("share").reset_index()

@@ -84,7 +84,7 @@ def read(file: Path, table: str = "rounds") -> pd.DataFrame:
     """
     with reading(f"no {table!r} table of {file}", records.TableError):
         if is_checkpoint(file):
-            rows, columns = _mapping(_about(file).get("rows")).get(table), records.columns(table)
+            rows, columns = _mapping(_beside(file).get("rows")).get(table), records.columns(table)
             if rows is None:
                 raise records.TableError("its checkpoint cannot be read")
             frame = pd.DataFrame(rows, columns=[column.name for column in columns])
@@ -98,25 +98,19 @@ def read(file: Path, table: str = "rounds") -> pd.DataFrame:
 
 def parameters(file: Path) -> dict[str, Any]:
     """The configuration of the run whose ``rounds`` are in ``file``, as it was stored; empty where none was."""
-    if is_checkpoint(file):
-        return _mapping(_about(file).get("config"))
-    return _mapping(_object(file.with_suffix(".json")).get("parameters"))
+    return _mapping(_beside(file).get("config" if is_checkpoint(file) else "parameters"))
 
 
-def _about(checkpoint: Path) -> dict[str, Any]:
-    """The JSON object beside a checkpoint's tensors; empty where there is none."""
+def _beside(file: Path) -> dict[str, Any]:
+    """The JSON object beside a run's tables; empty where there is none: it may be half written, or not ours."""
     try:
-        with safe_open(checkpoint, "np") as opened:
-            return _mapping(json.loads((opened.metadata() or {}).get("about", "{}")))
+        if is_checkpoint(file):
+            with safe_open(file, "np") as opened:
+                text = (opened.metadata() or {}).get("about", "{}")
+        else:
+            text = file.with_suffix(".json").read_text()
+        return _mapping(json.loads(text))
     except (OSError, ValueError, SafetensorError):
-        return {}
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``; empty where there is none: a file may be half written, or of another program."""
-    try:
-        return _mapping(json.loads(file.read_text()))
-    except (OSError, ValueError):
         return {}
 
 
@@ -222,6 +216,4 @@ def _shown(path: Path) -> str:
 
 def as_one(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """All tables one below the other, with the labels as ``run_id``."""
-    import pandas as pd
-
     return pd.concat([table.assign(run_id=label) for label, table in runs.items()], ignore_index=True)

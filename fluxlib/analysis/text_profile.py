@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from fluxlib import profiling
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 BATCH_SIZE = 8
 MAX_SQUARES = 8 * 1024**2
@@ -75,8 +73,6 @@ def profile(model: Any, batches: Iterable[dict[str, Tensor]], bits: int = 16) ->
     Raises:
         ValueError: a model without experts, or other ``bits``.
     """
-    import pandas as pd
-
     found = profiling.profile(model, batches, bits=bits)
     num_layers, num_experts = found.frequency.shape
     shares = found.frequency.sort(dim=1, descending=True).values

@@ -26,12 +26,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import pandas as pd
+import pandas as pd
 
 PAIR = ("model", "task", "seed")
 """What two runs that are compared have in common."""
@@ -77,8 +75,6 @@ def final_scores(rounds: pd.DataFrame, final_rounds: int = FINAL_ROUNDS) -> pd.S
 
 def reach(rounds: pd.DataFrame, target: float, final_rounds: int = FINAL_ROUNDS) -> pd.DataFrame:
     """Time to a given ``target`` of every run of ``rounds``: the columns above up to ``<clock>_at_least``."""
-    import pandas as pd
-
     return pd.DataFrame([_run(run, target, final_rounds) for _, run in rounds.groupby("run_id", sort=False)])
 
 
@@ -116,8 +112,6 @@ def times_to_target(
     Raises:
         ValueError: the reference has no run for a model and task, or ``fraction`` is not within (0, 1].
     """
-    import pandas as pd
-
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}, allowed is above 0 and at most 1")
     for (model, task), runs in rounds.groupby(["model", "task"], sort=False):

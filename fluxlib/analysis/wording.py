@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from fluxlib.methods import METHODS
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 REAL_SHAPES = {"mini-llama-moe": "llama-moe-3.5b", "mini-deepseek-moe": "deepseek-moe-16b"}
 """Whose sizes the device clock counts for a mini model; another model counts its own."""

@@ -32,6 +32,8 @@ from fluxlib.tasks.batches import make_batch
 from fluxlib.tasks.evaluate import evaluate
 
 RUN = "run.json"
+CARDS = Path(__file__).with_name("cards")
+"""Model cards, with names for what is filled in."""
 PROFILE_SAMPLES, SCORED_SAMPLES = 64, 64
 TIMED_SAMPLES, TIMED_TOKENS, TIMED_TURNS = 16, 16, 3
 ROUNDING = 1e-5
@@ -58,50 +60,19 @@ def save_tuned(result: federation.RunResult, config: RunConfig, path: Path | str
 
 def model_card(config: RunConfig, rounds: pd.DataFrame, versions: Mapping[str, str]) -> str:
     """A model card in Markdown; every number in it is from ``rounds``."""
-    first, last = rounds.iloc[0], rounds.iloc[-1]
-    name = str(last["metric_name"])
     changed = config.settings(changed_only=True).items()
-    settings = "\n".join(f"| `{setting}` | `{value}` |" for setting, value in changed)
     up, down = (rounds[f"{way}_bytes"].sum() / 1e6 for way in ("uplink", "downlink"))
-    clock = Path(config.model).name if config.clock.model == "self" else config.clock.model
-    return f"""---
-base_model: {config.model}
-library_name: transformers
-tags: [mixture-of-experts, federated-learning, {config.method}]
----
-
-# {config.run_id}
-
-`{config.model}`, its experts tuned by {config.federation.participants} simulated participants with the method
-`{config.method}` on `{config.task}`; {int(last["round"])} of {config.federation.rounds} rounds. Router, attention and
-embeddings are the base's.
-
-| | base | tuned |
-|---|---|---|
-| {name}, test split | {first["metric"]:.3f} | {last["metric"]:.3f} |
-| loss, nats per token | {first["loss"]:.3f} | {last["loss"]:.3f} |
-
-It took {last["wall_s"]:.0f} s as measured, {last["device_s"]:.0f} s on the device clock (shapes of {clock},
-fleet `{config.clock.fleet}`, link `{config.clock.link}`). Participants sent {up:.0f} MB and received {down:.0f} MB.
-
-## Settings that are not the library's defaults
-
-| setting | value |
-|---|---|
-{settings}
-
-Made with {", ".join(f"{key} {value}" for key, value in versions.items())}. `run.json` holds all settings.
-
-## Use
-
-    from fluxlib import models
-    model, tokenizer = models.load("this folder")
-
-## Limits
-
-One run with one seed. A mini model knows one small invented world and is of no use outside it; a model tuned on
-private data may repeat what it was tuned on.
-"""
+    card = (CARDS / "tuned.md").read_text()
+    return card.format(
+        config=config,
+        first=rounds.iloc[0],
+        last=rounds.iloc[-1],
+        clock=Path(config.sized_as).name,
+        up=up,
+        down=down,
+        settings="\n".join(f"| `{setting}` | `{value}` |" for setting, value in changed),
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+    )
 
 
 @dataclass(frozen=True)
@@ -126,20 +97,7 @@ class CompactReport:
         """A model card in Markdown."""
         rows = "\n".join(f"| {row.Index} | {row.full:.3f} | {row.compact:.3f} | {row.ratio:.2f} |"
                          for row in self.table.itertuples())  # fmt: skip
-        return f"""# {run_id}, compact for participant {self.participant}
-
-{self.num_experts} experts in {self.num_slots} slots: those that the participant's data uses most are as they were
-tuned, the others share slots. For inference with fluxlib; it cannot be tuned further.
-
-| | full | compact | ratio |
-|---|---|---|---|
-{rows}
-
-Scored on test samples with the participant's labels. Processor times on one machine, in turns, in 32 bit.
-
-    from fluxlib import models
-    model, tokenizer = models.load_compact("this folder")
-"""
+        return (CARDS / "compact.md").read_text().format(report=self, run_id=run_id, rows=rows)
 
 
 def save_participant(

@@ -6,14 +6,13 @@ import datetime
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from fluxlib import config, figures, records
 from fluxlib.analysis import claims, studies
 from fluxlib.app.pipeline import declared_parameters
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PLACES = ("results", "figures_folder", "data_path")
 """Parameters that say where something lies on this machine: no table records them."""

@@ -12,70 +12,19 @@ import typing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import Any, Literal, Union
+
+from pydantic.fields import FieldInfo
 
 from fluxlib import records
 from fluxlib.analysis import claims, speedups
 from fluxlib.analysis.wording import markdown_table
 from fluxlib.app import answers
-from fluxlib.app.pipeline import PAPER
+from fluxlib.app.pipeline import FAMILIES
 from fluxlib.config import GROUPS, REPO_ROOT, RunConfig
-
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
 
 FIGURES = Path("figures") / "full"
 MODELS = ("mini-llama-moe", "mini-deepseek-moe")
-
-TITLES: dict[str, str] = {
-    "convergence": "Score over time of each method",
-    "time_to_accuracy": "Time to target, and how much sooner than FMD",
-    "claims": "Ours beside the paper's, claim by claim",
-    "speed_up": "How much sooner FLUX is, task by task",
-    "where_flux_pays": "Where FLUX pays: memory of the device and link",
-    "where_flux_plus_pays": "Where FLUX+ pays",
-    "scale_participants": "More participants",
-    "scale_settings": "Other heterogeneity, other budgets",
-    "activation_by_layer": "Which experts are used, by layer",
-    "profile_error": "A profile in few bits",
-    "sample_size": "How many samples a profile needs",
-    "drift": "How activation drifts, and a profile one round old",
-    "round_saving": "Round time that a stale profile saves",
-    "discarding": "Dropping or merging",
-    "error_growth": "How an error travels through the layers",
-    "attention_frequency": "Attention is not frequency",
-    "layer_budgets": "Where slots go, and what that costs",
-    "clustering_time": "Finding clusters, fused or layer by layer",
-    "merge_options": "Weights of a merge, and what goes beyond the paper",
-    "own_share": "FLUX's own share of a round",
-    "role_utilities": "Utilities from forward passes against true ones",
-    "role_probes": "Forward-only probes: cost and quality",
-    "role_seconds": "What learning a utility costs",
-    "role_map": "Who tunes which expert over rounds",
-    "role_convergence": "Assignments compared, over rounds and device clock",
-    "role_ablation": "Assignments compared, at the end",
-    "role_coverage": "How many experts anybody has tuned",
-    "role_epsilon": "How much to exploit",
-    "role_options": "Assignments beyond the paper",
-    "round_phases": "Where a round's time goes",
-    "round_memory": "Memory by method",
-    "link_speed": "The speed-up over the link",
-    "clock_check": "The device clock against this machine",
-    "race_measured": "A race over real links, and what the clock said of it",
-    "real_memory": "Memory of a training step at real size",
-    "real_phases": "A round at real size, by device and phase",
-    "real_links": "A round at real size, by link and bits",
-}
-
-DEVICE, HERE, BOTH = "device clock", "measured", "device clock and measured"
-CLOCKS: dict[str, str] = {
-    "time_to_accuracy": BOTH, "round_saving": DEVICE, "clustering_time": HERE, "own_share": BOTH, "role_seconds": BOTH,
-    "role_ablation": DEVICE, "where_flux_pays": DEVICE, "where_flux_plus_pays": DEVICE,
-    "scale_settings": DEVICE, "scale_participants": DEVICE,
-    "role_options": DEVICE, "round_phases": DEVICE, "link_speed": DEVICE, "clock_check": BOTH, "race_measured": BOTH,
-    "real_phases": DEVICE, "real_links": DEVICE,
-}  # fmt: skip
-"""Whose seconds a figure shows where the numbers beside it do not say; others show none."""
 
 
 def settings() -> str:
@@ -141,7 +90,7 @@ def tables() -> str:
 
 
 def families(folder: Path) -> dict[str, Path]:
-    """Each family of figures in ``folder`` and the picture that stands for it: known ones first, as in ``TITLES``."""
+    """Each family of figures in ``folder`` and the picture that stands for it: known ones first, in their order."""
     found: dict[str, Path] = {}
     for model in MODELS:
         for path in sorted(folder.glob(f"*-{model}.png")):
@@ -149,12 +98,12 @@ def families(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.glob("*.png")):
         if not path.stem.endswith(MODELS):
             found.setdefault(path.stem, path)
-    order = {name: place for place, name in enumerate(TITLES)}
-    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+    order = [*FAMILIES, *sorted(found.keys() - FAMILIES.keys())]
+    return {name: found[name] for name in order if name in found}
 
 
-def _about(family: str, numbers: Path) -> str:
-    """What the csv beside a picture says of its scale: model, tasks, seeds, the shapes and link of its clock."""
+def _about(numbers: Path, clock: str) -> str:
+    """What the csv beside a picture says of its scale: model, tasks, seeds, its clock or else ``clock``."""
     with numbers.open(newline="") as file:
         rows = list(csv.DictReader(file))
 
@@ -163,7 +112,7 @@ def _about(family: str, numbers: Path) -> str:
 
     seeds, shapes = values("seed"), values("clock_model")
     model = next((name for name in MODELS if numbers.stem.endswith(name)), ", ".join(values("model")))
-    clock = f"device clock: {', '.join(shapes)} over {', '.join(values('link'))}" if shapes else CLOCKS.get(family, "")
+    clock = f"device clock: {', '.join(shapes)} over {', '.join(values('link'))}" if shapes else clock
     parts = [
         f"`{model}`" if model else "",
         ", ".join(f"`{task}`" for task in values("task")),
@@ -173,20 +122,14 @@ def _about(family: str, numbers: Path) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _in_paper(family: str) -> str:
-    """Which figures or table of the paper show the same, in brackets; empty: none."""
-    found = ", ".join(number for number, figure in PAPER.items() if figure == family)
-    where = found.replace("table", "Table ") if "table" in found else f"Fig. {found}"
-    return f" ({where})" * bool(found)
-
-
 def gallery(root: Path = REPO_ROOT) -> str:
     """Two pictures a row, each with its caption."""
     cells = []
     for name, path in families(root / FIGURES).items():
-        title = TITLES.get(name, name.replace("_", " ")) + _in_paper(name)
+        family = FAMILIES.get(name, {"title": name.replace("_", " ")})
+        title = family["title"] + (f" ({family['paper']})" if "paper" in family else "")
         link = f"../{path.relative_to(root).as_posix()}"
-        cells.append(f"![{title}]({link})<br>**{title}.** {_about(name, path.with_suffix('.csv'))}")
+        cells.append(f"![{title}]({link})<br>**{title}.** {_about(path.with_suffix('.csv'), family.get('clock', ''))}")
     cells += [""] * (len(cells) % 2)
     intro = (
         "# Gallery\n\nEvery figure of the `full` profile, of one model where there are two. Its numbers lie beside it."

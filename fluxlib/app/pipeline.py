@@ -14,24 +14,21 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, check_writable, data_dir, flatten, make_config
 
 ASIDES = {"by-hand", "try-it"}
 """Tags of cells that a reader may change: nothing that a notebook keeps depends on them."""
-PAPER = {
-    "2": "activation_by_layer", "3a": "discarding", "3b": "error_growth", "6a": "drift", "6b": "profile_error",
-    "7b": "round_saving", "8": "error_growth", "9": "attention_frequency", "10": "convergence", "11": "convergence",
-    "12": "scale_participants", "14": "drift", "15": "layer_budgets", "16": "clustering_time", "17": "merge_options",
-    "18": "role_probes", "19": "role_epsilon", "20": "own_share", "table2": "time_to_accuracy",
-}  # fmt: skip
-"""Which of our figures shows what a figure of the paper shows; the numbers of 6b, 15, 16 and 18 are inferred."""
+FAMILIES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("figures.yaml").read_text())
+"""Every family of figures: its title, what of the paper it shows, whose seconds; explained in the file."""
 
 
 class _Strict(BaseModel):
@@ -124,8 +121,6 @@ def load(path: Path, overlay: Path | None = None) -> Pipeline:
 
 
 def _read(path: Path) -> Any:
-    import yaml
-
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise ConfigError(f"no profile {path.stem!r} in {path.parent}; allowed are {known}")
@@ -184,15 +179,16 @@ def runs_read(profile: Pipeline, model: str, variants: Iterable[str]) -> list[st
 
 
 def find_figure(name: str, drawn: Sequence[str]) -> str:
-    """Which of the figures in ``drawn`` is meant by a number of :data:`PAPER`, or by its own name.
+    """Which of the figures in ``drawn`` is meant by a number of the paper, or by its own name.
 
     Raises:
         ConfigError: none of them, with those that there are.
     """
-    found = PAPER.get(name.lower(), name)
+    shown = {family: FAMILIES[family].get("paper", "").lower().replace(" ", "") for family in drawn}
+    paper = {number: family for family, text in shown.items() for number in re.findall(r"table\d|\d+[a-z]?", text)}
+    found = paper.get(name.lower(), name)
     if found not in drawn:
-        numbers = ", ".join(number for number, figure in PAPER.items() if figure in drawn)
-        raise ConfigError(f"FIG is {name!r}, allowed are {numbers} (the paper's), {', '.join(drawn)}")
+        raise ConfigError(f"FIG is {name!r}, allowed are {', '.join(paper)} (the paper's), {', '.join(drawn)}")
     return found
 
 

@@ -16,6 +16,8 @@ from fluxlib.config import REPO_ROOT, ConfigError
 
 DONE = "done"
 """A file in the folder of new runs once all are there: the next call begins with an empty folder."""
+LIKE_MAKE = "--nolock --rerun-incomplete --rerun-triggers mtime params input --quiet rules host reason"
+"""Snakemake's options in the Makefile, but for one: a claim needs every step, so the first that fails ends it."""
 
 
 def tables_needed(claim: Claim, profile: pipeline.Pipeline) -> list[str]:
@@ -68,17 +70,7 @@ def make(profile_name: str, files: Sequence[str], folder: Path, jobs: int) -> No
         RuntimeError: a step failed; what was said on the way names it.
     """
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPO_ROOT / "Snakefile"), "--cores", str(jobs)]
-    command += [
-        "--directory",
-        str(folder),
-        "--nolock",
-        "--rerun-incomplete",
-        "--rerun-triggers",
-        "mtime",
-        "params",
-        "input",
-    ]
-    command += ["--quiet", "rules", "host", "reason", "--config", f"profile={profile_name}", "--", *files]
+    command += ["--directory", str(folder), *LIKE_MAKE.split(), "--config", f"profile={profile_name}", "--", *files]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if subprocess.run(command, env=os.environ | threads, check=False).returncode:
         raise RuntimeError(f"not all of it could be made; the logs are in {folder / 'build' / profile_name / 'logs'}")

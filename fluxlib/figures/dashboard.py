@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import Patch, Rectangle
 
+from fluxlib.analysis.runs import slowest
 from fluxlib.analysis.wording import METRICS, clock_shapes
 from fluxlib.figures import marks, style
 from fluxlib.figures.picture import Picture, caption, drawn, panels, unique
@@ -162,28 +163,22 @@ def _draw_slots(ax: Any, plans: Sequence[Any], explored: np.ndarray) -> None:
 
 
 @drawn
-def curves(runs: Mapping[str, pd.DataFrame], target: float, roles: Any = None, first_round: int = 1) -> Picture:
-    """Score over time, one line per run, one panel per clock; below them roles over rounds where there are some.
+def curves(runs: Mapping[str, pd.DataFrame], target: float) -> Picture:
+    """Score over time, one line per run, one panel per clock.
 
     Args:
-        runs: label to ``rounds`` table of one run; at least one has rows.
+        runs: label to ``rounds`` table of one run.
         target: drawn as a line.
-        roles: ``[rounds, layers, experts]``, how many participants tuned each expert, from ``first_round`` on.
     """
-    with_roles = roles is not None and len(roles) > 0
-    figure, clocks = Picture(figsize=(8.4, 3.0 + 2.1 * with_roles)), ("device_s", "wall_s")
-    halves: Any = figure.subfigures(2, 1, height_ratios=(2.9, 2.1)) if with_roles else (figure,)
-    upper, *lower = halves
-    every = [run.assign(run=label, seed=0) for label, run in runs.items() if len(run)]
-    figure.numbers, looks = pd.concat(every), _looks(runs)
+    every = [run.assign(run=label, seed=0) for label, run in runs.items()]
+    clocks, looks = ("device_s", "wall_s"), _looks(runs)
+    figure, axes = panels(pd.concat(every), (8.4, 3.0), 1, 2)
     scored = figure.numbers.dropna(subset=["metric"])
-    for ax, clock in zip(upper.subplots(1, 2), clocks, strict=True):
+    for ax, clock in zip(axes, clocks, strict=True):
         marks.lines(ax, scored, clock, "metric", "run", looks, errorbar=None, markevery=max(1, len(scored) // 40))
         ax.set(xlabel=style.CLOCKS[clock], ylabel=METRICS.get(every[0]["metric_name"].iloc[0], "score"))
         marks.reference(ax, target, f"target {target:.3f}")
-    marks.legend(upper, looks, loc="outside upper center", ncols=2, fontsize=7)
-    for part in lower:
-        _draw_roles(part.subplots(), np.asarray(roles), first_round)
+    marks.legend(figure, looks, loc="outside upper center", ncols=2, fontsize=7)
     shapes = "; ".join(dict.fromkeys(map(clock_shapes, every)))
     caption(figure, f"device clock: shapes of {shapes}", "one line is one run: no band")
     return figure
@@ -192,23 +187,11 @@ def curves(runs: Mapping[str, pd.DataFrame], target: float, roles: Any = None, f
 def _looks(runs: Mapping[str, pd.DataFrame]) -> dict[str, style.Style]:
     """A method's own look for its first run, spare ones for its others."""
     found: dict[str, style.Style] = {}
-    methods = [str(run["method"].iloc[0]) if len(run) else "" for run in runs.values()]
+    methods = [str(run["method"].iloc[0]) for run in runs.values()]
     for place, (label, method) in enumerate(zip(runs, methods, strict=True)):
         look = style.SETTINGS[2 + place % 5] if method in methods[:place] else style.method(method)
         found[label] = replace(look, title=label)
     return found
-
-
-def _draw_roles(ax: Any, counts: np.ndarray, first_round: int) -> None:
-    """How many participants tuned each expert: ``counts`` ``[rounds, layers, experts]``."""
-    num_rounds, num_layers, num_experts = counts.shape
-    rounds = np.arange(0, num_rounds, max(1, num_rounds // 6))
-    marks.heat(ax, counts.reshape(num_rounds, -1), "", xticklabels=False, yticklabels=False)
-    ax.vlines(np.arange(1, num_layers) * num_experts, 0, num_rounds, color="white", linewidth=1)
-    ax.set_xticks((np.arange(num_layers) + 0.5) * num_experts, [f"layer {layer}" for layer in range(num_layers)])
-    ax.set_yticks(rounds + 0.5, rounds + first_round)
-    ax.set(ylabel="round", xlabel=f"one column per expert, {num_experts} in each layer")
-    ax.set_title("roles over rounds: how many participants tuned each expert", loc="left")
 
 
 @drawn
@@ -218,11 +201,7 @@ def phases(participants: pd.DataFrame) -> Picture:
     Args:
         participants: the ``participants`` table of one run; refused replies are left out.
     """
-    columns = {f"{phase}_device_s": phase for phase in PHASES}
-    accepted = participants.loc[participants["rejected"] == ""]
-    slowest = accepted.loc[accepted[list(columns)].sum(axis=1).groupby(accepted["round"]).idxmax()]
-    rows = slowest[["round", *columns]].rename(columns=columns).melt("round", var_name="phase", value_name="seconds")
-    rows = rows[rows["seconds"] > 0]
+    rows = slowest(participants).melt("round", list(PHASES), "phase", "seconds").query("seconds > 0")
     figure, ax = panels(rows, (7.0, 2.6))
     looks = style.of_phases(rows["phase"])
     marks.stacked(ax, rows, "round", "phase", "seconds", looks)

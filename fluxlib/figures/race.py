@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -144,30 +143,3 @@ def _race(ax: Any, row: Mapping[Any, Any], place: int) -> None:
     else:
         beyond = [[row["speedup"] - row["low"]], [row["high"] - row["speedup"]]]
         ax.errorbar(row["speedup"], place, xerr=beyond, color=look.color, marker=look.marker, elinewidth=1)
-
-
-@drawn
-def trials(table: pd.DataFrame) -> Picture:
-    """Score over learning rate, one column per model and task, one line per method, dashed for more local work.
-
-    Args:
-        table: of :func:`fluxlib.analysis.search.trials`.
-    """
-    figure, places = facets(table, table, ["model", "task"], 3.0, 3.0)
-    steps = sorted(table["local_steps"].unique())
-    looks = {
-        f"{look.title}, {count} steps": replace(look, dashes="" if count == steps[0] else (4, 2))
-        for look in style.of_methods(table["method"]).values()
-        for count in steps
-    }
-    looks = {name: replace(look, title=name) for name, look in looks.items()}
-    for ax, part in places:
-        who = [f"{style.method(str(row.method)).title}, {row.local_steps} steps" for row in part.itertuples()]
-        marks.lines(ax, part.assign(who=who, seed=0), "learning_rate", "score", "who", looks)
-        chosen = part[part["is_chosen"]]
-        ax.plot(chosen["learning_rate"], chosen["score"], "o", ms=11, mfc="none", mec="black")
-        ax.set(xscale="log", xlabel="learning rate", ylabel="score at equal device time")
-    marks.legend(figure, looks, loc="outside right center")
-    told = "ring: chosen, the highest mean over panels"
-    caption(figure, told, f"{int(table['num_seeds'].max())} seed(s)", "device clock")
-    return figure

@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.colors import ListedColormap
 
 from fluxlib import records
+from fluxlib.analysis.runs import phase_shares
 from fluxlib.analysis.time_to_target import TARGET_FRACTION, times_to_target
 from fluxlib.analysis.wording import METRICS, percent
 from fluxlib.figures import marks, style
@@ -88,18 +89,6 @@ def outcomes(
     return table.reset_index()
 
 
-def probe_shares(participants: pd.DataFrame) -> pd.DataFrame:
-    """Mean share of each phase in a participant's round, by clock.
-
-    ``device``: without the first round, whose download is another. ``wall``: what is measured, so without links.
-    """
-    kept = participants[(participants["rejected"] == "") & (participants["round"] > 1)]
-    seconds = {(clock, phase): kept[f"{phase}_{clock}_s"].fillna(0.0).mean()
-               for clock, phase in itertools.product(("device", "wall"), records.PHASES)}  # fmt: skip
-    table = pd.Series(seconds).rename_axis(["clock", "phase"])
-    return (table / table.groupby("clock").transform("sum")).rename("share").reset_index()
-
-
 # Pictures
 
 
@@ -171,7 +160,7 @@ def role_seconds(measured: pd.DataFrame, participants: pd.DataFrame) -> Picture:
 
     Args:
         measured: the ``measurements`` table; its study ``probe_seconds`` is drawn.
-        participants: the ``participants`` table of the runs whose shares (:func:`probe_shares`) are drawn.
+        participants: the ``participants`` table of the runs whose shares are drawn.
     """
     rows = study(measured, "probe_seconds")
     figure, (left, right) = panels(rows, (7.4, 2.9), 1, 2)
@@ -179,7 +168,7 @@ def role_seconds(measured: pd.DataFrame, participants: pd.DataFrame) -> Picture:
     looks = style.colored({name: "#D55E00" if "per pass" in name else "#999999" for name in times.index})
     marks.bars(left, times.reset_index().assign(seed=0), "setting", "value", looks, fmt="{:.1f}", horizontal=True)
     left.set_xlabel("milliseconds per expert, measured here (median)")
-    shares = probe_shares(participants).query("share > 0")
+    shares = phase_shares(participants).query("share > 0")
     clocks = shares["clock"].map({"device": "device clock", "wall": "measured here\n(no link)"})
     phases, shares = style.of_phases(shares["phase"]), shares.assign(percent=100 * shares["share"], clock=clocks)
     marks.stacked(right, shares, "clock", "phase", "percent", phases, horizontal=True)

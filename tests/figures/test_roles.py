@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from fluxlib import records
+from fluxlib.analysis.runs import phase_shares
 from fluxlib.figures import roles, style
 
 DEFAULTS = {"string": "", "int64": 0, "float64": 0.0}
@@ -75,7 +76,7 @@ def test_outcomes_of_runs(rounds: pd.DataFrame, participants: pd.DataFrame) -> N
 
 
 def test_shares_of_a_round_add_up(participants: pd.DataFrame) -> None:
-    shares = roles.probe_shares(participants).set_index(["clock", "phase"])["share"]
+    shares = phase_shares(participants).set_index(["clock", "phase"])["share"]
     assert shares["device", "probe"] == 0.25
     assert shares["wall", "train"] == 1.0
     assert shares.groupby("clock").sum().tolist() == pytest.approx([1.0, 1.0])

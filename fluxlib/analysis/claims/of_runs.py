@@ -93,7 +93,7 @@ def _why_not_faster(best: pd.Series, tables: Tables, rounds: pd.DataFrame) -> st
         parts.append(f"FLUX ends at {percent(best['final_ratio'])} of FMD's score")
     ours = rounds[(rounds["method"] == OURS) & (rounds["task"] == best["task"])]
     if tables.participants is not None and len(ours):
-        phases = breakdown(ours, tables.participants[tables.participants["run_id"].isin(ours["run_id"])])
+        phases = breakdown(ours, tables.participants)
         share = phases.set_index("phase")["share"]
         parts.append(f"{shown(float(share['download'] + share['upload']), '%')} of FLUX's round is transfer")
     return sentence(parts)
@@ -234,7 +234,7 @@ def own_share(claim: Claim, tables: Tables) -> Iterator[Reading]:
             continue
         shares = {}
         for seed, runs in ours.groupby("seed"):
-            phases = breakdown(runs, tables.participants[tables.participants["run_id"].isin(runs["run_id"])])
+            phases = breakdown(runs, tables.participants)
             shares[seed] = phases[phases["phase"].isin(OWN_PHASES)].groupby("phase")["share"].mean()
         table = pd.DataFrame(shares)
         means = table.mean(axis=1)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +19,6 @@ from fluxlib.models.loading import torch_device
 from fluxlib.moe import find
 from fluxlib.tasks.batches import make_batch, to_device
 from fluxlib.tasks.partition import partition
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Row = dict[str, Any]
 BATCH = 16
@@ -132,8 +130,6 @@ def row(
 
 def measurements(rows: Iterable[Row], run_id: str) -> pd.DataFrame:
     """Rows as a ``measurements`` table."""
-    import pandas as pd
-
     frame = pd.DataFrame(list(rows))
     frame.insert(0, "run_id", run_id)
     return frame.astype({"x": "float64", "layer": "Int64", "expert": "Int64"})

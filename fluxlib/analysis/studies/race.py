@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from fluxlib.analysis.studies.bench import Row, row
 from fluxlib.analysis.studies.scale import BLOCKS, replies
@@ -19,10 +19,6 @@ from fluxlib.analysis.time_to_target import TARGET_FRACTION, crossing, final_sco
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.protocol.wire import Form, bits_per_weight
 from fluxlib.methods.base import Work
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 FINAL = 2
 """A final score is the mean of this many last rounds: a run has few."""
@@ -108,8 +104,6 @@ def summary(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> pd.DataFr
         ``link``, ``method``, ``rounds``, ``final`` score, ``to_target_s`` to ``fraction`` of FMD's final score on that
         link (NaN: not reached), ``clock_error``: median over rounds of how far the predicted seconds are off.
     """
-    import pandas as pd
-
     parts = table["setting"].str.split(", ", expand=True)
     table = table.assign(method=parts[0], link=parts[1], kind=parts[2])
     scores, seconds = (table[table["study"] == f"race_{name}"] for name in ("score", "seconds"))

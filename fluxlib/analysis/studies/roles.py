@@ -6,20 +6,19 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from fluxlib import gradients, profiling, records, roles, seeding
+from fluxlib.analysis.runs import phase_shares
 from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row
 from fluxlib.config import RunConfig
 from fluxlib.gradients.local import ExpertKey
 from fluxlib.moe import find
 from fluxlib.moe.capture import capture
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PROBES: dict[str, dict[str, Any]] = {
     "one-sided (paper)": {"guided": False, "sides": 1},
@@ -121,12 +120,10 @@ def outcome_rows(outcome: pd.DataFrame, group: str, model: str, task: str) -> It
 
 def share_rows(participants: pd.DataFrame, model: str, task: str) -> Iterator[Row]:
     """Share of a participant's round that probing takes, by clock and seed, from the second round on."""
-    kept = participants[(participants["rejected"] == "") & (participants["round"] > 1)]
-    for seed, rows in kept.groupby("seed"):
+    for seed, rows in participants.groupby("seed"):
+        shares = phase_shares(rows).set_index(["phase", "clock"])["share"]["probe"]
         for clock, name in (("device", "device clock"), ("wall", "measured here, no link")):
-            total = rows[[f"{phase}_{clock}_s" for phase in records.PHASES]].fillna(0.0).to_numpy().sum()
-            share = rows[f"probe_{clock}_s"].sum() / total
-            yield row("probe_share", name, share, model=model, task=task, seed=int(str(seed)))
+            yield row("probe_share", name, shares[clock], model=model, task=task, seed=int(str(seed)))
 
 
 def read_runs(
@@ -140,8 +137,6 @@ def read_runs(
     Raises:
         TableError: a run is not there.
     """
-    import pandas as pd
-
     found: dict[str, list[pd.DataFrame]] = {"rounds": [], "participants": []}
     for (setting, variant), seed in itertools.product(variants.items(), seeds):
         name = RunConfig(variant=variant, model=model, task=task, seed=seed).run_id

@@ -4,25 +4,22 @@ machine."""
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from fluxlib.analysis import store
-from fluxlib.analysis.studies.bench import Row
+from fluxlib.analysis.studies.bench import Row, interleaved
 from fluxlib.analysis.studies.merging import Case, own_share_measured
 from fluxlib.config import Offloading, RunConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.store.tables import read_work
 from fluxlib.methods.base import Work
 from fluxlib.moe import find
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SETTINGS = {
     "participants": "federation.participants",
@@ -93,12 +90,10 @@ def recounts(
     Raises:
         ValueError: an unknown fleet or link.
     """
-    import pandas as pd
-
     found = []
     for run_id, run in rounds.groupby("run_id", sort=False):
         replied, config = replies(participants[participants["run_id"] == run_id]), runs[str(run_id)]
-        shapes = clock.shapes(config.model if config.clock.model == "self" else config.clock.model)
+        shapes = clock.shapes(config.sized_as)
         for fleet, link in itertools.product(fleets, links):
             ordered, how = run.sort_values("round", kind="stable"), offloading or config.clock.offloading
             found.append(_recount(replied, ordered, config, shapes, fleet, link, how))
@@ -135,25 +130,15 @@ def this_machine(size: int = 768, repeats: int = 5) -> catalogue.Device:
     """This machine on one thread: arithmetic of a 32-bit product, bandwidth of a copy that no cache holds."""
     left = torch.ones(size, size)
     block = torch.ones(2**24)
-    product_s = _fastest(lambda: left @ left, repeats)
-    bandwidth = 2 * block.numel() * block.element_size() / _fastest(lambda: block.clone(), repeats)
+    times = interleaved({"product": lambda: left @ left, "copy": lambda: block.clone()}, repeats)
+    product_s, copy_s = (max(min(times[name]), 1e-9) for name in ("product", "copy"))
+    bandwidth = 2 * block.numel() * block.element_size() / copy_s
     return catalogue.Device(
         name="host", title="this machine, one thread", memory_bytes=2**40, unified=True,
         peak_flops=2 * size**3 / product_s, memory_bytes_per_s=bandwidth, bus_bytes_per_s=bandwidth,
         host_bytes_per_s=bandwidth, host_memory_bytes=2**40, compute_frac=1.0, bandwidth_frac=1.0,
         sources={"all": "measured here"},
     )  # fmt: skip
-
-
-def _fastest(work: Callable[[], object], repeats: int) -> float:
-    """Shortest processor time of several calls, after one to warm up."""
-    work()
-    found = []
-    for _ in range(repeats):
-        start = time.process_time()
-        work()
-        found.append(time.process_time() - start)
-    return max(min(found), 1e-9)
 
 
 def check_clock(cases: Iterable[Case], repeats: int, device: catalogue.Device) -> Iterator[Row]:

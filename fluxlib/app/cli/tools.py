@@ -21,7 +21,7 @@ from fluxlib.app.cli.arguments import (
     check_picture,
     parse_settings,
 )
-from fluxlib.config import ConfigError, check_writable, results_dir
+from fluxlib.config import ConfigError, results_dir
 
 
 def plan(
@@ -135,20 +135,17 @@ def notebook(
 
 def trials(
     out: OutOption = None,
-    figure: Annotated[Path | None, typer.Option(help="folder for trials.{pdf,png,csv}")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the trials of `make reproduce PROFILE=tune`: every setting of every method, and the best of each.
 
     \b
     Example:
-        fluxlib trials --figure build/trials
+        fluxlib trials --json
     """
     from fluxlib.analysis import search, store
 
     folder = out or results_dir("tune")
-    if figure is not None:
-        check_writable(figure)
     try:
         rounds = records.read_all("rounds", folder)
         if left := records.unfinished(folder):
@@ -157,10 +154,6 @@ def trials(
     except ValueError as error:
         wanted = "a folder of trials, such as `make reproduce PROFILE=tune` writes"
         raise ConfigError(f"no search in {folder}: {error}\nallowed is {wanted} ({results_dir('tune')})") from None
-    if figure is not None:
-        from fluxlib import figures
-
-        figures.save(figures.race.trials(table), "trials", figure)
     print(table.to_json(orient="records") if as_json else table.to_string(index=False, float_format="{:.4g}".format))
 
 

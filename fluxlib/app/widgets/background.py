@@ -11,13 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from fluxlib import federation, records
 from fluxlib.analysis import store
 from fluxlib.config import ConfigError, RunConfig
-from fluxlib.federation.results import RoundResult
 from fluxlib.records import describe_round
 
 log = logging.getLogger(__name__)
@@ -40,7 +38,6 @@ class BackgroundRun:
     Attributes:
         state: idle, running, stopping (after the round in progress), stopped, complete or failed.
         rows: rows of ``rounds`` so far, those of an earlier part of the run included.
-        tuned: per round, ``[L, E]`` how many participants tuned each expert, those of an earlier part included.
         error: why it failed; empty otherwise.
     """
 
@@ -48,7 +45,6 @@ class BackgroundRun:
         self.config, self.out, self.on_change = config, Path(out), on_change
         self.state, self.error = IDLE, ""
         self.rows: list[dict[str, Any]] = []
-        self.tuned: list[np.ndarray] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -56,11 +52,6 @@ class BackgroundRun:
     def busy(self) -> bool:
         """Whether a round is being computed."""
         return self.state in (RUNNING, STOPPING)
-
-    @property
-    def first_round(self) -> int:
-        """Number of the round that ``tuned`` begins with."""
-        return int(self.rows[-1]["round"]) - len(self.tuned) + 1 if self.rows else 1
 
     def table(self) -> pd.DataFrame:
         """The rows so far."""
@@ -71,7 +62,7 @@ class BackgroundRun:
         if self.busy:
             return
         self._stop.clear()
-        self.state, self.error, self.rows, self.tuned = RUNNING, "", [], []
+        self.state, self.error, self.rows = RUNNING, "", []
         self._thread = _Worker(self)
         self._thread.start()
 
@@ -94,7 +85,7 @@ class BackgroundRun:
 
     def _work(self) -> None:
         try:
-            result = federation.run(self.config, on_round=self._on_round, out=self.out, on_result=self._on_result)
+            result = federation.run(self.config, on_round=self._on_round, out=self.out)
         except (ConfigError, federation.RunFailed, federation.CheckpointError, OSError) as error:
             self.error = str(error)
             self._change(FAILED)
@@ -109,24 +100,16 @@ class BackgroundRun:
 
     def _on_round(self, row: Mapping[str, Any]) -> bool:
         if not self.rows and row["round"] > 0:
-            self.rows = _rows(self._earlier("rounds", int(row["round"])))
+            self.rows = _rows(self._earlier(int(row["round"])))
         self.rows.append(dict(row))
         self._change(self.state)
         return self._stop.is_set()
 
-    def _on_result(self, result: RoundResult) -> None:
-        if not result.accepted:
-            return
-        counts = np.sum([part.roles.exploit.numpy().astype(int) for part in result.accepted], axis=0)
-        if not self.tuned and result.round > 1:
-            self.tuned = count_tuned(self._earlier("participants", result.round), counts.shape)
-        self.tuned.append(counts)
-
-    def _earlier(self, table: str, before: int) -> pd.DataFrame:
-        """Rows of a run that goes on, of rounds before ``before``, from its checkpoint."""
+    def _earlier(self, before: int) -> pd.DataFrame:
+        """``rounds`` of a run that goes on, before round ``before``, from its checkpoint."""
         file = self.out / store.CHECKPOINTS / f"{self.config.run_id}.safetensors"
         try:
-            found = store.read(file, table)
+            found = store.read(file)
         except records.TableError:
             return pd.DataFrame({"round": []})
         return found[found["round"] < before]
@@ -184,20 +167,6 @@ def going_on(out: Path) -> BackgroundRun | None:
     """A run into ``out`` that this process still computes: its page was closed, or its cell run again."""
     workers = [thread for thread in threading.enumerate() if isinstance(thread, _Worker)]
     return next((worker.run_of for worker in workers if worker.run_of.busy and worker.run_of.out == Path(out)), None)
-
-
-def count_tuned(participants: pd.DataFrame, shape: tuple[int, int]) -> list[np.ndarray]:
-    """Per round, how many participants tuned each expert.
-
-    Args:
-        participants: rows of the ``participants`` table of one run; refused replies do not count.
-        shape: MoE layers and experts in each.
-    """
-    counts = np.zeros((int(participants["round"].max()) if len(participants) else 0, *shape), dtype=int)
-    for row in participants.to_dict(orient="records"):
-        for layer, expert in records.read_experts(row["exploited"]) if not row["rejected"] else []:
-            counts[row["round"] - 1, layer, expert] += 1
-    return list(counts)
 
 
 class RunMonitor:

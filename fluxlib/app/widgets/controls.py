@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -100,7 +99,9 @@ class Controls:
             ConfigError: a combination that cannot be.
         """
         chosen = {name: widget.value for name, widget in self.widgets.items() if name != "participant"}
-        return self.base.updated(chosen | {"variant": self._variant(chosen)})
+        plain = self.base.updated(chosen | {"variant": ""})
+        tuned, merged = (round(100 * share) for share in (plain.budget.tune_frac, plain.budget.merge_frac))
+        return plain.updated({"variant": f"t{tuned}-m{merged}-{plain.numbers[:4]}"})
 
     def turn(self, settings: Mapping[str, str]) -> None:
         """Turn some of the menus, by the full names of their settings."""
@@ -138,13 +139,6 @@ class Controls:
         most = self.widgets["federation.participants"].value - 1
         self.widgets["participant"].value = min(self.participant, most)
         self.widgets["participant"].max = most
-
-    def _variant(self, chosen: dict[str, Any]) -> str:
-        named = {"model", "task", "method", "budget.tune_frac", "budget.merge_frac", "variant", "seed"}
-        rest = {name: value for name, value in sorted((self.base.settings() | chosen).items()) if name not in named}
-        digest = hashlib.sha256(repr(rest).encode()).hexdigest()[:4]
-        tuned, merged = (round(100 * chosen[f"budget.{name}"]) for name in ("tune_frac", "merge_frac"))
-        return f"t{tuned}-m{merged}-{digest}"
 
 
 def _show(widget: Any, value: Any) -> None:

@@ -18,7 +18,7 @@ from fluxlib import figures
 from fluxlib.analysis import store as stored
 from fluxlib.analysis.store import folders, place_of, run_id
 from fluxlib.analysis.time_to_target import reach
-from fluxlib.app.widgets.background import HEADLESS, BackgroundRun, InTurn, count_tuned, going_on
+from fluxlib.app.widgets.background import HEADLESS, BackgroundRun, InTurn, going_on
 from fluxlib.app.widgets.controls import Controls, with_labels
 from fluxlib.app.widgets.history import BROWN, RED, History, beginning, compared, note, paragraphs, status, table
 from fluxlib.app.widgets.planning import OwnModel, PaysMap
@@ -101,19 +101,18 @@ class Dashboard:
     def refresh(self) -> None:
         """Read the controls and show what they mean; what cannot be is said in place, and cannot be run."""
         try:
-            self.preview = preview(self.controls.config(), self.controls.participant)
-            self._problem, warning = "", self.preview.warning
+            self.preview, self._problem = preview(self.controls.config(), self.controls.participant), ""
         except ConfigError as error:
-            self.preview, self._problem, warning = None, str(error), ""
-        if self.preview is not None:
+            self.preview, self._problem, self.summary.value = None, str(error), ""
+            self._say(f"{error}\nNothing can be run until this is changed.")
+        else:
             self.plan.value = self.preview.picture()._repr_png_()
-        # The picture of another choice would be taken for this one's.
-        self.plan.layout.visibility = "visible" if self.preview is not None else "hidden"
-        self.summary.value = paragraphs(self.preview.summary()) if self.preview is not None else ""
-        self._say(f"{self._problem}\nNothing can be run until this is changed." * bool(self._problem), warning)
-        self.controls.mark(self._problem)
-        if self.preview is not None:
+            self.summary.value = paragraphs(self.preview.summary())
             self.map.show(self.preview.config)
+            self._say("", self.preview.warning)
+        # The picture of another choice would be taken for this one's.
+        self.plan.layout.visibility = "hidden" if self._problem else "visible"
+        self.controls.mark(self._problem)
         self._set_buttons()
         self._list_earlier()
 
@@ -225,34 +224,26 @@ class Dashboard:
         self.history.show(*(str(self.controls.widgets[name].value) for name in ("model", "task")))
 
     def _draw(self) -> None:
-        shown, tuned, first = self._shown()
+        shown = self._shown()
         scores = [run["metric"].max() for run in shown.values() if run["metric"].notna().any()]
         self.curve.layout.display = "" if scores else "none"
         if not scores:
             self.table.value = ""
             return
         target = TARGET_FRAC * float(max(scores))
-        self.curve.value = figures.dashboard.curves(shown, target, tuned, first)._repr_png_()
-        times = reach(stored.as_one({label: run for label, run in shown.items() if len(run)}), target, final_rounds=1)
+        self.curve.value = figures.dashboard.curves(shown, target)._repr_png_()
+        times = reach(stored.as_one(shown), target, final_rounds=1)
         self.table.value = compared(times, TARGET_FRAC)
 
-    def _shown(self) -> tuple[dict[str, pd.DataFrame], Any, int]:
-        """The run of this dashboard first, then those that were chosen; and the roles of the first of them."""
+    def _shown(self) -> dict[str, pd.DataFrame]:
+        """The run of this dashboard first, then those that were chosen."""
         shown: dict[str, pd.DataFrame] = {}
-        tuned, first, own = None, 1, None
-        if self.run is not None and self.run.rows:
-            own = self.run.config
-            title = style.method(own.method).title
-            shown[f"this run: {title} {own.variant}"] = self.run.table()
-            tuned, first = self.run.tuned, self.run.first_round
+        own = self.run.config if self.run is not None and self.run.rows else None
+        if self.run is not None and own is not None:
+            shown[f"this run: {style.method(own.method).title} {own.variant}"] = self.run.table()
         for label, file in self.history.chosen().items():
             found = table(file)
             mine = own is not None and place_of(file) == self.out and run_id(file) == own.run_id
-            if found is None or found.empty or mine:
-                continue
-            if not shown and self.preview is not None:
-                people = table(file, "participants")
-                num_layers, num_experts = self.preview.profile.frequency.shape
-                tuned = None if people is None else count_tuned(people, (num_layers, num_experts))
-            shown[label] = found
-        return shown, tuned, first
+            if found is not None and not mine:
+                shown[label] = found
+        return shown

@@ -17,6 +17,7 @@ from fluxlib.app.widgets.background import COMPLETE, FAILED, STOPPED, Background
 from fluxlib.app.widgets.controls import with_labels
 from fluxlib.config import ConfigError, RunConfig, flatten, make_config
 from fluxlib.figures import style
+from fluxlib.records import seconds
 
 
 class History:
@@ -131,11 +132,6 @@ def _identity(file: Path) -> tuple[Path, str]:
 RED, BROWN = "#b00020", "#8a5a00"
 
 
-def seconds(value: float) -> str:
-    """Three digits, and no powers of ten: a mini model's rounds take milliseconds, a real one's minutes."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "run_id": ("run", str),
     "rounds": ("rounds done", str),
@@ -155,14 +151,9 @@ text-align: right; white-space: nowrap} .flux th:first-child, .flux td:first-chi
 def compared(times: pd.DataFrame, target_frac: float) -> str:
     """Runs side by side: a table of :func:`fluxlib.analysis.time_to_target.reach`."""
     target, metric = times["target"].iloc[0], METRICS.get(times["metric_name"].iloc[0], "score")
-    head = "".join(f"<th>{title}</th>" for title, _ in COLUMNS.values())
-    body = ""
-    for row in times.to_dict(orient="records"):
-        cells = (("–" if value != value else form(value))
-                 for value, form in ((row[name], form) for name, (_, form) in COLUMNS.items()))  # fmt: skip
-        body += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    cells = {title: times[name].map(form, na_action="ignore") for name, (title, form) in COLUMNS.items()}
     said = f"Target: {metric} {target:.3f}, {target_frac:.0%} of the best score shown (dotted line); –: not reached."
-    return f"{STYLE}<div class='flux'>{said}<table><thead><tr>{head}</tr></thead>{body}</table></div>"
+    return f"{STYLE}<div class='flux'>{said}{pd.DataFrame(cells).to_html(index=False, border=0, na_rep='–')}</div>"
 
 
 def note(text: str, color: str) -> str:
@@ -192,22 +183,14 @@ def status(run: BackgroundRun) -> str:
     name = f'<span style="color:#666">{html.escape(run.config.run_id)}</span>'
     if not run.rows:
         return f"Loading the model, scoring the base ...<br>{name}"
-    line = _round_line(run)
+    row = run.rows[-1]
+    said = records.describe_result(row).replace("  ", " · ")
+    line = f"<b>round {row['round']}</b> of {run.config.federation.rounds}: {said}"
     if run.state == STOPPED:
         return f"{line}<br><b>Stopped.</b> Run with the same settings goes on from here. {name}"
     if run.state == COMPLETE:
         return f"{line}<br><b>Complete.</b> Tables of {name} in {html.escape(str(run.out))}."
     return f"{line}<br>{run.state} ... {_remaining(run)} {name}"
-
-
-def _round_line(run: BackgroundRun) -> str:
-    row = run.rows[-1]
-    said = [f"<b>round {row['round']}</b> of {run.config.federation.rounds}"]
-    if row["metric"] == row["metric"]:
-        said.append(f"{METRICS.get(row['metric_name'], 'score')} {row['metric']:.3f}, loss {row['loss']:.3f}")
-    said.append(f"{row['wall_s']:.1f} s here, {seconds(row['device_s'])} s on the device clock")
-    said.append(f"{row['uplink_bytes'] / 1e6:.1f} MB up, {row['downlink_bytes'] / 1e6:.1f} MB down in this round")
-    return " · ".join(said) + (f" · {row['num_rejected']} replies refused" if row["num_rejected"] else "")
 
 
 def _remaining(run: BackgroundRun) -> str:

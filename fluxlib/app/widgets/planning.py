@@ -17,10 +17,11 @@ import pandas as pd
 from fluxlib.analysis import store, where
 from fluxlib.analysis.wording import REAL_SHAPES, percent, title
 from fluxlib.app import pipeline
-from fluxlib.app.widgets.history import RED, STYLE, note, paragraphs, seconds
+from fluxlib.app.widgets.history import RED, STYLE, note, paragraphs
 from fluxlib.config import REPO_ROOT, RunConfig, figures_dir, results_dir
 from fluxlib.devices import catalogue, clock, memory
 from fluxlib.figures import overhead, style
+from fluxlib.records import seconds
 
 PROFILE, STUDY = "full", "06_scale_and_overhead"
 """Whose runs they are, and the study that says which of them the map is made of."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Preview:
         needed = max(found.peak_bytes, found.profile_bytes)
         return (
             f"Does not fit: {found.num_tuned} tuned and {found.num_merged} merged experts of "
-            f"{shapes_name(self.config)} need {needed / 2**30:.1f} GiB, {self.device.title} has "
+            f"{Path(self.config.sized_as).name} need {needed / 2**30:.1f} GiB, {self.device.title} has "
             f"{(found.usable_bytes or 0) / 2**30:.1f} to use. `fluxlib plan` says what would."
         )
 
@@ -94,7 +94,7 @@ class Preview:
         space = {name: _gib_by_kind(plan) for name, plan in self.memory.items()}
         notes = (
             f"{Path(self.config.model).name}, {self.config.task}, participant {self.participant}, plan of round 1",
-            f"memory and time: sized as {shapes_name(self.config)} on {self.device.title} over "
+            f"memory and time: sized as {Path(self.config.sized_as).name} on {self.device.title} over "
             f"{self.config.clock.link}, last round",
         )
         limit = self.device.memory_bytes / 2**30
@@ -129,9 +129,7 @@ def preview(config: RunConfig, participant: int = 0) -> Preview:
     late = _plan(config, known, budget, config.federation.rounds) if explores else (plans, assigned)
     device = catalogue.fleet(config.clock.fleet, config.federation.participants)[participant]
     compared = list(dict.fromkeys((config.method, "fmd")))
-    top_k_sum = sum(layer.top_k for layer in find.layers(_model(config.model)[0]))
-    share = Share(late[1], late[0], known.frequency, top_k_sum, num_tokens)
-    works = {name: expected_work(config, name, share) for name in compared}
+    works = {name: expected_work(config, name, late[1], late[0], known.frequency, num_tokens) for name in compared}
     return Preview(
         config,
         participant,
@@ -198,16 +196,6 @@ def _cached_profile(config: RunConfig, participant: int) -> tuple[profiling.Prof
     return found, found.num_tokens / len(examples)
 
 
-def shapes_name(config: RunConfig) -> str:
-    """Its name without a folder."""
-    return Path(shapes_of(config)).name
-
-
-def shapes_of(config: RunConfig) -> str:
-    """The model that memory and time are predicted for."""
-    return config.model if config.clock.model == "self" else config.clock.model
-
-
 def predict_memory(
     config: RunConfig, method: str, budget: Budget, known: profiling.Profile, device: catalogue.Device
 ) -> MemoryPlan:
@@ -216,22 +204,19 @@ def predict_memory(
     Raises:
         ConfigError: the model does not have as many or as few experts.
     """
-    name, total = shapes_of(config), clock.shapes(shapes_of(config)).num_experts
+    name, total = config.sized_as, clock.shapes(config.sized_as).num_experts
     share = 1.0 if method in ("fmd", "fmq") else budget.num_tuned / known.frequency.numel()
     num_tuned = max(1, round(share * total))
     num_merged = round(budget.num_merged / known.frequency.numel() * total) if method in ("flux", "flux_plus") else 0
+    tokens = min(config.clock.tokens_per_sample or config.training.max_tokens, 512)
+    bits = config.training.fmq_bits if config.method == "fmq" else config.profiling.bits
+    step = Step(config.training.batch_size, tokens, bits=min(bits, 8), rank=config.adapter.used_rank)
     limit = device.memory_bytes if method == config.method else None
     try:
-        return _planned(name, method, limit, num_tuned, num_merged, _step(config))
+        return _planned(name, method, limit, num_tuned, num_merged, step)
     except ValueError as error:
         said = f"budget.tune_frac is {share:.3g}, {num_tuned} of {total} experts of {Path(name).name}"
         raise ConfigError(f"{said}: {error}") from None
-
-
-def _step(config: RunConfig) -> Step:
-    tokens = min(config.clock.tokens_per_sample or config.training.max_tokens, 512)
-    bits = config.training.fmq_bits if config.method == "fmq" else config.profiling.bits
-    return Step(config.training.batch_size, tokens, bits=min(bits, 8), rank=config.adapter.used_rank)
 
 
 @lru_cache(maxsize=64)
@@ -243,31 +228,19 @@ def _planned(
 
 def predict_seconds(config: RunConfig, work: Work, device: catalogue.Device) -> dict[str, float]:
     """Phases of a later round (its profile is a round old), for one participant."""
-    shapes, link = clock.shapes(shapes_of(config)), catalogue.link(config.clock.link)
+    shapes, link = clock.shapes(config.sized_as), catalogue.link(config.clock.link)
     found = clock.phase_seconds(work, shapes, device, link, config.clock.tokens_per_sample, config.clock.offloading)
     return {phase: seconds for phase, seconds in found.items() if seconds}
 
 
-@dataclass(frozen=True)
-class Share:
-    """A participant's part in a round, before it is done.
-
-    Attributes:
-        assigned: its roles, ``[L, E]`` each.
-        plans: one per MoE layer.
-        frequency: ``[L, E]`` of its profile.
-        top_k_sum: experts that a token passes through, over all layers.
-        tokens_per_sample: mean of its data.
-    """
-
-    assigned: roles.Roles
-    plans: Sequence[LayerPlan]
-    frequency: Tensor
-    top_k_sum: int
-    tokens_per_sample: float
-
-
-def expected_work(config: RunConfig, method: str, share: Share) -> Work:
+def expected_work(
+    config: RunConfig,
+    method: str,
+    assigned: roles.Roles,
+    plans: Sequence[LayerPlan],
+    frequency: Tensor,
+    tokens_per_sample: float,
+) -> Work:
     """What one participant does in a round, by count; the account that :class:`Work` gives afterwards.
 
     Four numbers are estimates: tokens are those of mean samples, routed as the profile says; an expert that got no
@@ -275,73 +248,57 @@ def expected_work(config: RunConfig, method: str, share: Share) -> Work:
     to be spread evenly over the experts, so downloads are rather too many where participants tune the same ones.
 
     Args:
-        method: the one of ``config``, for which ``share`` holds, or one that tunes every expert.
+        method: the one of ``config``, whose roles and plans these are, or one that tunes every expert.
+        frequency: ``[L, E]`` of its profile.
+        tokens_per_sample: mean of its data.
     """
-    exploit, explore, tokens_per_sample = share.assigned.exploit, share.assigned.explore, share.tokens_per_sample
-    samples = config.training.local_steps * config.training.batch_size
-    work = Work(
-        num_experts=exploit.numel(),
-        train_steps=config.training.local_steps,
+    exploit, explore = assigned.exploit, assigned.explore
+    if method != config.method:
+        exploit, explore, plans = torch.ones_like(exploit), torch.zeros_like(explore), ()
+    total, steps, batch_size = exploit.numel(), config.training.local_steps, config.training.batch_size
+    samples = steps * batch_size
+    looks = methods.get(method).profiles and method != "flux_plus"  # FLUX+ sees its training's own passes
+    profiled = config.profiling.batches * batch_size * looks
+    reached = frequency.clone()
+    for row, plan in zip(reached, plans, strict=False):
+        row[list(plan.dropped)] = 0.0
+    groups = [group for plan in plans for group in plan.groups]
+    routed = round(samples * tokens_per_sample) * sum(layer.top_k for layer in find.layers(_model(config.model)[0]))
+    with_gradient = exploit | explore if method == "flux_plus" else exploit
+    keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
+    once, each = flux.forward_passes(keys, len(frequency), config) if method == "flux" else (0.0, 0.0)
+    probed = batch_size * once, batch_size * each * roles.num_probed(config.roles, len(keys)) / max(1, len(keys))
+    num_tuned, num_updated = int(exploit.sum()), int((exploit & (frequency > 0)).sum())
+    # Each participant changes as many, whichever; FLUX+ gets those that it tunes, and the others later.
+    changed = math.ceil(total * (1 - (1 - num_updated / total) ** config.federation.participants))
+    few_bits = config.training.fmq_bits if method == "fmq" and config.training.fmq_bits < 16 else None
+    on_link = few_bits + fmq.SCALE_BITS if few_bits else math.inf
+    return Work(
+        num_experts=total,
+        num_tuned=num_tuned,
+        num_updated=num_updated,
+        num_frozen=len(groups),
+        num_merge_sources=sum(len(group) for group in groups if len(group) > 1),
+        train_steps=steps,
         train_samples=samples,
         train_tokens=round(samples * tokens_per_sample),
-        adapter_rank=config.adapter.used_rank,
-        download_bits=bits_per_weight(config.wire.downlink),
-        upload_bits=bits_per_weight(config.wire.uplink),
-    )
-    if method != config.method or bool(exploit.all()):
-        return _tuning_everything(config, method, work, int((share.frequency > 0).sum()))
-    total, num_updated = work.num_experts, int((exploit & (share.frequency > 0)).sum())
-    dropped = torch.zeros_like(exploit)
-    for row, plan in zip(dropped, share.plans, strict=True):
-        row[list(plan.dropped)] = True
-    reached = share.frequency.masked_fill(dropped, 0.0)
-    routed = work.train_tokens * share.top_k_sum
-    looks, changed = method != "flux_plus", _changed(config, total, num_updated)
-    samples = config.profiling.batches * config.training.batch_size * looks
-    keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
-    once, each = flux.forward_passes(keys, len(share.frequency), config) if method == "flux" else (0.0, 0.0)
-    probed = roles.num_probed(config.roles, len(keys)) / max(1, len(keys))  # the others of them are not
-    once, each = (n * config.training.batch_size for n in (once, each * probed))
-    return replace(
-        work,
-        num_tuned=int(exploit.sum()),
-        num_updated=num_updated,
-        num_frozen=sum(len(plan.groups) for plan in share.plans),
-        num_merge_sources=sum(len(group) for plan in share.plans for group in plan.groups if len(group) > 1),
         routed_tokens=routed,
         slot_tokens=routed,
-        tuned_tokens=round(routed * float(reached[exploit if looks else exploit | explore].sum() / reached.sum())),
-        profile_samples=samples,
-        profile_tokens=round(samples * tokens_per_sample),
-        profile_bits=config.profiling.bits,
-        num_quantized=total * looks,
-        probe_samples=round(once),
-        probe_tokens=round(once * tokens_per_sample),
-        expert_probe_samples=round(each),
-        expert_probe_tokens=round(each * tokens_per_sample),
-        hidden_profile=method == "flux" and config.profiling.stale,
-        num_downloaded=changed if looks else round(changed * int(exploit.sum()) / total),
-        num_uploaded=num_updated,
-    )
-
-
-def _changed(config: RunConfig, total: int, num_changed: int) -> int:
-    """Experts that change somewhere when each participant changes ``num_changed``, whichever."""
-    return math.ceil(total * (1 - (1 - num_changed / total) ** config.federation.participants))
-
-
-def _tuning_everything(config: RunConfig, method: str, work: Work, num_used: int) -> Work:
-    """The account of FMD and FMQ, and of any other budget that is everything; ``num_used`` experts get tokens."""
-    total, bits = work.num_experts, config.training.fmq_bits
-    work = replace(
-        work,
-        num_tuned=total,
-        num_updated=num_used,
-        num_downloaded=_changed(config, total, num_used),
-        num_uploaded=num_used,
+        tuned_tokens=round(routed * float(reached[with_gradient].sum() / reached.sum())),
+        profile_samples=profiled,
+        profile_tokens=round(profiled * tokens_per_sample),
+        profile_bits=few_bits or (config.profiling.bits if looks else 16),
+        num_quantized=total if looks or few_bits else 0,
+        probe_samples=round(probed[0]),
+        probe_tokens=round(probed[0] * tokens_per_sample),
+        expert_probe_samples=round(probed[1]),
+        expert_probe_tokens=round(probed[1] * tokens_per_sample),
+        adapter_rank=config.adapter.used_rank,
+        weight_bits=few_bits or 16,
         offloaded=method in ("fmd", "fmq"),
+        num_downloaded=round(changed * num_tuned / total) if method == "flux_plus" else changed,
+        num_uploaded=num_updated,
+        download_bits=min(on_link, bits_per_weight(config.wire.downlink)),
+        upload_bits=min(on_link, bits_per_weight(config.wire.uplink)),
+        hidden_profile=method == "flux" and config.profiling.stale,
     )
-    if method != "fmq" or bits == 16:
-        return work
-    down, up = (min(bits + fmq.SCALE_BITS, own) for own in (work.download_bits, work.upload_bits))
-    return replace(work, num_quantized=total, profile_bits=bits, weight_bits=bits, download_bits=down, upload_bits=up)
