@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fluxlib.analysis import store, where
 from fluxlib.analysis.claims.judge import (
     AGREES,
     DIFFERS,
@@ -23,7 +24,6 @@ from fluxlib.analysis.claims.judge import (
     verdict,
     weakest,
 )
-from fluxlib.analysis import store, where
 from fluxlib.analysis.claims.tables import Tables, of_model
 from fluxlib.analysis.runs import EQUAL_SECONDS, OWN_PHASES, WHOLE, breakdown, quality_over_seeds
 from fluxlib.analysis.speedups import OURS, REFERENCE, against_all, describe, speed_ups
@@ -266,7 +266,8 @@ def absolute_targets(claim: Claim, tables: Tables) -> Iterator[Reading]:
 def plus_sooner(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """FLUX+ against the best baseline that fits an L20 at 1 Gb/s, every task by the rule; the weakest decides.
 
-    FMD's plain run sets the target; everybody takes the fastest of his runs with the help (:mod:`fluxlib.analysis.where`).
+    FMD's plain run sets the target. Everybody takes the fastest of his runs with the help
+    (:mod:`fluxlib.analysis.where`).
     """
     assert claim.size is not None
     if tables.rounds is None or tables.participants is None or tables.folder is None:
@@ -278,18 +279,19 @@ def plus_sooner(claim: Claim, tables: Tables) -> Iterator[Reading]:
     raced = where.races(rounds, replies, configs, ("l20",), ("1gbps",))
     duels = where.duels(raced, "flux_plus").dropna(subset="our_run")
     for name in models_in_order(duels["model"]):
+        own = of_model(duels, name)
         judged, told, means = {}, [], {}
-        for task, rows in of_model(duels, name).groupby("task", sort=False):
-            known = rows["sign"].isin([where.SOONER, where.LATER]).all()
+        for task in map(str, own["task"].unique()):
+            rows = own[own["task"] == task]
+            known = bool(rows["sign"].isin([where.SOONER, where.LATER]).all())
             judged[task] = judge(rows["factor"], claim.size, none=1.0, ratio=True) if known else DIFFERS
             means[task] = geometric(rows["factor"]) if known else (np.nan, np.nan, np.nan)
             others = " and ".join(map(title, methods_in_order(set(rows["baseline"]))))
-            seeds = len(rows)
-            told.append(f"`{task}` {shown_interval(*means[task], 'x')}, over {others}, {seeds} seed{'s' * (seeds > 1)}")
-        least = min(means, key=lambda task: means[task][0])
-        seeds_of = of_model(duels, name).groupby("task")["seed"].nunique()
+            told.append(f"`{task}` {shown_interval(*means[task], 'x')}, against {others}")
+        seeds = own.groupby("task")["seed"].nunique()
+        least = min(means, key=lambda task: (means[task][0] == means[task][0], means[task][0]))
         yield Reading(
-            name, weakest(judged.values()), "; ".join(told), *means[least], int(seeds_of.max()), int(seeds_of.min()),
-            tuple(means), f"device clock, {clock_shapes(of_model(tables.rounds, name))}", claim.reached(means[least][0]),
-            sentence([few(int(seeds_of.min())), f"least on `{least}`"]),
+            name, weakest(judged.values()), "; ".join(told), *means[least], int(seeds.max()), int(seeds.min()),
+            tuple(means), _clock(of_model(every, name)), claim.reached(means[least][0]),
+            sentence([few(int(seeds.min())), f"least on `{least}`" if len(means) > 1 else ""]),
         )  # fmt: skip

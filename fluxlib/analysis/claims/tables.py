@@ -47,11 +47,14 @@ class Tables:
     def quality(self, ours: Sequence[str], reference: Sequence[str]) -> pd.DataFrame:
         """:func:`fluxlib.analysis.runs.final_quality` of two kinds of runs, each a method and its variant."""
         assert self.rounds is not None
-        kinds = [(self.rounds["method"] == method) & (self.rounds["variant"] == variant) for method, variant in (ours, reference)]
+        kinds = [
+            (self.rounds["method"] == method) & (self.rounds["variant"] == variant)
+            for method, variant in (ours, reference)
+        ]
         return final_quality(self.rounds[kinds[0] | kinds[1]], reference[0])
 
     def runs(self, variant: str = "") -> Iterator[tuple[str, pd.DataFrame]]:
-        """Model by model: its name, and the ``rounds`` of its runs of one variant; the unchanged ones if none is given."""
+        """Model by model: its name, and the ``rounds`` of its runs of one variant, or its plain ones."""
         if self.rounds is not None:
             rows = self.rounds[self.rounds["variant"] == variant]
             for name in models_in_order(rows["model"]):

@@ -78,7 +78,9 @@ class Relay:
             await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
-        with suppress(asyncio.CancelledError):  # the relay stops; Python 3.11 logs a cancelled handler as one that failed
+        with suppress(
+            asyncio.CancelledError
+        ):  # the relay stops; Python 3.11 logs a cancelled handler as one that failed
             await self._join(reader, writer)
 
     async def _join(self, reader: StreamReader, writer: StreamWriter) -> None:
