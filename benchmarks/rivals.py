@@ -1,6 +1,6 @@
 """FLUX's and FLUX+'s merging held against other authors' rules for keeping fewer experts, on both mini models.
 
-    python benchmarks/rivals.py             four tasks, three seeds: ten minutes of one core; tables of docs/rivals.md
+    python benchmarks/rivals.py             four tasks, three seeds, ten minutes of one core; writes docs/rivals.md
     python benchmarks/rivals.py --quick     one task, one seed, one model
 
 A quarter or an eighth of the experts is left; in a third setting half of the eighth are the most used ones, as they
@@ -20,7 +20,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -61,6 +60,8 @@ SETTINGS = {
 SAMPLES = 32
 """That every rule sees: as many as FLUX profiles in a round."""
 FIELDS = ("divergence", "error", "loss")
+FULL, PAGE = REPO_ROOT / "data" / "results" / "full" / "measurements", REPO_ROOT / "docs" / "rivals.md"
+MARK = "<!-- below: python benchmarks/rivals.py --page -->"
 
 
 @dataclass(frozen=True)
@@ -229,26 +230,33 @@ def tables(frame: pd.DataFrame) -> str:
     return "\n\n".join(parts)
 
 
+def write_page() -> str:
+    """Put the tables of what is stored below the line of the page that asks for it."""
+    kept = [records.read("measurements", FULL / f"rivals-{model}.parquet") for model in studies.REAL_SHAPES]
+    text, found = PAGE.read_text(), tables(pd.concat(kept))
+    PAGE.write_text(text[: text.index(MARK) + len(MARK)] + f"\n\n{found}\n")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, help="default: the measurements of data/results/full, or build/benchmarks")
+    parser.add_argument("--quick", action="store_true", help="one task, one seed, one model; the page stays as it is")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the tables of the page anew")
     given = parser.parse_args()
-    full = REPO_ROOT / "data" / "results" / "full" / "measurements"
-    out = given.out or (REPO_ROOT / "build" / "benchmarks" if given.quick else full)
     torch.set_num_threads(1)
-    frames = []
-    for model in list(studies.REAL_SHAPES)[: 1 if given.quick else None]:
+    for model in [] if given.page else list(studies.REAL_SHAPES)[: 1 if given.quick else None]:
         start, rows = pd.Timestamp.now("UTC").to_pydatetime(), []
         for bench in studies.benches(model, TASKS[:1] if given.quick else TASKS, range(1 if given.quick else 3)):
             print(bench.model_name, bench.task, bench.seed, flush=True)
             rows += losses(Case.of(bench))
         frame = studies.measurements(rows, f"rivals-{model}")
-        out.mkdir(parents=True, exist_ok=True)
-        about = records.about_run({"samples": SAMPLES, "rules": list(RULES)}, start)
-        records.write("measurements", frame, out / f"rivals-{model}.parquet", about)
-        frames.append(frame)
-    print(tables(pd.concat(frames)))
+        if given.quick:
+            print(tables(frame))
+        else:
+            about = records.about_run({"samples": SAMPLES, "rules": list(RULES)}, start)
+            records.write("measurements", frame, FULL / f"rivals-{model}.parquet", about)
+    if not given.quick:
+        print(write_page())
 
 
 if __name__ == "__main__":
