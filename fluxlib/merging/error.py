@@ -20,7 +20,7 @@ def output_error(
 
     Args:
         model: with its own experts; bit-identical afterwards.
-        plans: one per MoE layer, from :func:`fluxlib.merging.plan` or :func:`fluxlib.merging.discard`.
+        plans: one per MoE layer, from :func:`fluxlib.merging.plan`.
         batches: ``input_ids`` and ``attention_mask`` ``[B, T]``.
         accumulated: False: each MoE block is given what it is given in the original model, so that only its
             own error shows. True: the hidden states after each decoder layer of the customised model, with
