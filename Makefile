@@ -58,7 +58,11 @@ lint: $(STAMP)  ## Ruff on code and notebooks, stripped outputs, the type checke
 	$(BIN)/nbstripout --verify --extra-keys "metadata.widgets metadata.language_info.version" notebooks/*.ipynb notebooks/exercises/*.ipynb
 	$(BIN)/mypy
 
-test: lint  ## Lint, types and all tests, the smoke profile among them
+test: $(STAMP)  ## Lint, types and all tests, the smoke profile among them
+	@$(MAKE) --no-print-directory --keep-going -j2 lint pytest  # some tests wait, and the type checker has one thread
+
+.PHONY: pytest
+pytest: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)  ## The benchmarks (tables on the terminal)

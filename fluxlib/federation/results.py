@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from fluxlib.federation.protocol.sync import Delta, ModelVersion
 from fluxlib.federation.protocol.wire import Form, bits_per_weight
 from fluxlib.methods.base import Budget, Update, Work
 from fluxlib.roles import Roles
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Row = dict[str, Any]
 

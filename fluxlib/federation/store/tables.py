@@ -8,9 +8,8 @@ import resource
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
 from fluxlib import records
@@ -20,6 +19,9 @@ from fluxlib.federation.results import TABLES, Participation, RoundResult, Row, 
 from fluxlib.methods.base import Work
 from fluxlib.records import PHASES, write_experts
 from fluxlib.tasks.evaluate import Score
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Tables:
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """The rows so far, checked against the schema, as they will be read back."""
+        import pandas as pd  # not above: a participant's process, which is started for every message, has no tables
+
         columns = {table: [column.name for column in records.columns(table)] for table in TABLES}
         tables = {table: pd.DataFrame(self.rows[table], columns=columns[table]) for table in TABLES}
         return {table: records.validate(table, frame).to_pandas() for table, frame in tables.items()}
