@@ -12,7 +12,7 @@ REPO = Path(workflow.basedir)
 sys.path.insert(0, str(REPO))
 
 from fluxlib.app import pipeline, progress
-from fluxlib.config import ConfigError, check_writable
+from fluxlib.io import ConfigError, check_writable
 
 try:
     OVERLAY = Path(config["overlay"]) if "overlay" in config else None

@@ -19,7 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxlib.config import REPO_ROOT, checked, reading, replacing
+from fluxlib.config import REPO_ROOT
+from fluxlib.io import checked, reading, replacing
 
 if TYPE_CHECKING:
     import pandas as pd

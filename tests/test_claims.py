@@ -19,7 +19,7 @@ from fluxlib.analysis.speedups import against_all, describe, speed_ups
 from fluxlib.analysis.statistics import geometric
 from fluxlib.analysis.wording import shown, shown_interval
 from fluxlib.app import cli
-from fluxlib.config import ConfigError
+from fluxlib.io import ConfigError
 
 SCORES = {"fmd": (0.2, 0.6, 1.0, 1.0, 1.0), "flux": (0.2, 0.6, 1.0, 1.0, 1.0), "fmq": (0.2, 0.4, 0.3, 0.4, 0.3)}
 SECONDS = {"fmd": 40.0, "flux": 10.0, "fmq": 10.0}

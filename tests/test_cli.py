@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from fluxlib import records
 from fluxlib.analysis import store
 from fluxlib.app import cli, doctor
-from fluxlib.config import ConfigError, make_config
+from fluxlib.config import make_config
+from fluxlib.io import ConfigError
 
 DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
 

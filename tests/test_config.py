@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from fluxlib.config import SETTINGS, ConfigError, RunConfig, make_config
+from fluxlib.config import SETTINGS, RunConfig, make_config
+from fluxlib.io import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from fluxlib import federation, records
 from fluxlib.analysis import store, where
 from fluxlib.app import widgets
 from fluxlib.app.widgets.controls import Controls, with_labels
-from fluxlib.config import ConfigError, figures_dir, flatten, make_config
+from fluxlib.config import figures_dir, flatten, make_config
 from fluxlib.federation.store.tables import read_work
+from fluxlib.io import ConfigError
 
 DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
 SMALL = {

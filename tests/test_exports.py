@@ -13,8 +13,9 @@ import torch
 from fluxlib import models, records
 from fluxlib.analysis import store, text_profile
 from fluxlib.app import exports
-from fluxlib.config import ConfigError, make_config
+from fluxlib.config import make_config
 from fluxlib.federation import RunResult
+from fluxlib.io import ConfigError
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig
 from fluxlib.models.llama_moe import LlamaMoeConfig
 from fluxlib.moe import find

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from fluxlib.app import pipeline
-from fluxlib.config import REPO_ROOT, ConfigError, check_writable
+from fluxlib.config import REPO_ROOT
+from fluxlib.io import ConfigError, check_writable
 
 PROFILE = {
     "profile": "mini",

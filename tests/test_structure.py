@@ -20,7 +20,7 @@ PROFILES = sorted((REPO_ROOT / "config").glob("*.yaml"))
 
 # A module may import from its own layer's earlier names and from every layer above it.
 LAYERS = (
-    ("config", "seeding", "records"),
+    ("io", "config", "seeding", "records"),
     ("moe",),
     ("models",),
     ("tasks",),

@@ -21,7 +21,8 @@ from fluxlib.analysis.wording import (
     shown_interval,
     title,
 )
-from fluxlib.config import ConfigError, results_dir
+from fluxlib.config import results_dir
+from fluxlib.io import ConfigError
 
 OURS, REFERENCE = "flux", "fmd"
 

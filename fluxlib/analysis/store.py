@@ -17,7 +17,8 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 
 from fluxlib import records
-from fluxlib.config import PROFILES, REPO_ROOT, ConfigError, RunConfig, make_config, reading, results_dir, shown
+from fluxlib.config import PROFILES, REPO_ROOT, RunConfig, make_config, results_dir
+from fluxlib.io import ConfigError, reading, shown
 
 CHECKPOINTS = "checkpoints"
 SEARCH = "tune"

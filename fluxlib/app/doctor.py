@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fluxlib.config import REPO_ROOT, ConfigError, check_writable, data_dir, figures_dir, results_dir
+from fluxlib.config import REPO_ROOT, data_dir, figures_dir, results_dir
+from fluxlib.io import ConfigError, check_writable
 
 GIB = 2**30
 MINI_MODELS = ("mini-llama-moe", "mini-deepseek-moe")

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 
 from fluxlib import federation, merging, models, profiling, records
 from fluxlib.analysis.studies.bench import interleaved
-from fluxlib.config import ConfigError, RunConfig, make_config
+from fluxlib.config import RunConfig, make_config
 from fluxlib.federation.checks import make_budgets
+from fluxlib.io import ConfigError
 from fluxlib.models.saving import WEIGHTS, load_compact, save_compact
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter

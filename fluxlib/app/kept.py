@@ -13,6 +13,7 @@ import pandas as pd
 from fluxlib import config, figures, records
 from fluxlib.analysis import claims, studies
 from fluxlib.app.pipeline import declared_parameters
+from fluxlib.io import check_writable
 
 PLACES = ("results", "figures_folder", "data_path")
 """Parameters that say where something lies on this machine: no table records them."""
@@ -73,7 +74,7 @@ def keep(notebook: str, names: Mapping[str, Any]) -> Kept:
     tables = Path(given["results"] or config.results_dir(given["profile"]))
     folder = Path(given["figures_folder"] or config.figures_dir(given["profile"]))
     for place in (tables, folder) if "model" in given else (folder,):  # without a model it only reads tables
-        config.check_writable(place)
+        check_writable(place)
     parameters = {name: value for name, value in given.items() if name not in PLACES}
     start = datetime.datetime.now(datetime.UTC)
     return Kept(notebook, Path(given.get("model", "")).name, tables, folder, parameters, start)

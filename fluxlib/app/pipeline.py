@@ -23,7 +23,8 @@ from typing import Annotated, Any, cast
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, check_writable, data_dir, flatten, make_config
+from fluxlib.config import REPO_ROOT, RunConfig, data_dir, flatten, make_config
+from fluxlib.io import ConfigError, check_writable
 
 ASIDES = {"by-hand", "try-it"}
 """Tags of cells that a reader may change: nothing that a notebook keeps depends on them."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from fluxlib.analysis.claims import Claim
 from fluxlib.analysis.speedups import OURS, REFERENCE
 from fluxlib.app import pipeline
-from fluxlib.config import REPO_ROOT, ConfigError
+from fluxlib.config import REPO_ROOT
+from fluxlib.io import ConfigError
 
 DONE = "done"
 """A file in the folder of new runs once all are there: the next call begins with an empty folder."""

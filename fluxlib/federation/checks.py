@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from fluxlib import methods, models, tasks
-from fluxlib.config import ConfigError, RunConfig, check_writable
+from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue
 from fluxlib.devices.memory import METHODS as PLANNED
 from fluxlib.devices.memory import share_that_fits
+from fluxlib.io import ConfigError, check_writable
 from fluxlib.methods.base import Budget
 from fluxlib.models.loading import torch_device
 from fluxlib.moe import find

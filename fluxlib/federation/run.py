@@ -11,13 +11,14 @@ from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import RunConfig
 from fluxlib.federation.checks import check
 from fluxlib.federation.client import client_app, local_copy
 from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.results import Output, RoundResult, Row, RunResult
 from fluxlib.federation.server import server_app
 from fluxlib.federation.store.checkpoint import Checkpoint
+from fluxlib.io import ConfigError
 from fluxlib.models.loading import torch_device
 
 

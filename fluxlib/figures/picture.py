@@ -15,8 +15,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fluxlib.analysis.wording import clock_shapes, interval_name
-from fluxlib.config import replacing
 from fluxlib.figures import style
+from fluxlib.io import replacing
 
 P = ParamSpec("P")
 

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from fluxlib.config import brief, checked, reading
+from fluxlib.io import brief, checked, reading
 
 GATE_UP = "mlp.experts.gate_up_proj"
 DOWN = "mlp.experts.down_proj"

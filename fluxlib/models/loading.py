@@ -22,7 +22,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
-from fluxlib.config import data_dir, reading
+from fluxlib.config import data_dir
+from fluxlib.io import reading
 from fluxlib.models import checkpoints
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig
 from fluxlib.models.llama_moe import LlamaMoeConfig

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from fluxlib.config import ConfigError, checked, reading
+from fluxlib.io import ConfigError, checked, reading
 from fluxlib.tasks.base import Example
 from fluxlib.tasks.formats import FORMATS
 

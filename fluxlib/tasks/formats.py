@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxlib.config import checked, shown
+from fluxlib.io import checked, shown
 from fluxlib.tasks.base import Example, Metric, Row
 
 TEXT = 0

@@ -12,7 +12,7 @@ import torch
 from flwr.app import RecordDict
 
 from fluxlib import federation, models
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import RunConfig
 from fluxlib.federation import RunFailed
 from fluxlib.federation.client.local_copy import LocalCopy, Workspace
 from fluxlib.federation.engines.deployment import engine
@@ -20,6 +20,7 @@ from fluxlib.federation.protocol import wire
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.results import Output
 from fluxlib.federation.run import run_local
+from fluxlib.io import ConfigError
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from fluxlib.config import ConfigError, make_config
+from fluxlib.config import make_config
 from fluxlib.devices.memory import plan
 from fluxlib.federation.checks import make_budgets
+from fluxlib.io import ConfigError
 from fluxlib.methods.base import Budget
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxlib import federation, records
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import RunConfig
 from fluxlib.federation import CheckpointError, LocalGrid, Output
 from fluxlib.federation.client import client_app
 from fluxlib.federation.protocol.sync import ExpertStore
@@ -26,6 +26,7 @@ from fluxlib.federation.server import rounds
 from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store import checkpoint, tensor_file
 from fluxlib.federation.store.tables import Tables
+from fluxlib.io import ConfigError
 
 Make = Callable[..., RunConfig]
 

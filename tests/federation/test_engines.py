@@ -27,7 +27,7 @@ from flwr.app import Array, ConfigRecord, Context, Message, RecordDict
 import fluxlib
 from fluxlib import federation
 from fluxlib.app.cli import deploy
-from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
+from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.federation import LocalGrid, Output
 from fluxlib.federation.client import client_app, local_copy, local_data, participant
 from fluxlib.federation.engines import grid as engine_grid
@@ -38,6 +38,7 @@ from fluxlib.federation.server import server_app
 from fluxlib.federation.server.server_app import from_run_config
 from fluxlib.federation.store import lock
 from fluxlib.federation.store.progress import Progress
+from fluxlib.io import ConfigError
 from fluxlib.tasks.base import Example
 
 Make = Callable[..., RunConfig]

@@ -22,7 +22,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxlib.config import SETTINGS, ConfigError, RunConfig, make_config
+from fluxlib.config import SETTINGS, RunConfig, make_config
 from fluxlib.federation import LocalGrid
 from fluxlib.federation.client import client_app, node_state
 from fluxlib.federation.protocol import parcels
@@ -31,6 +31,7 @@ from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.protocol.wire import WireError, encode_changes, make_array
 from fluxlib.federation.server.validation import MOST_NORM, Expected, Rejected, most_counts, read_reply
 from fluxlib.federation.store import tensor_file
+from fluxlib.io import ConfigError
 from fluxlib.methods.base import Budget, ParticipantState, Update, Work
 from fluxlib.profiling import Profile
 from fluxlib.roles import Roles

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from fluxlib import federation
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import RunConfig
 from fluxlib.federation.store import lock
+from fluxlib.io import ConfigError
 
 
 def hold(folder: Path, held: Any) -> None:

@@ -15,11 +15,12 @@ from flwr.app import Array, Context, Message
 from flwr.clientapp import ClientApp
 
 from fluxlib import federation, records, seeding
-from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
+from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.federation import RunFailed
 from fluxlib.federation.client import client_app
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.server.server_app import from_run_config
+from fluxlib.io import ConfigError
 
 Make = Callable[..., RunConfig]
 NODE = 3

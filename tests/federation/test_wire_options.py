@@ -13,9 +13,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fluxlib import federation
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import RunConfig
 from fluxlib.config import make_config as checked_config
 from fluxlib.federation.client import client_app
+from fluxlib.io import ConfigError
 
 Make = Callable[..., RunConfig]
 

@@ -7,9 +7,10 @@ import torch
 from flwr.app import Context, RecordDict
 
 from fluxlib import models
-from fluxlib.config import ConfigError, make_config
+from fluxlib.config import make_config
 from fluxlib.federation.checks import check
 from fluxlib.federation.client import participant
+from fluxlib.io import ConfigError
 from fluxlib.models.loading import torch_device
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib import gradients
-from fluxlib.config import ConfigError, make_config
+from fluxlib.config import make_config
+from fluxlib.io import ConfigError
 from fluxlib.moe import compact, find
 from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import LayerPlan

@@ -15,8 +15,8 @@ from fluxlib.analysis.claims.judge import judge, weakest
 from fluxlib.analysis.claims.tables import values as by_seed
 from fluxlib.analysis.studies import bench as common
 from fluxlib.analysis.studies import merging, profiling
-from fluxlib.config import ConfigError
 from fluxlib.devices import catalogue, clock
+from fluxlib.io import ConfigError
 
 
 @pytest.fixture(scope="module")

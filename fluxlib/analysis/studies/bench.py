@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib import models, profiling, seeding, tasks
-from fluxlib.config import ConfigError
+from fluxlib.io import ConfigError
 from fluxlib.methods.base import Work
 from fluxlib.models.loading import torch_device
 from fluxlib.moe import find

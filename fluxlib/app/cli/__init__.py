@@ -16,7 +16,7 @@ import typer
 
 from fluxlib.app.cli import deploy, runs, tools
 from fluxlib.app.cli.arguments import Command, parse_settings
-from fluxlib.config import ConfigError
+from fluxlib.io import ConfigError
 from fluxlib.records import TableError
 
 __all__ = ["app", "main", "parse_settings"]

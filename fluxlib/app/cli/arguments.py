@@ -11,7 +11,7 @@ import click
 import typer
 from typer.core import TyperArgument, TyperCommand
 
-from fluxlib.config import ConfigError, check_writable
+from fluxlib.io import ConfigError, check_writable
 
 POWER = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
 """Such as 1e-3, which is text to YAML."""

@@ -20,7 +20,8 @@ from fluxlib.app.cli.arguments import (
     new_folder,
     parse_settings,
 )
-from fluxlib.config import ConfigError, RunConfig, brief, check_writable, flatten, make_config, reading
+from fluxlib.config import RunConfig, flatten, make_config
+from fluxlib.io import ConfigError, brief, check_writable, reading
 
 OPTIONS = {
     "method": "method", "model": "model", "task": "task", "federation.rounds": "rounds",

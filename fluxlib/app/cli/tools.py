@@ -21,7 +21,8 @@ from fluxlib.app.cli.arguments import (
     check_picture,
     parse_settings,
 )
-from fluxlib.config import ConfigError, results_dir
+from fluxlib.config import results_dir
+from fluxlib.io import ConfigError
 
 
 def plan(

@@ -15,7 +15,8 @@ import pandas as pd
 
 from fluxlib import federation, records
 from fluxlib.analysis import store
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import RunConfig
+from fluxlib.io import ConfigError
 from fluxlib.records import describe_round
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ from typing import Any
 from fluxlib import methods, models, tasks
 from fluxlib.analysis.wording import methods_in_order
 from fluxlib.analysis.wording import title as method_title
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue
+from fluxlib.io import ConfigError
 
 CLOCK_MODELS = ("self", "llama-moe-3.5b", "deepseek-moe-16b")
 """Whose shapes memory and time are predicted for."""

@@ -23,9 +23,10 @@ from fluxlib.app.widgets.controls import Controls, with_labels
 from fluxlib.app.widgets.history import BROWN, RED, History, beginning, compared, note, paragraphs, status, table
 from fluxlib.app.widgets.planning import OwnModel, PaysMap
 from fluxlib.app.widgets.preview import Preview, preview
-from fluxlib.config import REPO_ROOT, ConfigError, RunConfig
+from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.devices.catalogue import Device
 from fluxlib.figures import style
+from fluxlib.io import ConfigError
 
 TARGET_FRAC = 0.95
 """Target of a comparison: this share of the best score in it."""

@@ -15,8 +15,9 @@ from fluxlib.analysis import store
 from fluxlib.analysis.wording import METRICS
 from fluxlib.app.widgets.background import COMPLETE, FAILED, STOPPED, BackgroundRun
 from fluxlib.app.widgets.controls import with_labels
-from fluxlib.config import ConfigError, RunConfig, flatten, make_config
+from fluxlib.config import RunConfig, flatten, make_config
 from fluxlib.figures import style
+from fluxlib.io import ConfigError
 from fluxlib.records import seconds
 
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from fluxlib import methods, models, profiling, roles, seeding
-from fluxlib.config import ConfigError, RunConfig, make_config
+from fluxlib.config import RunConfig, make_config
 from fluxlib.devices import catalogue, clock, memory
 from fluxlib.devices.memory import MemoryPlan, Step
 from fluxlib.federation import load_task
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.federation.protocol.wire import bits_per_weight
 from fluxlib.figures import Picture, dashboard
+from fluxlib.io import ConfigError
 from fluxlib.methods import flux, flux_plus, fmes, fmq
 from fluxlib.methods.base import Budget, Work
 from fluxlib.moe import find

@@ -16,11 +16,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
 from fluxlib import models
-from fluxlib.config import reading
 from fluxlib.federation.protocol import sync
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.sync import NOTHING, Delta, ModelVersion
 from fluxlib.federation.protocol.wire import Form, WireError
+from fluxlib.io import reading
 from fluxlib.methods.base import ExpertKey
 from fluxlib.models.loading import torch_device
 from fluxlib.moe import find

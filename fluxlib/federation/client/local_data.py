@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxlib import seeding, tasks
-from fluxlib.config import DataConfig, RunConfig, checked
+from fluxlib.config import DataConfig, RunConfig
+from fluxlib.io import checked
 from fluxlib.methods.base import Batch, LocalData
 from fluxlib.tasks.base import Example
 from fluxlib.tasks.batches import sample_batches

@@ -22,10 +22,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fluxlib.config import checked, reading
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.wire import WireError
 from fluxlib.federation.store.tensor_file import read_tensors, write_tensors
+from fluxlib.io import checked, reading
 from fluxlib.methods.base import ParticipantState
 from fluxlib.profiling import Profile
 

@@ -25,10 +25,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fluxlib.config import RunConfig, checked, reading
+from fluxlib.config import RunConfig
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.sync import Delta, ModelVersion
 from fluxlib.federation.protocol.wire import Form, Shapes, WireError
+from fluxlib.io import checked, reading
 from fluxlib.methods.base import Budget, Update, Work
 from fluxlib.roles import Roles
 

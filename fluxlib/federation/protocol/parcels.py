@@ -16,8 +16,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
-from fluxlib.config import brief, reading
 from fluxlib.federation.protocol.wire import WireError, make_array, make_record
+from fluxlib.io import brief, reading
 
 MARK = "parcels"
 """Name of the record that says that a message has parcels, and that the reply may have them too."""

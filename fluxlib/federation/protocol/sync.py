@@ -30,9 +30,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from torch import Tensor, nn
 
-from fluxlib.config import checked
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.wire import Experts, Form, WireError
+from fluxlib.io import checked
 from fluxlib.methods.base import ExpertKey
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter

@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from fluxlib.config import WireType as Form
-from fluxlib.config import brief, shown
+from fluxlib.io import brief, shown
 from fluxlib.methods.base import ExpertKey
 from fluxlib.moe.packing import BLOCK, SCALE_BITS, Packed
 

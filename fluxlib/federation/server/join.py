@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fluxlib.config import RunConfig, brief, shown
+from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction, JoinReport
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.results import RunFailed
+from fluxlib.io import brief, shown
 
 log = logging.getLogger(__name__)
 

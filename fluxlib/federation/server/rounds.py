@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from safetensors import SafetensorError
 
 from fluxlib import models, records
-from fluxlib.config import ConfigError, RunConfig
+from fluxlib.config import RunConfig
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.federation.client.local_data import load_task
 from fluxlib.federation.protocol.sync import ExpertStore
@@ -25,6 +25,7 @@ from fluxlib.federation.store import lock
 from fluxlib.federation.store.checkpoint import Checkpoint, changed_tensors
 from fluxlib.federation.store.tables import Evaluation, Tables
 from fluxlib.federation.store.tensor_file import write_tensors
+from fluxlib.io import ConfigError
 from fluxlib.models.loading import torch_device
 from fluxlib.moe.adapter import Adapter
 from fluxlib.tasks.base import Example

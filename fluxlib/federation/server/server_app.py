@@ -15,11 +15,12 @@ import yaml
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fluxlib.config import REPO_ROOT, ConfigError, RunConfig, flatten, make_config
+from fluxlib.config import REPO_ROOT, RunConfig, flatten, make_config
 from fluxlib.federation.results import Output, Row, RunResult
 from fluxlib.federation.server.rounds import serve
 from fluxlib.federation.store import lock
 from fluxlib.federation.store.progress import Progress
+from fluxlib.io import ConfigError
 from fluxlib.records import describe_round
 
 

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fluxlib import methods, roles, seeding
-from fluxlib.config import RunConfig, brief, reading
+from fluxlib.config import RunConfig
 from fluxlib.federation.checks import make_budgets
 from fluxlib.federation.engines.grid import send_and_receive
 from fluxlib.federation.protocol import messages
@@ -31,6 +31,7 @@ from fluxlib.federation.results import Participation, RoundResult
 from fluxlib.federation.server.aggregation import ExpertMean, RobustAggregate, clip, make_aggregate
 from fluxlib.federation.server.join import Member
 from fluxlib.federation.server.validation import Expected, Rejected, check_work, most_counts, read_reply
+from fluxlib.io import brief, reading
 from fluxlib.methods.base import ExpertKey
 
 log = logging.getLogger(__name__)

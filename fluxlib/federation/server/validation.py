@@ -9,10 +9,11 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fluxlib.config import RunConfig, brief
+from fluxlib.config import RunConfig
 from fluxlib.federation.protocol.messages import MOST, TrainReport, asks_for_resync
 from fluxlib.federation.protocol.sync import ModelVersion
 from fluxlib.federation.protocol.wire import Form, Shapes, WireError
+from fluxlib.io import brief
 from fluxlib.methods.base import ExpertKey, Update, Work
 
 MOST_NORM = 1e6

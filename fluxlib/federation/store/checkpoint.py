@@ -24,7 +24,7 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fluxlib.config import RunConfig, checked, reading
+from fluxlib.config import RunConfig
 from fluxlib.federation.client.local_copy import LocalCopy
 from fluxlib.federation.client.node_state import from_tensors, to_tensors
 from fluxlib.federation.engines.grid import LocalGrid
@@ -33,6 +33,7 @@ from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store.tables import Tables, Totals
 from fluxlib.federation.store.tensor_file import read_tensors, write_tensors
+from fluxlib.io import checked, reading
 from fluxlib.methods.base import ExpertKey
 from fluxlib.roles import RoleState
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fluxlib.config import ConfigError
+from fluxlib.io import ConfigError
 
 
 class RunInUse(ConfigError):

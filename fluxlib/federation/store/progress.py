@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fluxlib.config import writing
 from fluxlib.federation.results import Row
+from fluxlib.io import writing
 
 
 class Progress:

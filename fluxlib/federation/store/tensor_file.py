@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fluxlib.config import reading, replacing
+from fluxlib.io import reading, replacing
 
 DIGEST = "sha256"
 """Entry of the file's metadata with the digest of all else in it."""

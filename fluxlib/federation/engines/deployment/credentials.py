@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fluxlib.config import ConfigError, check_writable, reading, shown
+from fluxlib.io import ConfigError, check_writable, reading, shown
 
 DAYS = 365
 """How long certificates are valid."""

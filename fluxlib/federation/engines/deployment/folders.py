@@ -18,9 +18,10 @@ from pathlib import Path
 
 import yaml
 
-from fluxlib.config import ConfigError, RunConfig, check_writable, make_config
+from fluxlib.config import RunConfig, make_config
 from fluxlib.devices import catalogue
 from fluxlib.federation.client.local_data import load_task, write_examples
+from fluxlib.io import ConfigError, check_writable
 
 SETTINGS, SAMPLES, STATE = "participant.yaml", "train.jsonl", "state"
 
