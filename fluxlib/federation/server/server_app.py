@@ -7,6 +7,9 @@ the same process makes an app of its own with :func:`make_app` and gets the resu
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run what Flower's run configuration says, with nobody in this process to take the result."""
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
     serve_alone(grid, *from_run_config(context.run_config))
 
 
@@ -59,6 +63,17 @@ def serve_alone(grid: Grid, config: RunConfig, out: Path | None) -> None:
         progress.end(str(error) or type(error).__name__)
         raise
     progress.end()
+
+
+def _end_after(parent: int, patience_s: float = 3.0) -> None:
+    """End this process when the one that started it is gone: Flower's own end may wait for a lock that nobody lets go.
+
+    Nothing complete is lost: a checkpoint is replaced whole or not at all.
+    """
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    time.sleep(patience_s)
+    os._exit(1)
 
 
 def from_run_config(values: dict[str, Any]) -> tuple[RunConfig, Path | None]:
