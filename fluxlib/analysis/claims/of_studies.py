@@ -177,6 +177,16 @@ def memory(claim: Claim, tables: Tables) -> Iterator[Reading]:
             )  # fmt: skip
 
 
+def rivals(claim: Claim, tables: Tables) -> Iterator[Reading]:
+    """Others' divergence over FLUX+'s, of the one that is lowest over all seeds and tasks: chosen after seeing them."""
+    for model, table in tables.measurements.get(claim.notebook, {}).items():
+        rows = table[table["study"] == claim.ours["study"]]
+        cells = np.log(rows.pivot_table(index=["seed", "task"], columns="setting", values="value"))
+        over = cells[claim.ours["others"]].sub(cells["FLUX+"], axis=0).groupby("seed").mean()
+        best = str(over.mean().idxmin())
+        yield read_size(claim, model, np.exp(over[best]), tasks_of(rows), f"the best: {best}")
+
+
 def clock_error(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """How far the device clock's seconds are off, for the method and link where they are furthest.
 
