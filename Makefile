@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PROFILE ?= mini
 OVERLAY ?=
-JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+JOBS ?= $(shell OMP_NUM_THREADS= nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_INSTALL_FLAGS ?=
 VENV := .venv
