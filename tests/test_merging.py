@@ -335,7 +335,8 @@ def test_plan_covers_every_expert_within_the_budget(model: nn.Module, profile: p
 def test_a_plan_of_whatever_comes_covers_every_expert_or_is_refused(
     model: nn.Module, profile: profiling.Profile
 ) -> None:
-    values = st.lists(st.floats(width=32) | st.sampled_from([0.0, 0.1, 0.5]), min_size=24, max_size=24)
+    shares, any_float = st.sampled_from([0.0, 0.1, 0.5]), st.floats(width=32)
+    values = st.lists(shares, min_size=24, max_size=24) | st.lists(shares | any_float, min_size=24, max_size=24)
     every = {name: st.sampled_from(get_args(field.annotation)) for name, field in MergingConfig.model_fields.items()
              if field.annotation is not bool}  # fmt: skip
     made = []
