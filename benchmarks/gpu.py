@@ -1,17 +1,19 @@
-"""FLUX, FMD, FMQ and FMES at the full shapes of LLaMA-MoE and DeepSeek-MoE: step time, peak memory, bytes moved.
+"""All five methods at the full shapes of LLaMA-MoE and DeepSeek-MoE: step time, peak memory, bytes moved.
 
     python benchmarks/gpu.py                                  both models, all methods, batch 16 of 512 tokens
     python benchmarks/gpu.py --models llama-moe-3.5b --batch 4 --checkpointing
+    python benchmarks/gpu.py --rank 8 --methods flux flux_plus fmes    with low-rank adapters
     python benchmarks/gpu.py --device cpu --quick             tiny shapes, to see that it runs
 
-Needs torch, transformers and numpy alone. Weights are random, so routing is nearly even; nothing is downloaded. A
+Weights are random, so routing is nearly even; nothing is downloaded. A
 layer's experts are made on the device, turned into what the method holds, and let go: a model larger than the device's
 memory can be measured as long as what the method holds fits. A method that runs out of memory is reported so.
 
 What is timed is one local step: forward, backward, update. FLUX and FMES train a share of the experts (``--tuned``);
-FLUX merges the others into ``--merged`` slots, FMES drops them. FMQ holds every expert in 4 bits, trains straight
-through and quantizes again. FMD keeps all experts in pinned host memory, ``--resident`` of them on the device, and
-updates on the host; "full" is the model on the device, trained with transformers' grouped_mm, where it fits.
+FLUX merges the others into ``--merged`` slots, FMES drops them; FLUX+ watches four experts in the place of every eighth
+tuned one. FMQ holds every expert in 4 bits, trains straight through and quantizes again. FMD keeps all experts in
+pinned host memory, ``--resident`` of them on the device, and updates on the host, in both forms of offloading; "full"
+is the model on the device, trained with transformers' grouped_mm, where it fits.
 """
 
 from __future__ import annotations
@@ -28,14 +30,19 @@ from _measure import Row, machine, options_of, peak_rss_bytes, seconds, table, w
 from torch import Tensor, nn
 
 from fluxlib import models
+from fluxlib.config import Offloading
+from fluxlib.methods import flux_plus
+from fluxlib.methods.base import Budget
+from fluxlib.methods.flux_plus import WATCHED
 from fluxlib.models import DeepseekMoeConfig, LlamaMoeConfig
 from fluxlib.moe import find, mask
+from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.find import MoELayer
 from fluxlib.moe.offloaded import DeviceSet, OffloadedExperts
 from fluxlib.moe.quantized import QuantizedExperts
 
-METHODS = ("flux", "fmd", "fmq", "fmes", "full")
+METHODS = ("flux", "flux_plus", "fmd", "fmd_on_demand", "fmq", "fmes", "full")
 
 
 def configs(quick: bool) -> dict[str, Any]:
@@ -85,7 +92,9 @@ class Trial:
         self.method, self.model, self.options, self.device = method, model, options, device
         found = find.layers(model)
         total = sum(layer.num_experts for layer in found)
-        self.device_set = DeviceSet(max(2, round(total * options.resident)))
+        self.adapter = Adapter(options.rank, 2.0 * options.rank, seed=0) if options.rank else None
+        form: Offloading = "on_demand" if method == "fmd_on_demand" else "overlapped"
+        self.device_set = DeviceSet(max(2, round(total * options.resident)), form)
         self.experts: list[Any] = []
         for layer in found:
             for name, stack in list(layer.experts.named_parameters()):
@@ -102,29 +111,35 @@ class Trial:
         if self.method == "full":
             self.model.set_experts_implementation("grouped_mm")
             return layer.experts
-        if self.method == "fmd":
+        if self.method.startswith("fmd"):
             held: Any = OffloadedExperts(layer.experts, self.device_set, layer.index)
         elif self.method == "fmq":
             held = QuantizedExperts(layer.experts, bits=4)
             held.collects_gradients = True
         else:
-            plan = self._plan(layer)
+            plan, watched = self._plan(layer)
             if plan.dropped:
                 mask.drop(layer, plan.dropped)
-            held = CompactExperts(layer.experts, plan)
+            held = CompactExperts(layer.experts, plan, adapter=self.adapter, layer=layer.index)
+            held.watch(watched)
             held.method = self.options.kernel
         setattr(layer.block, layer.name.rpartition(".")[2], held)
-        if self.method != "fmd":
+        if not self.method.startswith("fmd"):
             held.original.to("meta")
         return held
 
-    def _plan(self, layer: MoELayer) -> LayerPlan:
-        tuned = max(layer.top_k, round(layer.num_experts * self.options.tuned))
+    def _plan(self, layer: MoELayer) -> tuple[LayerPlan, int]:
+        """Who is tuned, merged or dropped, and how many of those that are alone in a slot are watched."""
+        tuned, watched = max(layer.top_k, round(layer.num_experts * self.options.tuned)), 0
+        slots = max(1, round(layer.num_experts * self.options.merged))
+        if self.method == "flux_plus":
+            tuned, watched = flux_plus.split(Budget(tuned, slots), layer.num_experts, 1, 1 if self.adapter else WATCHED)
         rest = range(tuned, layer.num_experts)
         if self.method == "fmes":
-            return LayerPlan(tuple(range(tuned)), dropped=tuple(rest))
-        slots = max(1, round(layer.num_experts * self.options.merged))
-        return LayerPlan(tuple(range(tuned)), tuple(tuple(rest[i::slots]) for i in range(slots)))
+            return LayerPlan(tuple(range(tuned)), dropped=tuple(rest)), 0
+        alone, merged = [(expert,) for expert in rest[:watched]], rest[watched:]
+        groups = [*alone, *(tuple(merged[i::slots]) for i in range(min(slots, len(merged))))]
+        return LayerPlan(tuple(range(tuned)), tuple(groups)), watched
 
     def step(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """Seconds of a step's parts."""
@@ -217,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> Row:
     parser.add_argument("--tuned", type=float, default=0.25, help="share of the experts that FLUX and FMES tune")
     parser.add_argument("--merged", type=float, default=0.125, help="merged slots per expert, FLUX")
     parser.add_argument("--resident", type=float, default=0.25, help="share of the experts on the device, FMD")
+    parser.add_argument("--rank", type=int, default=0, help="of adapters of FLUX, FLUX+ and FMES; 0: whole experts")
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of all but FMQ (plain steps)")
     parser.add_argument("--kernel", default="auto", choices=("auto", "slots", "grouped"), help="of FLUX and FMES")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
@@ -248,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> Row:
 
 def report(result: Row) -> str:
     """The result as Markdown."""
-    parts = ["# Four methods at full size", ", ".join(f"{k} {v}" for k, v in result["machine"].items())]
+    parts = ["# Five methods at full size", ", ".join(f"{k} {v}" for k, v in result["machine"].items())]
     for name, model in result["models"].items():
         columns = list(dict.fromkeys(column for row in model["steps"] for column in row))
         parts += [f"## {name}", table(model["steps"], columns), table([model["profile"]], list(model["profile"]))]

@@ -31,17 +31,22 @@ def test_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "## Numbers to reach" in (tmp_path / "experts.md").read_text()
 
 
-def test_four_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_method_at_full_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     main = runpy.run_path(str(FOLDER / "gpu.py"))["main"]
     main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--optimizer", "sgd", "--checkpointing"])
     result = json.loads((tmp_path / "gpu.json").read_text())
     for model in result["models"].values():
         rows = {row["method"]: row for row in model["steps"]}
-        assert all(row["result"] == "measured" for row in rows.values())
+        assert len(rows) == 7 and all(row["result"] == "measured" for row in rows.values())
         assert rows["fmd"]["to_device_bytes_per_step"] > rows["fmd"]["to_host_bytes_per_step"] > 0
         assert rows["flux"]["to_device_bytes_per_step"] == 0
         assert 4 < model["profile"]["bits_per_value"] < 4.5
+    adapters = ["--rank", "4", "--methods", "flux_plus", "--models", "tiny-llama-moe"]
+    result = main(["--quick", "--device", "cpu", "--out", str(tmp_path), *adapters])
+    assert [row["result"] for row in result["models"]["tiny-llama-moe"]["steps"]] == ["measured"]
     with pytest.raises(SystemExit):
         main(["--device", "cpu", "--models", "gpt-5"])
     assert "expected among ['llama-moe-3.5b', 'deepseek-moe-16b'], got ['gpt-5']" in capsys.readouterr().err
