@@ -3,9 +3,9 @@
     python benchmarks/merging.py                 minutes; `make bench` runs it
     python benchmarks/merging.py --quick         few repeats, to see that it runs
 
-A merge, a profile and a round's probes against one training step; assignment for 1,000 participants. How good they are
-is measured in notebooks 01 to 03, clustering in 02. All timings of a section are taken in turns in one process, on one
-thread unless told otherwise.
+A merge, a profile and a round's probes against one training step; clustering of all layers at once and layer by layer;
+assignment for 1,000 participants. How good they are is measured in notebooks 01 to 03. All timings of a section are
+taken in turns in one process, on one thread unless told otherwise.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from _measure import Row, interleaved, machine, options_of, summary, table, use_
 from torch import Tensor, nn
 
 from fluxlib import gradients, merging, models, profiling, roles, tasks
+from fluxlib.analysis.studies.merging import SHAPES, synthetic
 from fluxlib.config import MergingConfig
 from fluxlib.moe import compact, find
 from fluxlib.tasks.batches import make_batch
@@ -116,6 +117,25 @@ def round_parts(name: str, repeats: int) -> list[Row]:
     ]
 
 
+def clustering(repeats: int) -> list[Row]:
+    """All layers at once, against the same code and scikit-learn's layer by layer: how much of it is batching."""
+    rows = []
+    for name, (num_layers, num_experts, k) in SHAPES.items():
+        points = [merging.features(experts) for experts in synthetic(num_layers, num_experts, seed=0)]
+        budgets = [k] * num_layers
+        works: dict[str, Callable[[], Any]] = {
+            "all layers at once": partial(merging.cluster, points, budgets, "fused"),
+            "the same code, layer by layer": lambda points=points, k=k: [merging.cluster([p], [k]) for p in points],
+            "scikit-learn, layer by layer": partial(merging.cluster, points, budgets, "per_layer"),
+        }
+        times = interleaved(works, repeats, CPU, warmup=2)
+        rows += [
+            {"experts": name, "what": what, **summary(taken, times["all layers at once"])}
+            for what, taken in times.items()
+        ]
+    return rows
+
+
 def assignment(repeats: int) -> list[Row]:
     """1,000 participants, 27 x 64 experts, 128 of them each."""
     utilities, budgets = torch.rand(1000, 27, 64), torch.full((1000,), 128)
@@ -132,6 +152,7 @@ def assignment(repeats: int) -> list[Row]:
 
 SECTIONS = {
     "round_parts": "Parts of a round, in training steps",
+    "clustering": "Clustering",
     "assignment": "Assignment: 1,000 participants, 27 x 64 experts, 128 each",
 }
 
@@ -150,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> Row:
     repeats = 3 if options.quick else options.repeats
     result: Row = {"machine": machine(CPU)}
     result["round_parts"] = [row for name in MODELS for row in round_parts(name, repeats)]
+    result["clustering"] = clustering(repeats)
     result["assignment"] = assignment(repeats)
     write(options.out, "merging", result, report(result))
     return result
