@@ -5,9 +5,10 @@
     python benchmarks/gpu.py --rank 8 --methods flux flux_plus fmes    with low-rank adapters
     python benchmarks/gpu.py --device cpu --quick             tiny shapes, to see that it runs
 
-Weights are random, so routing is nearly even; nothing is downloaded. A
-layer's experts are made on the device, turned into what the method holds, and let go: a model larger than the device's
-memory can be measured as long as what the method holds fits. A method that runs out of memory is reported so.
+Weights are random, so routing is nearly even; nothing is downloaded. A layer's experts are made on the device, turned
+into what the method holds, and let go: a model larger than the device's memory can be measured as long as what the
+method holds fits. A method that runs out of memory is reported so. FMD, FMQ and "full" have no adapters here: with
+``--rank`` their rows are not what the others race.
 
 What is timed is one local step: forward, backward, update. FLUX and FMES train a share of the experts (``--tuned``);
 FLUX merges the others into ``--merged`` slots, FMES drops them; FLUX+ watches four experts in the place of every eighth

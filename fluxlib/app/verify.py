@@ -12,7 +12,7 @@ from pathlib import Path
 from fluxlib.analysis.claims import Claim
 from fluxlib.analysis.speedups import OURS, REFERENCE
 from fluxlib.app import pipeline
-from fluxlib.config import REPO_ROOT
+from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.io import ConfigError
 
 DONE = "done"
@@ -27,6 +27,11 @@ def tables_needed(claim: Claim, profile: pipeline.Pipeline) -> list[str]:
     if claim.notebook:
         models = profile.models if claim.notebook in profile.studies else ()
         return [f"{results}/measurements/{claim.notebook}-{model}.parquet" for model in models]
+    if claim.own:
+        kinds = [tuple(claim.ours[name]) for name in ("run", "reference") if name in claim.ours]
+        named = claim.ours.get("variants", ())
+        own = [run for run in profile.runs.values() if run.variant in named or (run.method, run.variant) in kinds]
+        return _of_runs(results, own)
     methods = {OURS, REFERENCE, claim.ours.get("baseline", OURS)}
     crowds = [run for run in profile.runs.values() if run.variant.startswith("participants-")]
     kept = [
@@ -39,7 +44,11 @@ def tables_needed(claim: Claim, profile: pipeline.Pipeline) -> list[str]:
     ]
     if claim.ours["reader"] == "participants" and not crowds:
         return []
-    return [f"{results}/{table}/{run.run_id}.parquet" for run in kept for table in ("rounds", "participants")]
+    return _of_runs(results, kept)
+
+
+def _of_runs(results: str, runs: Sequence[RunConfig]) -> list[str]:
+    return [f"{results}/{table}/{run.run_id}.parquet" for run in runs for table in ("rounds", "participants")]
 
 
 def rerun(claim: Claim, profile_name: str, jobs: int) -> Path:

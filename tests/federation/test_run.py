@@ -19,6 +19,7 @@ from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.federation import RunFailed
 from fluxlib.federation.client import client_app
 from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.server import server_app
 from fluxlib.federation.server.server_app import from_run_config
 from fluxlib.io import ConfigError
 
@@ -394,3 +395,12 @@ def test_one_participant_tunes_alone_and_its_change_comes_back_exactly(
             change = kept.get(f"{key[0]}.{key[1]}.{name}")
             assert torch.equal(tuned.tensors(key)[name], tensor if change is None else tensor + change)
     assert 0 < len(kept) < 2 * len(base.keys)
+
+
+def test_a_server_app_ends_a_while_after_the_process_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents, slept, ended = iter([7, 7, 1]), [], []
+    monkeypatch.setattr(server_app.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(server_app.time, "sleep", slept.append)
+    monkeypatch.setattr(server_app.os, "_exit", ended.append)
+    server_app._end_after(7)
+    assert (slept, ended) == ([1.0, 1.0, 3.0], [1])

@@ -266,14 +266,13 @@ def absolute_targets(claim: Claim, tables: Tables) -> Iterator[Reading]:
 def plus_sooner(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """FLUX+ against the best baseline that fits an L20 at 1 Gb/s, every task by the rule; the weakest decides.
 
-    FMD's plain run sets the target. Everybody takes the fastest of his runs with the help
-    (:mod:`fluxlib.analysis.where`).
+    FMD's plain run sets the target. Everybody takes the fastest of his runs (:mod:`fluxlib.analysis.where`).
     """
     assert claim.size is not None
     if tables.rounds is None or tables.participants is None or tables.folder is None:
         return
-    every, plain = tables.rounds, (tables.rounds["method"] == REFERENCE) & (tables.rounds["variant"] == "")
-    rounds = every[plain | every["variant"].isin(claim.ours["variants"])]
+    every = tables.rounds
+    rounds = every[every["variant"].isin(claim.ours["variants"])]
     configs = store.configs(tables.folder, rounds["run_id"].unique())
     replies = tables.participants[tables.participants["run_id"].isin(list(configs))]
     raced = where.races(rounds, replies, configs, ("l20",), ("1gbps",))

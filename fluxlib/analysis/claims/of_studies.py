@@ -188,18 +188,10 @@ def rivals(claim: Claim, tables: Tables) -> Iterator[Reading]:
 
 
 def clock_error(claim: Claim, tables: Tables) -> Iterator[Reading]:
-    """How far the device clock's seconds are off, for the method and link where they are furthest.
-
-    ``agrees``: at most the size. The rounds are many, the run is one, so there is no interval.
-    """
-    assert claim.size is not None
+    """How far the device clock's seconds are off, for the method and link where they are furthest; one run each."""
     for model, table in tables.measurements.get(claim.notebook, {}).items():
         found = race.summary(table)
         worst = found.sort_values("clock_error").iloc[-1]
-        error, fits = float(worst["clock_error"]), bool(worst["clock_error"] <= claim.size)
         usual = shown(found["clock_error"].median(), "%")
         why = f"{title(str(worst['method']))}, {worst['link']}; median over methods and links {usual}"
-        yield Reading(
-            model, AGREES if fits else DIFFERS, shown(error, claim.unit), error, tasks=tasks_of(table),
-            reached=claim.reached(error), reason=why,
-        )  # fmt: skip
+        yield read_size(claim, model, [float(worst["clock_error"])], tasks_of(table), why)
