@@ -29,7 +29,7 @@ HELD_ELSEWHERE = {
     "make bench": "tests/moe/test_benchmarks.py",
     "conda env create": "environment.yml installs constraints.txt, which `make` does too",
     ".venv/bin/pre-commit install": "writes into .git",
-    ".venv/bin/python -m fluxlib.pretraining": "tests/test_pretraining.py",
+    ".venv/bin/python data/pretraining/pretrain.py": "tests/test_pretraining.py",
     ".venv/bin/fluxlib run --method average": "tests/methods/test_add_a_method.py",
     "PYTHONPATH=. python -c": "tests/test_structure.py imports the core with nothing else at hand",
     "git clone": "needs an address",

@@ -4,12 +4,11 @@ import json
 from dataclasses import asdict
 
 import pytest
+from recipe import MAX_TOKENS, RECIPES
 
 from fluxlib import models, tasks
 from fluxlib.config import data_dir
 from fluxlib.moe import find
-from fluxlib.pretraining import RECIPES
-from fluxlib.pretraining.training import MAX_TOKENS
 from fluxlib.tasks.evaluate import evaluate
 
 SHAPES = {"mini-llama-moe": (6, 16, 4), "mini-deepseek-moe": (6, 32, 6)}

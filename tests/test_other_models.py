@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from mini_bases import build_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fluxlib import models
@@ -20,7 +21,6 @@ from fluxlib.app import cli, exports
 from fluxlib.config import REPO_ROOT, make_config
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.moe.adapter import Adapter
-from fluxlib.pretraining import build_tokenizer
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from mini_bases import build_model, build_tokenizer
+from recipe import Recipe, learning_rate, load_balance_loss, pretrain, router_term, target_shares
 
 from fluxlib import models
-from fluxlib.pretraining import Recipe, build_model, build_tokenizer, pretrain
-from fluxlib.pretraining.training import learning_rate, load_balance_loss, router_term, target_shares
 
 EVEN = torch.full((4,), 0.25)
 

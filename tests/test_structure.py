@@ -25,7 +25,7 @@ LAYERS = (
     ("models",),
     ("tasks",),
     ("profiling", "merging", "gradients", "roles"),
-    ("methods", "pretraining"),
+    ("methods",),
     ("devices",),
     ("federation",),
     ("analysis",),

@@ -2,13 +2,13 @@ import itertools
 
 import pytest
 import torch
+from mini_bases import build_tokenizer
 from torch import nn
 
 from fluxlib import seeding, tasks
 from fluxlib.config import make_config
 from fluxlib.methods.base import LocalData
 from fluxlib.models import LlamaMoeConfig, LlamaMoeForCausalLM
-from fluxlib.pretraining import build_tokenizer
 from fluxlib.tasks.batches import sample_batches
 
 CONFIG = make_config(

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mini_bases import build_tokenizer
 from torch import nn
 
 from fluxlib import federation, methods, models
 from fluxlib.config import REPO_ROOT, make_config
 from fluxlib.figures import style
 from fluxlib.methods.base import LocalData, Method
-from fluxlib.pretraining import build_tokenizer
 
 from .test_methods import TestEveryMethod as Promises
 

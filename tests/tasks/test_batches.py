@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 import torch
+from mini_bases import build_tokenizer
 
 from fluxlib import seeding
-from fluxlib.pretraining import build_tokenizer
 from fluxlib.tasks import Example
 from fluxlib.tasks.batches import IGNORED, encode, make_batch, sample_batches
 

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mini_bases import build_tokenizer
 from torch import Tensor, nn
 
 from fluxlib import models
-from fluxlib.pretraining import build_tokenizer
 from fluxlib.tasks import Example, load
 from fluxlib.tasks.evaluate import evaluate
 

@@ -3,9 +3,9 @@ import re
 from collections.abc import Sequence
 
 import pytest
+from mini_bases import build_tokenizer
 
 from fluxlib import tasks
-from fluxlib.pretraining import build_tokenizer
 from fluxlib.tasks import mini
 from fluxlib.tasks.metrics import final_number
 from fluxlib.tasks.mini import names

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mini_bases import build_model, build_tokenizer
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.functional import one_hot
 
 from fluxlib import models, seeding
 from fluxlib.models.loading import MINI
-from fluxlib.pretraining.bases import build_model, build_tokenizer
 from fluxlib.tasks import FORMATS, mini
 from fluxlib.tasks.batches import IGNORED, collate, encode
 from fluxlib.tasks.mini import pretraining_row

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipe import MAX_TOKENS
 from torch.nn.functional import one_hot
 
 from fluxlib import models, seeding
@@ -16,7 +17,6 @@ from fluxlib.methods.local import customized, tune
 from fluxlib.moe import find
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import LayerPlan
-from fluxlib.pretraining.training import MAX_TOKENS
 from fluxlib.tasks import load as load_task
 from fluxlib.tasks import mini
 from fluxlib.tasks.batches import make_batch, sample_batches
@@ -110,7 +110,7 @@ def write_card(folder: Path) -> None:
     (folder / "README.md").write_text(
         f"""# {record["name"]}
 
-A small Mixture-of-Experts base model, pre-trained from nothing by this project (`python -m fluxlib.pretraining
+A small Mixture-of-Experts base model, pre-trained from nothing by this project (`python data/pretraining/pretrain.py
 {record["name"]}`) on {record["tokens"]:,} tokens of generated text: the formats and words of the mini tasks, and
 the facts about {mini.NUM_KNOWN} of {mini.NUM_THINGS} things of every label. Final pre-training loss {last["loss"]:.3f}
 nats per token. The recipe, with its seed and loss curve, is `recipe.json`. Weights are bfloat16 safetensors in the
