@@ -338,14 +338,10 @@ def test_compare_gives_curves_and_times_to_the_best_runs_target(call, tmp_path):
         (["compare", "x" * 5000], f"error: '{'x' * 58}… is no run; give a run id"),
         (["compare", "flux", "--target", "2"], "error: --target is 2.0, allowed is above 0 and at most 1"),
         (["compare", "flux", "--picture", "a b"], "error: --picture a b: slug is 'a b', allowed are letters"),
-        (["profile", "mini-llama-moe", "nothing.txt"], "Error: Invalid value for 'TEXT': File 'nothing.txt' does not"),
-        (["profile", "mini-llama-moe", "README.md", "--bits", "5"], "error: bits is 5, allowed are 2, 3, 4, 8, 16"),
-        (["profile", "mini-lama-moe", "README.md"], "error: 'mini-lama-moe' is no folder, no known name"),
-        (["profile", "mini-llama-moe", "README.md", "--tokens", "257"], "error: tokens is 257, allowed is 1 to 256"),
-        (["profile", "mini-llama-moe", "."], "Error: Invalid value for 'TEXT': File '.' is a directory."),
         (["compare", ""], "error: an argument is empty: give a value"),
         (["compare", "flux", "--reference="], "error: an argument is empty: give a value"),
-        (["export", "nowhere", "new"], "error: nowhere has no run.json"),
+        (["export", "nowhere", "new", "--peft"], "error: nowhere has no run.json"),
+        (["export", "nowhere", "new"], "error: give --peft, the format to write"),
         (["trials", "--out", "README.md"], "Error: Invalid value for '--out': Directory 'README.md' is a file."),
         (["trials", "--out", "."], "error: no search in .: "),
         (["claims", "--profile", "nope"], "error: there are no results in"),
@@ -375,18 +371,6 @@ def test_wrong_input_of_the_other_commands_is_one_message_too(call, tmp_path, mo
     assert err.splitlines()[-1].startswith(message) or err.startswith(message)
 
 
-def test_profile_says_which_experts_a_text_uses(call, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("which of these is the right one ? " * 40)
-    arguments = ["profile", "mini-llama-moe", text, "--tokens", 32, "--samples", 4, "--picture", tmp_path / "a"]
-    code, out, _ = call(*arguments)
-    assert code == 0 and "128 tokens of" in out and "busiest" in out
-    answer = json.loads(call(*arguments, "--json")[1])
-    assert f"{answer['unknown_frac']:.0%} of them unknown to its tokenizer" in out
-    assert answer["tokens"] == 128 and len(answer["layers"]) == 6
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_a_run_is_saved_only_into_a_new_folder(call, engine, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
@@ -395,9 +379,7 @@ def test_a_run_is_saved_only_into_a_new_folder(call, engine, tmp_path):
     assert err == f"error: {tmp_path / 'full'} is not empty: a model is written to a new folder\n"
 
 
-@pytest.mark.parametrize(
-    "name", ["run", "compare", "profile", "export", "plan", "list", "doctor", "notebook", "trials", "verify"]
-)
+@pytest.mark.parametrize("name", ["run", "compare", "export", "plan", "list", "doctor", "notebook", "trials", "verify"])
 def test_every_command_explains_itself_with_an_example(call, name):
     code, out, _ = call(name, "--help")
     assert code == 0

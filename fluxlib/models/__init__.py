@@ -9,7 +9,7 @@ from fluxlib.models.checkpoints import write_checksums
 from fluxlib.models.deepseek_moe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 from fluxlib.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM
 from fluxlib.models.loading import config, known, load, load_tokenizer, resolve, torch_device
-from fluxlib.models.saving import export, load_compact, save_compact
+from fluxlib.models.saving import export
 
 for made in (LlamaMoeForCausalLM, DeepseekMoeForCausalLM):
     AutoConfig.register(made.config_class.model_type, made.config_class, exist_ok=True)
@@ -24,10 +24,8 @@ __all__ = [
     "export",
     "known",
     "load",
-    "load_compact",
     "load_tokenizer",
     "resolve",
-    "save_compact",
     "torch_device",
     "write_checksums",
 ]

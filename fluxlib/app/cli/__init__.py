@@ -1,4 +1,4 @@
-"""The ``fluxlib`` command: run, compare and export federated runs, profile a model, plan memory, execute notebooks.
+"""The ``fluxlib`` command: run, compare and export federated runs, plan memory, execute notebooks, judge claims.
 
 Wrong input ends with one message and exit code 2, a failure on the way with exit code 1. Every command that gives
 results gives them as JSON too, with ``--json``.
@@ -33,7 +33,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": runs.list_runs,
     "compare": runs.compare,
     "export": runs.export,
-    "profile": tools.profile,
     "plan": tools.plan,
     "notebook": tools.notebook,
     "trials": tools.trials,

@@ -198,33 +198,22 @@ def compare(
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="a folder of `fluxlib run --save`")],
-    folder: Annotated[Path, typer.Argument(help="new folder for the compact model or the adapter")],
-    participant: Annotated[int, typer.Option(help="for whose data and budget")] = 0,
-    tune: Annotated[float | None, typer.Option(help="share of experts kept unmerged; default: the run's")] = None,
-    merge: Annotated[float | None, typer.Option(help="merged slots, as a share; default: the run's")] = None,
-    peft: Annotated[bool, typer.Option("--peft", help="write what adapters learned, in PEFT's format")] = False,
+    source: Annotated[Path, typer.Argument(help="a folder of `fluxlib run --save`, of a run with adapter.kind lora")],
+    folder: Annotated[Path, typer.Argument(help="new folder for the adapter")],
+    peft: Annotated[bool, typer.Option("--peft", help="in PEFT's format, which is the one there is")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a participant's compact model of a tuned one, and measure it beside the full one.
-
-    With --peft: of a run with adapter.kind lora, what it learned as an adapter of its base.
+    """Write what a run's adapters learned as an adapter of its base; the whole tuned model is in SOURCE already.
 
     \b
     Example:
-        fluxlib run --rounds 4 --save build/models/tuned
-        fluxlib export build/models/tuned build/models/participant-0 --participant 0
+        fluxlib run --rounds 4 --set adapter.kind=lora --save build/models/tuned
+        fluxlib export build/models/tuned build/models/adapter --peft
     """
+    if not peft:
+        raise ConfigError(f"give --peft, the format to write; {source} holds the whole tuned model as it is")
     new_folder(folder)
     from fluxlib.app import exports
 
-    if peft:
-        exports.save_adapter(source, folder)
-        print(json.dumps({"path": str(folder)}) if as_json else f"adapter in {folder}")
-        return
-    report = exports.save_participant(source, folder, participant, tune, merge)
-    if as_json:
-        print(json.dumps(report.to_dict() | {"path": str(folder)}))
-    else:
-        print(report.table.round(3).to_string())
-        print(f"{report.num_experts} experts in {report.num_slots} slots; in {folder}")
+    exports.save_adapter(source, folder)
+    print(json.dumps({"path": str(folder)}) if as_json else f"adapter in {folder}")

@@ -1,4 +1,4 @@
-"""All but federated runs: models looked at, notebooks executed, results judged, pages written, the machine examined."""
+"""All but federated runs: memory planned, notebooks executed, results judged, pages written, the machine examined."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from fluxlib import records
 from fluxlib.app.cli.arguments import (
     JsonOption,
     OutOption,
-    PictureOption,
     SetOption,
-    check_picture,
     parse_settings,
 )
 from fluxlib.config import results_dir
@@ -55,46 +53,6 @@ def plan(
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     print(json.dumps(found.to_dict()) if as_json else found.table())
-
-
-def profile(
-    model: Annotated[str, typer.Argument(help="a mini model, a folder, or a hub name of any MoE model")],
-    text: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a text file: what the model is to read")],
-    bits: Annotated[int, typer.Option(help="of the experts meanwhile: 2, 3, 4, 8; 16: as they are")] = 16,
-    tokens: Annotated[int, typer.Option(min=1, help="tokens per sample, at most what the model reads at once")] = 128,
-    samples: Annotated[int, typer.Option(min=1, help="at most so many samples are read")] = 64,
-    picture: PictureOption = Path("build/profile/activation"),
-    as_json: JsonOption = False,
-) -> None:
-    """Which experts of any MoE model a text uses: a table by layer, and a picture.
-
-    \b
-    Example:
-        fluxlib profile mini-llama-moe README.md --bits 4
-    """
-    check_picture(picture)
-    from fluxlib import figures, models
-    from fluxlib.analysis import text_profile
-
-    try:
-        text_profile.check(models.config(model), bits, tokens)
-        loaded, tokenizer = models.load(model)
-        batches = text_profile.batches(text.read_text(errors="replace"), tokenizer, tokens, samples)
-        with typer.progressbar(batches, label="reading", file=sys.stderr) as shown:
-            found = text_profile.profile(loaded, shown, bits)
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from None
-    unknown = text_profile.unknown_frac(batches, tokenizer)
-    files = figures.save(figures.profiling.activation(found.frequency), picture.name, picture.parent, found.by_expert)
-    if as_json:
-        rows = json.loads(found.by_layer.to_json(orient="records"))
-        answer = {"model": model, "tokens": found.num_tokens, "unknown_frac": unknown, "layers": rows}
-        print(json.dumps(answer | {"picture": str(files["png"])}))
-        return
-    print(f"{model}: {found.num_tokens} tokens of {text}, {unknown:.0%} of them unknown to its tokenizer; "
-          f"experts in {bits} bit")  # fmt: skip
-    print(found.by_layer.round(3).to_string(index=False))
-    print(f"picture: {files['png']}")
 
 
 def notebook(
