@@ -85,7 +85,7 @@ lab: $(STAMP)  ## JupyterLab in notebooks/
 	$(BIN)/jupyter lab --notebook-dir . notebooks/00_start_here.ipynb
 
 book: $(STAMP)  ## The static book from executed notebooks, with every link checked: build/book/html
-	$(BIN)/python -m fluxlib.app.book --profile $(PROFILE)
+	$(BIN)/python docs/book/make_book.py --profile $(PROFILE)
 
 report: $(STAMP)  ## Snakemake's HTML page on a finished profile: graph, times, memory
 	mkdir -p build/$(PROFILE)

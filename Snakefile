@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 REPO = Path(workflow.basedir)
-sys.path.insert(0, str(REPO))
+sys.path[:0] = str(REPO), str(REPO / "workflow")
 
-from fluxlib.app import pipeline, progress
+import progress
+
+from fluxlib.app import pipeline
 from fluxlib.io import ConfigError, check_writable
 
 try:

@@ -216,6 +216,13 @@ def seconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def span(seconds: float) -> str:
+    """``48 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def describe_round(row: Mapping[str, Any]) -> str:
     """One row of ``rounds`` as a line for people."""
     return f"{row['run_id']}  round {row['round']:>3}  {describe_result(row)}"

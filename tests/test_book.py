@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 
+import make_book as book
 import pytest
 
-from fluxlib.app import book
 from fluxlib.config import REPO_ROOT
 
 

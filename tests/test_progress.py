@@ -3,10 +3,11 @@ from __future__ import annotations
 import io
 import logging
 
+import progress
 import pytest
+from progress import Progress, Step
 
-from fluxlib.app import progress
-from fluxlib.app.progress import Progress, Step
+from fluxlib import records
 
 
 class Terminal(io.StringIO):
@@ -81,7 +82,7 @@ def test_times_of_earlier_calls_are_found_by_the_steps_names(tmp_path):
 
 
 def test_spans_are_in_the_units_that_they_need():
-    assert [progress.span(seconds) for seconds in (0.4, 59.6, 200, 7500)] == [
+    assert [records.span(seconds) for seconds in (0.4, 59.6, 200, 7500)] == [
         "0 s",
         "1 min 0 s",
         "3 min 20 s",

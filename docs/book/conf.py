@@ -1,4 +1,4 @@
-"""How the book is built; ``python -m fluxlib.app.book`` lays its pages out and calls Sphinx."""
+"""How the book is built; ``python docs/book/make_book.py`` lays its pages out and calls Sphinx."""
 
 from pathlib import Path
 

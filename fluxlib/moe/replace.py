@@ -93,5 +93,5 @@ def _refuse_saving(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Stands at ``save_pretrained`` while experts are replaced."""
     raise ValueError(
         f"model: experts of this {type(model).__name__} are replaced, its checkpoint would lack them; put them back"
-        " first (fluxlib.moe.compact.restore), or write a customised model as it is (fluxlib.models.save_compact)"
+        " first (fluxlib.moe.compact.restore)"
     )

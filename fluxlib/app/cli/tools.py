@@ -167,7 +167,6 @@ def verify(
     """
     from fluxlib.analysis.claims import judge, load, table
     from fluxlib.app import verify as anew
-    from fluxlib.app.progress import span
 
     begin, known = time.monotonic(), {claim.slug: claim for claim in judge.EVERY}
     if name not in known:
@@ -190,7 +189,7 @@ def verify(
         for title, text in found.items():
             if text:
                 print(f"{title:<13}" + text.replace("`", "").replace("<br>", "\n" + 13 * " "))
-        print(f"{'' if reproduced else 'not '}reproduced, in {span(seconds)}, from {folder}")
+        print(f"{'' if reproduced else 'not '}reproduced, in {records.span(seconds)}, from {folder}")
     raise SystemExit(not reproduced)
 
 

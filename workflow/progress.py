@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TextIO
 
+from fluxlib.records import span
+
 TICK_S = 1.0
 """How often the last line is written anew on a terminal."""
 LAST_ROUND = re.compile(r".*seed\d+  round .*")
@@ -62,13 +64,6 @@ def earlier(folder: Path) -> dict[str, float]:
         with file.open(newline="") as opened:
             found |= {step_name(file): float(row["s"]) for row in csv.DictReader(opened, delimiter="\t")}
     return found
-
-
-def span(seconds: float) -> str:
-    """``48 s``, ``3 min 20 s``, ``2 h 5 min``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class Progress(logging.Handler):

@@ -1,4 +1,4 @@
-"""The static book: ``python -m fluxlib.app.book`` lays its pages out, Sphinx builds them and checks every link.
+"""The static book: ``python docs/book/make_book.py`` lays its pages out, Sphinx builds them and checks every link.
 
 Pages lie as they do in the repository, so links that work on GitHub work in the book. A chapter is the executed copy of
 a notebook where some profile has left one in ``build/<profile>/notebooks``; a chapter without one says so.
@@ -14,7 +14,6 @@ from pathlib import Path
 
 from fluxlib.config import PROFILES, REPO_ROOT
 
-CONF = REPO_ROOT / "docs" / "book"
 COPIED = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "constraints.txt", "environment.yml",
     "pyproject.toml", "Makefile", "Snakefile", "docs", "data/README.md", "figures", "config", "notebooks/exercises",
@@ -45,7 +44,8 @@ def assemble(source: Path, root: Path = REPO_ROOT, profiles: Sequence[str] = PRO
         elif (root / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / name, source / name)
-    shutil.copytree(CONF, source, dirs_exist_ok=True)
+    for name in ("conf.py", "index.md"):
+        shutil.copy(Path(__file__).with_name(name), source / name)
     missing = []
     (source / "notebooks").mkdir(exist_ok=True)
     for notebook in sorted((root / "notebooks").glob("*.ipynb")):
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build the book; the exit code. A link to a page or a heading that it does not have is an error."""
     from sphinx.cmd.build import build_main
 
-    parser = argparse.ArgumentParser(prog="python -m fluxlib.app.book", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=REPO_ROOT / "build" / "book", help="folder of the book")
     parser.add_argument("--profile", default="full", help="take executed notebooks of this profile first")
     given = parser.parse_args(arguments)
