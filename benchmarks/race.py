@@ -13,17 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _race_clock as race_clock
 import pandas as pd
 import torch
 from _measure import Row, machine, table
+from _relay import ShapedFederation
 
 from fluxlib import federation, models, records
 from fluxlib.analysis.studies import measurements, race, scale
 from fluxlib.config import REPO_ROOT, RunConfig, make_config
 from fluxlib.devices import catalogue, clock
+from fluxlib.federation.engines.deployment.processes import CONNECTION
 
 MODEL, TASK, REAL, TOKENS = "mini-llama-moe", "mini-mmlu", "llama-moe-3.5b", 128
 COMMON = {
@@ -45,11 +50,20 @@ CHUNK = 1 << 19
 again: two of its 5 MB would never be through a link this slow."""
 
 
-def measured(config: RunConfig, limit_s: float, out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def over_relays(config: RunConfig, on_round: Callable[[Any], bool]) -> federation.RunResult:
+    """A run whose nodes have its link for real."""
+    with tempfile.TemporaryDirectory(prefix="flux-race-") as folder, ShapedFederation(Path(folder), config) as nodes:
+        os.environ["FLWR_HOME"] = str(nodes.home)
+        return federation.run(config, on_round, superlink=CONNECTION)
+
+
+def measured(
+    config: RunConfig, limit_s: float, out: Path, run: Callable[..., federation.RunResult] = federation.run
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables of a run that ends with the first round after ``limit_s``; those of ``out`` where it is over."""
     paths = [out / f"{config.run_id}-{name}.parquet" for name in ("rounds", "participants")]
     if not all(path.exists() for path in paths):
-        found = federation.run(config, on_round=lambda new: bool(new["wall_s"] >= limit_s))
+        found = run(config, on_round=lambda new: bool(new["wall_s"] >= limit_s))
         for path, frame in zip(paths, (found.rounds, found.participants), strict=True):
             frame.to_parquet(path)
     rounds, participants = (pd.read_parquet(path) for path in paths)
@@ -69,19 +83,19 @@ def main() -> None:
     start = pd.Timestamp.now("UTC").to_pydatetime()
     device, shapes = scale.this_machine(), clock.shapes_of(MODEL, models.load(MODEL)[0])
 
-    def place(config: RunConfig, link: str) -> race.Place:
-        return race.Place(shapes, device, catalogue.link(link), config.wire.uplink)
+    def place(config: RunConfig, link: str) -> race_clock.Place:
+        return race_clock.Place(shapes, device, catalogue.link(link), config.wire.uplink)
 
     speeds, per_s = {}, 0.0
     for name in METHODS:
         unshaped = {"variant": "unshaped", "clock.link": UNSHAPED, "federation.rounds": CALIBRATION_ROUNDS}
         config = make_config({**COMMON, **METHODS[name], "method": name, **unshaped})
         rounds, participants = measured(config, 1e9, given.runs)
-        speeds[name] = race.calibrated(rounds, participants, place(config, UNSHAPED))
+        speeds[name] = race_clock.calibrated(rounds, participants, place(config, UNSHAPED))
         print(f"{name} here: {speeds[name]}", flush=True)
         if name == "fmd":
-            real = race.Place(clock.shapes(REAL), catalogue.DEVICES["l20"], catalogue.link("1gbps"), "bfloat16")
-            per_s = race.rate(participants, real, TOKENS)
+            real = race_clock.Place(clock.shapes(REAL), catalogue.DEVICES["l20"], catalogue.link("1gbps"), "bfloat16")
+            per_s = race_clock.rate(participants, real, TOKENS)
             print(f"sending to training as there: {8 * per_s / 1e6:.2f} Mb/s", flush=True)
     rows: list[Row] = []
     for label, times in rates.items():
@@ -90,12 +104,11 @@ def main() -> None:
             shaped = {
                 "variant": label.lower().replace(" ", "-").replace("/", ""),
                 "clock.link": link,
-                "clock.shaped": True,
             }
             config = make_config({**COMMON, **METHODS[name], "method": name, **shaped})
-            rounds, participants = measured(config, given.seconds, given.runs)
-            said = race.predicted(participants, place(config, link), speeds[name])
-            rows += race.rows(rounds, said, f"{name}, {label}")
+            rounds, participants = measured(config, given.seconds, given.runs, over_relays)
+            said = race_clock.predicted(participants, place(config, link), speeds[name])
+            rows += race_clock.rows(rounds, said, f"{name}, {label}")
             print(f"{name} {label}: {len(rounds) - 1} rounds, score {rounds['metric'].iloc[-1]:.3f}", flush=True)
     frame = measurements(rows, f"race-{MODEL}")
     parameters = {"link_mbps": 8 * per_s / 1e6, "seconds": given.seconds, "machine": machine(torch.device("cpu")),

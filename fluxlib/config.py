@@ -45,6 +45,7 @@ NO_NUMBERS: dict[str, Any] = {
 
 RETIRED: dict[str, Any] = {
     "merging.clustering": "fused",
+    "clock.shaped": False,
     "privacy.clip_norm": None,
     "privacy.clip_quantile": None,
     "privacy.noise_multiplier": 0.0,
@@ -212,7 +213,6 @@ class ClockConfig(_Group):
         "1gbps",
         description="connection of each participant: one of devices/catalogue.yaml, or a rate such as 2.5mbps",
     )
-    shaped: bool = Field(False, description="engine deployment: the nodes that are started here really have that link")
     model: str = Field("self", description="the model whose shapes count; self: the run's own")
     tokens_per_sample: int | None = Field(None, ge=1, description="None: the run's own token counts")
     offloading: Offloading = Field(

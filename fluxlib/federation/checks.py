@@ -37,10 +37,6 @@ def check(config: RunConfig, out: Path | None = None) -> None:
         torch_device(config.torch_device)
         catalogue.fleet(config.clock.fleet, people)
         catalogue.link(config.clock.link)
-        if config.clock.shaped and config.engine != "deployment":
-            raise ValueError(
-                f"clock.shaped is True, allowed for engine {config.engine!r} is False: nothing is sent there"
-            )
         num_train = len(tasks.load(config.task, config.seed, config.data.task_size, config.data.path).train)
         if people > num_train:
             raise ValueError(f"federation.participants is {people}, allowed is at most {num_train} training samples")

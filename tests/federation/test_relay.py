@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from _relay import Relay
 
 from fluxlib.devices.catalogue import Link
 from fluxlib.federation.engines.deployment.processes import HOST, free_ports
-from fluxlib.federation.engines.deployment.relay import Relay
 
 
 @pytest.fixture

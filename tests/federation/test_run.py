@@ -170,7 +170,6 @@ def test_half_precision_on_the_wire_halves_the_bytes(make_config: Make) -> None:
         ({"model": "gpt-9"}, "gpt-9"),
         ({"clock.fleet": "toasters"}, "toasters"),
         ({"clock.link": "pigeon"}, "pigeon"),
-        ({"clock.shaped": True}, "clock.shaped is True, allowed for engine .local. is False"),
         ({"clock.model": "gpt-9"}, "gpt-9"),
         ({"budget.tune_frac": 0.1}, "budget.tune_frac is 0.1, allowed is at least 0.25"),
         ({"budget.merge_frac": 0.0}, "budget.merge_frac is 0, allowed is at least 0.25"),

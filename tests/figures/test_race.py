@@ -6,10 +6,10 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from _race_clock import rows as rows_of
 
 from fluxlib import figures, records
 from fluxlib.analysis.studies import measurements
-from fluxlib.analysis.studies.race import rows as rows_of
 from fluxlib.analysis.time_to_target import times_to_target
 from fluxlib.figures import race, style
 

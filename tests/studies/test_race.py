@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import _race_clock as race_clock
 import pandas as pd
 import pytest
 
@@ -21,8 +22,8 @@ WORK = {
 }  # fmt: skip
 
 
-def place(link: str) -> race.Place:
-    return race.Place(SHAPES, catalogue.DEVICES["cpu-laptop"], catalogue.link(link), "bfloat16")
+def place(link: str) -> race_clock.Place:
+    return race_clock.Place(SHAPES, catalogue.DEVICES["cpu-laptop"], catalogue.link(link), "bfloat16")
 
 
 def replies(train_s: float, rounds: int = 2) -> pd.DataFrame:
@@ -42,18 +43,18 @@ def rounds(seconds: float) -> pd.DataFrame:
 
 
 def test_a_slower_link_adds_what_its_bytes_take() -> None:
-    speed = race.calibrated(rounds(5.0), replies(2.0), place("none"))
+    speed = race_clock.calibrated(rounds(5.0), replies(2.0), place("none"))
     assert speed.besides_s == pytest.approx(3.0) and set(speed.factors) == {"train"}
-    assert race.predicted(replies(2.0), place("none"), speed) == pytest.approx({1: 5.0, 2: 5.0})
+    assert race_clock.predicted(replies(2.0), place("none"), speed) == pytest.approx({1: 5.0, 2: 5.0})
     per_s = catalogue.link("10mbps").up_bytes_per_s  # codes are not charged: what travelled is
     took = 2 * 96 * SHAPES.expert_parameters * 2 / per_s
-    assert race.predicted(replies(2.0), place("10mbps"), speed) == pytest.approx({1: 5 + took, 2: 5 + took})
+    assert race_clock.predicted(replies(2.0), place("10mbps"), speed) == pytest.approx({1: 5 + took, 2: 5 + took})
 
 
 def test_the_rate_makes_sending_as_long_against_training_as_on_the_real_device() -> None:
-    real = race.Place(shapes("mini-deepseek-moe"), catalogue.DEVICES["l20"], catalogue.link("1gbps"), "bfloat16")
-    per_s = race.rate(replies(2.0), real, 128)
-    (_, work, _) = race.replies(replies(2.0))[1][0]
+    real = race_clock.Place(shapes("mini-deepseek-moe"), catalogue.DEVICES["l20"], catalogue.link("1gbps"), "bfloat16")
+    per_s = race_clock.rate(replies(2.0), real, 128)
+    (_, work, _) = race_clock.replies(replies(2.0))[1][0]
     there = clock.phase_seconds(work, real.shapes, real.device, real.link, 128)
     ratio = (there["download"] + there["upload"]) / (there["train"] + there["pcie"])
     assert replies(2.0)[["uplink_bytes", "downlink_bytes"]].iloc[0].sum() / per_s / 2.0 == pytest.approx(ratio)
@@ -61,8 +62,8 @@ def test_the_rate_makes_sending_as_long_against_training_as_on_the_real_device()
 
 def test_the_summary_reads_time_to_fmds_score_and_how_far_the_clock_was_off() -> None:
     rows = [
-        *race.rows(rounds(10.0), {1: 9.0, 2: 12.0}, "fmd, slow"),
-        *race.rows(rounds(4.0), {1: 4.0, 2: 4.0}, "flux, slow"),
+        *race_clock.rows(rounds(10.0), {1: 9.0, 2: 12.0}, "fmd, slow"),
+        *race_clock.rows(rounds(4.0), {1: 4.0, 2: 4.0}, "flux, slow"),
     ]
     found = race.summary(measurements(rows, "race"), fraction=0.5).set_index("method")
     assert found["rounds"].tolist() == [2, 2] and found["final"].tolist() == pytest.approx([0.3, 0.3])

@@ -56,8 +56,6 @@ def run_deployment(config: RunConfig, output: Output, superlink: str | None) -> 
             complete round.
     """
     check(config, output.out)
-    if superlink is not None and config.clock.shaped:
-        raise ConfigError(f"clock.shaped is True, allowed with superlink {superlink!r} is False: it has its own links")
     if output.on_result is not None:
         raise ConfigError("on_result works on the engines 'local' and 'simulation', where the server is this process")
     with ExitStack() as stack:

@@ -80,7 +80,7 @@ def as_argument(values: dict[str, str | int | bool]) -> str:
     return " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
 
 
-def make_folders(root: Path, config: RunConfig) -> list[Path]:
+def make_folders(root: Path, config: RunConfig, background_profile: bool = False) -> list[Path]:
     """A folder per participant of ``config``, with the samples that its partition deals to it: for trying it out.
 
     On one machine of one's own there is no need to come by private data; the same samples as in process make the same
@@ -91,7 +91,7 @@ def make_folders(root: Path, config: RunConfig) -> list[Path]:
     for number, device in enumerate(catalogue.fleet(config.clock.fleet, config.federation.participants)):
         folder = check_writable(root / f"node-{number}")
         write_examples(folder / SAMPLES, [task.train[index] for index in parts[number]])
-        about = Participant(number, device.name, background_profile=config.clock.shaped)  # while what it sent travels
+        about = Participant(number, device.name, background_profile=background_profile)
         (folder / SETTINGS).write_text(yaml.safe_dump(asdict(about), sort_keys=False))
         folders.append(folder)
     return folders

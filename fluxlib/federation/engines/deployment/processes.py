@@ -21,11 +21,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from fluxlib.config import RunConfig
-from fluxlib.devices import catalogue
 from fluxlib.federation.engines.deployment import credentials, folders
-from fluxlib.federation.engines.deployment.relay import HOST, Relay
 from fluxlib.federation.results import RunFailed
 
+HOST = "127.0.0.1"
 CONNECTION = "federation"
 """Name of the SuperLink in the Flower configuration that a :class:`LocalFederation` writes."""
 
@@ -138,13 +137,13 @@ class LocalFederation:
         config: how many participants, and which samples and devices they have.
     """
 
+    background_profile = False
+    """Whether nodes profile after their reply."""
+
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config = folder.resolve(), config
         self.home = self.folder / "flwr"
-        self.port, *ports = free_ports(1 + 2 * config.federation.participants)
-        self.node_ports, relay_ports = ports[::2], ports[1::2]
-        link = catalogue.link(config.clock.link)
-        self.relays = [Relay(port, self.port, link) for port in relay_ports] if config.clock.shaped else []
+        self.port, *self.node_ports = free_ports(1 + config.federation.participants)
         self.address = f"{HOST}:{self.port}"
         self.node_folders: list[Path] = []
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -167,23 +166,24 @@ class LocalFederation:
             credentials.make_certificates(server, [HOST, "localhost"])
         for path in server.glob("superlink.db*"):
             path.unlink()  # what a SuperLink that was killed still wants to do
-        self.node_folders = folders.make_folders(self.folder, self.config)
+        self.node_folders = folders.make_folders(self.folder, self.config, self.background_profile)
         self.home.mkdir(parents=True, exist_ok=True)
         (self.home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self.address}"\n'
             f'root-certificates = "{authority}"\n'
         )
         self.start_superlink()
-        for relay in self.relays:
-            relay.start()
-        doors = [f"{HOST}:{relay.port}" for relay in self.relays] or [self.address] * len(self.node_folders)
-        for folder, door, port in zip(self.node_folders, doors, self.node_ports, strict=True):
+        for folder, door, port in zip(self.node_folders, self.doors(), self.node_ports, strict=True):
             credentials.make_node_key(folder)
             (folder / credentials.CA_CERTIFICATE).write_bytes(authority.read_bytes())
             done = flwr(self.home, "supernode", "register", str(folder / credentials.NODE_PUBLIC_KEY), CONNECTION)
             if done.returncode and "already" not in done.stdout + done.stderr:
                 raise RunFailed(f"the SuperLink did not register {folder.name}: {done.stdout}{done.stderr}")
             self.spawn(folder.name, supernode_command(folder, door, port))
+
+    def doors(self) -> list[str]:
+        """Where each node finds the SuperLink."""
+        return [self.address] * len(self.node_folders)
 
     def spawn(self, name: str, command: Sequence[str]) -> None:
         """Start one of the federation's processes; its log is ``logs/<name>.log``."""
@@ -199,8 +199,6 @@ class LocalFederation:
         for name in sorted(self.processes, key=lambda name: name == "superlink"):
             stop(self.processes[name])
         self.processes.clear()
-        while self.relays:
-            self.relays.pop().stop()
 
     def start_superlink(self) -> None:
         """Start the SuperLink, or start it again on the database that it had.

@@ -10,10 +10,13 @@ import asyncio
 import threading
 from asyncio import StreamReader, StreamWriter
 from contextlib import suppress
+from pathlib import Path
 
+from fluxlib.config import RunConfig
+from fluxlib.devices import catalogue
 from fluxlib.devices.catalogue import Link
+from fluxlib.federation.engines.deployment.processes import HOST, LocalFederation, free_ports
 
-HOST = "127.0.0.1"
 BLOCK = 16 * 1024
 """Bytes that pass at once."""
 IN_FLIGHT = 256
@@ -124,3 +127,26 @@ async def _arrive(on_the_way: asyncio.Queue[tuple[float, bytes]], writer: Stream
         await asyncio.sleep(due - asyncio.get_running_loop().time())
         writer.write(block)
         await writer.drain()
+
+
+class ShapedFederation(LocalFederation):
+    """A federation of this machine whose nodes really have the link of their run, and profile after their reply."""
+
+    background_profile = True  # while what it sent travels
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        super().__init__(folder, config)
+        taken, link = {self.port, *self.node_ports}, catalogue.link(config.clock.link)
+        ports = [port for port in free_ports(2 * len(taken)) if port not in taken]
+        self.relays = [Relay(port, self.port, link) for port in ports[: len(self.node_ports)]]
+
+    def doors(self) -> list[str]:
+        """Each node's relay."""
+        for relay in self.relays:
+            relay.start()
+        return [f"{HOST}:{relay.port}" for relay in self.relays]
+
+    def stop(self) -> None:
+        super().stop()
+        while self.relays:
+            self.relays.pop().stop()
