@@ -22,7 +22,7 @@ SNAKEMAKE = $(BIN)/snakemake --cores $(JOBS) --rerun-triggers mtime params input
 	--nolock --keep-going --quiet rules host reason --config profile=$(1) $(if $(OVERLAY),overlay=$(abspath $(OVERLAY)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce rehearse figure smoke test lint bench lab book report clean
+.PHONY: help venv reproduce rehearse figure smoke test lint bench lab book pages report clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -86,6 +86,9 @@ lab: $(STAMP)  ## JupyterLab in notebooks/
 
 book: $(STAMP)  ## The static book from executed notebooks, with every link checked: build/book/html
 	$(BIN)/python docs/book/make_book.py --profile $(PROFILE)
+
+pages: $(STAMP)  ## The generated pages of docs/ and each lesson's answer, written anew
+	$(BIN)/python docs/pages/pages.py
 
 report: $(STAMP)  ## Snakemake's HTML page on a finished profile: graph, times, memory
 	mkdir -p build/$(PROFILE)

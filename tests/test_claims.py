@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pages
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
@@ -125,7 +126,7 @@ def test_a_race_that_was_cut_short_is_left_open() -> None:
 
 def test_scores_of_all_methods_stand_side_by_side() -> None:
     plain = pd.concat([*grid({0: 10.0, 1: 20.0}), run("fmq", 0), run("fmq", 1)])
-    (line,) = speedups.scores_to_markdown(against_all(plain), plain).splitlines()[2:]
+    (line,) = pages.scores_to_markdown(against_all(plain), plain).splitlines()[2:]
     assert "| 2 | 0.200 | 1.000 / 1.000 / 0.333 | 28 / 75 / never | 15 / 40 / 10 |" in line
 
 
@@ -412,7 +413,7 @@ def test_the_command_prints_and_refuses(tmp_path: Path, monkeypatch, capsys) -> 
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert not stop.value.code and len(json.loads(capsys.readouterr().out)) == len(claims.CLAIMS)
-    assert "not attempted" in claims.page(tmp_path) and "No runs" in speedups.page(tmp_path)
+    assert "not attempted" in pages.claims_page(tmp_path) and "No runs" in pages.races(tmp_path)
     monkeypatch.setattr("sys.argv", ["fluxlib", "claims", "--profile", "nope"])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -64,7 +64,7 @@ def test_a_lesson_says_what_it_asks_what_it_needs_and_how_long_it_takes(lesson):
     assert re.search(r"^\*\*Question\.\*\* [^\n]*\?", head, re.M), "the question, in the first lines, as a question"
     rows = re.findall(r"^\| (\w+) \| (.+) \|$", head, re.M)
     assert [name for name, _ in rows] == HEADER
-    assert re.search(r"^\*\*Answer\.\*\* \S", head, re.M), "fluxlib.app.answers holds it"
+    assert re.search(r"^\*\*Answer\.\*\* \S", head, re.M), "docs/pages/answers.py holds it"
     course = source(json.loads(LESSONS[0].read_text())["cells"][1])
     minutes = re.search(rf"\({path.name}\) \|.*\| ([\d.]+) \|$", course, re.M)
     assert dict(rows)["takes"].startswith(f"{minutes.group(1)} minutes ")

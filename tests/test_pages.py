@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pages
 import pytest
 
 from fluxlib import records
-from fluxlib.app import pages
 from fluxlib.config import REPO_ROOT, SETTINGS
 
 
 @pytest.mark.parametrize("name", pages.PAGES)
 def test_a_page_is_up_to_date(name):
-    assert (REPO_ROOT / "docs" / name).read_text() == pages.PAGES[name](), "`fluxlib pages` writes it anew"
+    assert (REPO_ROOT / "docs" / name).read_text() == pages.PAGES[name](), "`make pages` writes it anew"
 
 
 def test_only_what_changed_is_written(tmp_path, monkeypatch):

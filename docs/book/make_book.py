@@ -40,7 +40,7 @@ def assemble(source: Path, root: Path = REPO_ROOT, profiles: Sequence[str] = PRO
     source.mkdir(parents=True)
     for name in COPIED:
         if (root / name).is_dir():
-            shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("book", "*.pdf"))
+            shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("book", "pages", "*.pdf"))
         elif (root / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / name, source / name)

@@ -11,17 +11,14 @@ import pandas as pd
 from fluxlib import records
 from fluxlib.analysis import store
 from fluxlib.analysis.statistics import geometric
-from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, by_loss, times_to_target, without_reference
+from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_target, without_reference
 from fluxlib.analysis.wording import (
-    METRICS,
     in_order,
     markdown_table,
     methods_in_order,
-    percent,
     shown_interval,
     title,
 )
-from fluxlib.config import results_dir
 from fluxlib.io import ConfigError
 
 OURS, REFERENCE = "flux", "fmd"
@@ -141,58 +138,3 @@ def to_markdown(table: pd.DataFrame) -> str:
         place = f"`{Path(str(model)).name}`", f"`{task}`"
         rows.append([*place, own["seeds"], *cells, number, f"{own['round_s_ratio']:.2f}×"])
     return markdown_table([*header, "rounds, of FMD's", "a round shorter by"], rows)
-
-
-def scores_to_markdown(times: pd.DataFrame, rounds: pd.DataFrame) -> str:
-    """Final scores and times to target, means over seeds: one line per model and task.
-
-    Args:
-        times: of :func:`against_all`.
-        rounds: the runs, whose first rows are the base models' scores.
-    """
-    plain = times.sort_values("model", key=in_order, kind="stable")
-    first = rounds[(rounds["round"] == 0) & (rounds["variant"] == "")]
-    methods = methods_in_order(plain["method"])
-    scores: dict[Any, float] = first.groupby(["model", "task"])["metric"].mean().to_dict()
-    rows = []
-    for (model, task), part in plain.groupby(["model", "task"], sort=False):
-        metric, seeds = part["metric_name"].iloc[0], part["seed"].nunique()
-        cells = [f"`{Path(str(model)).name}`", f"`{task}`", METRICS.get(metric, metric), seeds]
-        cells.append(f"{scores[model, task]:.3f}")
-        for column, write in (("final_metric", "{:.3f}"), ("device_s_to_target", ""), ("round_s", "{:.0f}")):
-            cells.append(" / ".join(_mean(part.loc[part["method"] == name, column], write) for name in methods))
-        rows.append(cells)
-    listed = " / ".join(map(title, methods))
-    header = [f"{listed} on", "", "metric", "seeds", "before", "final score", "device s to the target"]
-    return markdown_table([*header, "device s a round"], rows)
-
-
-def _mean(values: pd.Series, write: str) -> str:
-    """Mean over seeds; of a time (no ``write``) over those that reached the target, whose number is told."""
-    if values.isna().all():
-        return "–" if write or values.empty else "never"
-    some = "" if write or values.notna().all() else f" ({values.count()} of {len(values)})"
-    return (write or "{:.0f}").format(values.mean()) + some
-
-
-def page(results: Path | None = None) -> str:
-    """``docs/races.md``: scores and speed-ups.
-
-    Args:
-        results: a profile's results with runs that finished; the tracked profile's if it is not given.
-    """
-    rounds = store.finished(results or results_dir("full"), "rounds")
-    if rounds is None:
-        return "# Time to target\n\n*No runs.*\n"
-    times, share = against_all(rounds), percent(TARGET_FRACTION)
-    parts = [
-        "# Time to target",
-        f"The target of a seed is {share} of FMD's final score with that seed; seconds are those of the device clock."
-        " A factor is a geometric mean over seeds with its 95 % t interval. *never*: the target was not reached.",
-        scores_to_markdown(times, rounds),
-        to_markdown(speed_ups(times)),
-        f"**By loss**: the same runs, the target {share} of how far FMD's negative log-likelihood of the right answers"
-        " falls. It has less noise than a score, and counts what a score does not see.",
-        to_markdown(speed_ups(against_all(by_loss(rounds)))),
-    ]
-    return "\n\n".join(parts) + "\n"

@@ -1,1 +1,1 @@
-"""What people touch: the command line, the dashboard, the pipeline, generated pages."""
+"""What people touch: the command line, the dashboard, the pipeline."""

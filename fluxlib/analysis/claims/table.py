@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from fluxlib.analysis.claims import of_runs, of_studies
-from fluxlib.analysis.claims.judge import CLAIMS, EVERY, MISSING, OWN, VERDICTS, Claim, Reading
-from fluxlib.analysis.claims.tables import Tables, load
+from fluxlib.analysis.claims.judge import CLAIMS, EVERY, MISSING, VERDICTS, Claim, Reading
+from fluxlib.analysis.claims.tables import Tables
 from fluxlib.analysis.wording import markdown_table
-from fluxlib.config import results_dir
 
 SOURCES = {"both": "scores and bytes measured, seconds modelled"}
 REPRODUCE = "run `make reproduce PROFILE=full`"
 UP_TO = "speed_up"
 """The one claim that a single case proves: its verdict is the best of its readings, not the worst."""
 HEADER = ("claim", "in the paper", "paper", "ours", "to reach", "scale", "verdict", "reason", "verify")
-OWN_HEADER = ("claim", "where", "ours", "to reach", "scale", "verdict", "reason", "verify")
 
 
 def read(claim: Claim, tables: Tables) -> list[Reading]:
@@ -106,23 +103,6 @@ def summary(table: pd.DataFrame) -> str:
     told = ", ".join(f"{verdict} {counts[verdict]}" for verdict in VERDICTS if verdict in counts)
     missing = ", ".join(f"`{run}` ({why})" for run, why in table.attrs.get("left_out", {}).items())
     return f"{len(table)} claims: {told}." + (f" Left out: {missing}." if missing else "")
-
-
-def page(results: Path | None = None) -> str:
-    """``docs/claims.md``: the claims table of ``results``, the tracked profile's if it is not given."""
-    tables = load(results or results_dir("full"))
-    parts = [
-        "# The paper's claims",
-        "The paper's value beside ours: mean over seeds, with its 95 % t interval, and a verdict by one rule"
-        " (`fluxlib/analysis/claims/judge.py`). Of several models the weakest counts. The paper's values are in"
-        " `fluxlib/analysis/claims/claims.yaml`; `fluxlib claims --profile full` prints this table anew, and"
-        " `fluxlib verify` with the name in the last column one row of it.",
-        to_markdown(claims(tables)),
-        "## What this suite claims itself",
-        "The same rule for our own: what we set out to reach stands where the paper's value does.",
-        to_markdown(claims(tables, OWN), OWN_HEADER),
-    ]
-    return "\n\n".join(parts) + "\n"
 
 
 def in_notebook(notebook: str, table: pd.DataFrame, where: str) -> str:

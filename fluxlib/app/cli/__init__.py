@@ -38,7 +38,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "trials": tools.trials,
     "claims": tools.claims,
     "verify": tools.verify,
-    "pages": tools.pages,
     "doctor": tools.doctor,
 }
 for name, command in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""All but federated runs: memory planned, notebooks executed, results judged, pages written, the machine examined."""
+"""All but federated runs: memory planned, notebooks executed, results judged, the machine examined."""
 
 from __future__ import annotations
 
@@ -191,19 +191,6 @@ def verify(
                 print(f"{title:<13}" + text.replace("`", "").replace("<br>", "\n" + 13 * " "))
         print(f"{'' if reproduced else 'not '}reproduced, in {records.span(seconds)}, from {folder}")
     raise SystemExit(not reproduced)
-
-
-def pages() -> None:
-    """Write the generated pages of docs/ anew (claims, races, gallery, settings, tables), and each lesson's answer.
-
-    \b
-    Example:
-        fluxlib pages
-    """
-    from fluxlib.app.pages import write_all
-
-    changed = write_all()
-    print("\n".join(f"written: {page}" for page in changed) or "all pages are up to date")
 
 
 def doctor(as_json: JsonOption = False) -> None:

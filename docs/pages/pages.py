@@ -1,4 +1,4 @@
-"""The generated pages of ``docs``, and the answers of the lessons: ``fluxlib pages`` writes all of them anew.
+"""The generated pages of ``docs``, and the answers of the lessons: ``make pages`` writes all of them anew.
 
 The gallery shows every family of figures once, in the order of the notebooks, with what it shows and, from the numbers
 beside it, on which tasks, seeds and clock.
@@ -14,15 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union
 
+import answers
+import pandas as pd
 from pydantic.fields import FieldInfo
 
 from fluxlib import records
-from fluxlib.analysis import claims, speedups
-from fluxlib.analysis.wording import markdown_table
-from fluxlib.app import answers
+from fluxlib.analysis import claims, speedups, store
+from fluxlib.analysis.claims.judge import OWN
+from fluxlib.analysis.time_to_target import TARGET_FRACTION, by_loss
+from fluxlib.analysis.wording import METRICS, in_order, markdown_table, methods_in_order, percent, title
 from fluxlib.app.pipeline import FAMILIES
-from fluxlib.config import GROUPS, REPO_ROOT, RunConfig
+from fluxlib.config import GROUPS, REPO_ROOT, RunConfig, results_dir
 
+OWN_HEADER = ("claim", "where", "ours", "to reach", "scale", "verdict", "reason", "verify")
 FIGURES = Path("figures") / "full"
 MODELS = ("mini-llama-moe", "mini-deepseek-moe")
 
@@ -137,9 +141,81 @@ def gallery(root: Path = REPO_ROOT) -> str:
     return f"{intro}\n\n{markdown_table(('', ''), list(zip(cells[::2], cells[1::2], strict=True)))}\n"
 
 
+def claims_page(results: Path | None = None) -> str:
+    """``docs/claims.md``: the claims table of ``results``, the tracked profile's if it is not given."""
+    tables = claims.load(results or results_dir("full"))
+    parts = [
+        "# The paper's claims",
+        "The paper's value beside ours: mean over seeds, with its 95 % t interval, and a verdict by one rule"
+        " (`fluxlib/analysis/claims/judge.py`). Of several models the weakest counts. The paper's values are in"
+        " `fluxlib/analysis/claims/claims.yaml`; `fluxlib claims --profile full` prints this table anew, and"
+        " `fluxlib verify` with the name in the last column one row of it.",
+        claims.to_markdown(claims.claims(tables)),
+        "## What this suite claims itself",
+        "The same rule for our own: what we set out to reach stands where the paper's value does.",
+        claims.to_markdown(claims.claims(tables, OWN), OWN_HEADER),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def races(results: Path | None = None) -> str:
+    """``docs/races.md``: scores and speed-ups.
+
+    Args:
+        results: a profile's results with runs that finished; the tracked profile's if it is not given.
+    """
+    rounds = store.finished(results or results_dir("full"), "rounds")
+    if rounds is None:
+        return "# Time to target\n\n*No runs.*\n"
+    times, share = speedups.against_all(rounds), percent(TARGET_FRACTION)
+    parts = [
+        "# Time to target",
+        f"The target of a seed is {share} of FMD's final score with that seed; seconds are those of the device clock."
+        " A factor is a geometric mean over seeds with its 95 % t interval. *never*: the target was not reached.",
+        scores_to_markdown(times, rounds),
+        speedups.to_markdown(speedups.speed_ups(times)),
+        f"**By loss**: the same runs, the target {share} of how far FMD's negative log-likelihood of the right answers"
+        " falls. It has less noise than a score, and counts what a score does not see.",
+        speedups.to_markdown(speedups.speed_ups(speedups.against_all(by_loss(rounds)))),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def scores_to_markdown(times: pd.DataFrame, rounds: pd.DataFrame) -> str:
+    """Final scores and times to target, means over seeds: one line per model and task.
+
+    Args:
+        times: of :func:`against_all`.
+        rounds: the runs, whose first rows are the base models' scores.
+    """
+    plain = times.sort_values("model", key=in_order, kind="stable")
+    first = rounds[(rounds["round"] == 0) & (rounds["variant"] == "")]
+    methods = methods_in_order(plain["method"])
+    scores: dict[Any, float] = first.groupby(["model", "task"])["metric"].mean().to_dict()
+    rows = []
+    for (model, task), part in plain.groupby(["model", "task"], sort=False):
+        metric, seeds = part["metric_name"].iloc[0], part["seed"].nunique()
+        cells = [f"`{Path(str(model)).name}`", f"`{task}`", METRICS.get(metric, metric), seeds]
+        cells.append(f"{scores[model, task]:.3f}")
+        for column, write in (("final_metric", "{:.3f}"), ("device_s_to_target", ""), ("round_s", "{:.0f}")):
+            cells.append(" / ".join(_mean(part.loc[part["method"] == name, column], write) for name in methods))
+        rows.append(cells)
+    listed = " / ".join(map(title, methods))
+    header = [f"{listed} on", "", "metric", "seeds", "before", "final score", "device s to the target"]
+    return markdown_table([*header, "device s a round"], rows)
+
+
+def _mean(values: pd.Series, write: str) -> str:
+    """Mean over seeds; of a time (no ``write``) over those that reached the target, whose number is told."""
+    if values.isna().all():
+        return "–" if write or values.empty else "never"
+    some = "" if write or values.notna().all() else f" ({values.count()} of {len(values)})"
+    return (write or "{:.0f}").format(values.mean()) + some
+
+
 PAGES: dict[str, Callable[[], str]] = {
-    "claims.md": claims.page,
-    "races.md": speedups.page,
+    "claims.md": claims_page,
+    "races.md": races,
     "gallery.md": gallery,
     "settings.md": settings,
     "tables.md": tables,
@@ -157,3 +233,7 @@ def write_all(folder: Path = REPO_ROOT / "docs") -> list[Path]:
             page.write_text(text)
             changed.append(page)
     return changed
+
+
+if __name__ == "__main__":
+    print("\n".join(f"written: {page}" for page in write_all()) or "all pages are up to date")
