@@ -16,5 +16,3 @@ from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.results import Output, RunFailed, RunResult
 from fluxlib.federation.run import run
 from fluxlib.federation.store.checkpoint import CheckpointError
-
-__all__ = ["CheckpointError", "LocalGrid", "Output", "RunFailed", "RunResult", "load_task", "run"]

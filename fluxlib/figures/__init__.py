@@ -11,17 +11,3 @@
 
 from fluxlib.figures import claims, dashboard, merging, overhead, profiling, race, real_models, roles, scale
 from fluxlib.figures.picture import Picture, save
-
-__all__ = [
-    "Picture",
-    "claims",
-    "dashboard",
-    "merging",
-    "overhead",
-    "profiling",
-    "race",
-    "real_models",
-    "roles",
-    "save",
-    "scale",
-]

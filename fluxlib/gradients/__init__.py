@@ -3,5 +3,3 @@
 from fluxlib.gradients.exact import true_norms
 from fluxlib.gradients.probes import probe_cost, probe_norms
 from fluxlib.gradients.quality import Quality, quality
-
-__all__ = ["Quality", "probe_cost", "probe_norms", "quality", "true_norms"]

@@ -13,17 +13,3 @@ from fluxlib.merging.error import growth, output_error
 from fluxlib.merging.features import features, match_neurons
 from fluxlib.merging.joint import joint_clusters
 from fluxlib.merging.plan import align_neurons, merge_weights, plan
-
-__all__ = [
-    "align_neurons",
-    "cluster",
-    "features",
-    "growth",
-    "inertia",
-    "joint_clusters",
-    "layer_budgets",
-    "match_neurons",
-    "merge_weights",
-    "output_error",
-    "plan",
-]

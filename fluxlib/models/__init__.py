@@ -14,18 +14,3 @@ from fluxlib.models.saving import export
 for made in (LlamaMoeForCausalLM, DeepseekMoeForCausalLM):
     AutoConfig.register(made.config_class.model_type, made.config_class, exist_ok=True)
     AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
-
-__all__ = [
-    "DeepseekMoeConfig",
-    "DeepseekMoeForCausalLM",
-    "LlamaMoeConfig",
-    "LlamaMoeForCausalLM",
-    "config",
-    "export",
-    "known",
-    "load",
-    "load_tokenizer",
-    "resolve",
-    "torch_device",
-    "write_checksums",
-]

@@ -11,18 +11,3 @@ Everything is a pure function of its arguments. P participants, L MoE layers, E 
 from fluxlib.roles.assignment import Roles, assign, num_probed, priorities
 from fluxlib.roles.state import Fault, RoleState, ages, current_utilities, update
 from fluxlib.roles.utility import epsilon_schedule, first_utilities, utility
-
-__all__ = [
-    "Fault",
-    "RoleState",
-    "Roles",
-    "ages",
-    "assign",
-    "current_utilities",
-    "epsilon_schedule",
-    "first_utilities",
-    "num_probed",
-    "priorities",
-    "update",
-    "utility",
-]

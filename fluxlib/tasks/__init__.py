@@ -15,8 +15,6 @@ from fluxlib.tasks import files, mini
 from fluxlib.tasks.base import TEST_FRACTION, Example, Metric, Task, split
 from fluxlib.tasks.formats import FORMATS
 
-__all__ = ["Example", "FORMATS", "Metric", "TASKS", "Task", "load", "split"]
-
 TASKS = (*mini.FAMILIES, *FORMATS)
 """Names that :func:`load` knows: generated tasks, and the public data sets."""
 

@@ -3,18 +3,3 @@
 from fluxlib.analysis.claims.judge import CLAIMS, VERDICTS, Claim, Reading
 from fluxlib.analysis.claims.table import claims, in_notebook, read, readings, summary, to_markdown
 from fluxlib.analysis.claims.tables import Tables, load
-
-__all__ = [
-    "CLAIMS",
-    "VERDICTS",
-    "Claim",
-    "Reading",
-    "Tables",
-    "claims",
-    "in_notebook",
-    "load",
-    "read",
-    "readings",
-    "summary",
-    "to_markdown",
-]

@@ -7,5 +7,3 @@ participant's batches, and rows of the table.
 
 from fluxlib.analysis.studies.bench import Bench, Row, benches, measurements, row
 from fluxlib.analysis.wording import REAL_SHAPES
-
-__all__ = ["REAL_SHAPES", "Bench", "Row", "benches", "measurements", "row"]

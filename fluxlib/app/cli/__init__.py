@@ -19,8 +19,6 @@ from fluxlib.app.cli.arguments import Command, parse_settings
 from fluxlib.io import ConfigError
 from fluxlib.records import TableError
 
-__all__ = ["app", "main", "parse_settings"]
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,

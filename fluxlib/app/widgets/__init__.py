@@ -10,5 +10,3 @@
 from fluxlib.app.widgets.background import HEADLESS, BackgroundRun, RunMonitor, in_notebook
 from fluxlib.app.widgets.dashboard import Dashboard
 from fluxlib.app.widgets.preview import Preview, preview
-
-__all__ = ["HEADLESS", "BackgroundRun", "Dashboard", "Preview", "RunMonitor", "in_notebook", "preview"]
