@@ -303,11 +303,7 @@ class RunConfig(_Group):
         return flatten(self.model_dump(mode="json", exclude_defaults=changed_only))
 
     def updated(self, changes: Mapping[str, Any]) -> RunConfig:
-        """This configuration with some settings changed, by full names, and validated.
-
-        Raises:
-            ConfigError: see :func:`make_config`.
-        """
+        """This configuration with some settings changed, by full names, and validated as in :func:`make_config`."""
         return make_config(self.settings() | flatten(changes))
 
 

@@ -1,9 +1,4 @@
-"""Reading what others wrote, writing whole files, and the error that says what is wrong.
-
-- :func:`reading` and :func:`checked` -- whatever is wrong with what came from outside becomes one error of ours,
-- :func:`replacing` -- a file appears whole or not at all,
-- :func:`check_writable` -- asked before hours of work depend on it.
-"""
+"""Reading what others wrote, writing whole files, and the error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -70,11 +65,7 @@ def checked(name: str, value: object, kind: type[T], *bounds: float) -> T:
 
 
 def check_writable(folder: Path) -> Path:
-    """Create ``folder`` and a file in it, before hours of work depend on it.
-
-    Raises:
-        ConfigError: naming the folder and the reason.
-    """
+    """Create ``folder`` and a file in it, before hours of work depend on it; ConfigError: it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,10 +1,5 @@
 """What a participant's own data activate, seen cheaply (section 4 of the paper).
 
-- :func:`profile` runs a quantised copy of the model forward over some local batches and counts,
-- :class:`Profile` is the result,
-- :func:`frequency_error`, :func:`rank_correlation` and :func:`top_overlap` say how far a profile is from
-  another: fewer bits, fewer samples, or one round older; :func:`expected_error` says it of the samples without another.
-
 L MoE layers, E experts per layer, N tokens (padding is never counted).
 """
 
@@ -98,8 +93,7 @@ def of_counts(
 
     Args:
         counts: ``[S, L, E]`` tokens of each sample routed to each expert.
-        gate: ``[L, E]`` sum of squared gate weights.
-        received: ``[L, E]`` sum of the attention that the tokens received; None: it was not measured.
+        gate, received: ``[L, E]`` sums over tokens of squared gate weights and of attention (None: not measured).
     """
     tokens = counts.sum(dim=0)
     attention = torch.zeros(tokens.shape) if received is None else received / tokens.clamp(min=1)
@@ -115,17 +109,11 @@ def of_counts(
 
 
 def expected_error(counts: Tensor) -> float:
-    """Frequency error to expect from having seen only some samples of the data.
+    """Frequency error to expect from having seen only some samples of the data; ``counts [S, L, E]`` tokens of each.
 
     Frequencies are ratios of sums over samples; their standard errors follow from how much samples differ (tokens of
     one sample go to similar experts, so counting tokens would promise too much). A normal variable's mean distance
-    from its mean is ``sqrt(2 / pi)`` standard errors.
-
-    Args:
-        counts: ``[S, L, E]`` tokens of each sample routed to each expert.
-
-    Returns:
-        As :func:`frequency_error`: summed over experts, mean over layers; NaN for one sample.
+    from its mean is ``sqrt(2 / pi)`` standard errors. As :func:`frequency_error`; NaN for one sample.
     """
     num_samples, counts = len(counts), counts.double()
     if num_samples < 2:
@@ -199,10 +187,7 @@ def _count(
 
 
 def count(seen: Capture, mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the newest pass through a model routed where; padding is not counted.
-
-    Args:
-        mask: bool ``[B, T]``, True at tokens.
+    """What the newest pass through a model routed where; ``mask`` bool ``[B, T]``: padding is not counted.
 
     Returns:
         On the CPU: tokens ``[B, L, E]`` of each sample, and of all tokens the attention that they received (0 where it

@@ -66,11 +66,7 @@ ROUNDS, PARTICIPANTS = TABLES["rounds"], TABLES["participants"]
 
 
 def columns(table: str) -> tuple[Column, ...]:
-    """Columns of ``table``.
-
-    Raises:
-        TableError: no such table.
-    """
+    """Columns of ``table``; TableError: no such table."""
     if table not in TABLES:
         raise TableError(f"unknown table {table!r}; allowed are {', '.join(TABLES)}")
     return TABLES[table]
@@ -128,11 +124,7 @@ def write(table: str, frame: pd.DataFrame, path: Path, about: dict[str, Any]) ->
 
 
 def read(table: str, path: Path) -> pd.DataFrame:
-    """Read one Parquet file.
-
-    Raises:
-        TableError: no such file, or one that does not fit the schema, by name.
-    """
+    """Read one Parquet file; TableError by name: there is none, or it does not fit the schema."""
     import pyarrow.parquet as pq
 
     columns(table)
@@ -143,11 +135,7 @@ def read(table: str, path: Path) -> pd.DataFrame:
 
 
 def read_all(table: str, folder: Path) -> pd.DataFrame:
-    """Read ``<folder>/<table>/*.parquet``, the runs one below the other in the order of their names.
-
-    Raises:
-        TableError: nothing to read, or a file that does not fit the schema, by name.
-    """
+    """Read ``<folder>/<table>/*.parquet``, the runs one below the other in order of their names; TableError: none."""
     import pandas as pd
 
     files = sorted((Path(folder) / table).glob("*.parquet"))

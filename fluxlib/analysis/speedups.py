@@ -27,8 +27,7 @@ OURS, REFERENCE = "flux", "fmd"
 def raced(folder: Path, reference: str = REFERENCE) -> tuple[pd.DataFrame, dict[str, str]]:
     """The ``rounds`` of all plain runs in ``folder`` that can be compared; and why others cannot, by run id.
 
-    Raises:
-        ConfigError: none that is finished.
+    ConfigError: none is finished.
     """
     every, left_out = store.finished(folder, "rounds"), records.unfinished(folder)
     if every is None:
@@ -42,8 +41,7 @@ def raced(folder: Path, reference: str = REFERENCE) -> tuple[pd.DataFrame, dict[
 def against_all(rounds: pd.DataFrame, fraction: float = TARGET_FRACTION, **target: Any) -> pd.DataFrame:
     """Time to target of the plain runs, wherever FLUX and FMD have one: one row per model, task, seed and method.
 
-    Args:
-        fraction, target: of :func:`fluxlib.analysis.time_to_target.times_to_target`.
+    Other arguments are those of :func:`fluxlib.analysis.time_to_target.times_to_target`.
     """
     plain = rounds[rounds["variant"] == ""]
     both = plain.groupby(list(PAIR))["method"].transform(lambda methods: {OURS, REFERENCE} <= set(methods))

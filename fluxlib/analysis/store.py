@@ -31,8 +31,7 @@ HOW = "give a run id, a unique part of one, or a path"
 def folders(trials: bool = True) -> list[Path]:
     """Where runs lie unless somebody says otherwise: every profile's results, ``build/runs``, ``build/explore``.
 
-    Args:
-        trials: those of the search too, which are many and have settings that nobody would choose.
+    ``trials``: those of the search too, which are many and have settings that nobody would choose.
     """
     build, profiles = REPO_ROOT / "build", [profile for profile in PROFILES if trials or profile != SEARCH]
     return [*(results_dir(profile) for profile in profiles), build / "runs", build / "explore"]
@@ -78,11 +77,7 @@ def modified(file: Path) -> float:
 
 
 def read(file: Path, table: str = "rounds") -> pd.DataFrame:
-    """The ``table`` of the run whose ``rounds`` are in ``file``.
-
-    Raises:
-        records.TableError: no such table, one that does not fit the schema, or ``rounds`` without a row.
-    """
+    """The ``table`` of the run whose ``rounds`` are in ``file``; TableError: there is none that fits the schema."""
     with reading(f"no {table!r} table of {file}", records.TableError):
         if is_checkpoint(file):
             rows, columns = _mapping(_beside(file).get("rows")).get(table), records.columns(table)
@@ -120,11 +115,7 @@ def _mapping(found: object) -> dict[str, Any]:
 
 
 def configs(folder: Path, run_ids: Iterable[str]) -> dict[str, RunConfig]:
-    """The configuration of each of the runs whose results are in ``folder``, by run id.
-
-    Raises:
-        ConfigError: settings that are not there, or that cannot be read.
-    """
+    """The configuration of each of the runs whose results are in ``folder``; ConfigError: it cannot be read."""
     found = {}
     for run in run_ids:
         stored = parameters(Path(folder) / "rounds" / f"{run}.parquet")
@@ -135,11 +126,7 @@ def configs(folder: Path, run_ids: Iterable[str]) -> dict[str, RunConfig]:
 
 
 def finished(folder: Path, table: str) -> pd.DataFrame | None:
-    """The ``table`` of all runs in ``folder`` that finished; None where there are none.
-
-    Raises:
-        TableError: a table that does not fit its schema, by name.
-    """
+    """The ``table`` of all runs in ``folder`` that finished; None where there are none."""
     if not any((folder / table).glob("*.parquet")):
         return None
     rows = records.read_all(table, folder)
@@ -150,8 +137,7 @@ def finished(folder: Path, table: str) -> pd.DataFrame | None:
 def find(name: str, places: Sequence[Path] | None = None) -> Path:
     """The table that ``name`` means: a file, a folder with one run, a run id, or any part of one that is unique.
 
-    Raises:
-        ConfigError: no such run, or several; the message lists what there is.
+    ConfigError: no such run, or several; the message lists what there is.
     """
     path = Path(name)
     if not name.strip():
@@ -176,11 +162,7 @@ def find(name: str, places: Sequence[Path] | None = None) -> Path:
 
 
 def load(names: Sequence[str], places: Sequence[Path] | None = None) -> dict[str, pd.DataFrame]:
-    """The ``rounds`` tables of ``names``, by short labels: run ids, with their folder where two are the same.
-
-    Raises:
-        ConfigError: see :func:`find`; a run that is named twice; a table that cannot be read.
-    """
+    """The ``rounds`` of ``names``, by run id, with the folder where two are the same; ConfigError as :func:`find`."""
     files = [find(name, places) for name in names]
     for file in files:
         if files.count(file) > 1:

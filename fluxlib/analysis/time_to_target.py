@@ -45,9 +45,7 @@ def crossing(times: Sequence[float], scores: Sequence[float], target: float) -> 
     """When ``scores`` first reaches ``target``, linear between two scored rounds; NaN when it never does.
 
     Rounds that were not scored (NaN) are passed over. A first score at or above the target counts from its own time.
-
-    Raises:
-        ValueError: different lengths, or times that go backwards.
+    ValueError: times that go backwards.
     """
     points = [(float(time), float(score)) for time, score in zip(times, scores, strict=True) if score == score]
     if any(later < earlier for (earlier, _), (later, _) in zip(points, points[1:], strict=False)):

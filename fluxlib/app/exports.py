@@ -25,11 +25,7 @@ ROUNDING = 1e-5
 
 
 def save_tuned(result: federation.RunResult, config: RunConfig, path: Path | str) -> Path:
-    """Write the tuned global model of ``result``, in the keys of its public checkpoint, with tokenizer and card.
-
-    Raises:
-        ConfigError: the folder holds a model already, or cannot be written.
-    """
+    """Write the tuned model of ``result`` to a new folder, in its public format, with card; else ConfigError."""
     path = Path(path)
     tokenizer = models.load_tokenizer(models.resolve(config.model))
     try:
@@ -64,13 +60,9 @@ def save_adapter(source: Path | str, path: Path | str) -> Path:
     A is drawn anew from the run's seed, and B solves ``B A = W_tuned - W_base``, which has an exact solution. PEFT puts
     the product on the stacks of experts (``target_parameters``); an expert that nobody tuned has zeros for B.
 
-    Args:
-        source: a folder of :func:`save_tuned`.
-        path: an empty or new folder.
-
     Raises:
-        ConfigError: not such a folder, a run that tuned whole experts, weights that are not the base's with a product
-            on them, or experts that PEFT would read the wrong way round.
+        ConfigError: no folder of :func:`save_tuned`, a run that tuned whole experts, weights that are not the base's
+            with a product on them, or experts that PEFT would read the wrong way round.
     """
     source, path = Path(source), Path(path)
     config = _config(source)

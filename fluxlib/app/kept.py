@@ -60,15 +60,7 @@ class Kept:
 
 
 def keep(notebook: str, names: Mapping[str, Any]) -> Kept:
-    """What ``notebook`` finds is kept where its parameters say.
-
-    Args:
-        notebook: its name, e.g. ``01_profiling``.
-        names: its ``globals()``, which hold its parameters.
-
-    Raises:
-        ConfigError: a folder that cannot be written.
-    """
+    """What ``notebook`` finds is kept where its parameters say; ``names`` are its ``globals()``, which hold them."""
     declared = declared_parameters(config.REPO_ROOT / "notebooks" / f"{notebook}.ipynb")
     given = {name: names[name] for name in declared}
     tables = Path(given["results"] or config.results_dir(given["profile"]))

@@ -1,9 +1,5 @@
 """What the pipeline needs beside Snakemake: a profile as a list of runs, and notebooks executed with care.
 
-- :func:`load` reads ``config/<profile>.yaml`` and validates every run in it before any work.
-- :func:`execute` runs a notebook through papermill, refusing unknown parameters and unwritable folders first.
-- :func:`notebook_digest` and :func:`model_digest` say whether what a run depends on has changed, by content.
-
 Loading a profile imports no torch: Snakemake reads it once per job.
 """
 
@@ -168,11 +164,7 @@ def _from_anywhere(model: str) -> str:
 
 
 def runs_read(profile: Pipeline, model: str, variants: Iterable[str]) -> list[str]:
-    """Ids of the runs on one model, of every method, task and seed, that are of these ``variants`` (``""``: plain).
-
-    Raises:
-        ConfigError: a variant that no run of the profile has.
-    """
+    """Ids of all runs on one model of these ``variants`` (``""``: plain); ConfigError: no run has one of them."""
     wanted, known = set(variants), {run.variant for run in profile.runs.values()}
     if missing := sorted(wanted - known):
         raise ConfigError(f"no run of the profile has the variants {missing}; it has {sorted(known)}")
@@ -180,11 +172,7 @@ def runs_read(profile: Pipeline, model: str, variants: Iterable[str]) -> list[st
 
 
 def find_figure(name: str, drawn: Sequence[str]) -> str:
-    """Which of the figures in ``drawn`` is meant by a number of the paper, or by its own name.
-
-    Raises:
-        ConfigError: none of them, with those that there are.
-    """
+    """Which of the figures in ``drawn`` is meant by a number of the paper, or by its own name; else ConfigError."""
     shown = {family: FAMILIES[family].get("paper", "").lower().replace(" ", "") for family in drawn}
     paper = {number: family for family, text in shown.items() for number in re.findall(r"table\d|\d+[a-z]?", text)}
     found = paper.get(name.lower(), name)
@@ -194,11 +182,7 @@ def find_figure(name: str, drawn: Sequence[str]) -> str:
 
 
 def cells(notebook: Path) -> list[dict[str, Any]]:
-    """The cells of ``notebook``; their sources are joined into one string each.
-
-    Raises:
-        ConfigError: a file that is no notebook.
-    """
+    """The cells of ``notebook``, sources joined into one string each; ConfigError: a file that is no notebook."""
     try:
         content = json.loads(notebook.read_text())
         return [cell | {"source": "".join(cell["source"])} for cell in content["cells"]]
@@ -208,11 +192,7 @@ def cells(notebook: Path) -> list[dict[str, Any]]:
 
 
 def declared_parameters(notebook: Path) -> dict[str, Any]:
-    """Names and defaults assigned in the cell tagged ``parameters``.
-
-    Raises:
-        ConfigError: there is not exactly one such cell, or a default is not a literal.
-    """
+    """Names and defaults assigned in the one cell tagged ``parameters``; ConfigError: none, several, or no literals."""
     tagged = [cell for cell in cells(notebook) if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise ConfigError(f"{notebook.name} has {len(tagged)} cells tagged 'parameters', allowed is one")
@@ -243,11 +223,7 @@ def notebook_parameters(notebook: Path, run: RunConfig) -> dict[str, Any]:
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Refuse parameters that ``notebook`` does not declare (papermill would warn and go on), and text for a number.
-
-    Raises:
-        ConfigError: the name, what is allowed and what came.
-    """
+    """ConfigError for parameters that ``notebook`` does not declare (papermill goes on), and text for a number."""
     declared = declared_parameters(notebook)
     if unknown := sorted(parameters.keys() - declared.keys()):
         names = ", ".join(map(repr, unknown))
@@ -260,12 +236,9 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
 
 
 def _check_names(parameters: dict[str, Any]) -> None:
-    """Refuse a profile, method, task or model that does not exist, before a kernel has started.
+    """ConfigError for a profile, method, task or model that does not exist, before a kernel has started.
 
     A method's or an embedded model's file is enough: asking the registries imports torch, which takes seconds.
-
-    Raises:
-        ConfigError: the name, what is allowed and what came.
     """
     from fluxlib import tasks
 

@@ -52,14 +52,9 @@ def _of_runs(results: str, runs: Sequence[RunConfig]) -> list[str]:
 
 
 def rerun(claim: Claim, profile_name: str, jobs: int) -> Path:
-    """Make the runs and studies of a claim anew, below ``build/verify``; goes on where it was interrupted.
+    """Make the runs and studies of a claim anew, below ``build/verify``, and give the folder of the new tables.
 
-    Returns:
-        The folder of the new result tables.
-
-    Raises:
-        ConfigError: an unknown profile, or one without runs for this claim.
-        RuntimeError: a step failed; what was said on the way names it.
+    Goes on where it was interrupted. ConfigError: the profile has no runs for this claim; RuntimeError: a step failed.
     """
     profile = pipeline.load(REPO_ROOT / "config" / f"{profile_name}.yaml")
     files = tables_needed(claim, profile)
@@ -74,11 +69,7 @@ def rerun(claim: Claim, profile_name: str, jobs: int) -> Path:
 
 
 def make(profile_name: str, files: Sequence[str], folder: Path, jobs: int) -> None:
-    """Make ``files`` of a profile below ``folder``, with all that they need, as ``make reproduce`` does.
-
-    Raises:
-        RuntimeError: a step failed; what was said on the way names it.
-    """
+    """Make ``files`` of a profile below ``folder``, as ``make reproduce`` does; RuntimeError: a step failed."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPO_ROOT / "Snakefile"), "--cores", str(jobs)]
     command += ["--directory", str(folder), *LIKE_MAKE.split(), "--config", f"profile={profile_name}", "--", *files]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

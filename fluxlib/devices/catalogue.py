@@ -85,11 +85,7 @@ SERVER = DEVICES[_CONTENT["server"]]
 
 
 def fleet(name: str, num_participants: int) -> list[Device]:
-    """Devices of ``num_participants`` participants of the fleet ``name`` (a single device's name is a fleet too).
-
-    Raises:
-        ValueError: unknown name, with the known ones.
-    """
+    """Devices of the participants of the fleet ``name`` (a device's name is one too); ValueError: it is unknown."""
     names = FLEETS.get(name) or ((name,) if name in DEVICES else None)
     if names is None:
         raise ValueError(f"clock.fleet is {name!r}, allowed are {', '.join((*FLEETS, *DEVICES))}")
@@ -97,11 +93,7 @@ def fleet(name: str, num_participants: int) -> list[Device]:
 
 
 def link(name: str) -> Link:
-    """The link called ``name``, or one of a rate such as ``2.5mbps``: both directions, without latency.
-
-    Raises:
-        ValueError: unknown name, with the known ones.
-    """
+    """The link called ``name``, or one of a rate such as ``2.5mbps``, without latency; else ValueError."""
     if name in LINKS:
         return LINKS[name]
     if rate := re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bps", name):

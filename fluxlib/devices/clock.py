@@ -168,11 +168,7 @@ def server_seconds(works: Sequence[Work], shapes: Shapes, device: Device = SERVE
 
 
 def round_seconds(participants: Sequence[ParticipantSeconds], server_s: float) -> RoundTime:
-    """When the round is over: the server has aggregated and every profile for the next round is done.
-
-    Raises:
-        ValueError: no participants.
-    """
+    """When the round is over: the server has aggregated and every profile is done; ValueError: nobody took part."""
     if not participants:
         raise ValueError("participants is empty: a round needs at least one")
     uploaded = max(one.uploaded_s() for one in participants)

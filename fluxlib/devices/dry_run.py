@@ -8,10 +8,6 @@ keeps.
 
 Decoder layers of one make and one plan do the same, so one of them is run and counted as often as it occurs
 (:func:`_peak_of_all`).
-
-- :func:`meta_model` -- the model, :class:`Step` -- the sizes of a step,
-- :class:`Slots` -- what stands at the place of one layer's experts,
-- :func:`peak` -- the peak of a training step, or of a forward pass without gradients.
 """
 
 from __future__ import annotations
@@ -48,19 +44,15 @@ MAX_BATCH, MAX_TOKENS = 2**14, 2**18
 
 @dataclass(frozen=True)
 class Step:
-    """A step as far as its memory goes.
+    """A step as far as its memory goes; ValueError for a value outside what is allowed, by name.
 
     Attributes:
-        batch: sequences.
-        tokens: tokens per sequence, padding included.
+        batch, tokens: sequences, and tokens of each, padding included.
         dtype: type of frozen weights and activations.
         bits: of the profile model (``flux``) or of the experts (``fmq``).
         kernel: how slots are computed: ``grouped``, ``slots``, or ``auto``, as
             :class:`fluxlib.moe.dispatch.StackedSlots` does on CUDA (``slots`` is its way on a CPU).
         rank: of the adapters that are tuned; 0: whole experts are.
-
-    Raises:
-        ValueError: a value outside what is allowed, by name.
     """
 
     batch: int = 16
@@ -202,10 +194,7 @@ def _dry_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: A
 def meta_model(config: Any, dtype: torch.dtype) -> Any:
     """The causal language model of ``config`` on the meta device, with attention that fits a dry run.
 
-    Models that transformers has only plain attention for (gpt-oss) keep it.
-
-    Raises:
-        ValueError: transformers has no causal language model of this configuration.
+    Models that transformers has only plain attention for (gpt-oss) keep it. ValueError: it has no such model.
     """
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -231,12 +220,8 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
 
     Args:
         model: from :func:`meta_model`; left as it was found.
-        slots: one per MoE layer.
-        step: its sizes.
+        slots: one per MoE layer; else ValueError.
         learns: False: of a forward pass without gradients (profiling, probing).
-
-    Raises:
-        ValueError: not as many ``slots`` as MoE layers.
     """
     found = find.layers(model)
     if len(slots) != len(found):

@@ -3,10 +3,6 @@
 No weight is read or allocated: parameters are counted on the meta device, and what a step keeps besides them comes
 from a dry run of it there (:mod:`fluxlib.devices.dry_run`).
 
-- :func:`plan_memory` -- the peak of a method with given numbers of experts, or the numbers that fit into a memory,
-- :class:`MemoryPlan` -- the result: rows by kind, as a table or as JSON,
-- :func:`plan` -- the same from a model's name and sizes in words, for the command line.
-
 Paper: participants hold ``B_tune`` tuned and ``B_non`` merged experts, "by resources". Deviation: the paper gives no
 rule; here both follow from bytes, as many merged experts as tuned ones.
 """
@@ -127,12 +123,8 @@ def plan_memory(
 
     Args:
         config: of any MoE model of transformers, or of the project's two.
-        method: ``flux`` (tuned and merged slots; a quantised profile model after the step), ``flux_plus`` (the same:
-            what it watches takes the place of tuned experts), ``fmd`` (all experts tuned, those that do not fit
-            offloaded), ``fmq`` (all experts at rest in few bits, tuned ones with
-            gradient and state), ``fmes`` (tuned experts, the others dropped).
+        method: ``flux_plus`` needs what ``flux`` does: what it watches takes the place of tuned experts.
         memory_bytes: of the device, reserve included.
-        step: sizes of a training step.
 
     Raises:
         ValueError: an argument outside what is allowed, a model that generates no text, numbers of experts that the
@@ -176,10 +168,7 @@ def share_that_fits(run: RunConfig, memory_bytes: int) -> tuple[float, float]:
     """``(B_tune, B_non)`` as shares of all experts: the largest plan of a run's method that fits into a memory.
 
     At the shapes that the run's device clock has, for its batch and tokens. FMD and FMQ tune everything and offload
-    what does not fit: their share is 1 where the rest is there.
-
-    Raises:
-        ValueError: see :func:`plan_memory`.
+    what does not fit: their share is 1 where the rest is there. ValueError: see :func:`plan_memory`.
     """
     return _share_that_fits(*_planned(run), memory_bytes)
 

@@ -20,11 +20,7 @@ from fluxlib.moe import find
 
 
 def check(config: RunConfig, out: Path | None = None) -> None:
-    """Refuse what cannot be run.
-
-    Raises:
-        ConfigError: naming the parameter, what is allowed and what came.
-    """
+    """Refuse what cannot be run: ConfigError names the parameter, what is allowed and what came."""
     people = config.federation.participants
     try:
         methods.get(config.method)

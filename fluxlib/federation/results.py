@@ -102,11 +102,7 @@ class RoundResult:
         return sum(one.loss * one.num_samples for one in self.accepted) / total if total else math.nan
 
     def require(self, min_replies_frac: float) -> None:
-        """Refuse to go on with too few good replies.
-
-        Raises:
-            RunFailed: with the number of good replies, how many there should be, and why the others were refused.
-        """
+        """RunFailed for too few good replies, with how many there should be, and why others were refused."""
         asked, good = len(self.participants), len(self.accepted)
         needed = math.ceil(min_replies_frac * asked - 1e-9)
         if good >= needed:

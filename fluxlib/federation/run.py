@@ -32,7 +32,6 @@ def run(
     """Run ``config`` and give its tables and the tuned model.
 
     Args:
-        config: everything that decides the numbers.
         on_round: called with each row of ``rounds`` as it comes, round 0 (the base model) first; returning True
             stops the run after that round.
         out: folder for ``rounds/<run_id>.parquet``, ``participants/<run_id>.parquet`` (a ``.json`` beside each) and,

@@ -35,9 +35,7 @@ def agreement(readings: pd.DataFrame) -> pd.DataFrame:
 def claims(table: pd.DataFrame, readings: pd.DataFrame) -> Picture:
     """One line per claim: ours over the paper's for each model, and the verdict.
 
-    Args:
-        table: of :func:`fluxlib.analysis.claims.claims`.
-        readings: of :func:`fluxlib.analysis.claims.readings`.
+    ``table`` and ``readings`` are those of :mod:`fluxlib.analysis.claims`.
     """
     figure, ax = panels(readings if len(readings) else table, (8.6, 0.31 * len(table) + 1.1))
     places = {slug: place for place, slug in enumerate(table["slug"])}

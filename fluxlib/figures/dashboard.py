@@ -42,11 +42,7 @@ GAP = 0.35
 
 @drawn
 def partition(histogram: pd.DataFrame | Sequence[Mapping[str, int]]) -> Picture:
-    """Samples of each participant by label, as stacked bars.
-
-    Args:
-        histogram: one row per participant, one column per label; or one mapping label to count each.
-    """
+    """Samples of each participant (a row or mapping each) by label (a column each), as stacked bars."""
     counts = pd.DataFrame(histogram).fillna(0).rename_axis("participant")
     figure, ax = panels(counts, (7.0, 2.6))
     looks = style.in_shades(sorted(counts.columns))
@@ -71,12 +67,10 @@ def overview(
     """A configuration on one page: activation, the merge plan, predicted memory and predicted time of a round.
 
     Args:
-        frequency: ``[layers, experts]`` shares of tokens.
-        plans: one per MoE layer, with ``tuned``, ``groups`` and ``dropped``.
-        explored: bool ``[layers, experts]``: experts kept as they are, and probed.
-        memory: GiB by kind, for each method that is compared.
+        frequency, explored: ``[layers, experts]``: shares of tokens; experts kept as they are, and probed.
+        plans: one per MoE layer.
+        memory, seconds: GiB by kind, and device seconds by phase, for each method that is compared.
         limit_gib: memory of the device.
-        seconds: device seconds by phase, for each method that is compared.
         notes: for the caption.
     """
     shares = np.asarray(frequency, dtype=float)
@@ -119,9 +113,7 @@ def _draw_sums(ax: Any, sums: Mapping[str, Mapping[str, float]], colors: Mapping
 def slots(plans: Sequence[Any], explored: Any = None) -> Picture:
     """Which experts share a slot: one row per layer, one box per slot, the experts' numbers inside.
 
-    Args:
-        plans: one per MoE layer, with ``tuned``, ``groups`` and ``dropped``.
-        explored: bool ``[layers, experts]``, or None: nobody is.
+    ``plans`` one per MoE layer; ``explored`` bool ``[layers, experts]``, or None: nobody is.
     """
     num_experts = len(plans[0].experts)
     marked = np.zeros((len(plans), num_experts), dtype=bool) if explored is None else np.asarray(explored, dtype=bool)
@@ -164,12 +156,7 @@ def _draw_slots(ax: Any, plans: Sequence[Any], explored: np.ndarray) -> None:
 
 @drawn
 def curves(runs: Mapping[str, pd.DataFrame], target: float) -> Picture:
-    """Score over time, one line per run, one panel per clock.
-
-    Args:
-        runs: label to ``rounds`` table of one run.
-        target: drawn as a line.
-    """
+    """Score over time, one line per run (label to ``rounds``), one panel per clock, the target as a line."""
     every = [run.assign(run=label, seed=0) for label, run in runs.items()]
     clocks, looks = ("device_s", "wall_s"), _looks(runs)
     figure, axes = panels(pd.concat(every), (8.4, 3.0), 1, 2)
@@ -196,11 +183,7 @@ def _looks(runs: Mapping[str, pd.DataFrame]) -> dict[str, style.Style]:
 
 @drawn
 def phases(participants: pd.DataFrame) -> Picture:
-    """Where each round's time goes on the device clock, for its slowest participant.
-
-    Args:
-        participants: the ``participants`` table of one run; refused replies are left out.
-    """
+    """Where each round's time of one run goes on the device clock, for its slowest participant."""
     rows = slowest(participants).melt("round", list(PHASES), "phase", "seconds").query("seconds > 0")
     figure, ax = panels(rows, (7.0, 2.6))
     looks = style.of_phases(rows["phase"])

@@ -87,11 +87,7 @@ def save(figure: Picture, slug: str, folder: Path | str, numbers: pd.DataFrame |
 
 
 def check_slug(slug: str) -> None:
-    """Refuse a name that a link in a text would break on.
-
-    Raises:
-        ValueError: see :func:`save`.
-    """
+    """ValueError for a name that a link in a text would break on, see :func:`save`."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
         raise ValueError(f"slug is {slug!r}, allowed are letters, digits, '_', '-' and '.'")
 
@@ -105,11 +101,7 @@ def _render(figure: Figure, kind: str) -> bytes:
 
 
 def study(table: pd.DataFrame, *names: str) -> pd.DataFrame:
-    """The rows of some studies of the ``measurements`` table.
-
-    Raises:
-        ValueError: one of them has none, with the studies that there are.
-    """
+    """The rows of some studies of the ``measurements`` table; ValueError: one of them has none."""
     present = table["study"].unique()
     if missing := [name for name in names if name not in present]:
         raise ValueError(f"measurements hold no study {missing[0]!r}; there are {', '.join(present)}")

@@ -16,16 +16,9 @@ from fluxlib.figures.picture import Picture, caption, drawn, facets, footer, pan
 
 @drawn
 def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wall_s")) -> Picture:
-    """Score over time, one column per model and task, one row per clock, one line per method.
+    """Score over time, one column per model and task, one row per clock (columns of ``rounds``), one line per method.
 
-    Round by round: mean score over seeds at the mean time of that round.
-
-    Args:
-        rounds: the ``rounds`` table of the runs to draw.
-        clocks: columns of ``rounds`` to draw over: ``device_s``, ``wall_s`` or ``round``.
-
-    Raises:
-        ValueError: an unknown clock.
+    Round by round: mean score over seeds at the mean time of that round. ValueError: an unknown clock.
     """
     if unknown := [clock for clock in clocks if clock not in style.CLOCKS]:
         raise ValueError(f"clocks has {unknown}, allowed are {', '.join(style.CLOCKS)}")
@@ -50,11 +43,7 @@ def _within_scores(scores: pd.Series) -> tuple[float, ...]:
 
 @drawn
 def measured(table: pd.DataFrame) -> Picture:
-    """Scores over seconds that were measured, one panel per link; and of every round what the clock said beforehand.
-
-    Args:
-        table: ``measurements`` with the studies ``race_score`` and ``race_seconds`` (``benchmarks/race.py``).
-    """
+    """Scores over measured seconds (``benchmarks/race.py``), by link; and what the clock said of every round."""
     scores = split(study(table, "race_score"), "method", "link")
     seconds = split(study(table, "race_seconds"), "method", "link", "kind")
     links, looks = list(scores["link"].unique()), style.of_methods(scores["method"])
@@ -77,11 +66,7 @@ def measured(table: pd.DataFrame) -> Picture:
 
 @drawn
 def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wall_s")) -> Picture:
-    """Bars of the time to target, one panel per clock, one group per task; a miss is written, not drawn.
-
-    Args:
-        times: of :func:`fluxlib.analysis.time_to_target.times_to_target`, usually of one model.
-    """
+    """Bars of the time to target, one panel per clock, one group per task; a miss is written, not drawn."""
     tasks, looks = sorted(pd.unique(times["task"])), style.of_methods(times["method"])
     width = min(6.5, max(3.2, 0.55 * len(tasks) * len(looks) + 1.2))
     figure, axes = panels(times, (width * len(clocks), 2.9), 1, len(clocks), squeeze=False)

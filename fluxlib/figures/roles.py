@@ -33,11 +33,7 @@ LEVELS = {"merged": "#FFFFFF", "explored": "#F0C36D", "tuned": "#D55E00"}
 
 
 def roles_table(participants: pd.DataFrame) -> pd.DataFrame:
-    """One row per expert that a participant exploited or explored in a round.
-
-    Args:
-        participants: the ``participants`` table of some runs, with the columns ``setting`` and ``seed``.
-    """
+    """One row per expert that a participant exploited or explored in a round, of runs with ``setting`` and ``seed``."""
     kept = [*RUN, "round", "participant"]
     rows = participants.melt(kept, ["exploited", "explored"], "role", "expert")
     rows = rows.assign(expert=rows["expert"].str.split()).explode("expert").dropna(subset=["expert"])
@@ -156,12 +152,7 @@ def role_probes(measured: pd.DataFrame) -> Picture:
 
 @drawn
 def role_seconds(measured: pd.DataFrame, participants: pd.DataFrame) -> Picture:
-    """Measured seconds of ways to learn one expert's utility, and what share of a round probing takes on both clocks.
-
-    Args:
-        measured: the ``measurements`` table; its study ``probe_seconds`` is drawn.
-        participants: the ``participants`` table of the runs whose shares are drawn.
-    """
+    """Measured seconds of ways to learn one expert's utility, and the share of a round that probing takes."""
     rows = study(measured, "probe_seconds")
     figure, (left, right) = panels(rows, (7.4, 2.9), 1, 2)
     times = 1000 * rows.groupby("setting")["value"].median().sort_values()
@@ -182,12 +173,7 @@ def role_seconds(measured: pd.DataFrame, participants: pd.DataFrame) -> Picture:
 
 @drawn
 def role_map(roles: pd.DataFrame, num_experts: int, participants: Sequence[int] = (0, 1, 2, 3)) -> Picture:
-    """Which experts some participants tuned and explored, round by round: one map per participant.
-
-    Args:
-        roles: of :func:`roles_table`, one run.
-        num_experts: experts per layer.
-    """
+    """Which experts (``num_experts`` a layer) some participants of a run tuned and explored, round by round."""
     shown = [p for p in participants if p in set(roles["participant"])]
     num_layers, num_rounds = int(roles["layer"].max()) + 1, int(roles["round"].max())
     columns = min(2, len(shown))
@@ -219,12 +205,7 @@ def role_map(roles: pd.DataFrame, num_experts: int, participants: Sequence[int] 
 def role_convergence(
     rounds: pd.DataFrame, clocks: Sequence[str] = ("round", "device_s"), varied: str = "assignment"
 ) -> Picture:
-    """Score and test loss of runs that differ in one setting, over rounds and over the device clock.
-
-    Args:
-        rounds: the ``rounds`` table of runs of one model and task, with the column ``setting``.
-        varied: what the settings are settings of, for the legend.
-    """
+    """Score and test loss of runs that differ in one setting (``varied``), over rounds and over the device clock."""
     figure, axes = panels(rounds, (3.7 * len(clocks), 4.6), 2, len(clocks), sharex="col", sharey="row", squeeze=False)
     looks, seeds = style.of_settings(rounds["setting"].unique()), rounds["seed"].nunique()
     titles = {"metric": METRICS.get(unique(rounds, "metric_name"), "score"), "loss": "test loss"}
@@ -243,11 +224,7 @@ def role_convergence(
 
 @drawn
 def role_ablation(outcome: pd.DataFrame) -> Picture:
-    """Final score, rounds and device seconds to target, one bar per setting, one mark per seed.
-
-    Args:
-        outcome: of :func:`outcomes`.
-    """
+    """Final score, rounds and device seconds to target of :func:`outcomes`, one bar per setting, one mark per seed."""
     measures = {
         "final_metric": "final score",
         "round_to_target": "rounds to target",
@@ -281,12 +258,7 @@ def role_ablation(outcome: pd.DataFrame) -> Picture:
 
 @drawn
 def role_coverage(roles: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
-    """How many experts anybody has tuned so far, and how evenly the tuning is spread over experts.
-
-    Args:
-        roles: of :func:`roles_table`.
-        rounds: the ``rounds`` table of the same runs.
-    """
+    """How many experts anybody has tuned so far (of :func:`roles_table`), and how evenly the tuning is spread."""
     num_experts = int(rounds["num_experts"].max())
     covered, loads = coverage(roles, num_experts), load(roles, num_experts)
     figure, (left, right) = panels(covered, (7.4, 2.8), 1, 2)

@@ -64,11 +64,7 @@ def crowd(row: Any) -> str:
 
 @drawn
 def scale_participants(rounds: pd.DataFrame) -> Picture:
-    """Score over rounds and over device seconds, one row of panels per method, one line per number of participants.
-
-    Args:
-        rounds: of the runs of the question ``participants``, with settings.
-    """
+    """Score over rounds and over device seconds, one row of panels per method, one line per number of participants."""
     if rounds.empty:
         return notice("No runs of this model with other numbers of participants.", rounds)
     shown = rounds.sort_values(["participants", "round"], kind="stable")
@@ -89,11 +85,7 @@ def scale_participants(rounds: pd.DataFrame) -> Picture:
 
 @drawn
 def scale_settings(table: pd.DataFrame) -> Picture:
-    """Final score, time to target and traffic (columns) by participants, heterogeneity and budget (rows).
-
-    Args:
-        table: of :func:`outcomes`.
-    """
+    """Final score, time to target and traffic of :func:`outcomes` by participants, heterogeneity and budget (rows)."""
     if table.empty:
         return notice("No runs of this model with other participants, heterogeneity or budgets.", table)
     asked = [name for name in AXES if (table["question"] == name).any()]

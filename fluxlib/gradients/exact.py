@@ -19,12 +19,7 @@ def true_norms(model: nn.Module, batch: dict[str, Tensor], experts: Sequence[Exp
     """Squared gradient norm of each expert, by one backward pass; nothing in the model changes.
 
     One expert's gradient exists at a time and is thrown away at once, so this costs no optimizer state, no gradient
-    memory and a fraction of the backward pass.
-
-    Args:
-        model: original or customised; an expert must not be merged with others.
-        batch: ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]``.
-        experts: ``(layer, expert)`` pairs.
+    memory and a fraction of the backward pass. Arguments are those of :func:`fluxlib.gradients.probe_norms`.
 
     Returns:
         ``[len(experts)]`` float32 on the CPU, ``|g|^2`` of the batch's loss (mean over its scored tokens); 0 for an

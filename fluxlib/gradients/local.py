@@ -87,9 +87,7 @@ class ExpertCall:
 def by_layer(model: torch.nn.Module, experts: Sequence[ExpertKey]) -> list[tuple[find.MoELayer, dict[int, list[int]]]]:
     """The layers that ``experts`` names, first to last, each with the places of its experts in the list.
 
-    Raises:
-        ValueError: a layer or an expert that does not exist, or an expert that is merged with others, so that it has
-            no gradient of its own.
+    ValueError: one that does not exist, or that is merged with others, so that it has no gradient of its own.
     """
     found = find.layers(model)
     places: dict[int, dict[int, list[int]]] = {}
@@ -109,14 +107,7 @@ def by_layer(model: torch.nn.Module, experts: Sequence[ExpertKey]) -> list[tuple
 def calls(
     layer: find.MoELayer, arguments: Sequence[Tensor], experts: Sequence[int], mask: Tensor
 ) -> dict[int, ExpertCall]:
-    """Calls of some experts of a layer.
-
-    Args:
-        layer: of which the experts are.
-        arguments: what the experts module was called with.
-        experts: their numbers.
-        mask: bool ``[B, T]``, real tokens.
-    """
+    """Calls of some experts of a layer, whose module was called with ``arguments``; ``mask [B, T]``: real tokens."""
     module, hidden = layer.experts, arguments[0]
     layout = find.read_layout(module)
     held = getattr(module, "activation", None)

@@ -7,10 +7,6 @@ above. It works by module, not by architecture: nothing needs to be known of a m
 The layers above keep the experts they chose in the first pass; only the gate weights follow. The gradient knows nothing
 of a token's next best expert, but a difference of two losses does: one token that changes its mind would outweigh the
 slope of all others.
-
-- :class:`CachedForward` -- the first pass, and the loss of another,
-- :func:`sample_losses`, :func:`scored_tokens` -- the loss, sample by sample,
-- :func:`quiet` -- a model in evaluation mode without gradients, for a while.
 """
 
 from __future__ import annotations
@@ -30,19 +26,14 @@ IGNORED = -100
 
 
 class CachedForward:
-    """One forward pass of a batch, kept so that it can be run again with other expert outputs.
+    """One forward pass of a batch, kept to be run again with other outputs of the ``wanted`` layers' experts.
 
     Memory: the output of every decoder layer, and of attention and router of the layers asked for.
 
     Attributes:
-        arguments, outputs: per MoE layer asked for, what its experts were called with and what they put out.
+        arguments, outputs: per layer asked for, what its experts were called with and what they put out.
         base: ``[B]`` float64, each sample's summed token losses.
         mask: ``[B, T]`` bool, real tokens.
-
-    Args:
-        model: a causal LM in evaluation mode; it is run without a cache.
-        batch: ``input_ids``, ``attention_mask`` (optional), ``labels``, each ``[B, T]``.
-        wanted: MoE layers whose output will be patched.
 
     Raises:
         ValueError: no scored token in the batch.

@@ -16,11 +16,9 @@ from fluxlib.moe.compact import LayerPlan
 def output_error(
     model: nn.Module, plans: Sequence[LayerPlan], batches: Iterable[dict[str, Tensor]], accumulated: bool = False
 ) -> Tensor:
-    """Relative error of every MoE layer's output under the plans, over real tokens.
+    """Relative error of every MoE layer's output under the plans, over real tokens; the model is the same afterwards.
 
     Args:
-        model: with its own experts; bit-identical afterwards.
-        plans: one per MoE layer, from :func:`fluxlib.merging.plan`.
         batches: ``input_ids`` and ``attention_mask`` ``[B, T]``.
         accumulated: False: each MoE block is given what it is given in the original model, so that only its
             own error shows. True: the hidden states after each decoder layer of the customised model, with

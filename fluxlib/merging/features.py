@@ -22,14 +22,10 @@ SLICE_VALUES = 1 << 22
 
 
 def features(experts: Tensor, dim: int = 32) -> Tensor:
-    """First principal components of a layer's experts, at unit length.
-
-    Args:
-        experts: one row of parameters per expert, ``[n, ...]``.
-        dim: length of a feature vector; components beyond n - 1 are 0.
+    """First principal components of a layer's experts ``[n, ...]``, at unit length.
 
     Returns:
-        ``[n, dim]`` float32, each row of length 1 (or 0 if all experts are equal).
+        ``[n, dim]`` float32, each row of length 1 (or 0 if all experts are equal); components beyond n - 1 are 0.
     """
     return from_gram(_rows_gram(experts), dim)
 
@@ -47,11 +43,7 @@ def gram_of(experts: nn.Module) -> Tensor:
 
 
 def from_gram(gram: Tensor, dim: int = 32) -> Tensor:
-    """Features ``[n, dim]`` from the experts' scalar products ``[n, n]``: centred, PCA, unit length.
-
-    Raises:
-        ValueError: ``dim`` below 1.
-    """
+    """Features ``[n, dim]`` from the experts' scalar products ``[n, n]``: centred, PCA, unit length."""
     if dim < 1:
         raise ValueError(f"dim is {dim}, allowed is at least 1")
     if len(gram) == 0:
@@ -70,14 +62,10 @@ def from_gram(gram: Tensor, dim: int = 32) -> Tensor:
 def match_neurons(
     anchor: Mapping[str, Tensor], other: Mapping[str, Tensor], layout: find.Layout, exact: bool | None = None
 ) -> Tensor:
-    """Order ``[I]`` of the other expert's neurons in which they resemble the anchor's most.
+    """Order ``[I]`` of the other expert's neurons in which they resemble the anchor's, the heaviest expert's, most.
 
-    Maximises the sum of scalar products of matched neurons, which minimises the distance between the two
-    experts.
-
-    Args:
-        anchor: tensors of the heaviest expert, as from :func:`fluxlib.moe.find.expert_tensors`.
-        exact: Hungarian assignment, or else best pairs first; None: exact up to 1,024 neurons.
+    Maximises the sum of scalar products of matched neurons, which minimises the distance between the two experts:
+    exactly (Hungarian assignment), or best pairs first; None: exact up to 1,024 neurons.
     """
     first, second = (find.neurons(tensors, layout).float() for tensors in (anchor, other))
     similarity = (first @ second.T).cpu().numpy()

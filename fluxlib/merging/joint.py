@@ -26,13 +26,10 @@ def joint_clusters(grams: Sequence[Tensor], importance: Sequence[Tensor], num_sl
     Args:
         grams: per layer ``[n_l, n_l]``, scalar products of the experts to merge, as a share of the layer's total.
         importance: per layer ``[n_l]``, not negative.
-        num_slots: clusters of all layers together.
+        num_slots: clusters of all layers together; ValueError: fewer than layers with experts.
 
     Returns:
         Per layer labels ``[n_l]`` long, in the order of the first expert; every layer with experts has a cluster.
-
-    Raises:
-        ValueError: fewer slots than layers with experts.
     """
     counts = np.array([len(gram) for gram in grams])
     check_enough(counts, num_slots)

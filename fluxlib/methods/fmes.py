@@ -57,12 +57,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
 
 
 def make_plans(model: nn.Module, frequency: Tensor, exploit: Tensor) -> list[LayerPlan]:
-    """Per layer: the experts to tune, the most used others up to top-k frozen, the rest dropped.
-
-    Args:
-        frequency: ``[L, E]`` of the participant's profile.
-        exploit: bool ``[L, E]``.
-    """
+    """Per layer: the experts to tune, the most used others up to top-k frozen, the rest dropped; tensors ``[L, E]``."""
     plans = []
     for layer, used, tuned in zip(find.layers(model), frequency, exploit, strict=True):
         others = used.masked_fill(tuned, -1.0).argsort(descending=True, stable=True)

@@ -173,13 +173,9 @@ def squared_gradient_norms(compact: Sequence[CompactExperts]) -> Tensor:
 
 
 def num_pairs(experts: nn.Module, top_k_index: Tensor, attention_mask: Tensor) -> int:
-    """(token, slot) pairs that a layer computes for the real tokens.
+    """(token, slot) pairs that a layer computes for the real tokens of ``attention_mask [B, T]``.
 
-    Experts with a ``slot_of`` map compute a slot once per token.
-
-    Args:
-        top_k_index: ``[N, k]``, ``N = B * T``.
-        attention_mask: ``[B, T]``, 1 for real tokens.
+    Experts with a ``slot_of`` map compute a slot once per token. ``top_k_index`` is ``[N, k]``, ``N = B * T``.
     """
     chosen = top_k_index[attention_mask.reshape(-1).bool()]
     slot_of = getattr(experts, "slot_of", None)

@@ -1,11 +1,8 @@
 """The public checkpoint formats of the two models: their keys, and what a folder on disk holds.
 
 A public checkpoint has one tensor per expert and matrix; the models hold two fused stacks per layer. The table
-``FORMATS`` is the only place that knows the names:
-
-- :func:`original_tensors` walks a model in the public keys, without copying;
-- :func:`stored_tensors` reads a folder's keys, shapes and types from the files' headers;
-- :func:`check` compares the two before a weight is read, :func:`fill` copies a folder into a model, tensor by tensor.
+``FORMATS`` is the only place that knows the names. A folder is compared with its configuration (:func:`check`) before a
+weight is read.
 """
 
 from __future__ import annotations
@@ -64,12 +61,9 @@ class StoredTensor:
 
 
 def original_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of ``model`` under its public key.
+    """Yield every tensor of one of the project's two models, with its own experts in place, under its public key.
 
     Experts are views into the stacks, [I, H] (gate, up) and [H, I] (down): nothing is copied.
-
-    Args:
-        model: one of the project's two causal language models, with its own experts in place.
     """
     keys = FORMATS[model.config.model_type]
     for name, tensor in model.state_dict().items():
@@ -107,11 +101,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        OSError: it holds something else, or cannot be read; by name.
-    """
+    """The JSON object in a file; OSError by name: it holds something else, or cannot be read."""
     with reading(f"{path} holds no JSON object, fetch it again", OSError):
         return checked("it", json.loads(path.read_text()), dict)
 
@@ -226,11 +216,7 @@ def fill(model: Any, folder: Path) -> None:
 
 
 def check_finite(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuse NaN and infinity in what was loaded from ``folder``.
-
-    Raises:
-        ValueError: naming the tensors.
-    """
+    """ValueError, naming the tensors, where NaN or infinity is in what was loaded from ``folder``."""
     floats = ((key, t) for key, t in tensors if t.is_floating_point() and t.numel() and not t.is_meta)
     refuse(folder, {"NaN or infinite": [key for key, t in floats if not all(end.isfinite() for end in t.aminmax())]})
 
@@ -255,11 +241,7 @@ def write_checksums(folder: Path) -> Path:
 
 
 def verify_checksums(folder: Path) -> None:
-    """Compare the weight files with ``checksums.json``, or with the hub's sums, where there are such.
-
-    Raises:
-        OSError: a file whose contents changed since the sums were written, by name.
-    """
+    """Compare the weight files with ``checksums.json``, or with the hub's sums, where there are such; else OSError."""
     path = folder / CHECKSUMS
     blobs = {file.name: file.resolve().name for file in weight_files(folder)}
     sums = {name: blob for name, blob in blobs.items() if SHA256.fullmatch(blob)}

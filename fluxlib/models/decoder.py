@@ -144,14 +144,11 @@ class MoeForCausalLM(MoePreTrainedModel, LlamaForCausalLM):
 
 
 def check_fields(kind: str, config: Any, counts: tuple[str, str], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse fields of a configuration that the model of this ``kind`` does not compute with.
+    """Refuse fields of a configuration that the model of this ``kind`` does not compute with: ValueError by name.
 
     Args:
         counts: fields with the number of experts per token and that of all experts.
         allowed: the values of other fields.
-
-    Raises:
-        ValueError: naming the field, what is allowed and what came.
     """
     known = {"hidden_act": tuple(sorted(ACT2FN)), "rope_type": ("default", *sorted(ROPE_INIT_FUNCTIONS))}
     for name, values in {**known, **allowed}.items():

@@ -1,8 +1,4 @@
-"""Models by name: the embedded mini models, the public ones, and any folder or hub id.
-
-:func:`load` gives a model and its tokenizer, :func:`config` only the configuration (what the memory planner
-needs), :func:`resolve` the folder, :func:`torch_device` where to compute.
-"""
+"""Models by name: the embedded mini models, the public ones, and any folder or hub id."""
 
 from __future__ import annotations
 
@@ -54,8 +50,7 @@ def known() -> list[str]:
 def config(name_or_path: str | Path) -> Any:
     """Return the configuration of a model without its weights; the public models' without a network.
 
-    Args:
-        name_or_path: a name of :func:`known`, a folder or its ``config.json``, or a hub id.
+    ``name_or_path`` is a name of :func:`known`, a folder or its ``config.json``, or a hub id.
 
     Raises:
         OSError: an unknown name, or a folder without a readable ``config.json``.
@@ -73,11 +68,7 @@ def config(name_or_path: str | Path) -> Any:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """Return the local folder of a model: embedded, given, or fetched from the hub (never any code).
-
-    Raises:
-        OSError: unknown name, missing folder, or a hub that cannot be reached.
-    """
+    """Return the local folder of a model: embedded, given, or fetched from the hub (never any code); else OSError."""
     name = str(name_or_path)
     if name in MINI or Path(name).exists():
         return _local_folder(name)
@@ -88,18 +79,13 @@ def resolve(name_or_path: str | Path) -> Path:
 def load(
     name_or_path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[Any, Any]:
-    """Return ``(model, tokenizer)``; the model in evaluation mode, all its parameters of type ``dtype``.
+    """Return ``(model, tokenizer)``; the model in evaluation mode, all its parameters of type ``dtype``, on ``device``.
 
     The tokenizer comes first. A checkpoint in one of the public formats is then compared with its configuration
     before a weight is read, and copied into the fused experts tensor by tensor, so that host memory stays near the
     size of the model in ``dtype`` (and near nothing where ``device`` is a GPU). No code from the hub is run and no
     file is unpickled into anything but tensors. Where transformers' grouped products do not take ``dtype`` or the
     widths of the experts, it computes expert by expert (``eager``), with a warning.
-
-    Args:
-        name_or_path: a name of :func:`known`, a folder, or a hub id of any causal model of transformers.
-        dtype: type of the parameters, whatever the files hold.
-        device: where the model is built.
 
     Raises:
         OSError: missing, unreadable or corrupted files, missing shards, by name.
@@ -220,11 +206,7 @@ def _read_config(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a model's folder; it pads on the right.
-
-    Raises:
-        OSError: no tokenizer, or one that cannot be read here.
-    """
+    """Return the tokenizer of a model's folder; it pads on the right. OSError: there is none that can be read here."""
     if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
         if importlib.util.find_spec("sentencepiece") is None:
             raise OSError(
@@ -244,8 +226,7 @@ def load_tokenizer(folder: Path) -> Any:
 def torch_device(name: str) -> torch.device:
     """The device called ``name``; ``auto`` is the first GPU, else Apple's, else the CPU.
 
-    Raises:
-        ValueError: this machine has none of that name; the message lists what it has.
+    ValueError: this machine has none of that name; the message lists what it has.
     """
     there = _there()
     if name == "auto":

@@ -42,11 +42,7 @@ class Parameters:
 
 
 def count_parameters(model: Any) -> Parameters:
-    """Parameters of a model by kind.
-
-    Raises:
-        ValueError: a dense model, or experts of a form that is not handled (see :func:`fluxlib.moe.find.layers`).
-    """
+    """Parameters of a model by kind; ValueError as in :func:`fluxlib.moe.find.layers`."""
     found = find.layers(model)
     experts = {f"{layer.name}.{name}" for layer in found for name, _ in layer.experts.named_parameters()}
     blocks = [f"{layer.name.rpartition('.')[0]}." for layer in found]

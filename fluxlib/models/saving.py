@@ -24,16 +24,12 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Path:
-    """Write ``model`` to the folder ``path`` in the keys of its public checkpoint; return ``path``.
+    """Write ``model``, its own experts in place, to an empty or new folder, in the keys of its public checkpoint.
 
-    One shard is in memory at a time, besides the model.
+    One shard of at most ``max_shard_bytes`` is in memory at a time, besides the model.
 
     Args:
-        model: a causal language model with its own experts in place (customised ones restored before).
-        path: an empty or new folder.
-        tokenizer: written too where given.
         dtype: type of the stored tensors; None keeps the model's.
-        max_shard_bytes: a file is closed before it grows past this.
 
     Raises:
         ValueError: experts of another class in the model, or weights in the folder already.

@@ -38,12 +38,7 @@ class LayerCapture:
 
 @dataclass
 class Capture:
-    """What :func:`capture` collects.
-
-    Attributes:
-        layers: One :class:`LayerCapture` per MoE layer.
-        attention_mask: ``[B, T]`` bool per forward pass, True at tokens.
-    """
+    """One :class:`LayerCapture` per MoE layer; ``attention_mask [B, T]`` bool per forward pass, True at tokens."""
 
     layers: list[LayerCapture]
     attention_mask: list[Tensor] = field(default_factory=list)
@@ -61,11 +56,8 @@ def capture(model: nn.Module, attention: bool = False) -> Iterator[Capture]:
     """Record the routing of every MoE layer while the context is open.
 
     Attention received by a token: the mean over heads and over the queries that can see it (itself and later ones,
-    within the layer's window; padding is neither a query nor a token) of the weight they give it. Section 5.3.
-
-    Args:
-        model: A transformers causal LM; its experts may be original or replaced.
-        attention: Also record attention received. The model runs with eager attention meanwhile.
+    within the layer's window; padding is neither a query nor a token) of the weight they give it. Section 5.3. The
+    model runs with eager attention meanwhile.
 
     Raises:
         ValueError: The model has no MoE layer, or a layer's attention module cannot be found.
@@ -86,11 +78,7 @@ def capture(model: nn.Module, attention: bool = False) -> Iterator[Capture]:
 
 
 def find_attention(model: nn.Module, layer: MoELayer) -> nn.Module:
-    """Attention module of the decoder layer that a MoE layer belongs to.
-
-    Raises:
-        ValueError: There is none under a known name.
-    """
+    """Attention module of the decoder layer that a MoE layer belongs to; ValueError: none under a known name."""
     path = layer.name
     while path:
         path = path.rpartition(".")[0]

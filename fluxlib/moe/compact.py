@@ -1,11 +1,6 @@
 """A participant's customised layer: tuned experts, merged experts, and a map from the originals to them.
 
 Paper: sections 5 and 6; ``customized_moe(model, exps_config)`` there, :func:`customize` here.
-
-- :class:`LayerPlan` -- what becomes of each expert of one layer,
-- :class:`CompactExperts` -- the layer: T tuned slots (parameters), M merged slots (frozen buffers),
-- :func:`merge` -- one merged expert, equation 2,
-- :func:`customize` and :func:`restore` -- a whole model, in place.
 """
 
 from __future__ import annotations
@@ -42,7 +37,6 @@ class LayerPlan:
     """What becomes of each expert of one MoE layer; ``tuned``, ``groups`` and ``dropped`` together hold each once.
 
     Attributes:
-        tuned: Experts that get a slot of their own and are trained.
         groups: Experts merged with one another: one frozen slot per group.
         weights: Merge weight of each member of each group, not negative, normalised inside the group; a group
             whose weights are all zero, or None, is merged uniformly.
@@ -115,21 +109,14 @@ class CompactExperts(ReplacedExperts):
     Deviation: Llama-4 multiplies the gate weight into the expert's input, so choices on one slot stay separate there.
 
     Args:
-        original: The experts module to stand in for.
-        plan: What becomes of each expert.
         dtype: Type of the tuned parameters (float32 beside a 16-bit model); None takes the original's.
-        adapter: What is learned are its B's alone, in at least float32; tuned weights are frozen, in the original's
-            type.
+        adapter: What is learned are its B's alone, in at least float32; tuned weights stay frozen.
         layer: Number of the layer, by which ``adapter`` knows its experts.
 
     Attributes:
         slot_of: ``[E]`` long, the slot of each expert, -1 for dropped ones. Tuned slots come first.
-        num_tuned: T.
-        num_merged: M.
         method: How slots are computed; see :class:`fluxlib.moe.dispatch.StackedSlots`.
-        tuned_fixed: The adapter's A of the tuned slots, see :meth:`fixed`.
-        watched: Experts whose gradient norms are measured, see :meth:`watch`.
-        watched_norms: ``[W]`` squared norm of each one's gradient, added up until it is set to zero.
+        watched_norms: ``[W]`` squared norm of each watched expert's gradient, added up until it is set to zero.
     """
 
     slot_of: Tensor
@@ -280,13 +267,8 @@ def customize(
     """Put a :class:`CompactExperts` at every MoE layer, in place, and freeze everything but the tuned slots.
 
     Args:
-        model: A model of any handled layout, with its original experts.
         plans: One per MoE layer.
-        dtype: Type of the tuned parameters; None takes the model's.
-        adapter: See :class:`CompactExperts`.
-
-    Returns:
-        The model.
+        dtype, adapter: Of :class:`CompactExperts`.
 
     Raises:
         ValueError: The plans are not for this model, or its experts were replaced before. The model is then as it was.

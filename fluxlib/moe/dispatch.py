@@ -80,7 +80,6 @@ def sort_pairs(slot: Tensor, weight: Tensor, num_slots: int, joins: bool = False
     Args:
         slot: ``[N, k]`` long, the slot of each choice; -1 leaves it out.
         weight: ``[N, k]`` gate weights.
-        num_slots: Number of slots, S.
         joins: Whether two choices of a token may fall on one slot; their weights are then summed.
     """
     keep = slot >= 0

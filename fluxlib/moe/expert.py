@@ -41,11 +41,7 @@ def to_matrices(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtyp
 
 
 class Activation:
-    """The gate (or activation) and the post-expert norm of an experts module, without its weights.
-
-    Args:
-        experts: A module of any handled layout; the stacks are not kept.
-    """
+    """The gate (or activation) and the post-expert norm of an experts module of any layout, without its weights."""
 
     def __init__(self, experts: nn.Module) -> None:
         layout = read_layout(experts)

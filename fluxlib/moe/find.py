@@ -2,12 +2,6 @@
 
 Every MoE model of transformers v5 calls its experts as ``experts(hidden [N, H], top_k_index [N, k],
 top_k_weights [N, k]) -> [N, H]`` and keeps them as stacks ``[E, ...]``.
-
-- :class:`MoELayer` and :func:`layers` -- where the experts of a model are,
-- :class:`Layout` and :func:`read_layout` -- what their stacks are called and how they are stored,
-- :func:`expert_tensors` and :func:`write_expert` -- one expert, in the form in which it travels,
-- :func:`neurons` and :func:`permute_neurons` -- one expert as interchangeable neurons,
-- :class:`ReplacedExperts` -- base of what this project puts at the experts' place (:mod:`fluxlib.moe.replace`).
 """
 
 from __future__ import annotations
@@ -66,12 +60,9 @@ class MoELayer:
     Attributes:
         index: 0-based position among the MoE layers (dense layers are not counted).
         name: Dotted path of the experts module in the model.
-        experts: The experts module, possibly a :class:`ReplacedExperts`.
-        block: Its parent, which also holds the router.
-        num_experts: Number of routed experts, E.
-        top_k: Experts per token, k.
-        hidden_size: Width of the model, H.
-        expert_size: Width of one expert, I.
+        block: The parent of the experts, which also holds the router.
+        num_experts, top_k: Routed experts, E, and experts per token, k.
+        hidden_size, expert_size: Width of the model, H, and of one expert, I.
     """
 
     index: int
@@ -161,11 +152,7 @@ def layers(model: nn.Module) -> list[MoELayer]:
 
 
 def decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[list[nn.Module], int]:
-    """The model's list of decoder layers, and the place in it that a MoE layer is at.
-
-    Raises:
-        ValueError: The layer is in no list.
-    """
+    """The model's list of decoder layers, and the place in it that a MoE layer is at; ValueError: it is in no list."""
     path, _, place = layer.name.rpartition(".")
     while path:
         if isinstance(found := model.get_submodule(path), nn.ModuleList):

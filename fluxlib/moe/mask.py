@@ -23,11 +23,7 @@ _NEVER = -1e4
 
 
 def find_router(layer: MoELayer) -> nn.Module:
-    """Router of a layer: the block's child named ``gate`` or ``router``.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """Router of a layer: the block's child named ``gate`` or ``router``; ValueError: there is none."""
     for name in ROUTER_NAMES:
         if isinstance(router := getattr(layer.block, name, None), nn.Module):
             return router

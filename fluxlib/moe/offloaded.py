@@ -1,10 +1,5 @@
 """Experts in host memory, the most recently used of them on the device: how FMD trains a model that does not fit.
 
-- :class:`Traffic` -- what was found on the device and what had to be moved,
-- :class:`DeviceSet` -- the experts on the device, shared by all layers, least recently used first to go,
-- :class:`OffloadedExperts` -- the layer: every expert a host parameter of its own, with its own gradient,
-- :func:`offload` -- a whole model, in place.
-
 There are two forms, the setting ``offloading``. ``on_demand``, the paper's: an expert is copied when its layer needs
 it, its gradient when it is made, and everything waits for that; the optimizer steps after the backward pass.
 ``overlapped``: on CUDA an expert is copied on a stream of its own while the one before it computes, the first of the
@@ -179,11 +174,9 @@ class OffloadedExperts(SlotExperts):
     """Experts that live in host memory, each a parameter of its own: gradients and optimizer state are per expert.
 
     An expert that saw no token has no gradient, and an optimizer leaves it and its state alone. The parameters share
-    the original's memory: training writes into the original. ``model.to(device)`` leaves them on the host.
+    the original's (pinned) memory: training writes into the original. ``model.to(device)`` leaves them on the host.
 
     Args:
-        original: The experts module to stand in for; its stacks move to (pinned) host memory.
-        device_set: Where experts stay on the device; shared between layers.
         index: Number of the layer, part of the key in the set.
         optimizer: Makes the optimizer that steps as soon as the layer's gradients are on the host; None: the caller's
             does, when it likes. Gradients are gone afterwards.
@@ -306,14 +299,9 @@ def offload(
     """Put an :class:`OffloadedExperts` at every MoE layer, in place, and freeze everything but the experts.
 
     Args:
-        model: A model of any handled layout, on the host or on the device.
         capacity: Experts that may be on the device at once, of all layers together.
-        offloading: ``overlapped`` or ``on_demand``.
         optimizer: Makes a layer's optimizer from its parameters; it steps by itself after every backward pass, behind
             that of earlier layers where ``offloading`` overlaps. None: the caller's optimizer steps.
-
-    Returns:
-        The set of experts on the device, with its :attr:`~DeviceSet.traffic`.
 
     Raises:
         ValueError: No capacity, or experts that were replaced before.

@@ -4,10 +4,6 @@ Values are coded in blocks of one expert's matrix: a code per value, a scale per
 between minus and plus the block's largest value; 2, 3 and 4 bits use the levels that are best for normally distributed
 values (Lloyd and Max), with a scale fitted to the block by least squares.
 
-- :func:`quantize_tensor` -- a stack, with the code that suits its device,
-- :class:`Packed` -- one quantized stack, read and written one expert at a time,
-- :class:`PackedNF4` -- the same with bitsandbytes' kernels: 4 bits on CUDA.
-
 On a CPU bitsandbytes needs 1.4 to 3 times as long to quantise, errs by 8 % more, and dequantises 3 to 4 times as fast:
 the better tool where experts are quantised once and read many times, which no participant does (``make bench``).
 """
@@ -35,17 +31,13 @@ SCALE_BITS = 16 / BLOCK
 
 
 class Packed(nn.Module):
-    """A quantized stack ``[E, ...]``; a block never straddles two experts.
+    """A quantized stack ``[E, ...]`` of floats; a block never straddles two experts, the last one may be short.
 
     Memory at rest per expert of n values: ``n * bits / 8`` bytes of codes, 2 bytes of scale per block, 4 bytes more.
     Buffers are integers throughout, so that moving the model to another floating-point type leaves them alone.
 
-    Args:
-        stack: Floating point; an expert's values are taken in row-major order, its last block may be short.
-        bits: 2, 3, 4 or 8.
-
     Raises:
-        ValueError: There is no such code.
+        ValueError: ``bits`` is none of 2, 3, 4 and 8.
     """
 
     codes: Tensor

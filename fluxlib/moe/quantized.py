@@ -1,10 +1,4 @@
-"""Experts at rest in 2, 3, 4 or 8 bits, for profiling (section 4) and for the FMQ baseline.
-
-- :class:`QuantizedExperts` -- an experts module that dequantizes one expert at a time,
-- :func:`quantize` -- a whole model, in place, :func:`quantized` -- as a context.
-
-How values are coded is in :mod:`fluxlib.moe.packing`.
-"""
+"""Experts at rest in 2, 3, 4 or 8 bits (:mod:`fluxlib.moe.packing`), for profiling (section 4) and for FMQ."""
 
 from __future__ import annotations
 
@@ -27,11 +21,7 @@ class QuantizedExperts(SlotExperts):
     """Experts at rest in few bits; the one that is computed is dequantized alone, forward and backward.
 
     No weight gets a gradient unless :attr:`collects_gradients` is set: then :meth:`grads` holds those of the
-    dequantized weights (straight-through, for FMQ), per expert that saw tokens.
-
-    Args:
-        original: An experts module of any handled layout.
-        bits: 2, 3, 4 or 8; biases take 8.
+    dequantized weights (straight-through, for FMQ), per expert that saw tokens. Biases take 8 bits.
     """
 
     def __init__(self, original: nn.Module, bits: int = 4) -> None:
@@ -91,8 +81,7 @@ class QuantizedExperts(SlotExperts):
 def quantize(model: nn.Module, bits: int = 4) -> nn.Module:
     """Put a :class:`QuantizedExperts` at every MoE layer, in place; :func:`fluxlib.moe.compact.restore` undoes it.
 
-    Raises:
-        ValueError: The experts were replaced before, or the number of bits is none of 2, 3, 4, 8.
+    ValueError: experts were replaced before, or ``bits`` is none of 2, 3, 4, 8.
     """
     check_bits(bits)
     replace_all(model, lambda layer: QuantizedExperts(layer.experts, bits))

@@ -1,8 +1,4 @@
-"""Another module at the experts' place, and the model's own back again; all layers or none.
-
-- :func:`replace_all`, :func:`replace` -- at every layer, at one,
-- :func:`restore` -- the original experts, routing and ``requires_grad`` flags.
-"""
+"""Another module at the experts' place, and the model's own back again; all layers or none."""
 
 from __future__ import annotations
 
@@ -60,12 +56,7 @@ def replace(model: nn.Module, layer: MoELayer, new: nn.Module) -> None:
 def restore(model: nn.Module, write: bool = True) -> nn.Module:
     """Put the original experts, routing and ``requires_grad`` flags back; nothing happens to an original model.
 
-    Args:
-        model: A customised, quantized or offloaded model.
-        write: Write what was learned into the originals first.
-
-    Returns:
-        The model.
+    With ``write`` what was learned is written into the originals first.
     """
     for layer in layers(model):
         module = layer.experts

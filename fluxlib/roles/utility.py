@@ -27,11 +27,7 @@ def utility(squared_norms: Tensor, tokens: Tensor) -> Tensor:
 
 
 def first_utilities(frequency: Tensor) -> Tensor:
-    """``f / max f`` per participant, ``[P, L, E]`` (or ``[L, E]``) in 0..1.
-
-    Raises:
-        ValueError: a frequency is negative or not finite, naming the participant.
-    """
+    """``f / max f`` per participant, ``[P, L, E]`` (or ``[L, E]``) in 0..1; ValueError: not finite, or negative."""
     flat = frequency.reshape(-1, frequency.shape[-2] * frequency.shape[-1])
     bad = ~(torch.isfinite(flat) & (flat >= 0)).all(dim=1)
     if bad.any():

@@ -1,9 +1,4 @@
-"""Where data comes from, and who holds what.
-
-:func:`load` gives a :class:`~fluxlib.tasks.base.Task` for a name; :mod:`~fluxlib.tasks.partition` deals its training
-samples to participants, :mod:`~fluxlib.tasks.batches` turns them into tensors and :mod:`~fluxlib.tasks.evaluate`
-scores a model on the test split.
-"""
+"""Where data comes from, and who holds what."""
 
 from __future__ import annotations
 
@@ -20,17 +15,15 @@ TASKS = (*mini.FAMILIES, *FORMATS)
 
 
 def load(name: str, seed: int = 0, size: int | None = None, path: str | Path | None = None) -> Task:
-    """The task called ``name``, split into training and test samples.
+    """The task called ``name``, one of :data:`TASKS`, split into training and test samples.
 
     Args:
-        name: one of :data:`TASKS`.
         seed: decides the generated rows, which samples of a public data set are taken, and the split.
         size: number of samples before the split; ``None`` for the task's own default, which is all of a public one.
         path: files of a public data set (see :mod:`fluxlib.tasks.files`); ``None`` for the hub.
 
     Raises:
-        ValueError: an unknown name, with the names that are allowed; files that are not what they should be; fewer
-            samples than ``size``; a ``path`` for a generated task.
+        ValueError: an unknown name, wrong files, fewer samples than ``size``, a ``path`` for a generated task.
         OSError: no files, or a hub that cannot be reached.
     """
     if name not in TASKS:

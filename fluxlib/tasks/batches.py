@@ -15,14 +15,11 @@ IGNORED = -100
 
 
 def encode(example: Example, tokenizer: Any, max_tokens: int, response: str | None = None) -> tuple[list[int], int]:
-    """Token ids of prompt, response and end-of-sequence, and where the response starts.
+    """Token ids of prompt, ``response`` (None: the example's own) and end-of-sequence, and where the response starts.
 
     A prompt that leaves no room is cut from its left, so that the end of the question and the whole response stay. A
     response that does not fit is cut at its end, without end-of-sequence, where the example allows it; it then has
     what the prompt leaves, but at least half of ``max_tokens``.
-
-    Args:
-        response: another response than the example's own (an option to be scored).
 
     Raises:
         ValueError: a response that must not be cut does not fit into ``max_tokens``.
@@ -63,11 +60,7 @@ def make_batch(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> 
 def sample_batches(
     examples: Sequence[Example], tokenizer: Any, batch_size: int, max_tokens: int, generator: torch.Generator
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless batches: passes over ``examples``, each in a new order; a batch may straddle two passes.
-
-    Raises:
-        ValueError: no examples.
-    """
+    """Endless batches: passes over ``examples``, each in a new order; one may straddle two. ValueError: no examples."""
     if not examples:
         raise ValueError("examples is empty: a participant needs at least one sample")
     order: list[int] = []

@@ -31,13 +31,10 @@ class Score:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, tokenizer: Any, metric: Metric, examples: Sequence[Example], max_tokens: int) -> Score:
-    """Mean metric and mean loss per response token over ``examples``; the model is left in its own mode.
+    """Mean metric and mean loss per response token over ``examples`` (none: ValueError); the model keeps its mode.
 
     What occurs several times (options of one question, prompts of one text) is computed once; texts of similar length
     share a batch of at most :data:`BATCH_TOKENS`.
-
-    Raises:
-        ValueError: no examples.
     """
     if not examples:
         raise ValueError("examples is empty: there is nothing to score")

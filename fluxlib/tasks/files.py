@@ -1,8 +1,4 @@
-"""Rows of the public data sets, from local files or from the hub.
-
-- :func:`read` -- every row below a file or folder, checked against the columns of its data set,
-- :func:`fetch` -- the hub's own Parquet copy of a data set, as a folder for :func:`read`,
-- :func:`cluster_labels` -- labels for those that have none.
+"""Rows of the public data sets, from local files or from the hub's own Parquet copies.
 
 Files may be JSON lines, JSON lists, CSV or Parquet. All of them are read together and split anew (section 7 of the
 paper's set-up: 80 % to 20 %), since the public splits differ in size and PIQA's test labels are secret.
@@ -76,11 +72,7 @@ def read(name: str, path: str | Path) -> list[Example]:
 
 
 def find(name: str, path: str | Path) -> list[Path]:
-    """The data files of the data set ``name`` below ``path``, sorted.
-
-    Raises:
-        OSError: there are none.
-    """
+    """The data files of the data set ``name`` below ``path``, sorted; OSError: there are none."""
     start = Path(path).expanduser()
     if start.is_file() and start.suffix in SUFFIXES:
         return [start]
@@ -97,11 +89,7 @@ def find(name: str, path: str | Path) -> list[Path]:
 
 
 def fetch(name: str) -> Path:
-    """The data set's folder in the hub's cache, downloaded where it is not there yet.
-
-    Raises:
-        OSError: the hub cannot be reached and nothing is cached, with what to do instead.
-    """
+    """The data set's folder in the hub's cache, downloaded where it is not there yet; OSError: it cannot be."""
     from huggingface_hub import snapshot_download
 
     hub_id, pattern = HUB[name]

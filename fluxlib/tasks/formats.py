@@ -41,11 +41,7 @@ class Format:
     normalize: Callable[[Row, Path], Row | None] = lambda row, file: row
 
     def read(self, row: Row, file: Path) -> Example | None:
-        """A row of ``file`` as an example; None where it has no answer.
-
-        Raises:
-            ValueError: naming a column that is missing, or holds something else than it must.
-        """
+        """A row of ``file`` as an example; None where it has no answer. ValueError names a column that is wrong."""
         known = self.normalize(row, file)
         if known is None:
             return None

@@ -22,7 +22,9 @@ def partition(
     alpha: float = 0.5,
     equal_sizes: bool = True,
 ) -> list[list[int]]:
-    """Indices of the examples that each participant holds; every example goes to at most one participant.
+    """Indices of the examples that each participant holds; every example goes to one at most.
+
+    ValueError: fewer examples than participants.
 
     Args:
         scheme: ``iid`` deals at random; ``label`` gives each participant whole labels (labels are dealt round robin,
@@ -31,9 +33,6 @@ def partition(
         alpha: concentration of the Dirichlet; small values make participants differ.
         equal_sizes: Dirichlet only: participants hold equally many samples and differ in their mix. Otherwise each
             label is cut by a Dirichlet over participants, and sizes differ too.
-
-    Raises:
-        ValueError: fewer examples than participants.
     """
     if len(examples) < num_participants:
         raise ValueError(

@@ -106,12 +106,9 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def in_notebook(notebook: str, table: pd.DataFrame, where: str) -> str:
-    """The claims that one study notebook tells on, as Markdown: the paper's number, ours, and the verdict.
+    """The claims that one study notebook tells on, from its ``measurements`` of one model, as Markdown.
 
-    Args:
-        notebook: its name, e.g. ``01_profiling``.
-        table: its ``measurements``, of one model.
-        where: model and tasks, in words.
+    ``where`` says model and tasks in words.
     """
     lines = []
     for claim in EVERY:

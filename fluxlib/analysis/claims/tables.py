@@ -67,11 +67,7 @@ def of_model(table: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def load(results: Path) -> Tables:
-    """Read what is there of one profile's results, such as ``data/results/full``; what is not is left empty.
-
-    Raises:
-        TableError: a table that does not fit its schema, by name.
-    """
+    """Read what is there of one profile's results, such as ``data/results/full``; what is not is left empty."""
     rounds, participants = (store.finished(Path(results), table) for table in ("rounds", "participants"))
     found: dict[str, dict[str, pd.DataFrame]] = {}
     for path in (Path(results) / "measurements").glob("*.parquet"):

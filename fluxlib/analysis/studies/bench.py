@@ -75,7 +75,7 @@ def benches(
 
     Args:
         data_path: files of the public data sets; ``None``: they come from the hub.
-        device: where the model computes, see :func:`~fluxlib.models.loading.torch_device`.
+        device: see :func:`~fluxlib.models.loading.torch_device`.
         max_tokens: of a prompt with its response; longer prompts are cut.
 
     Raises:
@@ -119,11 +119,7 @@ def batches(
 def row(
     study: str, setting: str, value: float, *, model: str, task: str = "", seed: int = 0, unit: str = "", **place: Any
 ) -> Row:
-    """One observation, with the columns of the ``measurements`` table except ``run_id``.
-
-    Args:
-        place: ``x``, ``layer`` and ``expert``, where there are such.
-    """
+    """One observation, with the columns of ``measurements`` except ``run_id``; ``place`` as far as there is one."""
     fixed = {"study": study, "model": model, "task": task, "seed": seed, "setting": setting}
     return fixed | {"x": None, "layer": None, "expert": None} | place | {"value": float(value), "unit": unit}
 

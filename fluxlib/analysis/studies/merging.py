@@ -66,14 +66,9 @@ class Case:
 def cases(
     benches: Iterable[Bench], num_samples: int, tuned_by: str, tune_fraction: float, merge_fraction: float
 ) -> list[Case]:
-    """One case per bench.
+    """One case per bench, of ``num_samples`` local samples that are profiled (4 bits).
 
-    Args:
-        num_samples: local samples that are profiled (4 bits) and on which options are measured.
-        tuned_by: ``frequency``: the most used experts stay (FLUX's first choice); ``random``.
-
-    Raises:
-        ValueError: another ``tuned_by``.
+    ``tuned_by``: ``frequency``: the most used experts stay (FLUX's first choice); ``random``; else ValueError.
     """
     if tuned_by not in ("frequency", "random"):
         raise ValueError(f"tuned_by must be 'frequency' or 'random', got {tuned_by!r}")

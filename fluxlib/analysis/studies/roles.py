@@ -131,11 +131,7 @@ def read_runs(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables ``rounds`` and ``participants`` of some of FLUX's runs, with the columns ``setting`` and ``seed``.
 
-    Args:
-        variants: what a variant is called in the figures, and its name in the run's id ("" for the plain run).
-
-    Raises:
-        TableError: a run is not there.
+    ``variants``: what a variant is called in the figures, and its name in the run's id ("" for the plain run).
     """
     found: dict[str, list[pd.DataFrame]] = {"rounds": [], "participants": []}
     for (setting, variant), seed in itertools.product(variants.items(), seeds):

@@ -80,15 +80,10 @@ def recounts(
 
     Args:
         runs: of :func:`fluxlib.analysis.store.configs`, of runs with works (:func:`with_works`).
-        fleets: of :func:`fluxlib.devices.catalogue.fleet`; None: the devices that the run's participants stood for.
-        links: of the catalogue; None: the run's.
-        offloading: how experts come that do not fit; None: as in the run.
+        fleets, links, offloading: of the catalogue; None: the run's own.
 
     Returns:
         ``rounds`` with other ``round_device_s``, ``server_device_s``, ``device_s`` and ``link``, and with ``fleet``.
-
-    Raises:
-        ValueError: an unknown fleet or link.
     """
     found = []
     for run_id, run in rounds.groupby("run_id", sort=False):
@@ -144,8 +139,7 @@ def this_machine(size: int = 768, repeats: int = 5) -> catalogue.Device:
 def check_clock(cases: Iterable[Case], repeats: int, device: catalogue.Device) -> Iterator[Row]:
     """Rows ``clock_check``: seconds of each block, ``<block>, predicted`` and ``<block>, measured`` (median).
 
-    Args:
-        device: :func:`this_machine`; everything else is the clock as it stands, 16-bit weights included.
+    ``device`` is :func:`this_machine`; all else is the clock as it stands, 16-bit weights included.
     """
     for case in cases:
         rows = list(own_share_measured([case], repeats, STEPS, PROBES))

@@ -72,22 +72,14 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
 
 
 def new_folder(folder: Path) -> None:
-    """Refuse a folder with something in it, before hours of work.
-
-    Raises:
-        ConfigError: that, or one that cannot be written.
-    """
+    """ConfigError for a folder with something in it, or that cannot be written, before hours of work."""
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: a model is written to a new folder")
     check_writable(folder)
 
 
 def check_picture(picture: Path) -> None:
-    """Refuse a picture that cannot be written, before anything is computed for it.
-
-    Raises:
-        ConfigError: its name, or its folder.
-    """
+    """ConfigError for a picture whose name or folder is wrong, before anything is computed for it."""
     from fluxlib.figures.picture import check_slug
 
     check_writable(picture.parent)

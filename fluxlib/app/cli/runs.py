@@ -91,11 +91,7 @@ def run(
 
 
 def _keep_what_is_there(config: RunConfig, out: Path) -> None:
-    """Refuse to replace a run of the same name, unless it was interrupted and goes on.
-
-    Raises:
-        ConfigError: what would go, and how its settings differ.
-    """
+    """ConfigError, with what would go, where a run of the same name would not go on but be replaced."""
     from fluxlib.analysis import store
 
     files = out / store.CHECKPOINTS / f"{config.run_id}.safetensors", out / "rounds" / f"{config.run_id}.parquet"

@@ -74,11 +74,7 @@ class BackgroundRun:
             self._change(STOPPING)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Until the thread is done.
-
-        Raises:
-            TimeoutError: it is not, after ``timeout_s``.
-        """
+        """Until the thread is done; TimeoutError: it is not, after ``timeout_s``."""
         if self._thread is not None:
             self._thread.join(timeout_s)
             if self._thread.is_alive():

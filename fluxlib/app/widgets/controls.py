@@ -92,12 +92,9 @@ class Controls:
         return int(self.widgets["participant"].value)
 
     def config(self) -> RunConfig:
-        """The configuration that the widgets say.
+        """The configuration that the widgets say; ConfigError: a combination that cannot be.
 
         Its ``variant`` names what was turned, so that two settings never share a place in the store.
-
-        Raises:
-            ConfigError: a combination that cannot be.
         """
         chosen = {name: widget.value for name, widget in self.widgets.items() if name != "participant"}
         plain = self.base.updated(chosen | {"variant": ""})
@@ -110,11 +107,7 @@ class Controls:
             self.widgets[name].value = value
 
     def load(self, config: RunConfig) -> None:
-        """Turn everything to what ``config`` says; what has no control is taken over from it too.
-
-        Raises:
-            ConfigError: a value that its control does not have.
-        """
+        """Turn everything to what ``config`` says; what has no control is taken over too. Else ConfigError."""
         import traitlets
 
         before = {name: widget.value for name, widget in self.widgets.items()}

@@ -163,11 +163,7 @@ class Dashboard:
         self._changed(found)
 
     def _turn(self, change: Callable[..., None], *arguments: Any) -> None:
-        """Turn several controls at once, by one of their methods.
-
-        Raises:
-            ConfigError: a value that has no place on the dashboard.
-        """
+        """Turn several controls at once, by one of their methods."""
         self._paused = True
         try:
             change(*arguments)
@@ -176,11 +172,7 @@ class Dashboard:
         self.refresh()
 
     def _chosen(self) -> tuple[RunConfig, Device]:
-        """What the controls say, and the device of the participant that is shown.
-
-        Raises:
-            ConfigError: they say what cannot be.
-        """
+        """What the controls say, and the device of the participant that is shown; else ConfigError."""
         if self.preview is None:
             raise ConfigError(self._problem)
         return self.preview.config, self.preview.device

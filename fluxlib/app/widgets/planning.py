@@ -33,11 +33,7 @@ LEGEND = (
 
 
 class PaysMap:
-    """The map of where FLUX pays, or FLUX+ where that is the method: a button for every device and link.
-
-    Args:
-        on_choice: gets the settings that a button stands for, by their full names.
-    """
+    """The map of where FLUX pays, or FLUX+ where that is the method: a button for every device and link."""
 
     def __init__(self, on_choice: Callable[[dict[str, str]], None]) -> None:
         import ipywidgets
@@ -100,12 +96,7 @@ def _cell(cell: Mapping[Any, Any]) -> Any:
 class OwnModel:
     """A name is typed, and what that model would need on the device and link of the controls is said.
 
-    Args:
-        in_turn: does what is asked for; the answer takes seconds.
-        chosen: the configuration and the device of the controls.
-
-    Attributes:
-        answer: what was said.
+    ``in_turn`` does what is asked for (the answer takes seconds); ``chosen`` gives what the controls say.
     """
 
     def __init__(

@@ -115,11 +115,7 @@ def _gib_by_kind(plan: MemoryPlan) -> dict[str, float]:
 
 
 def preview(config: RunConfig, participant: int = 0) -> Preview:
-    """Look at what ``participant`` would do in round 1 of ``config``.
-
-    Raises:
-        ConfigError: an impossible name, budget or participant; the message says what is allowed.
-    """
+    """Look at what ``participant`` would do in round 1 of ``config``; ConfigError: an impossible name or number."""
     check(config)
     if not 0 <= participant < config.federation.participants:
         raise ConfigError(f"participant is {participant}, allowed is 0 to {config.federation.participants - 1}")
@@ -200,11 +196,7 @@ def _cached_profile(config: RunConfig, participant: int) -> tuple[profiling.Prof
 def predict_memory(
     config: RunConfig, method: str, budget: Budget, known: profiling.Profile, device: catalogue.Device
 ) -> MemoryPlan:
-    """The planner's answer for the same shares of the experts of the clock's model.
-
-    Raises:
-        ConfigError: the model does not have as many or as few experts.
-    """
+    """The planner's answer for the same shares of the experts of the clock's model; ConfigError: it has not as many."""
     name, total = config.sized_as, clock.shapes(config.sized_as).num_experts
     share = 1.0 if method in ("fmd", "fmq") else budget.num_tuned / known.frequency.numel()
     num_tuned = max(1, round(share * total))

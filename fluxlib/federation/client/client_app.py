@@ -99,14 +99,11 @@ def _work(work: Work, kind: str, instruction: Instruction, context: Context) -> 
 
 
 def in_time(limit_s: float | None, function: Callable[..., Result], *arguments: Any) -> Result:
-    """``function(*arguments)``, or what it raises; no longer than ``limit_s``, if that is given.
+    """``function(*arguments)``, or what it raises; TimeLimitExceeded: it is not back within ``limit_s``, if given.
 
     A Python call cannot be interrupted from outside, so it runs in a thread of its own. When its time is over, an
     exception ends that thread as soon as it is back in Python; a call that never comes back from C is left behind.
     Either way the caller goes on, and must not use anything that the call may still be writing to.
-
-    Raises:
-        TimeLimitExceeded: it was not back in time.
     """
     if limit_s is None:
         return function(*arguments)

@@ -1,8 +1,4 @@
-"""A participant's copy of the global model, and the one model in memory that stands for all participants of a process.
-
-* :class:`LocalCopy`  version, and the experts that differ from the base; kept in the node's context
-* :class:`Workspace`  a model that becomes any participant's, writing only the experts that differ
-"""
+"""A participant's copy of the global model, and the one model in memory that stands for all of a process."""
 
 from __future__ import annotations
 

@@ -28,8 +28,7 @@ def local_data(
 ) -> LocalData:
     """This round's batches of ``participant``; they depend on its samples, seed, round and participant alone.
 
-    Args:
-        own: a file of samples that this node's operator gave it; None: its part of the run's task.
+    ``own`` is a file of samples that this node's operator gave it; None: its part of the run's task.
     """
     if own is not None:
         examples = read_examples(own)

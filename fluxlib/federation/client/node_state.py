@@ -58,11 +58,7 @@ def save_state(state: RecordDict, value: ParticipantState) -> None:
 
 @reading("a participant's state", WireError)
 def load_state(state: RecordDict) -> ParticipantState:
-    """What :func:`save_state` wrote; an empty state for a node that wrote nothing yet.
-
-    Raises:
-        WireError: it is something else.
-    """
+    """What :func:`save_state` wrote, WireError for anything else; an empty state for a node that wrote nothing yet."""
     if "participant" not in state:
         return ParticipantState()
     about: Any = state["participant"]

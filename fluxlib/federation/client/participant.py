@@ -114,11 +114,7 @@ def state_folder(context: Context) -> Path | None:
 
 
 def _catch_up(instruction: Instruction, context: Context) -> tuple[Workspace, messages.ModelVersion]:
-    """Finish the last round's profile, apply the delta, and make the model in memory that of this participant.
-
-    Raises:
-        ResyncNeeded: the delta does not fit what is held.
-    """
+    """Finish the last round's profile, apply the delta, and make the model in memory that of this participant."""
     state, numbers = context.state, instruction.config.numbers
     space = _workspace(instruction.config, context)
     before = LocalCopy.load(state, space.base_digest)

@@ -160,11 +160,7 @@ class LocalGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def context(self, node_id: int) -> Context:
-        """The context of ``node_id``, made when first asked for.
-
-        Raises:
-            ValueError: no such node.
-        """
+        """The context of ``node_id``, made when first asked for; ValueError: no such node."""
         if node_id not in self._contexts:
             partition = node_id - SERVER_NODE_ID - 1
             if not 0 <= partition < self.num_nodes:

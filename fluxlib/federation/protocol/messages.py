@@ -3,11 +3,6 @@
 Every message holds one ``ConfigRecord`` ("config"), most an ``ArrayRecord`` ("arrays": experts, or changes of experts),
 and a trained reply a ``MetricRecord`` ("metrics"), which is the form that Flower's own mods expect.
 
-* :class:`Instruction`   server to participant: the run, the round, a delta, and for training roles and a budget
-* :class:`JoinReport`    what a participant holds, before round 1
-* :class:`ProfileReport` activation frequencies, before a participant's first round
-* :class:`TrainReport`   changes of the exploited experts, utilities, tokens and an account of the work
-
 Nothing else leaves a participant: no sample, no text, no profile beyond the frequencies.
 """
 

@@ -40,11 +40,7 @@ def pack(content: RecordDict) -> RecordDict:
 
 @reading("parcels", WireError)
 def unpack(content: RecordDict) -> RecordDict:
-    """Inverse of :func:`pack`; content that was not packed comes back as it is.
-
-    Raises:
-        WireError: a parcel whose bytes are not what its list of contents says.
-    """
+    """Inverse of :func:`pack`; content that was not packed as it is. WireError: bytes are not what a parcel lists."""
     if MARK not in content:
         return content
     records = {name: record for name, record in content.items() if name != MARK}

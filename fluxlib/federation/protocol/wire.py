@@ -50,11 +50,7 @@ def key_name(key: ExpertKey, tensor: str) -> str:
 
 @lru_cache(maxsize=65536)
 def parse_name(name: str) -> tuple[ExpertKey, str]:
-    """``"3.7.down_proj"`` to ``((3, 7), "down_proj")``.
-
-    Raises:
-        WireError: another form of key.
-    """
+    """``"3.7.down_proj"`` to ``((3, 7), "down_proj")``; WireError for another form of key."""
     layer, _, rest = name.partition(".")
     expert, _, tensor = rest.partition(".")
     if not (layer.isdecimal() and expert.isdecimal() and tensor):
@@ -80,13 +76,9 @@ def encode(tensor: Tensor, wire: Form = "float32") -> Array:
 
 
 def decode(array: Array, wire: Form = "float32", shape: Sequence[int] = ()) -> Tensor:
-    """The tensor of ``array`` on the CPU, float32 or bfloat16.
+    """The tensor of ``array`` on the CPU, float32 or bfloat16; of ``shape``, which the coded forms do not carry.
 
-    Args:
-        shape: of the tensor; the coded forms do not carry it.
-
-    Raises:
-        WireError: another type than ``wire``, or bytes that do not fit the stated shape.
+    WireError: another type than ``wire``, or bytes that do not fit the stated shape.
     """
     values = read_array(array, _NUMPY_NAME[wire])
     if wire in _CODE_BITS:
@@ -143,12 +135,9 @@ def encode_changes(changes: Experts, wire: Form, residual: Mapping[str, Array]) 
 
 
 def decode_changes(arrays: ArrayRecord, wire: Form, shapes: Shapes) -> dict[ExpertKey, dict[str, Tensor]]:
-    """Inverse of :func:`encode_changes`; the coded forms need ``shapes``.
+    """Inverse of :func:`encode_changes`, WireError for anything else; the coded forms need ``shapes``.
 
     A tensor that the model does not have comes back empty where it cannot be read: its name is what will be refused.
-
-    Raises:
-        WireError: an array or its name is not what :func:`encode_changes` makes.
     """
     found: dict[ExpertKey, dict[str, Tensor]] = {}
     for name, array in arrays.items():

@@ -84,10 +84,7 @@ class RobustAggregate:
 
     Every reply counts alike: a weight that a participant reports of itself would be the first thing to lie about.
     All replies of a round are kept until it is over: unlike the mean, memory grows with the participants of a round.
-
-    Args:
-        rule: one of :data:`RULES`; see :func:`trimmed_mean`.
-        trim_frac: share of an expert's tuners that may be bad.
+    ``trim_frac`` is the share of an expert's tuners that may be bad.
     """
 
     def __init__(self, rule: str, trim_frac: float) -> None:

@@ -32,9 +32,7 @@ class Member:
 
 
 def join(grid: Grid, config: RunConfig, store: ExpertStore) -> dict[int, Member]:
-    """All participants of the run, by number; waits until enough nodes are connected.
-
-    A node that is gone must not hold up the others, so nobody's answer is waited for: those that are there are taken.
+    """All participants of the run, by number; waits until enough nodes are connected, and for nobody's answer alone.
 
     Raises:
         RunFailed: a participant is missing after ``federation.join_timeout_s``, two nodes claim the same part of the

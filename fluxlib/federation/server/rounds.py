@@ -39,10 +39,7 @@ log = logging.getLogger(__name__)
 def serve(grid: Grid, config: RunConfig, output: Output) -> RunResult:
     """Run all rounds on ``grid``, from the first or from where a checkpoint of the same configuration ends.
 
-    Raises:
-        ConfigError: something that :func:`~fluxlib.federation.checks.check` refuses, or a model that cannot be loaded.
-        RunFailed: too few participants, or too few good replies; what was complete before is written.
-        CheckpointError: there is a checkpoint of this configuration, and it is damaged.
+    Errors are those of :func:`fluxlib.federation.run.run`.
     """
     check(config, output.out)
     with lock.hold(output.out, config.run_id) if output.out else nullcontext():

@@ -43,11 +43,6 @@ NOBODY = -1
 class FluxStrategy:
     """Per-expert federated averaging with role assignment and delta synchronisation.
 
-    Args:
-        grid: what carries messages.
-        config: the run.
-        store: the global model.
-
     ``members`` must name every participant before the first round.
     """
 
@@ -155,11 +150,7 @@ class FluxStrategy:
         yield from send_and_receive(self.grid, self.requests(number, again), limit_s)
 
     def aggregate(self, number: int, replies: Iterable[Message]) -> RoundResult:
-        """Take replies in, refuse bad ones by name, apply each expert's combined change to the global model.
-
-        Raises:
-            RunFailed: see :meth:`run_round`.
-        """
+        """Take replies in, refuse bad ones by name, apply each expert's combined change to the global model."""
         mean, asked_again = make_aggregate(self.config), set[int]()
         utilities = torch.full_like(self.role_state.measured, math.nan)
         extra: list[tuple[int, str]] = []

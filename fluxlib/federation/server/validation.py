@@ -64,11 +64,7 @@ class Expected:
 
 
 def read_reply(reply: Message, expected: Expected) -> TrainReport:
-    """A reply as a report that may be aggregated.
-
-    Raises:
-        Rejected: any other reply, with the reason.
-    """
+    """A reply as a report that may be aggregated; Rejected, with the reason, for any other reply."""
     if reply.has_error():
         raise Rejected("error", brief(reply.error.reason or f"code {reply.error.code}"))
     if asks_for_resync(reply.content):
@@ -93,11 +89,7 @@ def read_reply(reply: Message, expected: Expected) -> TrainReport:
 
 
 def check_numbers(update: Update, expected: Expected) -> None:
-    """Refuse an account that must not count.
-
-    Raises:
-        Rejected: wrong_shape, not_finite or negative.
-    """
+    """Rejected for an account that must not count: wrong_shape, not_finite or negative."""
     shape = tuple(expected.assigned.shape)
     for name, table in (("tokens", update.tokens), ("utilities", update.utilities)):
         if tuple(table.shape) != shape:
@@ -128,11 +120,7 @@ def most_counts(config: RunConfig, num_experts: int) -> dict[str, float]:
 
 
 def check_work(work: Work, num_experts: int, most: Mapping[str, float]) -> None:
-    """Refuse an account of work that a round cannot be: the device clock would run over.
-
-    Raises:
-        Rejected: not_finite.
-    """
+    """Rejected for an account of work that a round cannot be (not_finite): the device clock would run over."""
     for name, count in vars(work).items():
         first, last = name.partition("_")[0], name.rpartition("_")[2]
         bound = most.get(name, most.get(first, most.get(last, MOST)))
@@ -142,11 +130,7 @@ def check_work(work: Work, num_experts: int, most: Mapping[str, float]) -> None:
 
 
 def check_expert(key: ExpertKey, tensors: Mapping[str, Tensor], expected: Expected) -> None:
-    """Refuse a change that must not be aggregated.
-
-    Raises:
-        Rejected: unknown_expert, unassigned_expert, incomplete, wrong_shape or not_finite.
-    """
+    """Rejected for a change that must not be aggregated, for any of the other :data:`REASONS`."""
     where, shapes = f"layer {key[0]}, expert {key[1]}", expected.shapes.get(key)
     if shapes is None:
         raise Rejected("unknown_expert", f"{where} does not exist")

@@ -57,11 +57,7 @@ class Checkpoint:
         self._identity = {"format": FORMAT, "numbers": config.numbers, "engine": config.engine}
 
     def save(self, number: int, strategy: FluxStrategy, tables: Tables) -> None:
-        """Write the state after round ``number``; the checkpoint before stays whole until this one is.
-
-        Raises:
-            OSError: the disk is full or gone; the checkpoint before is still there.
-        """
+        """Write the state after round ``number``; on any error the checkpoint before is still there."""
         store, state = strategy.store, strategy.role_state
         about = {
             **self._identity,
@@ -81,11 +77,7 @@ class Checkpoint:
         write_tensors(self.path, tensors | _node_tensors(strategy.grid), json.dumps(about))
 
     def resume(self, strategy: FluxStrategy, tables: Tables) -> int:
-        """Put the saved state into ``strategy``, its grid and ``tables``; the rounds that are done already.
-
-        Raises:
-            CheckpointError: the checkpoint is damaged, or of another base model.
-        """
+        """Put the saved state into ``strategy``, its grid and ``tables``; the rounds that are done already."""
         if not self.path.is_file():
             return 0
         with reading(

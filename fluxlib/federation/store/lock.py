@@ -23,14 +23,11 @@ class RunInUse(ConfigError):
 
 @contextmanager
 def hold(folder: Path, run_id: str, role: str = "", wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the run called ``run_id`` in ``folder`` for the time of the block.
+    """Hold the run called ``run_id`` in ``folder`` for the time of the block; RunInUse names another holder.
 
     Args:
         role: what may be held beside the run itself, such as following it from another process.
         wait_s: how long to wait for a holder; a process that is killed lets go a moment after it is gone.
-
-    Raises:
-        RunInUse: another process holds it; the message names its process number and machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".{run_id}{f'.{role}' if role else ''}.lock"

@@ -18,11 +18,7 @@ DIGEST = "sha256"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: str = "") -> None:
-    """Write ``tensors`` in place of what is at ``path``, all at once, when they are on disk; ``about`` goes with them.
-
-    Raises:
-        OSError: the disk is full or gone, with the file's name; what was there stays.
-    """
+    """Write ``tensors``, and ``about`` with them, in place of what is at ``path``, all at once; OSError by name."""
     kept = {name: one.detach().cpu().contiguous() for name, one in tensors.items()}
     with replacing(path) as temporary:
         try:
@@ -32,11 +28,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: str = "") ->
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors and ``about`` of a file that :func:`write_tensors` wrote.
-
-    Raises:
-        ConfigError: it cannot be read, or one bit of it is not as it was written; the message names the file.
-    """
+    """Tensors and ``about`` of a file of :func:`write_tensors`; ConfigError: one bit is not as it was written."""
     with reading(str(path)):
         with safe_open(path, "pt") as file:
             said, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

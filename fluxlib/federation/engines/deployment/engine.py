@@ -52,8 +52,7 @@ def run_deployment(config: RunConfig, output: Output, superlink: str | None) -> 
     Raises:
         ConfigError: what :func:`~fluxlib.federation.checks.check` refuses, an unknown SuperLink, or another process
             that is running this run in this folder, or following it.
-        RunFailed: the server app failed or was killed; the message says why. The same call goes on after the last
-            complete round.
+        RunFailed: the server app failed or was killed; the message says why.
     """
     check(config, output.out)
     if output.on_result is not None:
@@ -87,11 +86,7 @@ def run_deployment(config: RunConfig, output: Output, superlink: str | None) -> 
 
 
 def submit(config: RunConfig, out: Path, home: Path | None, superlink: str) -> str:
-    """Start the run on ``superlink``; the number Flower gives it.
-
-    Raises:
-        ConfigError: Flower refuses, with what it says.
-    """
+    """Start the run on ``superlink``; the number Flower gives it. ConfigError: Flower refuses, with what it says."""
     with tempfile.TemporaryDirectory(prefix="flux-") as temporary:
         path = Path(temporary) / "run.toml"
         # A JSON text without its escapes for other alphabets is a TOML text too.
@@ -146,11 +141,7 @@ def run_status(number: str, home: Path | None, superlink: str) -> tuple[str, str
 
 
 def listed(home: Path | None, superlink: str, what: str, *command: str) -> list[dict[str, Any]]:
-    """``what`` Flower's command line lists: ``runs`` with ``list``, ``nodes`` with ``supernode list``.
-
-    Raises:
-        ConfigError: nobody answers at ``superlink``, or not with such a list.
-    """
+    """What Flower's command line lists: ``runs`` with ``list``, ``nodes`` with ``supernode list``; else ConfigError."""
     if nobody := silence(home, superlink):
         raise ConfigError(f"superlink is {superlink!r}, {nobody}")
     done = flwr(home, *command, superlink, "--format", "json")

@@ -42,11 +42,7 @@ class Participant:
 
 
 def read_participant(folder: Path) -> Participant:
-    """What the folder's settings say.
-
-    Raises:
-        ConfigError: no such file, or a wrong entry in it; the message names what is allowed.
-    """
+    """What the folder's settings say; ConfigError: no such file, or a wrong entry in it, with what is allowed."""
     path = folder / SETTINGS
     try:
         found = Participant(**yaml.safe_load(path.read_text()))
@@ -81,11 +77,7 @@ def as_argument(values: dict[str, str | int | bool]) -> str:
 
 
 def make_folders(root: Path, config: RunConfig, background_profile: bool = False) -> list[Path]:
-    """A folder per participant of ``config``, with the samples that its partition deals to it: for trying it out.
-
-    On one machine of one's own there is no need to come by private data; the same samples as in process make the same
-    run.
-    """
+    """A folder per participant of ``config``, with the samples that its partition deals to it in process too."""
     task, parts = load_task(config)
     folders = []
     for number, device in enumerate(catalogue.fleet(config.clock.fleet, config.federation.participants)):

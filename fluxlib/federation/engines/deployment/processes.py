@@ -132,9 +132,7 @@ def free_ports(count: int) -> list[int]:
 class LocalFederation:
     """A SuperLink and a SuperNode per participant on this machine, with TLS and a key for each node.
 
-    Args:
-        folder: certificates, keys, participants' folders, logs; made if it is not there.
-        config: how many participants, and which samples and devices they have.
+    ``folder`` holds certificates, keys, participants' folders and logs; made if it is not there.
     """
 
     background_profile = False
@@ -201,11 +199,7 @@ class LocalFederation:
         self.processes.clear()
 
     def start_superlink(self) -> None:
-        """Start the SuperLink, or start it again on the database that it had.
-
-        Raises:
-            RunFailed: it does not answer.
-        """
+        """Start the SuperLink, or start it again on the database that it had; RunFailed: it does not answer."""
         server = self.folder / "server"
         self.spawn("superlink", superlink_command(server, HOST, self.port))
         context = ssl.create_default_context(cafile=str(server / credentials.CA_CERTIFICATE))
