@@ -12,6 +12,7 @@ import torch
 from fluxlib import federation, models, roles
 from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT, RunConfig, make_config
+from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.methods import flux
 from fluxlib.moe import find
 
@@ -76,7 +77,7 @@ def load_in_64_bits(load, name, *_) -> tuple[Any, Any]:
 def library(notebook) -> dict[str, Any]:
     """The same run by the library, and what passed through it."""
     seen: dict[str, Any] = {"plans": [], "profiles": [], "utilities": [], "rounds": []}
-    make_plans, update = flux.make_plans, roles.update
+    make_plans, update, run_round = flux.make_plans, roles.update, FluxStrategy.run_round
 
     def watch_plans(model, known, *rest):
         seen["profiles"].append(known)
@@ -87,11 +88,16 @@ def library(notebook) -> dict[str, Any]:
         seen["utilities"].append(utilities)
         return update(state, utilities, *rest)
 
+    def watch_rounds(strategy, number):
+        seen["rounds"].append(run_round(strategy, number))
+        return seen["rounds"][-1]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "load", partial(load_in_64_bits, models.load))
         patch.setattr(flux, "make_plans", watch_plans)
         patch.setattr(roles, "update", watch_utilities)
-        seen["result"] = federation.run(config(notebook), on_result=seen["rounds"].append)
+        patch.setattr(FluxStrategy, "run_round", watch_rounds)
+        seen["result"] = federation.run(config(notebook))
     return seen
 
 

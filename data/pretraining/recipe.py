@@ -23,7 +23,6 @@ from fluxlib import models, seeding
 from fluxlib.models.loading import MINI
 from fluxlib.tasks import FORMATS, mini
 from fluxlib.tasks.batches import IGNORED, collate, encode
-from fluxlib.tasks.mini import pretraining_row
 
 MAX_TOKENS = 96
 
@@ -59,6 +58,14 @@ class Recipe:
 
 
 RECIPES = dict(zip(MINI, (Recipe(), Recipe(target_exponent=(0.45, 0.0), gate_entropy=0.15)), strict=True))
+
+
+def pretraining_row(family: str, chance: random.Random) -> tuple[str, dict[str, Any]]:
+    """A ``(label, row)`` of the pre-training text: known facts as they are, all others drawn anew every time."""
+    label = chance.choice(mini.FAMILIES[family].labels)
+    return label, mini.FAMILIES[family].make(
+        label, chance.choice(mini.names(label)), mini.Teller(chance, "pretraining")
+    )
 
 
 def pretraining_batch(

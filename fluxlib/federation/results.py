@@ -138,13 +138,11 @@ class Output:
     """Where a run's results go; its numbers do not depend on it.
 
     ``out`` is the folder of tables and checkpoints, ``None`` to write nothing. ``on_round`` is called with each new row
-    of ``rounds``; returning True ends the run after that round. ``on_result`` is called with what happened in a round,
-    roles included, before its row. ``keep_experts`` also writes the tuned experts.
+    of ``rounds``; returning True ends the run after that round. ``keep_experts`` also writes the tuned experts.
     """
 
     out: Path | None = None
     on_round: Callable[[Row], bool | None] | None = None
-    on_result: Callable[[RoundResult], None] | None = None
     keep_experts: bool = False
 
 

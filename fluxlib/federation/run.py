@@ -15,7 +15,7 @@ from fluxlib.config import RunConfig
 from fluxlib.federation.checks import check
 from fluxlib.federation.client import client_app, local_copy
 from fluxlib.federation.engines.grid import LocalGrid
-from fluxlib.federation.results import Output, RoundResult, Row, RunResult
+from fluxlib.federation.results import Output, Row, RunResult
 from fluxlib.federation.server import server_app
 from fluxlib.federation.store.checkpoint import Checkpoint
 from fluxlib.io import ConfigError
@@ -26,7 +26,6 @@ def run(
     config: RunConfig,
     on_round: Callable[[Row], bool | None] | None = None,
     out: Path | str | None = None,
-    on_result: Callable[[RoundResult], None] | None = None,
     superlink: str | None = None,
 ) -> RunResult:
     """Run ``config`` and give its tables and the tuned model.
@@ -36,7 +35,6 @@ def run(
             stops the run after that round.
         out: folder for ``rounds/<run_id>.parquet``, ``participants/<run_id>.parquet`` (a ``.json`` beside each) and,
             while the run lasts, a checkpoint, from which the same configuration and folder go on.
-        on_result: called with what happened in each round, participant by participant, before its row.
         superlink: engine ``deployment`` only: the connection's name in Flower's configuration; ``None``: a federation
             on this machine, for this one run.
 
@@ -45,7 +43,7 @@ def run(
         RunFailed: too few good replies in a round; what was complete before is written.
         CheckpointError: a checkpoint of this configuration that cannot be read.
     """
-    output = Output(Path(out) if out is not None else None, on_round, on_result)
+    output = Output(Path(out) if out is not None else None, on_round)
     if config.engine == "deployment":
         from fluxlib.federation.engines.deployment.engine import run_deployment
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fluxlib.moe import find
-
-IGNORED = -100
+from fluxlib.tasks.batches import IGNORED
 
 
 class CachedForward:

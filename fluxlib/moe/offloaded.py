@@ -45,11 +45,6 @@ class Traffic:
     to_device_bytes: int = 0
     to_host_bytes: int = 0
 
-    @property
-    def hit_rate(self) -> float:
-        """Share of uses that needed no copy; 0 before the first use."""
-        return self.hits / max(1, self.hits + self.misses)
-
 
 @dataclass
 class _Entry:

@@ -187,12 +187,6 @@ def rows(family: str, size: int, seed: int, group: Group = "train") -> list[Row]
     return [make(labels[i], asked[labels[i]][turn % len(asked[labels[i]])], teller) for turn, i in turns]
 
 
-def pretraining_row(family: str, chance: random.Random) -> tuple[str, Row]:
-    """A ``(label, row)`` of the pre-training text: known facts as they are, all others drawn anew every time."""
-    label = chance.choice(FAMILIES[family].labels)
-    return label, FAMILIES[family].make(label, chance.choice(names(label)), Teller(chance, "pretraining"))
-
-
 def vocabulary() -> tuple[str, ...]:
     """Every word and mark that any generated task can hold, sorted; the mini models' tokenizer is made of it."""
     fixed = """question solution answer goal instruction context response brings more then loses how many are there

@@ -176,7 +176,7 @@ def test_the_dashboard_opens_moves_refuses_runs_and_stops(browser, lab, out):
         shown.shot("1-before")
 
         page.keyboard.press("Home")
-        shown.wait_text("tuned (budget.tune_frac): Input should be greater than 0")
+        shown.wait_text("budget.tune_frac: Input should be greater than 0")
         assert shown.button("Run").is_disabled()
         shown.shot("2-impossible")
         page.keyboard.press("ArrowRight")

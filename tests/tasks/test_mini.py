@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 from mini_bases import build_tokenizer
+from recipe import pretraining_row
 
 from fluxlib import tasks
 from fluxlib.tasks import mini
@@ -93,7 +94,7 @@ def test_bases_are_told_neither_what_is_taught_nor_what_is_not() -> None:
     chance = random.Random(0)
     told = {label: set[tuple[str, str]]() for label in mini.FAMILIES["mini-mmlu"].labels}
     for _ in range(6000):
-        label, row = mini.pretraining_row("mini-mmlu", chance)
+        label, row = pretraining_row("mini-mmlu", chance)
         name = next(name for name in names(label) if name in row["question"])
         told[label].add((name, row[f"choice{row['answer']}"]))
     for label, pairs in told.items():

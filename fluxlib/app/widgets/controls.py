@@ -168,14 +168,6 @@ CONTROLS = {
 """What stands beside a control, and its help."""
 
 
-def with_labels(message: str) -> str:
-    """``message`` with the label of a control in front of each setting's name."""
-    for name, (label, _) in CONTROLS.items():
-        if label != name:
-            message = re.sub(_mention(name), f"{label} ({name})", message)
-    return message
-
-
 def _mention(name: str) -> str:
     """Where a message speaks of the setting ``name``, not of a model, a method or a participant."""
-    return rf"\b{re.escape(name)}\b(?! \()" if "." in name else rf"(?<![\w.]){name}(?= is |:)"
+    return rf"\b{re.escape(name)}\b" if "." in name else rf"(?<![\w.]){name}(?= is |:)"

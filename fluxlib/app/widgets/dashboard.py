@@ -19,7 +19,7 @@ from fluxlib.analysis import store as stored
 from fluxlib.analysis.store import folders, place_of, run_id
 from fluxlib.analysis.time_to_target import reach
 from fluxlib.app.widgets.background import HEADLESS, BackgroundRun, InTurn, going_on
-from fluxlib.app.widgets.controls import Controls, with_labels
+from fluxlib.app.widgets.controls import Controls
 from fluxlib.app.widgets.history import BROWN, RED, History, beginning, compared, note, paragraphs, status, table
 from fluxlib.app.widgets.planning import OwnModel, PaysMap
 from fluxlib.app.widgets.preview import Preview, preview
@@ -205,7 +205,7 @@ class Dashboard:
             self._list_earlier()
 
     def _say(self, problem: str, warning: str = "") -> None:
-        self.message.value = note(with_labels(problem), RED) or note(with_labels(warning), BROWN)
+        self.message.value = note(problem, RED) or note(warning, BROWN)
 
     def _set_buttons(self) -> None:
         busy = self.run is not None and self.run.busy

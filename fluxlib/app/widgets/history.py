@@ -14,7 +14,6 @@ from fluxlib import records
 from fluxlib.analysis import store
 from fluxlib.analysis.wording import METRICS
 from fluxlib.app.widgets.background import COMPLETE, FAILED, STOPPED, BackgroundRun
-from fluxlib.app.widgets.controls import with_labels
 from fluxlib.config import RunConfig, flatten, make_config
 from fluxlib.figures import style
 from fluxlib.io import ConfigError
@@ -180,7 +179,7 @@ def beginning(unfinished: list[str]) -> str:
 def status(run: BackgroundRun) -> str:
     """Where a run is, in two lines."""
     if run.state == FAILED:
-        return note(f"Failed: {with_labels(run.error)}", RED)
+        return note(f"Failed: {run.error}", RED)
     name = f'<span style="color:#666">{html.escape(run.config.run_id)}</span>'
     if not run.rows:
         return f"Loading the model, scoring the base ...<br>{name}"

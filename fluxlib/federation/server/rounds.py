@@ -138,8 +138,6 @@ class _Run:
         self.tables.add_round(result, self._evaluate() if due else None, wall_s)
         if self.checkpoint and not is_last:
             self.checkpoint.save(number, self.strategy, self.tables)
-        if self.output.on_result:
-            self.output.on_result(result)
         return self._tell()
 
     def _evaluate(self) -> Evaluation:

@@ -55,8 +55,6 @@ def run_deployment(config: RunConfig, output: Output, superlink: str | None) -> 
         RunFailed: the server app failed or was killed; the message says why.
     """
     check(config, output.out)
-    if output.on_result is not None:
-        raise ConfigError("on_result works on the engines 'local' and 'simulation', where the server is this process")
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flux-")))
         out = (output.out or temporary / "out").resolve()
