@@ -203,6 +203,7 @@ class Repository:
     def __init__(self, root: Path) -> None:
         self.root = root
         shutil.copy(REPO_ROOT / "Snakefile", root)
+        shutil.copytree(REPO_ROOT / "workflow", root / "workflow")
         names = "method='flux'\nmodel='mini-llama-moe'\ntask='mmlu'\nseed=0\nrounds=1\nsettings={}\nout=''"
         for plain in ("00_start_here", "09_from_scratch", "explore"):
             notebook(root / "notebooks" / f"{plain}.ipynb", "seed = 0")
