@@ -124,7 +124,7 @@ class Slots(Protocol):
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """Take weight gradients of a slot (or of ALL), by stack name and in the stack's layout."""
 
-    def add_products(self, run: _Run, up: Product, down: Product) -> None:
+    def add_products(self, run: Run, up: Product, down: Product) -> None:
         """Take both products of a run; by default as weight gradients."""
         self.add_gradients(run.slot, run.gradients(self.layout, up, down))
 
@@ -210,7 +210,7 @@ class StackedSlots(Slots):
                 self._gradients[name] = torch.empty_like(self.learned[name])
             self._gradients[name][slot].copy_(gradient)
 
-    def add_products(self, run: _Run, up: Product, down: Product) -> None:
+    def add_products(self, run: Run, up: Product, down: Product) -> None:
         """With an adapter as B's gradients, ``g.T @ (x @ A.T)``."""
         if self.fixed is None:
             super().add_products(run, up, down)
@@ -356,7 +356,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Pairs that are multiplied together: those of one slot, or of ALL by grouped products."""
 
     slot: int
@@ -401,10 +401,10 @@ class _Work:
     ends: Tensor | None
     keeps: bool
 
-    def runs(self, dtype: torch.dtype, backward: bool = False) -> Iterator[_Run]:
+    def runs(self, dtype: torch.dtype, backward: bool = False) -> Iterator[Run]:
         """In order; backward from the last slot to the first, so that what was used last is used first."""
         if self.ends is not None:
-            yield _Run(ALL, slice(None), self.counts, self.slots.matrices(ALL, (), dtype), self.ends)
+            yield Run(ALL, slice(None), self.counts, self.slots.matrices(ALL, (), dtype), self.ends)
             return
         ends = list(itertools.accumulate(self.counts))
         busy = [slot for slot, count in enumerate(self.counts) if count]
@@ -412,7 +412,7 @@ class _Work:
             busy.reverse()
         for position, slot in enumerate(busy, 1):
             pairs = slice(ends[slot] - self.counts[slot], ends[slot])
-            yield _Run(slot, pairs, [self.counts[slot]], self.slots.matrices(slot, busy[position:], dtype))
+            yield Run(slot, pairs, [self.counts[slot]], self.slots.matrices(slot, busy[position:], dtype))
 
 
 def _weighted(rows: Tensor, gate: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 - :class:`Traffic` -- what was found on the device and what had to be moved,
 - :class:`DeviceSet` -- the experts on the device, shared by all layers, least recently used first to go,
 - :class:`OffloadedExperts` -- the layer: every expert a host parameter of its own, with its own gradient,
+- :class:`AdaptedOffloadedExperts` -- the same with low-rank adapters, which are what learns,
 - :func:`offload` -- a whole model, in place.
 
 There are two forms, the setting ``offloading``. ``on_demand``, the paper's: an expert is copied when its layer needs
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 
 from fluxlib.config import Offloading
 
-from .dispatch import SlotExperts
+from .adapter import Adapter, add_product
+from .dispatch import Product, Run, SlotExperts, StackedSlots
 from .expert import Matrices, to_matrices
-from .find import ExpertKey, MoELayer, check_expert
+from .find import ExpertKey, MoELayer, check_expert, write_expert
 from .replace import replace_all
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -236,13 +238,17 @@ class OffloadedExperts(SlotExperts):
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
+        return to_matrices(self.fetch(slot, upcoming, dtype), self.layout, dtype)
+
+    def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of an expert on the device, in ``dtype``; that of the next one starts to travel."""
         self.wait()
         there, key = self.device_set, (self.index, slot)
         tensors = there.get(key, self.parameters_of(slot), self.device, dtype)
         following = (self.index, upcoming[0]) if upcoming else there.next_layer.get(key)
         if following is not None and (layer := there.layers.get(following[0])) is not None:
             there.ahead(following, layer.parameters_of(following[1]), self.device, dtype)
-        return to_matrices(tensors, self.layout, dtype)
+        return tensors
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
@@ -300,8 +306,63 @@ class OffloadedExperts(SlotExperts):
         return [_version(self.parameters_of(expert)) for expert in range(self.num_experts)]
 
 
+class AdaptedOffloadedExperts(OffloadedExperts):
+    """Offloaded experts that stay as they are, and B's on the device that learn: nothing travels back.
+
+    Args:
+        original, device_set, index: See :class:`OffloadedExperts`.
+        adapter: The adapters; an expert is known to them by ``index`` and its number.
+
+    Attributes:
+        lora: B ``[E, out, rank]`` by stack name.
+    """
+
+    def __init__(self, original: nn.Module, device_set: DeviceSet, index: int, adapter: Adapter) -> None:
+        super().__init__(original, device_set, index)
+        self.host.requires_grad_(False)
+        self.adapter, experts = adapter, [self.parameters_of(expert) for expert in range(self.num_experts)]
+        start = adapter.start(experts[0], self.layout)
+        self.lora = nn.ParameterDict({n: up.repeat(len(experts), 1, 1).to(self.device) for n, up in start.items()})
+        fixed = [adapter.fixed((index, expert), tensors, self.layout) for expert, tensors in enumerate(experts)]
+        self.fixed = {name: torch.stack([one[name] for one in fixed]).to(self.device) for name in start}
+        self._adapters = StackedSlots(self.layout, self.activation, {}, "slots", self.fixed, dict(self.lora))
+
+    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
+        """Tensors of an expert, on the host, with what was learned on top."""
+        learned = {name: up.detach()[expert].cpu() for name, up in self.lora.items()}
+        return self.adapter.added((self.index, expert), super().expert_tensors(expert), learned, self.layout)
+
+    def write_back(self) -> None:
+        """Write the experts, with what was learned, into the original."""
+        for expert in range(self.num_experts):
+            write_expert(self.original, expert, self.expert_tensors(expert))
+
+    def learning(self) -> list[Tensor]:
+        """The B's."""
+        return self._adapters.learning()
+
+    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
+        """See :class:`~fluxlib.moe.dispatch.Slots`."""
+        tensors = dict(self.fetch(slot, upcoming, dtype))
+        for name, up in self.lora.items():
+            tensors[name] = add_product(tensors[name], up.detach()[slot], self.fixed[name][slot], self.layout)
+        return to_matrices(tensors, self.layout, dtype)
+
+    def add_products(self, run: Run, up: Product, down: Product) -> None:
+        """See :class:`~fluxlib.moe.dispatch.StackedSlots`."""
+        self._adapters.add_products(run, up, down)
+
+    def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
+        """See :class:`~fluxlib.moe.dispatch.StackedSlots`."""
+        return self._adapters.end_gradients(counts)
+
+
 def offload(
-    model: nn.Module, capacity: int, offloading: Offloading = "overlapped", optimizer: MakeOptimizer | None = None
+    model: nn.Module,
+    capacity: int,
+    offloading: Offloading = "overlapped",
+    optimizer: MakeOptimizer | None = None,
+    adapter: Adapter | None = None,
 ) -> DeviceSet:
     """Put an :class:`OffloadedExperts` at every MoE layer, in place, and freeze everything but the experts.
 
@@ -311,6 +372,7 @@ def offload(
         offloading: ``overlapped`` or ``on_demand``.
         optimizer: Makes a layer's optimizer from its parameters; it steps by itself after every backward pass, behind
             that of earlier layers where ``offloading`` overlaps. None: the caller's optimizer steps.
+        adapter: See :class:`AdaptedOffloadedExperts`; the caller's optimizer steps. None: whole experts learn.
 
     Returns:
         The set of experts on the device, with its :attr:`~DeviceSet.traffic`.
@@ -322,7 +384,10 @@ def offload(
     worker = ThreadPoolExecutor(1) if optimizer and device_set.overlaps else None
 
     def make(layer: MoELayer) -> OffloadedExperts:
-        made = OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker)
+        if adapter is not None:
+            made: OffloadedExperts = AdaptedOffloadedExperts(layer.experts, device_set, layer.index, adapter)
+        else:
+            made = OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker)
         device_set.layers[layer.index] = made
         return made
 
