@@ -50,7 +50,7 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
         [*PANEL, "local_steps", "learning_rate"], kind="stable", ignore_index=True
     )
     counts = frame.groupby(PANEL).size()
-    if counts.nunique() > 1:
+    if counts.groupby("rank").nunique().max() > 1:
         named = counts.rename(index=lambda rank: f" (rank {rank})" if rank else "", level="rank").groupby(
             METHOD, sort=False
         )

@@ -91,21 +91,16 @@ def test_an_unequal_search_is_refused() -> None:
 
 
 def test_adapters_have_a_search_of_their_own() -> None:
-    rounds = pd.concat(
-        [ROUNDS, run("fmd", "adapted", [0.1, 0.3, 0.3], 5.0), run("fmd", "adapted2", [0.1, 0.2, 0.4], 5.0)]
-    )
-    adapted = [name for name in rounds["run_id"].unique() if "adapted" in name]
-    known = runs(ROUNDS) | {
-        name: make_config({"adapter.kind": "lora", "adapter.rank": 4, "training.learning_rate": rate})
-        for name, rate in zip(adapted, (3e-3, 1e-2), strict=True)
-    }
-    with pytest.raises(ValueError, match=r"there are: flux 3, fmd 3, fmd \(rank 4\) 2"):
-        search.trials(rounds, known)
-    rounds = pd.concat([rounds, run("fmd", "adapted3", [0.1, 0.2, 0.2], 5.0)])
-    known["fmd-adapted3-0"] = make_config({"adapter.kind": "lora", "adapter.rank": 4, "training.learning_rate": 3e-2})
-    found = search.trials(rounds, known)
-    chosen = found[found["is_chosen"]].set_index(["method", "rank"])["variant"]
-    assert chosen.to_dict() == {("flux", 0): "", ("fmd", 0): "more", ("fmd", 4): "adapted2"}
+    tried = {"fmd-2": [0.1, 0.3, 0.3], "fmd-3": [0.1, 0.2, 0.4], "flux-2": [0.1, 0.3, 0.3], "flux-3": [0.1, 0.2, 0.2]}
+    adapted = [run(*name.split("-"), scores, 5.0) for name, scores in tried.items()]
+    adapter = {"adapter.kind": "lora", "adapter.rank": 4}
+    rates = {name: {"training.learning_rate": 10.0 ** -int(name[-1])} for name in tried}
+    known = runs(ROUNDS) | {f"{name}-0": make_config(adapter | rate) for name, rate in rates.items()}
+    found = search.trials(pd.concat([ROUNDS, *adapted]), known)
+    chosen = found[found["is_chosen"]].set_index(["method", "rank"])["variant"].to_dict()
+    assert chosen == {("flux", 0): "", ("flux", 4): "2", ("fmd", 0): "more", ("fmd", 4): "3"}
+    with pytest.raises(ValueError, match=r"flux 3, flux \(rank 4\) 2, fmd 3, fmd \(rank 4\) 1"):
+        search.trials(pd.concat([ROUNDS, *adapted[1:]]), known)
 
 
 def test_every_method_has_the_same_trials() -> None:
@@ -117,6 +112,6 @@ def test_every_method_has_the_same_trials() -> None:
     adapted = ("flux", "flux_plus", "fmd", "fmes")
     assert set(rates) == {*((name, 0) for name in (*adapted, "fmq")), *((name, 8) for name in adapted)}
     assert {tuple(sorted(found)) for (_, rank), found in rates.items() if not rank} == {(1e-3, 3e-3, 1e-2)}
-    assert {tuple(sorted(found)) for (_, rank), found in rates.items() if rank} == {(3e-3, 1e-2, 3e-2)}
+    assert {tuple(sorted(found)) for (_, rank), found in rates.items() if rank} == {(3e-3, 1e-2, 3e-2, 1e-1)}
     other = pipeline.load(REPO_ROOT / "config" / "full.yaml").runs.values()
     assert not {one.seed for one in runs} & {one.seed for one in other}
