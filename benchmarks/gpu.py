@@ -7,7 +7,7 @@
 
 Weights are random, so routing is nearly even; nothing is downloaded. A layer's experts are made on the device, turned
 into what the method holds, and let go: a model larger than the device's memory can be measured as long as what the
-method holds fits. A method that runs out of memory is reported so. FMQ and "full" have no adapters.
+method holds fits. A method that runs out of memory is reported so. "full" has no adapters.
 
 What is timed is one local step: forward, backward, update. FLUX and FMES train a share of the experts (``--tuned``);
 FLUX merges the others into ``--merged`` slots, FMES drops them; FLUX+ watches four experts in the place of every eighth
@@ -40,10 +40,10 @@ from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.find import MoELayer
 from fluxlib.moe.offloaded import AdaptedOffloadedExperts, DeviceSet, OffloadedExperts
-from fluxlib.moe.quantized import QuantizedExperts
+from fluxlib.moe.quantized import AdaptedQuantizedExperts, QuantizedExperts
 
 METHODS = ("flux", "flux_plus", "fmd", "fmd_on_demand", "fmq", "fmes", "full")
-ADAPTED = ("flux", "flux_plus", "fmd", "fmd_on_demand", "fmes")
+ADAPTED = METHODS[:-1]
 """Those that have adapters."""
 
 
@@ -113,12 +113,15 @@ class Trial:
         if self.method == "full":
             self.model.set_experts_implementation("grouped_mm")
             return layer.experts
+        adapted: dict[str, Any] = {"adapter": self.adapter, "layer": layer.index} if self.adapter else {}
         if self.method.startswith("fmd"):
             place = (layer.experts, self.device_set, layer.index)
-            held: Any = AdaptedOffloadedExperts(*place, self.adapter) if self.adapter else OffloadedExperts(*place)
+            held: Any = AdaptedOffloadedExperts(*place, **adapted) if adapted else OffloadedExperts(*place)
         elif self.method == "fmq":
-            held = QuantizedExperts(layer.experts, bits=4)
-            held.collects_gradients = True
+            held = (
+                AdaptedQuantizedExperts(layer.experts, 4, **adapted) if adapted else QuantizedExperts(layer.experts, 4)
+            )
+            held.collects_gradients = not adapted
         else:
             plan, watched = self._plan(layer)
             if plan.dropped:
@@ -154,7 +157,7 @@ class Trial:
         }
 
     def _update(self) -> None:
-        if self.method == "fmq":
+        if self.method == "fmq" and self.adapter is None:
             for experts in self.experts:
                 for expert in range(experts.num_experts):
                     _requantize(experts, expert)

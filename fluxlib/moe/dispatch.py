@@ -274,6 +274,14 @@ class SlotExperts(ReplacedExperts, Slots):
         """An empty tensor, so that autograd comes by and :meth:`add_gradients` is called."""
         return [torch.zeros(0, device=self.device, requires_grad=True)] if torch.is_grad_enabled() else []
 
+    def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Tensors of one expert where the layer computes, in ``dtype``; ``upcoming`` will be asked for next."""
+        raise NotImplementedError
+
+    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
+        """See :class:`Slots`."""
+        return to_matrices(self.fetch(slot, upcoming, dtype), self.layout, dtype)
+
 
 def dispatch(hidden: Tensor, pairs: Pairs, slots: Slots) -> Tensor:
     """Weighted outputs of the slots, summed per token: ``hidden [N, H] -> [N, H]``.

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from fluxlib.config import Offloading
 
-from .adapter import Adapter, add_product
-from .dispatch import Product, Run, SlotExperts, StackedSlots
-from .expert import Matrices, to_matrices
-from .find import ExpertKey, MoELayer, check_expert, write_expert
+from .adapted import AdaptedExperts
+from .adapter import Adapter
+from .dispatch import SlotExperts
+from .find import ExpertKey, MoELayer, check_expert
 from .replace import replace_all
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -236,10 +236,6 @@ class OffloadedExperts(SlotExperts):
         if changed:
             raise ValueError(f"write: offloaded experts are trained in place, expected True; changed were {changed}")
 
-    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """See :class:`~fluxlib.moe.dispatch.Slots`."""
-        return to_matrices(self.fetch(slot, upcoming, dtype), self.layout, dtype)
-
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of an expert on the device, in ``dtype``; that of the next one starts to travel."""
         self.wait()
@@ -306,55 +302,12 @@ class OffloadedExperts(SlotExperts):
         return [_version(self.parameters_of(expert)) for expert in range(self.num_experts)]
 
 
-class AdaptedOffloadedExperts(OffloadedExperts):
-    """Offloaded experts that stay as they are, and B's on the device that learn: nothing travels back.
+class AdaptedOffloadedExperts(AdaptedExperts, OffloadedExperts):
+    """Offloaded experts that stay as they are, and B's on the device that learn: nothing travels back."""
 
-    Args:
-        original, device_set, index: See :class:`OffloadedExperts`.
-        adapter: The adapters; an expert is known to them by ``index`` and its number.
-
-    Attributes:
-        lora: B ``[E, out, rank]`` by stack name.
-    """
-
-    def __init__(self, original: nn.Module, device_set: DeviceSet, index: int, adapter: Adapter) -> None:
-        super().__init__(original, device_set, index)
+    def __init__(self, *place: Any, adapter: Adapter, layer: int) -> None:
+        super().__init__(*place, adapter=adapter, layer=layer)
         self.host.requires_grad_(False)
-        self.adapter, experts = adapter, [self.parameters_of(expert) for expert in range(self.num_experts)]
-        start = adapter.start(experts[0], self.layout)
-        self.lora = nn.ParameterDict({n: up.repeat(len(experts), 1, 1).to(self.device) for n, up in start.items()})
-        fixed = [adapter.fixed((index, expert), tensors, self.layout) for expert, tensors in enumerate(experts)]
-        self.fixed = {name: torch.stack([one[name] for one in fixed]).to(self.device) for name in start}
-        self._adapters = StackedSlots(self.layout, self.activation, {}, "slots", self.fixed, dict(self.lora))
-
-    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
-        """Tensors of an expert, on the host, with what was learned on top."""
-        learned = {name: up.detach()[expert].cpu() for name, up in self.lora.items()}
-        return self.adapter.added((self.index, expert), super().expert_tensors(expert), learned, self.layout)
-
-    def write_back(self) -> None:
-        """Write the experts, with what was learned, into the original."""
-        for expert in range(self.num_experts):
-            write_expert(self.original, expert, self.expert_tensors(expert))
-
-    def learning(self) -> list[Tensor]:
-        """The B's."""
-        return self._adapters.learning()
-
-    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """See :class:`~fluxlib.moe.dispatch.Slots`."""
-        tensors = dict(self.fetch(slot, upcoming, dtype))
-        for name, up in self.lora.items():
-            tensors[name] = add_product(tensors[name], up.detach()[slot], self.fixed[name][slot], self.layout)
-        return to_matrices(tensors, self.layout, dtype)
-
-    def add_products(self, run: Run, up: Product, down: Product) -> None:
-        """See :class:`~fluxlib.moe.dispatch.StackedSlots`."""
-        self._adapters.add_products(run, up, down)
-
-    def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
-        """See :class:`~fluxlib.moe.dispatch.StackedSlots`."""
-        return self._adapters.end_gradients(counts)
 
 
 def offload(
@@ -385,7 +338,8 @@ def offload(
 
     def make(layer: MoELayer) -> OffloadedExperts:
         if adapter is not None:
-            made: OffloadedExperts = AdaptedOffloadedExperts(layer.experts, device_set, layer.index, adapter)
+            place = (layer.experts, device_set, layer.index)
+            made: OffloadedExperts = AdaptedOffloadedExperts(*place, adapter=adapter, layer=layer.index)
         else:
             made = OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker)
         device_set.layers[layer.index] = made

@@ -1,6 +1,7 @@
 """Experts at rest in 2, 3, 4 or 8 bits, for profiling (section 4) and for the FMQ baseline.
 
 - :class:`QuantizedExperts` -- an experts module that dequantizes one expert at a time,
+- :class:`AdaptedQuantizedExperts` -- the same under low-rank adapters, which are what learns,
 - :func:`quantize` -- a whole model, in place, :func:`quantized` -- as a context.
 
 How values are coded is in :mod:`fluxlib.moe.packing`.
@@ -15,9 +16,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .adapted import AdaptedExperts
+from .adapter import Adapter
 from .dispatch import SlotExperts
-from .expert import Matrices, to_matrices
-from .find import check_expert
+from .find import MoELayer, check_expert
 from .packing import Packed, check_bits, quantize_tensor
 from .product import wide_dtype
 from .replace import replace_all, restore
@@ -77,9 +79,9 @@ class QuantizedExperts(SlotExperts):
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
         return super().learning() if self.collects_gradients else []
 
-    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """See :class:`~fluxlib.moe.dispatch.Slots`."""
-        return to_matrices({name: packed.read(slot, dtype) for name, packed in self.packed.items()}, self.layout, dtype)
+    def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of one expert, dequantized."""
+        return {name: packed.read(slot, dtype) for name, packed in self.packed.items()}
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
@@ -88,21 +90,34 @@ class QuantizedExperts(SlotExperts):
             held[name] = held[name] + gradient if name in held else gradient
 
 
-def quantize(model: nn.Module, bits: int = 4) -> nn.Module:
+class AdaptedQuantizedExperts(AdaptedExperts, QuantizedExperts):
+    """Experts in few bits that stay as they are, and B's that learn (QLoRA, Dettmers et al. 2023)."""
+
+
+def quantize(model: nn.Module, bits: int = 4, adapter: Adapter | None = None) -> nn.Module:
     """Put a :class:`QuantizedExperts` at every MoE layer, in place; :func:`fluxlib.moe.compact.restore` undoes it.
+
+    Args:
+        adapter: See :class:`AdaptedQuantizedExperts`; None: nothing learns that is not asked for its gradients.
 
     Raises:
         ValueError: The experts were replaced before, or the number of bits is none of 2, 3, 4, 8.
     """
     check_bits(bits)
-    replace_all(model, lambda layer: QuantizedExperts(layer.experts, bits))
+
+    def make(layer: MoELayer) -> QuantizedExperts:
+        if adapter is None:
+            return QuantizedExperts(layer.experts, bits)
+        return AdaptedQuantizedExperts(layer.experts, bits, adapter=adapter, layer=layer.index)
+
+    replace_all(model, make)
     return model
 
 
 @contextmanager
-def quantized(model: nn.Module, bits: int = 4) -> Iterator[nn.Module]:
+def quantized(model: nn.Module, bits: int = 4, adapter: Adapter | None = None) -> Iterator[nn.Module]:
     """:func:`quantize` for the duration of a ``with`` block."""
-    quantize(model, bits)
+    quantize(model, bits, adapter)
     try:
         yield model
     finally:

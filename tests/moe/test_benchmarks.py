@@ -47,11 +47,13 @@ def test_every_method_at_full_size(
     adapters = ["--rank", "4", "--models", "tiny-llama-moe"]
     result = main(["--quick", "--device", "cpu", "--out", str(tmp_path), *adapters])
     rows = {row["method"]: row for row in result["models"]["tiny-llama-moe"]["steps"]}
-    assert len(rows) == 5 and all(row["result"] == "measured" for row in rows.values())
+    assert len(rows) == 6 and all(row["result"] == "measured" for row in rows.values())
     assert rows["fmd"]["to_device_bytes_per_step"] > 0 == rows["fmd"]["to_host_bytes_per_step"]
     with pytest.raises(SystemExit):
-        main(["--device", "cpu", "--rank", "4", "--methods", "fmq", "fmd"])
-    assert "fmq have no adapters; allowed are flux, flux_plus, fmd, fmd_on_demand, fmes" in capsys.readouterr().err
+        main(["--device", "cpu", "--rank", "4", "--methods", "full", "fmd"])
+    assert (
+        "full have no adapters; allowed are flux, flux_plus, fmd, fmd_on_demand, fmq, fmes" in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         main(["--device", "cpu", "--models", "gpt-5"])
     assert "expected among ['llama-moe-3.5b', 'deepseek-moe-16b'], got ['gpt-5']" in capsys.readouterr().err
