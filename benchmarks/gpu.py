@@ -2,13 +2,12 @@
 
     python benchmarks/gpu.py                                  both models, all methods, batch 16 of 512 tokens
     python benchmarks/gpu.py --models llama-moe-3.5b --batch 4 --checkpointing
-    python benchmarks/gpu.py --rank 8 --methods flux flux_plus fmes    with low-rank adapters
+    python benchmarks/gpu.py --rank 8                         with low-rank adapters, all methods that have them
     python benchmarks/gpu.py --device cpu --quick             tiny shapes, to see that it runs
 
 Weights are random, so routing is nearly even; nothing is downloaded. A layer's experts are made on the device, turned
 into what the method holds, and let go: a model larger than the device's memory can be measured as long as what the
-method holds fits. A method that runs out of memory is reported so. FMD, FMQ and "full" have no adapters here: with
-``--rank`` their rows are not what the others race.
+method holds fits. A method that runs out of memory is reported so. "full" has no adapters.
 
 What is timed is one local step: forward, backward, update. FLUX and FMES train a share of the experts (``--tuned``);
 FLUX merges the others into ``--merged`` slots, FMES drops them; FLUX+ watches four experts in the place of every eighth
@@ -40,10 +39,12 @@ from fluxlib.moe import find, mask
 from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.find import MoELayer
-from fluxlib.moe.offloaded import DeviceSet, OffloadedExperts
-from fluxlib.moe.quantized import QuantizedExperts
+from fluxlib.moe.offloaded import AdaptedOffloadedExperts, DeviceSet, OffloadedExperts
+from fluxlib.moe.quantized import AdaptedQuantizedExperts, QuantizedExperts
 
 METHODS = ("flux", "flux_plus", "fmd", "fmd_on_demand", "fmq", "fmes", "full")
+ADAPTED = METHODS[:-1]
+"""Those that have adapters."""
 
 
 def configs(quick: bool) -> dict[str, Any]:
@@ -112,11 +113,15 @@ class Trial:
         if self.method == "full":
             self.model.set_experts_implementation("grouped_mm")
             return layer.experts
+        adapted: dict[str, Any] = {"adapter": self.adapter, "layer": layer.index} if self.adapter else {}
         if self.method.startswith("fmd"):
-            held: Any = OffloadedExperts(layer.experts, self.device_set, layer.index)
+            place = (layer.experts, self.device_set, layer.index)
+            held: Any = AdaptedOffloadedExperts(*place, **adapted) if adapted else OffloadedExperts(*place)
         elif self.method == "fmq":
-            held = QuantizedExperts(layer.experts, bits=4)
-            held.collects_gradients = True
+            held = (
+                AdaptedQuantizedExperts(layer.experts, 4, **adapted) if adapted else QuantizedExperts(layer.experts, 4)
+            )
+            held.collects_gradients = not adapted
         else:
             plan, watched = self._plan(layer)
             if plan.dropped:
@@ -152,7 +157,7 @@ class Trial:
         }
 
     def _update(self) -> None:
-        if self.method == "fmq":
+        if self.method == "fmq" and self.adapter is None:
             for experts in self.experts:
                 for expert in range(experts.num_experts):
                     _requantize(experts, expert)
@@ -227,18 +232,22 @@ def main(arguments: Sequence[str] | None = None) -> Row:
     parser = options_of(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", nargs="+", default=None, help="names, default both")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default all, with --rank all that have adapters")
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--tokens", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--tuned", type=float, default=0.25, help="share of the experts that FLUX and FMES tune")
     parser.add_argument("--merged", type=float, default=0.125, help="merged slots per expert, FLUX")
     parser.add_argument("--resident", type=float, default=0.25, help="share of the experts on the device, FMD")
-    parser.add_argument("--rank", type=int, default=0, help="of adapters of FLUX, FLUX+ and FMES; 0: whole experts")
+    parser.add_argument("--rank", type=int, default=0, help="of adapters; 0: whole experts are tuned")
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of all but FMQ (plain steps)")
     parser.add_argument("--kernel", default="auto", choices=("auto", "slots", "grouped"), help="of FLUX and FMES")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
+    allowed = ADAPTED if options.rank else METHODS
+    options.methods = options.methods or allowed
+    if without := sorted(set(options.methods) - set(allowed)):
+        parser.error(f"--rank: {', '.join(without)} have no adapters; allowed are {', '.join(allowed)}")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("gpu: no CUDA device here, nothing measured (--device cpu --quick runs it in tiny)")

@@ -12,7 +12,9 @@ from fluxlib.config import RunConfig
 
 SETTINGS = ("learning_rate", "local_steps")
 """Fields of :class:`~fluxlib.config.TrainingConfig` that are searched."""
-PANEL = ["model", "task", "method"]
+METHOD = ["method", "rank"]
+"""Who is searched for: a method, and the rank of its adapters (0: none), whose settings are their own."""
+PANEL = ["model", "task", *METHOD]
 COLUMNS = (*PANEL, *SETTINGS, "variant", "num_seeds", "final", "at_s", "score", "mean", "is_best", "is_chosen")
 
 
@@ -23,7 +25,7 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
     ended: more local work per round must pay within the same time. ``is_best`` marks the highest mean score over seeds
     there (the first of the table among equals). ``mean`` is a setting's score over all models and tasks, and
     ``is_chosen`` marks one setting per method, since nobody tunes a method per task: that of the highest mean, among
-    equals the lowest learning rate and then the fewest steps.
+    equals the lowest learning rate and then the fewest steps. A method with adapters is another method here.
 
     Args:
         rounds: the ``rounds`` table of all trials.
@@ -34,6 +36,7 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
             score.
     """
     rows: list[dict[str, Any]] = []
+    rounds = rounds.assign(rank=[runs[name].adapter.used_rank for name in rounds["run_id"]])
     for panel, every in rounds.groupby(PANEL, sort=False):
         at_s = float(every.groupby("run_id")["device_s"].max().min())
         for variant, same in every.groupby("variant", sort=False):
@@ -47,14 +50,17 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
         [*PANEL, "local_steps", "learning_rate"], kind="stable", ignore_index=True
     )
     counts = frame.groupby(PANEL).size()
-    if counts.nunique() > 1:
-        listed = ", ".join(f"{name} {_span(found)}" for name, found in counts.groupby("method", sort=False))
+    if counts.groupby("rank").nunique().max() > 1:
+        named = counts.rename(index=lambda rank: f" (rank {rank})" if rank else "", level="rank").groupby(
+            METHOD, sort=False
+        )
+        listed = ", ".join(f"{name}{rank} {_span(found)}" for (name, rank), found in named)
         raise ValueError(f"methods must have equally many trials on each model and task; there are: {listed}")
     frame["is_best"] = frame.groupby(PANEL)["score"].transform("idxmax").to_numpy() == frame.index.to_numpy()
-    frame["mean"] = frame.groupby(["method", *SETTINGS])["score"].transform("mean")
+    frame["mean"] = frame.groupby([*METHOD, *SETTINGS])["score"].transform("mean")
     order = frame.sort_values(["mean", *SETTINGS], ascending=[False, True, True], kind="stable")
-    chosen = order.drop_duplicates("method").set_index(["method", *SETTINGS]).index
-    frame["is_chosen"] = frame.set_index(["method", *SETTINGS]).index.isin(chosen)
+    chosen = order.drop_duplicates(METHOD).set_index([*METHOD, *SETTINGS]).index
+    frame["is_chosen"] = frame.set_index([*METHOD, *SETTINGS]).index.isin(chosen)
     return frame[list(COLUMNS)]
 
 

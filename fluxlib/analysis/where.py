@@ -52,7 +52,7 @@ def races(
         offloading: how experts come to FMD's devices that do not fit; None: as in the run.
 
     Returns:
-        :func:`fluxlib.analysis.time_to_target.times_to_target`, with the ``device``.
+        :func:`fluxlib.analysis.time_to_target.times_to_target`, with the ``device`` and the ``rank`` of adapters.
     """
     tuned = budgets(participants, runs) / rounds.groupby("run_id")["num_experts"].max()
     counted = recounts(participants, rounds, runs, devices, links, offloading)
@@ -64,7 +64,8 @@ def races(
         kind = part["method"].where(part["variant"] == "", part["method"] + " " + part["variant"])
         times = times_to_target(part.assign(kind=kind), fraction, by="kind")
         found.append(times[times["run_id"].isin(fitting[str(key[0])])].assign(device=str(key[0])))
-    return pd.concat(found, ignore_index=True)
+    every = pd.concat(found, ignore_index=True)
+    return every.assign(rank=[runs[name].adapter.used_rank for name in every["run_id"]])
 
 
 def duels(raced: pd.DataFrame, ours: str = "flux") -> pd.DataFrame:
@@ -104,6 +105,32 @@ def _best(times: pd.DataFrame, method: str = "flux") -> dict[str, object]:
         "our_s": own["device_s_at_least"],
         "baseline_s": other["device_s_at_least"],
     }
+
+
+def first(raced: pd.DataFrame) -> pd.DataFrame:
+    """Who is at the target first, of all that fit: one row per model, device and link.
+
+    A method with adapters and the same without are two that race, on the tasks and seeds that both kinds ran. Who does
+    not arrive in every race is not first.
+
+    Args:
+        raced: of :func:`races`.
+
+    Returns:
+        ``method``, ``rank`` of its adapters, ``seconds`` to the target (mean over races), ``num_races``, and ``lead``,
+        the next one's seconds over these (NaN: nobody else arrives). All are NaN where nobody arrives.
+    """
+    both = raced.groupby(list(PAIR))["rank"].transform("max") > 0
+    kept, place = raced[both] if both.any() else raced, ["model", "device", "link"]
+    num_races = kept.groupby("model")[list(PAIR)].apply(lambda pairs: len(pairs.drop_duplicates()))
+    arrived = kept.dropna(subset="device_s_to_target")
+    times = arrived.groupby([*PAIR, "device", "link", "method", "rank"], sort=False)["device_s_to_target"].min()
+    means = times.groupby([*place, "method", "rank"]).agg(["mean", "size"]).reset_index()
+    means = means[means["size"] == means["model"].map(num_races)].sort_values("mean", kind="stable")
+    best = means.drop_duplicates(place).set_index(place)
+    lead = means[means.duplicated(place)].drop_duplicates(place).set_index(place)["mean"] / best["mean"]
+    found = best.rename(columns={"mean": "seconds", "size": "num_races"}).assign(lead=lead)
+    return kept[place].drop_duplicates().join(found, on=place).reset_index(drop=True)
 
 
 def over_tasks(table: pd.DataFrame) -> pd.DataFrame:

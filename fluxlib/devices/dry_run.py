@@ -29,7 +29,6 @@ from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.dispatch import Pairs, SlotExperts, dispatch
-from fluxlib.moe.expert import Matrices, to_matrices
 from fluxlib.moe.packing import BITS, SCALE_BITS
 
 DRY_ATTENTION = "fluxlib_dry_run"
@@ -127,7 +126,7 @@ class _CompactOnMeta(CompactExperts):
 class _UnpackedOnMeta(SlotExperts):
     """Experts that lie elsewhere, or quantised, and are unpacked one at a time, on the meta device."""
 
-    def __init__(self, layer: find.MoELayer, slots: Slots, on_gradient: Callable[[Tensor], None]) -> None:
+    def __init__(self, layer: find.MoELayer, slots: Slots, on_gradient: Callable[[Tensor], None] | None) -> None:
         super().__init__(layer.experts)
         self.slots, self.top_k, self.on_gradient = slots, layer.top_k, on_gradient
         self.one = {name: getattr(layer.experts, name)[0].detach() for name in self.layout.names}
@@ -143,11 +142,11 @@ class _UnpackedOnMeta(SlotExperts):
     def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         return dispatch(hidden, _pairs(self, hidden, weights), self)
 
-    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
-        return to_matrices({name: torch.empty_like(t) for name, t in self.one.items()}, self.layout, dtype)
+    def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: torch.empty_like(t) for name, t in self.one.items()}
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
-        if not self.slots.offloaded and slot < self.slots.num_tuned:
+        if self.on_gradient is not None and slot < self.slots.num_tuned:
             self.collected.extend(gradients.values())
             for gradient in gradients.values():
                 self.on_gradient(gradient)
@@ -285,10 +284,11 @@ def _replace(layer: find.MoELayer, slots: Slots, step: Step, tracker: MemoryTrac
     experts: _UnpackedOnMeta | _CompactOnMeta
     learned = slots.num_tuned * learned_parameters(layer, step.rank)
     hold(0 if slots.offloaded and not step.rank else MOMENT_BYTES * learned, "optimizer")
-    if slots.offloaded and step.rank:  # B's and their gradients stay
-        hold(2 * TUNED_DTYPE.itemsize * learned, "tuned")
+    if (slots.offloaded or slots.bits < 16) and step.rank:  # B's, their gradients and A's stay
+        hold(TUNED_DTYPE.itemsize * (2 * learned + slots.num_tuned * _fixed_parameters(layer, step.rank)), "tuned")
     if slots.offloaded or slots.bits < 16:
-        experts = _UnpackedOnMeta(layer, slots, lambda gradient: tracker.mark(gradient, "gradients"))
+        collects = not (slots.offloaded or step.rank)
+        experts = _UnpackedOnMeta(layer, slots, (lambda grad: tracker.mark(grad, "gradients")) if collects else None)
         hold(experts.packed_bytes(), "frozen")
     else:
         experts = _CompactOnMeta(layer, slots, step)
@@ -309,6 +309,12 @@ def learned_parameters(layer: find.MoELayer, rank: int) -> int:
         return sum(stack[0].numel() for stack in layer.experts.parameters())
     tensors = find.expert_tensors(layer.experts, 0)
     return sum(up.numel() for up in Adapter(rank, 1.0, 0).start(tensors, find.read_layout(layer.experts)).values())
+
+
+def _fixed_parameters(layer: find.MoELayer, rank: int) -> int:
+    """Parameters of one expert's A."""
+    side = 0 if find.read_layout(layer.experts).is_transposed else 1
+    return rank * sum(t.shape[side] for t in find.expert_tensors(layer.experts, 0).values() if t.dim() > 1)
 
 
 def _run(model: Any, step: Step, tracker: MemoryTracker, learns: bool, decoder: list[nn.Module]) -> None:

@@ -79,6 +79,11 @@ class Load:
         """Of the tuned experts that got a token: the others have no gradient and no step."""
         return self.experts(self.work.num_updated) * self.shapes.expert_parameters
 
+    @property
+    def state_bits(self) -> int:
+        """Bits of what learns, by which its gradient and its step are counted; an adapter's B's are not quantised."""
+        return 8 * WEIGHT_BYTES if self.work.adapter_rank else self.work.weight_bits
+
     def frozen_slot_bytes(self, bits: int) -> float:
         """Traffic of reading one frozen expert once; below 16 bit it is unpacked: written and read again in 16 bit."""
         unpacked = 0 if bits >= 8 * WEIGHT_BYTES else 2 * WEIGHT_BYTES
@@ -86,7 +91,7 @@ class Load:
 
     def kept_traffic(self, bits: int) -> float:
         """Traffic of reading every kept expert once; a tuned one is cast to 16 bit before its product, or formed."""
-        at_rest = WEIGHT_BYTES if self.work.adapter_rank else _rest_bytes(bits)
+        at_rest = _bus_bytes(bits) if self.work.adapter_rank else _rest_bytes(bits)
         tuned = self.updated_parameters * (at_rest + 2 * WEIGHT_BYTES)
         return tuned + self.experts(self.work.num_frozen) * self.frozen_slot_bytes(bits)
 
@@ -146,9 +151,9 @@ def _step(load: Load, device: Device, option: Placement, offloading: Offloading)
     flops = 2 * ahead + load.tuned_share * routed * load.gradient_share
     weights = shapes.other_parameters * WEIGHT_BYTES + load.kept_traffic(bits)
     activations = ACTIVATION_BYTES * tokens * shapes.num_layers * shapes.hidden_size
-    traffic = 2 * weights + load.updated_parameters * learned * _gradient_bytes(bits) + 2 * activations
+    traffic = 2 * weights + load.updated_parameters * learned * _gradient_bytes(load.state_bits) + 2 * activations
     computing = max(flops / device.flops_per_s, traffic / device.memory_rate)
-    on_device = computing + option.trained * learned * _update_traffic(bits) / device.memory_rate
+    on_device = computing + option.trained * learned * _update_traffic(load.state_bits) / device.memory_rate
     updated = option.resident + option.away
     if not updated or not flops:
         return on_device, 0.0
@@ -156,7 +161,7 @@ def _step(load: Load, device: Device, option: Placement, offloading: Offloading)
     came = option.resident * learned + option.away
     come, again = (count * _bus_bytes(bits) / device.bus_rate for count in (came, option.away))
     changed = updated * learned
-    back, host = changed * WEIGHT_BYTES / device.bus_rate, changed * _update_traffic(bits) / device.host_rate
+    back, host = changed * WEIGHT_BYTES / device.bus_rate, changed * _update_traffic(load.state_bits) / device.host_rate
     if offloading == "on_demand":
         return on_device, come + again + back + host
     passes = (forward, come), (computing - forward, again, back, host)
@@ -190,9 +195,9 @@ def base_bytes(load: Load) -> float:
 
 def trained_bytes(load: Load) -> float:
     """A tuned parameter on the device: weight, gradient and moments; with an adapter these of B beside its weight."""
-    bits = load.work.weight_bits
+    bits = load.state_bits
     learned = _rest_bytes(bits) + _gradient_bytes(bits) + MOMENT_BYTES
-    return WEIGHT_BYTES + load.learned_share * learned if load.work.adapter_rank else learned
+    return _bus_bytes(load.work.weight_bits) + load.learned_share * learned if load.work.adapter_rank else learned
 
 
 def _rest_bytes(bits: int) -> float:

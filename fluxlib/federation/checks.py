@@ -24,10 +24,6 @@ def check(config: RunConfig, out: Path | None = None) -> None:
     people = config.federation.participants
     try:
         methods.get(config.method)
-        if config.method == "fmq" and config.adapter.used_rank:
-            raise ValueError(
-                "adapter.kind is 'lora', allowed for method 'fmq' is 'none': it tunes the few bits themselves"
-            )
         if config.task not in tasks.TASKS:
             raise ValueError(f"task is {config.task!r}, allowed are {', '.join(tasks.TASKS)}")
         torch_device(config.torch_device)

@@ -9,15 +9,16 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.colors import LogNorm
+from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 
 from fluxlib.analysis import where
 from fluxlib.analysis.statistics import interval
 from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_target
-from fluxlib.analysis.wording import clock_shapes, percent, title
+from fluxlib.analysis.wording import clock_shapes, methods_in_order, percent, title
 from fluxlib.devices import catalogue
 from fluxlib.figures import marks, style
-from fluxlib.figures.picture import Picture, caption, drawn, facets, panels, split, study, unique
+from fluxlib.figures.picture import Picture, caption, drawn, facets, notice, panels, split, study, unique
+from fluxlib.records import seconds
 
 GIB = 2**30
 FACTORS = LogNorm(0.25, 4.0, clip=True)
@@ -153,19 +154,13 @@ def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION, ours: str = "fl
         table: of :func:`fluxlib.analysis.where.duels`.
         ours: the method that it was made for.
     """
+    if table.empty:
+        return notice("No runs to make this map of.", table)
     cells = where.over_tasks(table)
-    models, devices, links = (list(pd.unique(cells[name])) for name in ("model", "device", "link"))
-    figure, axes = panels(table, (1.6 + 3.3 * len(models), 3.4), 1, len(models), sharey=True, squeeze=False)
-    grid = pd.MultiIndex.from_product([devices, links])
-    for ax, model in zip(axes[0], models, strict=True):
-        own = cells[cells["model"] == model].set_index(["device", "link"]).reindex(grid)
-        factors = own["factor"].unstack(sort=False)
-        _map(ax, factors, own.apply(_race, axis=1).unstack(sort=False), FACTORS, style.DIVERGING)
+    figure, axes = _maps(cells.assign(text=cells.apply(_race, axis=1)), table, "factor", FACTORS, style.DIVERGING)
+    for ax, factors in axes:
         _break_even(ax, factors.to_numpy())
-        ax.set_title(Path(model).name)
-        ax.set_xticks(np.arange(len(links)) + 0.5, [catalogue.LINKS[name].title for name in links], fontsize=7)
-        ax.set_yticks(np.arange(len(devices)) + 0.5, [memory_of(name) for name in devices], fontsize=7, rotation=0)
-    bar = figure.colorbar(mpl.cm.ScalarMappable(FACTORS, style.DIVERGING), ax=axes, fraction=0.03, pad=0.02)
+    bar = figure.colorbar(mpl.cm.ScalarMappable(FACTORS, style.DIVERGING), ax=figure.axes, fraction=0.03, pad=0.02)
     bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["≤ 1/4", "1/2", "1", "2", "≥ 4"])
     bar.minorticks_off()
     bar.set_label(f"{title(ours)} sooner by this factor")
@@ -173,6 +168,49 @@ def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION, ours: str = "fl
     rule = f"{table['seed'].nunique()} seed(s)", "every method with the fastest of its stored budgets that fits"
     caption(figure, *races, *rule, f"≥: no baseline arrives · ≤: {title(ours)} does not · –: neither, or none fits")
     return figure
+
+
+@drawn
+def first(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> Picture:
+    """The map of who is first, with adapters or without: memory of the device down, link across, by model.
+
+    Args:
+        table: of :func:`fluxlib.analysis.where.first`.
+    """
+    known = methods_in_order(table["method"].dropna())
+    colors = ListedColormap([style.METHODS[name].color for name in known])
+    numbers = {name: float(number) for number, name in enumerate(known)}
+    cells = table.assign(number=table["method"].map(numbers), text=table.apply(_winner, axis=1))
+    figure, _ = _maps(cells, cells, "number", BoundaryNorm(np.arange(len(known) + 1) - 0.5, colors.N), colors)
+    rule = "of all stored runs that fit, with adapters (LoRA) or without", f"mean of {table['num_races'].max()} race(s)"
+    caption(figure, f"first at {percent(fraction)} of FMD's final score", "device seconds", *rule, "–: nobody arrives")
+    return figure
+
+
+def _winner(cell: pd.Series) -> str:
+    """Who it is, with or without adapters, and below it when."""
+    if cell["seconds"] != cell["seconds"]:
+        return "–"
+    adapted = " LoRA" if cell["rank"] else ""
+    return f"{title(cell['method'])}{adapted}\n{seconds(cell['seconds'])} s"
+
+
+def _maps(
+    cells: pd.DataFrame, table: pd.DataFrame, value: str, norm: Any, colors: Any
+) -> tuple[Any, list[tuple[Any, pd.DataFrame]]]:
+    """Panels by model, devices down and links across: ``value`` as colours, ``text`` in the cells."""
+    models, devices, links = (list(pd.unique(cells[name])) for name in ("model", "device", "link"))
+    figure, axes = panels(table, (1.6 + 3.3 * len(models), 3.4), 1, len(models), sharey=True, squeeze=False)
+    grid, drawn_axes = pd.MultiIndex.from_product([devices, links]), []
+    for ax, model in zip(axes[0], models, strict=True):
+        own = cells[cells["model"] == model].set_index(["device", "link"]).reindex(grid)
+        values = own[value].unstack(sort=False)
+        _map(ax, values, own["text"].fillna("–").unstack(sort=False), norm, colors)
+        ax.set_title(Path(model).name)
+        ax.set_xticks(np.arange(len(links)) + 0.5, [catalogue.LINKS[name].title for name in links], fontsize=7)
+        ax.set_yticks(np.arange(len(devices)) + 0.5, [memory_of(name) for name in devices], fontsize=7, rotation=0)
+        drawn_axes.append((ax, values))
+    return figure, drawn_axes
 
 
 def _race(cell: pd.Series) -> str:

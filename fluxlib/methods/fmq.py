@@ -11,6 +11,9 @@ The server adds the mean difference to its own weights in full precision and is 
 what nobody tuned does not enter the model. The device clock charges the codes; the bytes in the tables are those that
 this process sent, of full-precision tensors with the same content.
 
+With low-rank adapters (QLoRA) the experts stay in few bits and their B's learn, in 32: no step is lost. Each round
+begins with the server's weights quantised anew; what travels are the B's.
+
 Paper: section 5 of its set-up, "expert parameters quantized to INT4 so that the whole model fits, then fine-tuned".
 Deviation: 16 levels best for normal weights (:mod:`fluxlib.moe.packing`), with half the error of evenly spaced ones;
 the optimizer's state, for which nothing is said, is kept in 32 bits, and on the host where it does not fit.
@@ -21,6 +24,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,23 +34,26 @@ from fluxlib.methods import fmd
 from fluxlib.methods.base import ExpertKey, LocalRound, Method, ParticipantState, Update
 from fluxlib.methods.local import Stopwatch, make_optimizer, report, run_steps
 from fluxlib.moe import find
+from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.packing import SCALE_BITS
 from fluxlib.moe.product import wide_dtype
-from fluxlib.moe.quantized import QuantizedExperts, quantized
+from fluxlib.moe.quantized import AdaptedQuantizedExperts, QuantizedExperts, quantized
 
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
-    """Quantise, then local steps on all experts, each quantised again after every step."""
+    """Quantise, then local steps: on all experts, each quantised again after every step, or on their adapters."""
     bits = local.config.training.fmq_bits
     if bits == 16:
         return fmd.train(model, local)
-    watch = Stopwatch()
+    watch, adapter = Stopwatch(), Adapter.of(local.config)
     with ExitStack() as held:
         with watch.phase("quantize"):
-            held.enter_context(quantized(model, bits))
+            held.enter_context(quantized(model, bits, adapter))
         with watch.phase("train"):
-            experts: list[QuantizedExperts] = [layer.experts for layer in find.layers(model)]  # type: ignore[misc]
-            tuned = run_steps(model, QuantizedLearner(experts, local.config), local.data.train, local.config)
+            experts: list[Any] = [layer.experts for layer in find.layers(model)]
+            learner = (AdapterLearner if adapter else QuantizedLearner)(experts, local.config)
+            tuned = run_steps(model, learner, local.data.train, local.config)
+    coded: dict[str, Any] = {} if adapter else {"download_bits": bits + SCALE_BITS, "upload_bits": bits + SCALE_BITS}
     update = report(
         local,
         tuned,
@@ -55,10 +62,31 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         profile_bits=bits,
         weight_bits=bits,
         offloaded=True,
-        download_bits=bits + SCALE_BITS,
-        upload_bits=bits + SCALE_BITS,
+        **coded,
     )
     return update, local.state
+
+
+class AdapterLearner:
+    """The adapters of all experts of quantised layers."""
+
+    def __init__(self, experts: Sequence[AdaptedQuantizedExperts], config: RunConfig) -> None:
+        self.experts = experts
+        self.optimizer = make_optimizer([up for layer in experts for up in layer.lora.values()], config)
+
+    def step(self) -> Tensor:
+        """One step on all B's; nobody asks for norms."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.full((len(self.experts), self.experts[0].num_experts), float("nan"))
+
+    def changes(self) -> dict[ExpertKey, dict[str, Tensor]]:
+        """The B's, which began at zero."""
+        return {
+            (index, expert): {name: up.detach()[expert].cpu().clone() for name, up in layer.lora.items()}
+            for index, layer in enumerate(self.experts)
+            for expert in range(layer.num_experts)
+        }
 
 
 class QuantizedLearner:

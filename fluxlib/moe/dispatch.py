@@ -123,7 +123,7 @@ class Slots(Protocol):
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """Take weight gradients of a slot (or of ALL), by stack name and in the stack's layout."""
 
-    def add_products(self, run: _Run, up: Product, down: Product) -> None:
+    def add_products(self, run: Run, up: Product, down: Product) -> None:
         """Take both products of a run; by default as weight gradients."""
         self.add_gradients(run.slot, run.gradients(self.layout, up, down))
 
@@ -209,7 +209,7 @@ class StackedSlots(Slots):
                 self._gradients[name] = torch.empty_like(self.learned[name])
             self._gradients[name][slot].copy_(gradient)
 
-    def add_products(self, run: _Run, up: Product, down: Product) -> None:
+    def add_products(self, run: Run, up: Product, down: Product) -> None:
         """With an adapter as B's gradients, ``g.T @ (x @ A.T)``."""
         if self.fixed is None:
             super().add_products(run, up, down)
@@ -272,6 +272,14 @@ class SlotExperts(ReplacedExperts, Slots):
     def learning(self) -> list[Tensor]:
         """An empty tensor, so that autograd comes by and :meth:`add_gradients` is called."""
         return [torch.zeros(0, device=self.device, requires_grad=True)] if torch.is_grad_enabled() else []
+
+    def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Tensors of one expert where the layer computes, in ``dtype``; ``upcoming`` will be asked for next."""
+        raise NotImplementedError
+
+    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
+        """See :class:`Slots`."""
+        return to_matrices(self.fetch(slot, upcoming, dtype), self.layout, dtype)
 
 
 def dispatch(hidden: Tensor, pairs: Pairs, slots: Slots) -> Tensor:
@@ -355,7 +363,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Pairs that are multiplied together: those of one slot, or of ALL by grouped products."""
 
     slot: int
@@ -400,10 +408,10 @@ class _Work:
     ends: Tensor | None
     keeps: bool
 
-    def runs(self, dtype: torch.dtype, backward: bool = False) -> Iterator[_Run]:
+    def runs(self, dtype: torch.dtype, backward: bool = False) -> Iterator[Run]:
         """In order; backward from the last slot to the first, so that what was used last is used first."""
         if self.ends is not None:
-            yield _Run(ALL, slice(None), self.counts, self.slots.matrices(ALL, (), dtype), self.ends)
+            yield Run(ALL, slice(None), self.counts, self.slots.matrices(ALL, (), dtype), self.ends)
             return
         ends = list(itertools.accumulate(self.counts))
         busy = [slot for slot, count in enumerate(self.counts) if count]
@@ -411,7 +419,7 @@ class _Work:
             busy.reverse()
         for position, slot in enumerate(busy, 1):
             pairs = slice(ends[slot] - self.counts[slot], ends[slot])
-            yield _Run(slot, pairs, [self.counts[slot]], self.slots.matrices(slot, busy[position:], dtype))
+            yield Run(slot, pairs, [self.counts[slot]], self.slots.matrices(slot, busy[position:], dtype))
 
 
 def _weighted(rows: Tensor, gate: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from fluxlib.config import Offloading
 
+from .adapted import AdaptedExperts
+from .adapter import Adapter
 from .dispatch import SlotExperts
-from .expert import Matrices, to_matrices
 from .find import ExpertKey, MoELayer, check_expert
 from .replace import replace_all
 
@@ -222,15 +223,15 @@ class OffloadedExperts(SlotExperts):
         if changed:
             raise ValueError(f"write: offloaded experts are trained in place, expected True; changed were {changed}")
 
-    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """See :class:`~fluxlib.moe.dispatch.Slots`."""
+    def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of an expert on the device, in ``dtype``; that of the next one starts to travel."""
         self.wait()
         there, key = self.device_set, (self.index, slot)
         tensors = there.get(key, self.parameters_of(slot), self.device, dtype)
         following = (self.index, upcoming[0]) if upcoming else there.next_layer.get(key)
         if following is not None and (layer := there.layers.get(following[0])) is not None:
             there.ahead(following, layer.parameters_of(following[1]), self.device, dtype)
-        return to_matrices(tensors, self.layout, dtype)
+        return tensors
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
@@ -288,8 +289,20 @@ class OffloadedExperts(SlotExperts):
         return [_version(self.parameters_of(expert)) for expert in range(self.num_experts)]
 
 
+class AdaptedOffloadedExperts(AdaptedExperts, OffloadedExperts):
+    """Offloaded experts that stay as they are, and B's on the device that learn: nothing travels back."""
+
+    def __init__(self, *place: Any, adapter: Adapter, layer: int) -> None:
+        super().__init__(*place, adapter=adapter, layer=layer)
+        self.host.requires_grad_(False)
+
+
 def offload(
-    model: nn.Module, capacity: int, offloading: Offloading = "overlapped", optimizer: MakeOptimizer | None = None
+    model: nn.Module,
+    capacity: int,
+    offloading: Offloading = "overlapped",
+    optimizer: MakeOptimizer | None = None,
+    adapter: Adapter | None = None,
 ) -> DeviceSet:
     """Put an :class:`OffloadedExperts` at every MoE layer, in place, and freeze everything but the experts.
 
@@ -297,6 +310,7 @@ def offload(
         capacity: Experts that may be on the device at once, of all layers together.
         optimizer: Makes a layer's optimizer from its parameters; it steps by itself after every backward pass, behind
             that of earlier layers where ``offloading`` overlaps. None: the caller's optimizer steps.
+        adapter: See :class:`AdaptedOffloadedExperts`; the caller's optimizer steps. None: whole experts learn.
 
     Raises:
         ValueError: No capacity, or experts that were replaced before.
@@ -305,7 +319,11 @@ def offload(
     worker = ThreadPoolExecutor(1) if optimizer and device_set.overlaps else None
 
     def make(layer: MoELayer) -> OffloadedExperts:
-        made = OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker)
+        if adapter is not None:
+            place = (layer.experts, device_set, layer.index)
+            made: OffloadedExperts = AdaptedOffloadedExperts(*place, adapter=adapter, layer=layer.index)
+        else:
+            made = OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker)
         device_set.layers[layer.index] = made
         return made
 

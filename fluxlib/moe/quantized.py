@@ -9,9 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .adapted import AdaptedExperts
+from .adapter import Adapter
 from .dispatch import SlotExperts
-from .expert import Matrices, to_matrices
-from .find import check_expert
+from .find import MoELayer, check_expert
 from .packing import Packed, check_bits, quantize_tensor
 from .product import wide_dtype
 from .replace import replace_all, restore
@@ -67,9 +68,9 @@ class QuantizedExperts(SlotExperts):
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
         return super().learning() if self.collects_gradients else []
 
-    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """See :class:`~fluxlib.moe.dispatch.Slots`."""
-        return to_matrices({name: packed.read(slot, dtype) for name, packed in self.packed.items()}, self.layout, dtype)
+    def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of one expert, dequantized."""
+        return {name: packed.read(slot, dtype) for name, packed in self.packed.items()}
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
@@ -78,20 +79,34 @@ class QuantizedExperts(SlotExperts):
             held[name] = held[name] + gradient if name in held else gradient
 
 
-def quantize(model: nn.Module, bits: int = 4) -> nn.Module:
+class AdaptedQuantizedExperts(AdaptedExperts, QuantizedExperts):
+    """Experts in few bits that stay as they are, and B's that learn (QLoRA, Dettmers et al. 2023)."""
+
+
+def quantize(model: nn.Module, bits: int = 4, adapter: Adapter | None = None) -> nn.Module:
     """Put a :class:`QuantizedExperts` at every MoE layer, in place; :func:`fluxlib.moe.compact.restore` undoes it.
 
-    ValueError: experts were replaced before, or ``bits`` is none of 2, 3, 4, 8.
+    Args:
+        adapter: See :class:`AdaptedQuantizedExperts`; None: nothing learns that is not asked for its gradients.
+
+    Raises:
+        ValueError: Experts were replaced before, or ``bits`` is none of 2, 3, 4, 8.
     """
     check_bits(bits)
-    replace_all(model, lambda layer: QuantizedExperts(layer.experts, bits))
+
+    def make(layer: MoELayer) -> QuantizedExperts:
+        if adapter is None:
+            return QuantizedExperts(layer.experts, bits)
+        return AdaptedQuantizedExperts(layer.experts, bits, adapter=adapter, layer=layer.index)
+
+    replace_all(model, make)
     return model
 
 
 @contextmanager
-def quantized(model: nn.Module, bits: int = 4) -> Iterator[nn.Module]:
+def quantized(model: nn.Module, bits: int = 4, adapter: Adapter | None = None) -> Iterator[nn.Module]:
     """:func:`quantize` for the duration of a ``with`` block."""
-    quantize(model, bits)
+    quantize(model, bits, adapter)
     try:
         yield model
     finally:

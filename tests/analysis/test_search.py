@@ -71,11 +71,10 @@ def test_a_profile_has_what_the_trials_say(profile: str) -> None:
     folder = REPO_ROOT / "data" / "results" / "tune"
     rounds = records.read_all("rounds", folder)
     found = search.trials(rounds, store.configs(folder, rounds["run_id"].unique()))
-    chosen = found[found["is_chosen"]].set_index("method")[["learning_rate", "local_steps"]]
+    chosen = found[found["is_chosen"]].set_index(["method", "rank"])[["learning_rate", "local_steps"]]
     for run in pipeline.load(REPO_ROOT / "config" / f"{profile}.yaml").runs.values():
-        if not run.variant:
-            settings = (run.training.learning_rate, run.training.local_steps)
-            assert settings == tuple(chosen.loc[[run.method]].iloc[0])
+        settings = (run.training.learning_rate, run.training.local_steps)
+        assert settings == tuple(chosen.loc[(run.method, run.adapter.used_rank)])
 
 
 def test_the_highest_mean_is_chosen_and_among_equals_the_lowest_rate() -> None:
@@ -91,14 +90,27 @@ def test_an_unequal_search_is_refused() -> None:
         search.trials(less, runs(less))
 
 
+def test_adapters_have_a_search_of_their_own() -> None:
+    tried = {"fmd-2": [0.1, 0.3, 0.3], "fmd-3": [0.1, 0.2, 0.4], "flux-2": [0.1, 0.3, 0.3], "flux-3": [0.1, 0.2, 0.2]}
+    adapted = [run(*name.split("-"), scores, 5.0) for name, scores in tried.items()]
+    adapter = {"adapter.kind": "lora", "adapter.rank": 4}
+    rates = {name: {"training.learning_rate": 10.0 ** -int(name[-1])} for name in tried}
+    known = runs(ROUNDS) | {f"{name}-0": make_config(adapter | rate) for name, rate in rates.items()}
+    found = search.trials(pd.concat([ROUNDS, *adapted]), known)
+    chosen = found[found["is_chosen"]].set_index(["method", "rank"])["variant"].to_dict()
+    assert chosen == {("flux", 0): "", ("flux", 4): "2", ("fmd", 0): "more", ("fmd", 4): "3"}
+    with pytest.raises(ValueError, match=r"flux 3, flux \(rank 4\) 2, fmd 3, fmd \(rank 4\) 1"):
+        search.trials(pd.concat([ROUNDS, *adapted[1:]]), known)
+
+
 def test_every_method_has_the_same_trials() -> None:
     runs = pipeline.load(REPO_ROOT / "config" / "tune.yaml").runs.values()
-    by_method: dict[str, set[tuple[float, int]]] = {}
+    rates: dict[tuple[str, int], list[float]] = {}
     for one in runs:
-        by_method.setdefault(one.method, set()).add((one.training.learning_rate, one.training.local_steps))
-    assert set(by_method) == {"flux", "flux_plus", "fmd", "fmq", "fmes"}
-    assert all(
-        found == {(rate, steps) for rate in (1e-3, 3e-3, 1e-2) for steps in (8,)} for found in by_method.values()
-    )
+        assert one.training.local_steps == 8
+        rates.setdefault((one.method, one.adapter.used_rank), []).append(one.training.learning_rate)
+    assert set(rates) == {(name, rank) for name in ("flux", "flux_plus", "fmd", "fmq", "fmes") for rank in (0, 8)}
+    assert {tuple(sorted(found)) for (_, rank), found in rates.items() if not rank} == {(1e-3, 3e-3, 1e-2)}
+    assert {tuple(sorted(found)) for (_, rank), found in rates.items() if rank} == {(3e-3, 1e-2, 3e-2, 1e-1)}
     other = pipeline.load(REPO_ROOT / "config" / "full.yaml").runs.values()
     assert not {one.seed for one in runs} & {one.seed for one in other}

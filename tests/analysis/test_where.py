@@ -78,3 +78,27 @@ def test_a_budget_is_what_is_tuned_and_what_flux_explores() -> None:
     table = pd.DataFrame({"run_id": ["a", "a", "b"], "num_tuned": [3, 1, 5], "num_explored": [1, 3, 9]})
     runs = {"a": make_config({"method": "flux"}), "b": make_config({"method": "fmes"})}
     assert where.budgets(table, runs).to_dict() == {"a": 4, "b": 5}
+
+
+def test_first_is_who_arrives_in_every_race_of_both_kinds_with_adapters_or_without() -> None:
+    def arrival(method: str, rank: int, seconds: float, seed: int = 0, device: str = "l20") -> dict[str, object]:
+        place = {"model": "m", "task": "t", "seed": seed, "device": device, "link": "lte"}
+        return place | {"method": method, "rank": rank, "device_s_to_target": seconds}
+
+    rows = [arrival("fmd", 0, 40.0), arrival("fmd", 0, 30.0), arrival("flux_plus", 0, 20.0), arrival("fmd", 8, 10.0)]
+    rows += [arrival("fmd", 0, 1.0, seed=1)]  # nobody has adapters there
+    rows += [arrival("fmd", 0, math.nan, device="rtx-3060")]
+    found = where.first(pd.DataFrame(rows)).set_index("device")
+    assert found.loc["l20", ["method", "rank", "seconds", "num_races", "lead"]].tolist() == ["fmd", 8, 10.0, 1, 2.0]
+    assert found.loc["rtx-3060", ["seconds", "lead"]].isna().all()
+    rows += [arrival("fmd", 8, math.nan, seed=1), arrival("flux_plus", 0, 5.0, seed=1)]
+    (l20, _) = where.first(pd.DataFrame(rows)).to_dict("records")
+    assert (l20["method"], l20["rank"], l20["seconds"], l20["num_races"], l20["lead"]) == (
+        "flux_plus",
+        0,
+        12.5,
+        2,
+        1.24,
+    )
+    without = where.first(pd.DataFrame(rows[:3]))
+    assert without["method"].tolist() == ["flux_plus"]

@@ -298,6 +298,18 @@ def test_with_an_adapter_weights_cross_the_bus_where_they_have_no_room_and_no_gr
     assert clock.device_bytes(replace(work, adapter_rank=5, offloaded=False), LOW, roomy) == 6_000 + 10 * 3_600
 
 
+def test_under_an_adapter_few_bits_are_read_and_kept_and_what_learns_has_all_of_its():
+    slow = replace(DEVICE, memory_bytes_per_s=1e3)
+    work = tuning(WORK, 20, num_frozen=30, weight_bits=4)
+    # As with 16 bits (above), but a weight is read in half a byte; merged slots too, unpacked first.
+    frozen = 3 * 1_000 * (0.5 + 2 * 2)
+    step = 2 * (6_000 + frozen + 2 * (500 + 4_000)) + 2 * 100 * (4 + 28)
+    assert adapted(work, slow)["train"] == pytest.approx(2 * step / 1e3)
+    fewer = replace(work, adapter_rank=5)
+    kept = 6_000 + 2 * (500 + 100 * 16) + 3 * 2_000
+    assert clock.device_bytes(fewer, LOW, slow) == kept
+
+
 def test_the_sides_of_an_expert_are_those_of_its_matrices():
     found = clock.shapes("llama-moe-3.5b")  # 4,096 to two times 688, and 688 to 4,096
     assert found.expert_sides == (4096 + 688, 2 * 688 + 4096)

@@ -141,18 +141,22 @@ def test_the_peak_with_offloading_is_within_ten_percent(monkeypatch, num_bytes):
     assert plan.peak_bytes == pytest.approx(live.peak_bytes - on_host, rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("llama", 2), ("deepseek", 4)])
-def test_the_peak_of_quantised_training_is_within_ten_percent(name, bits):
+@pytest.mark.parametrize(("name", "bits", "rank"), [("llama", 2, 0), ("deepseek", 4, 0), ("llama", 4, 4)])
+def test_the_peak_of_quantised_training_is_within_ten_percent(name, bits, rank):
     config = CONFIGS[name]
-    plan = memory.plan_memory(config, "fmq", step=Step(4, 64, torch.float32, bits))
+    plan = memory.plan_memory(config, "fmq", step=Step(4, 64, torch.float32, bits, rank=rank))
     assert plan.num_tuned == plan.num_experts
-    model = quantize(AutoModelForCausalLM.from_config(config, dtype=torch.float32), bits).train()
+    plain, adapter = AutoModelForCausalLM.from_config(config, dtype=torch.float32), Adapter(rank, 1.0, 0)
+    model = quantize(plain, bits, adapter if rank else None).train()
     live = MemoryTracker()
     for layer in find.layers(model):
         layer.experts.collects_gradients = True
+        for tensor in layer.experts.fixed.values() if rank else ():
+            live.mark(tensor, "weights")
     for tensor in [*model.parameters(), *model.buffers()]:
         live.mark(tensor, "weights")
-    state = torch.empty(8 * plan.num_tuned * counted(config).per_expert, dtype=torch.uint8)
+    learned = dry_run.learned_parameters(find.layers(plain)[0], rank) if rank else counted(config).per_expert
+    state = torch.empty(8 * plan.num_tuned * learned, dtype=torch.uint8)
     live.mark(state, "optimizer")
     with live:
         model(**batch_of(config, 4, 64), use_cache=False).loss.backward()

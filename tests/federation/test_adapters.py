@@ -20,7 +20,6 @@ from fluxlib.federation.protocol import wire
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.results import Output
 from fluxlib.federation.run import run_local
-from fluxlib.io import ConfigError
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 
@@ -83,7 +82,7 @@ def test_a_saved_state_of_bs_is_put_back(tiny: Any) -> None:
         )
 
 
-@pytest.mark.parametrize("method", ["flux", "flux_plus", "fmd", "fmes"])
+@pytest.mark.parametrize("method", ["flux", "flux_plus", "fmd", "fmq", "fmes"])
 def test_every_method_runs_with_adapters_and_sends_less(make_config: Make, method: str) -> None:
     config = make_config({"method": method} | SMALL | LORA)
     first, again, full = (federation.run(c) for c in (config, config, make_config({"method": method} | SMALL)))
@@ -93,11 +92,6 @@ def test_every_method_runs_with_adapters_and_sends_less(make_config: Make, metho
     if method == "fmd":  # the same experts get tokens in the first round
         of_first = [run.participants.query("round == 1")["uplink_bytes"].sum() for run in (first, full)]
         assert of_first[0] * FULL_BYTES == of_first[1] * LOW_BYTES > 0
-
-
-def test_fmq_is_refused(make_config: Make) -> None:
-    with pytest.raises(ConfigError, match="adapter.kind is 'lora', allowed for method 'fmq' is 'none'"):
-        federation.run(make_config({"method": "fmq"} | LORA))
 
 
 def test_a_killed_run_ends_as_an_uninterrupted_one(make_config: Make, tmp_path: Path) -> None:

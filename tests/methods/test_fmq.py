@@ -87,6 +87,29 @@ def test_with_16_bits_it_is_fmd_and_with_8_nearly(model: nn.Module, data: LocalD
     assert torch.cosine_similarity(one, close, dim=0) > 0.99
 
 
+def test_adapters_learn_on_the_quantised_weights_as_on_any_others(model: nn.Module, data: LocalData) -> None:
+    plain = copy.deepcopy(model)
+    for layer in find.layers(plain):
+        layer.experts.down_proj.data = rounded(layer.experts.down_proj.data, 4)
+        layer.experts.gate_up_proj.data = rounded(layer.experts.gate_up_proj.data, 4)
+    before = copy.deepcopy(model.state_dict())
+    lora = {"adapter.kind": "lora", "adapter.rank": 4, "training.learning_rate": 0.1, "training.optimizer": "sgd"}
+    given, config = Roles(EVERYTHING, ~EVERYTHING), CONFIG.updated(lora)
+    on_quantised, on_rounded = (
+        methods.get(name).train(
+            each, LocalRound(ParticipantState(), given, Budget(16, 16), data, config, 1, seeding.generator(0))
+        )[0]
+        for name, each in (("fmq", model), ("fmd", plain))
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for key, ups in on_rounded.changes.items():
+        for name, up in ups.items():
+            torch.testing.assert_close(on_quantised.changes[key][name], up, rtol=1e-3, atol=1e-6)
+    work = on_quantised.work
+    assert (work.weight_bits, work.adapter_rank, work.num_quantized) == (4, 4, 64)
+    assert (work.download_bits, work.upload_bits) == (16.0, 16.0)  # B's travel, in the run's own type
+
+
 def test_what_it_costs_is_told_to_the_clock(model: nn.Module, data: LocalData) -> None:
     work = train("fmq", model, data).work
     assert (work.num_tuned, work.num_quantized, work.weight_bits, work.offloaded) == (64, 64, 4, True)

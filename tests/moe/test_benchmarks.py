@@ -44,9 +44,16 @@ def test_every_method_at_full_size(
         assert rows["fmd"]["to_device_bytes_per_step"] > rows["fmd"]["to_host_bytes_per_step"] > 0
         assert rows["flux"]["to_device_bytes_per_step"] == 0
         assert 4 < model["profile"]["bits_per_value"] < 4.5
-    adapters = ["--rank", "4", "--methods", "flux_plus", "--models", "tiny-llama-moe"]
+    adapters = ["--rank", "4", "--models", "tiny-llama-moe"]
     result = main(["--quick", "--device", "cpu", "--out", str(tmp_path), *adapters])
-    assert [row["result"] for row in result["models"]["tiny-llama-moe"]["steps"]] == ["measured"]
+    rows = {row["method"]: row for row in result["models"]["tiny-llama-moe"]["steps"]}
+    assert len(rows) == 6 and all(row["result"] == "measured" for row in rows.values())
+    assert rows["fmd"]["to_device_bytes_per_step"] > 0 == rows["fmd"]["to_host_bytes_per_step"]
+    with pytest.raises(SystemExit):
+        main(["--device", "cpu", "--rank", "4", "--methods", "full", "fmd"])
+    assert (
+        "full have no adapters; allowed are flux, flux_plus, fmd, fmd_on_demand, fmq, fmes" in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         main(["--device", "cpu", "--models", "gpt-5"])
     assert "expected among ['llama-moe-3.5b', 'deepseek-moe-16b'], got ['gpt-5']" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fluxlib.moe import compact, find, offloaded
+from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.moe.offloaded import DeviceSet, OffloadedExperts
 
@@ -56,6 +57,33 @@ def _trained(model: nn.Module, step: Callable[[], None], batch: dict) -> dict[st
         step()
     compact.restore(model)
     return model.state_dict()
+
+
+def test_adapters_learn_what_those_of_resident_experts_do_and_nothing_travels_back(
+    tiny: SimpleNamespace, architecture: str
+) -> None:
+    adapter = Adapter(rank=4, alpha=8.0, seed=3)
+    resident, model = tiny.build(architecture), tiny.build(architecture)
+    compact.customize(resident, _all_tuned(resident), None, adapter)
+    for layer in find.layers(resident):
+        layer.experts.method = "slots"
+    traffic = offloaded.offload(model, capacity=3, adapter=adapter).traffic
+    for step in range(2):
+        for each in (resident, model):
+            learned = [parameter for parameter in each.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.SGD(learned, lr=0.1)
+            optimizer.zero_grad()
+            each(**tiny.batch(seed=step)).loss.backward()
+            optimizer.step()
+        for ours, theirs in zip(find.layers(model), find.layers(resident), strict=True):
+            assert ours.experts.lora.keys() == theirs.experts.lora.keys()
+            for name, up in theirs.experts.lora.items():
+                assert up.any() and torch.equal(ours.experts.lora[name], up)
+    assert traffic.to_device_bytes > 0 == traffic.to_host_bytes
+    compact.restore(resident)
+    compact.restore(model)
+    for (name, ours), theirs in zip(model.state_dict().items(), resident.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_both_forms_and_the_pipeline_train_the_same(tiny: SimpleNamespace) -> None:

@@ -276,7 +276,11 @@ def plus_sooner(claim: Claim, tables: Tables) -> Iterator[Reading]:
     configs = store.configs(tables.folder, rounds["run_id"].unique())
     replies = tables.participants[tables.participants["run_id"].isin(list(configs))]
     raced = where.races(rounds, replies, configs, ("l20",), ("1gbps",))
-    duels = where.duels(raced, "flux_plus").dropna(subset="our_run")
+    raced = raced[(raced["rank"] > 0) == claim.ours.get("adapters", False)]
+    duels = where.duels(raced, "flux_plus")
+    if "our_run" not in duels:
+        return
+    duels = duels.dropna(subset="our_run")
     for name in models_in_order(duels["model"]):
         own = of_model(duels, name)
         judged, told, means = {}, [], {}
