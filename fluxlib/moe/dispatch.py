@@ -14,6 +14,7 @@ of the down projection's input it is ``<u, act>`` (plus ``<g, bias>``).
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -273,9 +274,9 @@ class SlotExperts(ReplacedExperts, Slots):
         """An empty tensor, so that autograd comes by and :meth:`add_gradients` is called."""
         return [torch.zeros(0, device=self.device, requires_grad=True)] if torch.is_grad_enabled() else []
 
+    @abstractmethod
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Mapping[str, Tensor]:
         """Tensors of one expert where the layer computes, in ``dtype``; ``upcoming`` will be asked for next."""
-        raise NotImplementedError
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
         """See :class:`Slots`."""
