@@ -19,6 +19,10 @@ with safe_open(STORED, framework="pt") as opened:
     CASES = {name: json.loads(config) for name, config in opened.metadata().items()}
     TENSORS = {key: opened.get_tensor(key) for key in list(opened.keys())}
 
+OF_FLOAT32 = 1e-5
+"""Both compute norms, rotary angles and softmax in float32, whose last bit differs between processors: on that which made
+the file all numbers agree to 1e-12, on another to 2e-6. Logits are about 1."""
+
 
 def of(case: str, kind: str) -> dict[str, torch.Tensor]:
     return {key.removeprefix(f"{case}/{kind}/"): t for key, t in TENSORS.items() if key.startswith(f"{case}/{kind}/")}
@@ -33,8 +37,8 @@ def test_computes_what_the_original_code_computed(tmp_path: Path, write: Callabl
     loss = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     loss.backward()
     seen = batch["attention_mask"].bool()
-    torch.testing.assert_close(output.logits[seen], TENSORS[f"{case}/logits"][seen], rtol=0, atol=1e-12)
-    torch.testing.assert_close(loss, TENSORS[f"{case}/loss"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(output.logits[seen], TENSORS[f"{case}/logits"][seen], rtol=0, atol=OF_FLOAT32)
+    torch.testing.assert_close(loss, TENSORS[f"{case}/loss"], rtol=0, atol=OF_FLOAT32)
     torch.testing.assert_close(output.loss.double(), loss, rtol=1e-6, atol=0)  # transformers casts to float32 before
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -43,5 +47,5 @@ def test_computes_what_the_original_code_computed(tmp_path: Path, write: Callabl
     assert set(found) - set(expected) == {name for name in found if "weight_noise" in name}
     for name, gradient in expected.items():
         torch.testing.assert_close(
-            found[name].float(), gradient, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            found[name].float(), gradient, rtol=1e-4, atol=OF_FLOAT32, msg=lambda m, n=name: f"{n}: {m}"
         )
