@@ -20,8 +20,8 @@ with safe_open(STORED, framework="pt") as opened:
     TENSORS = {key: opened.get_tensor(key) for key in list(opened.keys())}
 
 OF_FLOAT32 = 1e-5
-"""Both compute norms, rotary angles and softmax in float32, whose last bit differs between processors: on that which made
-the file all numbers agree to 1e-12, on another to 2e-6. Logits are about 1."""
+"""Both compute norms, rotary angles and softmax in float32, whose last bit differs between processors: all numbers
+agree to 1e-12 on the one that made the file, to 2e-6 on another. Logits are about 1."""
 
 
 def of(case: str, kind: str) -> dict[str, torch.Tensor]:
