@@ -155,7 +155,8 @@ def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION, ours: str = "fl
         ours: the method that it was made for.
     """
     if table.empty:
-        return notice("No runs to make this map of.", table)
+        why = "No runs of this model to make this map of."
+        return notice(why, pd.DataFrame({"notice": [why]}))
     cells = where.over_tasks(table)
     figure, axes = _maps(cells.assign(text=cells.apply(_race, axis=1)), table, "factor", FACTORS, style.DIVERGING)
     for ax, factors in axes:

@@ -23,3 +23,7 @@ def test_each_link_has_its_own_speed_up_and_a_task_without_fmd_is_left_out() -> 
     flux = table[table["method"] == "flux"]
     assert flux[["task", "link", "speedup_device_s"]].values.tolist() == [["t", "1gbps", 4.0], ["t", "lte", 10.0]]
     assert overhead.times_over_links(runs[1]).empty
+
+
+def test_a_map_of_no_runs_says_so() -> None:
+    assert overhead.pays(pd.DataFrame()).numbers["notice"].tolist() == ["No runs of this model to make this map of."]
