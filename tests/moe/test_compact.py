@@ -142,8 +142,8 @@ def test_merged_slots_do_no_weight_gradient_work(tiny: SimpleNamespace, monkeypa
 
     model, batch = tiny.build("mixtral"), tiny.batch()
     calls: list[int] = []
-    original = dispatch._Run.gradients
-    monkeypatch.setattr(dispatch._Run, "gradients", lambda *a: calls.append(1) or original(*a))
+    original = dispatch.Run.gradients
+    monkeypatch.setattr(dispatch.Run, "gradients", lambda *a: calls.append(1) or original(*a))
     compact.customize(model, [LayerPlan((0,), ((1, 2, 3, 4, 5),))] * 2)
     for layer in find.layers(model):
         layer.experts.method = "slots"
