@@ -45,6 +45,8 @@ def races(
 ) -> pd.DataFrame:
     """Time to the target of every run that fits, for every device and link.
 
+    A task that a model ran with some of the variants only is left out: everybody would race there with those.
+
     Args:
         rounds, participants: tables of runs with one or more budgets per method.
         runs: their configurations, of :func:`fluxlib.analysis.store.configs`.
@@ -54,6 +56,9 @@ def races(
     Returns:
         :func:`fluxlib.analysis.time_to_target.times_to_target`, with the ``device`` and the ``rank`` of adapters.
     """
+    own = rounds.groupby(["model", "task"])["variant"].transform("nunique")
+    rounds = rounds[own == rounds.groupby("model")["variant"].transform("nunique")]
+    participants = participants[participants["run_id"].isin(rounds["run_id"])]
     tuned = budgets(participants, runs) / rounds.groupby("run_id")["num_experts"].max()
     counted = recounts(participants, rounds, runs, devices, links, offloading)
     memories = {name: int(catalogue.DEVICES[name].memory_bytes) for name in devices}
