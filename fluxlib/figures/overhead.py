@@ -137,6 +137,7 @@ def round_memory(rounds: pd.DataFrame) -> Picture:
     figure, ax = panels(rounds[["run_id", "round", "device_memory_bytes"]], (4.6, 2.6))
     looks = style.of_methods(rounds["method"])
     table = largest.rename("gib").reset_index().assign(seed=0)
+    table["model"] = [Path(model).name for model in table["model"]]
     marks.bars(ax, table, "model", "gib", looks, by="method", fmt="{:.0f}")
     ax.set_ylabel("memory of a step (GiB)")
     marks.legend(figure, looks, filled=True, loc="outside right center")
