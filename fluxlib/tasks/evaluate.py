@@ -48,7 +48,9 @@ def evaluate(model: nn.Module, tokenizer: Any, metric: Metric, examples: Sequenc
 
 def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> Score:
     """An option's score is the summed log-likelihood of its tokens; ties go to the first."""
-    encoded = [encode(e, tokenizer, max_tokens, option) for e in examples for option in e.options]
+    told = {(e.prompt, option): (e, option) for e in examples for option in e.options}
+    known = {key: encode(example, tokenizer, max_tokens, option) for key, (example, option) in told.items()}
+    encoded = [known[e.prompt, option] for e in examples for option in e.options]
     nll, count = _response_nll(model, tokenizer, encoded)
     correct = total = tokens = 0.0
     first = 0
@@ -83,13 +85,8 @@ def generate(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
 ) -> list[str]:
     """Greedy continuations of token-id ``prompts``, each cut at the end-of-sequence token or after its own number."""
-    length = max(map(len, prompts))
     device = next(model.parameters()).device
-    input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
+    input_ids, mask = _left_padded(prompts, tokenizer.pad_token_id)
     out = model.generate(  # type: ignore[operator]
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
@@ -97,25 +94,56 @@ def generate(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
+    length = input_ids.shape[1]
     new = [row[length : length + count] for row, count in zip(out, max_new_tokens, strict=True)]
     return tokenizer.batch_decode(new, skip_special_tokens=True)  # type: ignore[no-any-return]
 
 
 def _response_nll(model: nn.Module, tokenizer: Any, encoded: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood of each row's response tokens, and their number, both ``[rows]``."""
+    """Summed negative log-likelihood of each row's response tokens, and their number, both ``[rows]``.
+
+    Prompts go through the model once, padded on their left; each response reads its prompt's cache.
+    """
     device = next(model.parameters()).device
-    rows: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
     for index, (ids, start) in enumerate(encoded):
-        rows.setdefault((tuple(ids), start), []).append(index)
+        start = max(start, 1)  # a first token has nothing to be predicted from
+        rows.setdefault((tuple(ids[:start]), tuple(ids[start:])), []).append(index)
     nll, count = torch.zeros(len(encoded)), torch.zeros(len(encoded))
-    for chunk in _chunks(rows, lambda row: len(row[0])):
-        batch = to_device(collate([(list(ids), start) for ids, start in chunk], tokenizer.pad_token_id), device)
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    for chunk in _chunks(rows, lambda row: len(row[0]) + len(row[1])):
+        prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in chunk))}
+        mine = torch.tensor([prompts[prompt] for prompt, _ in chunk], device=device)
+        input_ids, mask = (x.to(device) for x in _left_padded(list(prompts), tokenizer.pad_token_id))
+        position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+        read = model(
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, logits_to_keep=1, use_cache=True
+        )
+        batch = to_device(collate([(list(response), 0) for _, response in chunk], tokenizer.pad_token_id), device)
+        labels, logits = batch["labels"], read.logits[mine, -1:]
+        if labels.shape[1] > 1:
+            read.past_key_values.reorder_cache(mine)
+            new = batch["attention_mask"][:, :-1]
+            rest = model(
+                input_ids=batch["input_ids"][:, :-1], attention_mask=torch.cat([mask[mine], new], 1),
+                position_ids=position_ids[mine, -1:] + new.cumsum(-1), past_key_values=read.past_key_values,
+            )  # fmt: skip
+            logits = torch.cat([logits, rest.logits], 1)
+        by_token = logits.float().transpose(1, 2)
+        losses = nn.functional.cross_entropy(by_token, labels, ignore_index=IGNORED, reduction="none")
         for row, lost, scored in zip(chunk, losses.sum(-1).cpu(), (labels != IGNORED).sum(-1).cpu(), strict=True):
             nll[rows[row]], count[rows[row]] = lost, scored.float()
     return nll, count
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask ``[B, T]``, as generation wants them."""
+    length = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), length), pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return input_ids, mask
 
 
 def _chunks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from mini_bases import build_tokenizer
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from fluxlib import models
 from fluxlib.tasks import Example, load
-from fluxlib.tasks.evaluate import evaluate
+from fluxlib.tasks.batches import encode
+from fluxlib.tasks.evaluate import _response_nll, evaluate
 
 TOKENIZER = build_tokenizer()
 
@@ -23,8 +25,8 @@ class Parrot(nn.Module):
         with torch.no_grad():
             self.bias[TOKENIZER.convert_tokens_to_ids(favourite)] = 3.0
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.bias.expand(*input_ids.shape, -1))
+    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.bias.expand(*input_ids.shape, -1), past_key_values=DynamicCache())
 
 
 def test_the_likelier_option_is_chosen() -> None:
@@ -50,6 +52,20 @@ def test_generation_does_not_depend_on_the_batch(name: str, monkeypatch: pytest.
     one = evaluate(model, tokenizer, task.metric, task.test, 96)
     assert one.metric == pytest.approx(many.metric)
     assert one.loss == pytest.approx(many.loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mini-llama-moe", "mini-deepseek-moe"])
+def test_a_response_that_reads_its_prompt_from_a_cache_is_scored_as_the_whole_text(name: str) -> None:
+    model, tokenizer = models.load(name)
+    texts = [("the moon", "red"), ("the moon", "blue and the"), ("do you", "red"), ("the ore is full of what", "zinc")]
+    rows = [encode(Example(prompt, response, "l"), tokenizer, 32) for prompt, response in texts]
+    nll, count = _response_nll(model, tokenizer, rows)
+    for (ids, start), lost, scored in zip(rows, nll, count, strict=True):
+        with torch.no_grad():
+            odds = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert scored == len(ids) - start
+        whole = sum(odds[at - 1, ids[at]].item() for at in range(start, len(ids)))
+        assert lost.item() == pytest.approx(-whole, rel=1e-5)
 
 
 def test_nothing_to_score_is_refused() -> None:
