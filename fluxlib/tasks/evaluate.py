@@ -22,11 +22,15 @@ _TEXT_SCORES: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l, "exa
 
 @dataclass(frozen=True)
 class Score:
-    """``metric`` between 0 and 1 (higher is better), ``loss`` in nats per response token."""
+    """``metric`` between 0 and 1 (higher is better), ``loss`` in nats per response token.
+
+    ``standard_error`` is the metric's; samples with the same prompt are one draw (a cluster), not several.
+    """
 
     metric: float
     loss: float
     num_samples: int
+    standard_error: float
 
 
 @torch.no_grad()
@@ -52,16 +56,23 @@ def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_
     known = {key: encode(example, tokenizer, max_tokens, option) for key, (example, option) in told.items()}
     encoded = [known[e.prompt, option] for e in examples for option in e.options]
     nll, count = _response_nll(model, tokenizer, encoded)
-    correct = total = tokens = 0.0
-    first = 0
+    correct, total, tokens, first = [], 0.0, 0.0, 0
     for example in examples:
         assert example.answer is not None
         span = nll[first : first + len(example.options)]
-        correct += int(span.argmin()) == example.answer
+        correct.append(float(int(span.argmin()) == example.answer))
         total += float(span[example.answer])
         tokens += float(count[first + example.answer])
         first += len(example.options)
-    return Score(correct / len(examples), total / tokens, len(examples))
+    return _score(examples, correct, total / tokens)
+
+
+def _score(examples: Sequence[Example], metrics: Sequence[float], loss: float) -> Score:
+    """The mean of the samples' metrics, and how far it would be off with other prompts."""
+    mean, off = sum(metrics) / len(metrics), dict.fromkeys((example.prompt for example in examples), 0.0)
+    for example, metric in zip(examples, metrics, strict=True):
+        off[example.prompt] += metric - mean
+    return Score(mean, loss, len(examples), sum(x * x for x in off.values()) ** 0.5 / len(examples))
 
 
 def _texts(
@@ -78,7 +89,7 @@ def _texts(
     for chunk in _chunks(room, lambda prompt: len(prompt) + room[prompt]):
         texts |= zip(chunk, generate(model, tokenizer, chunk, [room[prompt] for prompt in chunk]), strict=True)
     scores = [score(texts[tuple(ids[:start])], e.response) for (ids, start), e in zip(encoded, examples, strict=True)]
-    return Score(sum(scores) / len(examples), float(nll.sum() / count.sum()), len(examples))
+    return _score(examples, scores, float(nll.sum() / count.sum()))
 
 
 def generate(

@@ -1,0 +1,63 @@
+"""How far a score can be trusted: its standard error, with samples that ask the same thing counted once.
+
+    python benchmarks/scores.py            both mini models, four tasks, eight rounds of FMD each: ten minutes of a core
+    python benchmarks/scores.py --quick    one model, one task, one round
+
+A generated task asks for few things, each of them with many sets of options: 1,000 samples are no 1,000 draws.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pandas as pd
+import torch
+from _measure import Row, options_of, table
+
+from fluxlib import federation, models
+from fluxlib.config import make_config
+from fluxlib.tasks import load
+from fluxlib.tasks.evaluate import evaluate
+
+MODELS, TASKS, SAMPLES = (
+    ("mini-llama-moe", "mini-deepseek-moe"),
+    ("mini-mmlu", "mini-piqa", "mini-dolly", "mini-gsm8k"),
+    1000,
+)
+
+
+def row(model: str, task: str, rounds: int) -> Row:
+    """A run of FMD, and what its final score is worth."""
+    run = {
+        "federation.rounds": rounds,
+        "federation.participants": 6,
+        "training.local_steps": 8,
+        "training.batch_size": 16,
+    }
+    rest = {"training.learning_rate": 3e-3, "evaluation.every": rounds, "evaluation.samples": 1}
+    config = make_config({"method": "fmd", "model": model, "task": task, **run, **rest})
+    tuned = federation.run(config).model
+    tests, (_, tokenizer) = load(task), models.load(model)
+    samples = tests.test[:SAMPLES]
+    score = evaluate(tuned, tokenizer, tests.metric, samples, config.training.max_tokens)
+    plain = (score.metric * (1 - score.metric) / len(samples)) ** 0.5
+    return {
+        "model": model, "task": task, "samples": len(samples), "prompts": len({one.prompt for one in samples}),
+        "score": score.metric, "as if all were draws": plain, "prompts as draws": score.standard_error,
+    }  # fmt: skip
+
+
+def main() -> None:
+    given = options_of(__doc__).parse_args()
+    torch.set_num_threads(1)
+    cells, rounds = list(product(MODELS, TASKS)), 8
+    if given.quick:
+        cells, rounds = cells[:1], 1
+    rows = [row(model, task, rounds) for model, task in cells]
+    given.out.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(given.out / "scores.csv", index=False)
+    print(table(rows, list(rows[0])))
+
+
+if __name__ == "__main__":
+    main()
