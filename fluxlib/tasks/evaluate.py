@@ -15,6 +15,8 @@ from fluxlib.tasks.batches import IGNORED, collate, encode, to_device
 from fluxlib.tasks.metrics import exact_match, rouge_l
 
 T = TypeVar("T")
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt and of a response to it."""
 BATCH_TOKENS = 8192
 """Tokens that are scored at once, padding included."""
 _TEXT_SCORES: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l, "exact_match": exact_match}
@@ -111,39 +113,59 @@ def generate(
 
 
 def _response_nll(model: nn.Module, tokenizer: Any, encoded: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood of each row's response tokens, and their number, both ``[rows]``.
-
-    Prompts go through the model once, padded on their left; each response reads its prompt's cache.
-    """
+    """Summed negative log-likelihood of each row's response tokens, and their number, both ``[rows]``."""
     device = next(model.parameters()).device
-    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    rows: dict[Pair, list[int]] = {}
     for index, (ids, start) in enumerate(encoded):
         start = max(start, 1)  # a first token has nothing to be predicted from
         rows.setdefault((tuple(ids[:start]), tuple(ids[start:])), []).append(index)
     nll, count = torch.zeros(len(encoded)), torch.zeros(len(encoded))
+    predicted = _from_prompts if _keeps_keys(model) else _from_whole_texts
     for chunk in _chunks(rows, lambda row: len(row[0]) + len(row[1])):
-        prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in chunk))}
-        mine = torch.tensor([prompts[prompt] for prompt, _ in chunk], device=device)
-        input_ids, mask = (x.to(device) for x in _left_padded(list(prompts), tokenizer.pad_token_id))
-        position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
-        read = model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, logits_to_keep=1, use_cache=True
-        )
-        batch = to_device(collate([(list(response), 0) for _, response in chunk], tokenizer.pad_token_id), device)
-        labels, logits = batch["labels"], read.logits[mine, -1:]
-        if labels.shape[1] > 1:
-            read.past_key_values.reorder_cache(mine)
-            new = batch["attention_mask"][:, :-1]
-            rest = model(
-                input_ids=batch["input_ids"][:, :-1], attention_mask=torch.cat([mask[mine], new], 1),
-                position_ids=position_ids[mine, -1:] + new.cumsum(-1), past_key_values=read.past_key_values,
-            )  # fmt: skip
-            logits = torch.cat([logits, rest.logits], 1)
+        logits, labels = predicted(model, tokenizer.pad_token_id, device, chunk)
         by_token = logits.float().transpose(1, 2)
         losses = nn.functional.cross_entropy(by_token, labels, ignore_index=IGNORED, reduction="none")
         for row, lost, scored in zip(chunk, losses.sum(-1).cpu(), (labels != IGNORED).sum(-1).cpu(), strict=True):
             nll[rows[row]], count[rows[row]] = lost, scored.float()
     return nll, count
+
+
+def _keeps_keys(model: nn.Module) -> bool:
+    """Whether a prompt's cache is keys and values alone; a recurrent state cannot be handed to several responses."""
+    kinds = getattr(getattr(model, "config", None), "layer_types", None) or ()
+    return all(kind.endswith(("full_attention", "sliding_attention")) for kind in kinds)
+
+
+def _from_whole_texts(
+    model: nn.Module, pad_token_id: int, device: torch.device, chunk: Sequence[Pair]
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, T, V]`` and labels ``[B, T]`` of pairs of prompt and response, each text read as a whole."""
+    texts = [([*prompt, *response], len(prompt)) for prompt, response in chunk]
+    batch = to_device(collate(texts, pad_token_id), device)
+    labels = batch.pop("labels")[:, 1:]
+    return model(**batch).logits[:, :-1], labels
+
+
+def _from_prompts(
+    model: nn.Module, pad_token_id: int, device: torch.device, chunk: Sequence[Pair]
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_from_whole_texts`, of the responses alone: a prompt is read once, and they go on from its cache."""
+    prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in chunk))}
+    mine = torch.tensor([prompts[prompt] for prompt, _ in chunk], device=device)
+    input_ids, mask = (x.to(device) for x in _left_padded(list(prompts), pad_token_id))
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    read = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, logits_to_keep=1, use_cache=True)
+    batch = to_device(collate([(list(response), 0) for _, response in chunk], pad_token_id), device)
+    labels, logits = batch["labels"], read.logits[mine, -1:]
+    if labels.shape[1] == 1:
+        return logits, labels
+    read.past_key_values.reorder_cache(mine)
+    new = batch["attention_mask"][:, :-1]
+    rest = model(
+        input_ids=batch["input_ids"][:, :-1], attention_mask=torch.cat([mask[mine], new], 1),
+        position_ids=position_ids[mine, -1:] + new.cumsum(-1), past_key_values=read.past_key_values,
+    )  # fmt: skip
+    return torch.cat([logits, rest.logits], 1), labels
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
