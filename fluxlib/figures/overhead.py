@@ -180,7 +180,7 @@ def first(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> Picture:
         table: of :func:`fluxlib.analysis.where.first`.
     """
     known = methods_in_order(table["method"].dropna())
-    colors = ListedColormap([sns.light_palette(style.METHODS[name].color, 3)[1] for name in known])  # text is dark
+    colors = ListedColormap([sns.light_palette(style.METHODS[name].color, 4)[1] for name in known])  # text is dark
     numbers = {name: float(number) for number, name in enumerate(known)}
     cells = table.assign(number=table["method"].map(numbers), text=table.apply(_winner, axis=1))
     figure, _ = _maps(cells, cells, "number", BoundaryNorm(np.arange(len(known) + 1) - 0.5, colors.N), colors)
