@@ -1,6 +1,6 @@
 """How far a score can be trusted: its standard error, with samples that ask the same thing counted once.
 
-    python benchmarks/scores.py            both mini models, four tasks, eight rounds of FMD each: ten minutes of a core
+    python benchmarks/scores.py            both mini models, four tasks, eight rounds of FMD each
     python benchmarks/scores.py --quick    one model, one task, one round
 
 A generated task asks for few things, each of them with many sets of options: 1,000 samples are no 1,000 draws.
@@ -19,23 +19,18 @@ from fluxlib.config import make_config
 from fluxlib.tasks import load
 from fluxlib.tasks.evaluate import evaluate
 
-MODELS, TASKS, SAMPLES = (
-    ("mini-llama-moe", "mini-deepseek-moe"),
-    ("mini-mmlu", "mini-piqa", "mini-dolly", "mini-gsm8k"),
-    1000,
-)
+MODELS = ("mini-llama-moe", "mini-deepseek-moe")
+TASKS = ("mini-mmlu", "mini-piqa", "mini-dolly", "mini-gsm8k")
+SAMPLES = 1000
 
 
 def row(model: str, task: str, rounds: int) -> Row:
     """A run of FMD, and what its final score is worth."""
-    run = {
-        "federation.rounds": rounds,
-        "federation.participants": 6,
-        "training.local_steps": 8,
-        "training.batch_size": 16,
-    }
-    rest = {"training.learning_rate": 3e-3, "evaluation.every": rounds, "evaluation.samples": 1}
-    config = make_config({"method": "fmd", "model": model, "task": task, **run, **rest})
+    config = make_config({
+        "method": "fmd", "model": model, "task": task, "federation.rounds": rounds, "federation.participants": 6,
+        "training.local_steps": 8, "training.batch_size": 16, "training.learning_rate": 3e-3,
+        "evaluation.every": rounds, "evaluation.samples": 1,
+    })  # fmt: skip
     tuned = federation.run(config).model
     tests, (_, tokenizer) = load(task), models.load(model)
     samples = tests.test[:SAMPLES]

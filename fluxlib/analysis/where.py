@@ -54,7 +54,8 @@ def races(
         offloading: how experts come to FMD's devices that do not fit; None: as in the run.
 
     Returns:
-        :func:`fluxlib.analysis.time_to_target.times_to_target`, with the ``device`` and the ``rank`` of adapters.
+        :func:`fluxlib.analysis.time_to_target.times_to_target`, with the ``device``, the ``rank`` of adapters, and the
+        ``kind``, method and variant.
     """
     own = rounds.groupby(["model", "task"])["variant"].transform("nunique")
     rounds = rounds[own == rounds.groupby("model")["variant"].transform("nunique")]
@@ -64,13 +65,26 @@ def races(
     memories = {name: int(catalogue.DEVICES[name].memory_bytes) for name in devices}
     fitting = {name: [run for run in tuned.index if fits(runs[run], float(tuned[run]), memory)]
                for name, memory in memories.items()}  # fmt: skip
-    found = [pd.DataFrame(columns=[*PAIR, "run_id", "method", "device", "link"])] if counted.empty else []
+    found = [pd.DataFrame(columns=[*PAIR, "run_id", "method", "kind", "device", "link"])] if counted.empty else []
     for key, part in counted.groupby(["fleet", "link"], sort=False):
         kind = part["method"].where(part["variant"] == "", part["method"] + " " + part["variant"])
         times = times_to_target(part.assign(kind=kind), fraction, by="kind")
         found.append(times[times["run_id"].isin(fitting[str(key[0])])].assign(device=str(key[0])))
     every = pd.concat(found, ignore_index=True)
     return every.assign(rank=[runs[name].adapter.used_rank for name in every["run_id"]])
+
+
+def with_all_adapters(raced: pd.DataFrame) -> pd.DataFrame:
+    """Of :func:`races`, those (task and seed) that every kind of run with adapters took part in; all, if none has any.
+
+    Elsewhere a method, or a budget of it, would not be met for no other reason than that nobody ran it.
+    """
+    adapted = raced[raced["rank"] > 0]
+    kinds = adapted.groupby(list(PAIR))["kind"].nunique()
+    if kinds.empty:
+        return raced
+    pairs = kinds.index[kinds == kinds.groupby("model").transform("max")]
+    return raced[pd.MultiIndex.from_frame(raced[list(PAIR)]).isin(pairs)]
 
 
 def duels(raced: pd.DataFrame, ours: str = "flux") -> pd.DataFrame:
@@ -115,8 +129,8 @@ def _best(times: pd.DataFrame, method: str = "flux") -> dict[str, object]:
 def first(raced: pd.DataFrame) -> pd.DataFrame:
     """Who is at the target first, of all that fit: one row per model, device and link.
 
-    A method with adapters and the same without are two that race, on the tasks and seeds that both kinds ran. Who does
-    not arrive in every race is not first.
+    A method with adapters and the same without are two that race, where :func:`with_all_adapters` says. Who does not
+    arrive in every race is not first.
 
     Args:
         raced: of :func:`races`.
@@ -125,8 +139,7 @@ def first(raced: pd.DataFrame) -> pd.DataFrame:
         ``method``, ``rank`` of its adapters, ``seconds`` to the target (mean over races), ``num_races``, and ``lead``,
         the next one's seconds over these (NaN: nobody else arrives). All are NaN where nobody arrives.
     """
-    both = raced.groupby(list(PAIR))["rank"].transform("max") > 0
-    kept, place = raced[both] if both.any() else raced, ["model", "device", "link"]
+    kept, place = with_all_adapters(raced), ["model", "device", "link"]
     num_races = kept.groupby("model")[list(PAIR)].apply(lambda pairs: len(pairs.drop_duplicates()))
     arrived = kept.dropna(subset="device_s_to_target")
     times = arrived.groupby([*PAIR, "device", "link", "method", "rank"], sort=False)["device_s_to_target"].min()

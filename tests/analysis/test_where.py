@@ -83,7 +83,7 @@ def test_a_budget_is_what_is_tuned_and_what_flux_explores() -> None:
 def test_first_is_who_arrives_in_every_race_of_both_kinds_with_adapters_or_without() -> None:
     def arrival(method: str, rank: int, seconds: float, seed: int = 0, device: str = "l20") -> dict[str, object]:
         place = {"model": "m", "task": "t", "seed": seed, "device": device, "link": "lte"}
-        return place | {"method": method, "rank": rank, "device_s_to_target": seconds}
+        return place | {"method": method, "rank": rank, "kind": f"{method} {rank}", "device_s_to_target": seconds}
 
     rows = [arrival("fmd", 0, 40.0), arrival("fmd", 0, 30.0), arrival("flux_plus", 0, 20.0), arrival("fmd", 8, 10.0)]
     rows += [arrival("fmd", 0, 1.0, seed=1)]  # nobody has adapters there
@@ -100,5 +100,8 @@ def test_first_is_who_arrives_in_every_race_of_both_kinds_with_adapters_or_witho
         2,
         1.24,
     )
+    rows += [arrival("fmq", 8, 9.0)]  # with adapters it ran one seed: the other race would be without it
+    (l20, _) = where.first(pd.DataFrame(rows)).to_dict("records")
+    assert (l20["method"], l20["rank"], l20["seconds"], l20["num_races"]) == ("fmq", 8, 9.0, 1)
     without = where.first(pd.DataFrame(rows[:3]))
     assert without["method"].tolist() == ["flux_plus"]

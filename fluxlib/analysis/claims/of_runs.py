@@ -276,7 +276,8 @@ def plus_sooner(claim: Claim, tables: Tables) -> Iterator[Reading]:
     configs = store.configs(tables.folder, rounds["run_id"].unique())
     replies = tables.participants[tables.participants["run_id"].isin(list(configs))]
     raced = where.races(rounds, replies, configs, ("l20",), ("1gbps",))
-    raced = raced[(raced["rank"] > 0) == claim.ours.get("adapters", False)]
+    adapters = claim.ours.get("adapters", False)
+    raced = where.with_all_adapters(raced).query("rank > 0") if adapters else raced[raced["rank"] == 0]
     duels = where.duels(raced, "flux_plus")
     if "our_run" not in duels:
         return
