@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from fluxlib.devices.memory_tracker import MemoryTracker, Stretch
 from fluxlib.moe import find
-from fluxlib.moe.adapter import Adapter
+from fluxlib.moe.adapter import Adapter, sides
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.dispatch import Pairs, SlotExperts, dispatch
 from fluxlib.moe.packing import BITS, SCALE_BITS
@@ -285,7 +285,8 @@ def _replace(layer: find.MoELayer, slots: Slots, step: Step, tracker: MemoryTrac
     learned = slots.num_tuned * learned_parameters(layer, step.rank)
     hold(0 if slots.offloaded and not step.rank else MOMENT_BYTES * learned, "optimizer")
     if (slots.offloaded or slots.bits < 16) and step.rank:  # B's, their gradients and A's stay
-        hold(TUNED_DTYPE.itemsize * (2 * learned + slots.num_tuned * _fixed_parameters(layer, step.rank)), "tuned")
+        fixed = slots.num_tuned * step.rank * sides(layer.experts)[0]
+        hold(TUNED_DTYPE.itemsize * (2 * learned + fixed), "tuned")
     if slots.offloaded or slots.bits < 16:
         collects = not (slots.offloaded or step.rank)
         experts = _UnpackedOnMeta(layer, slots, (lambda grad: tracker.mark(grad, "gradients")) if collects else None)
@@ -305,16 +306,7 @@ def _replace(layer: find.MoELayer, slots: Slots, step: Step, tracker: MemoryTrac
 
 def learned_parameters(layer: find.MoELayer, rank: int) -> int:
     """Parameters of one expert that are tuned: all, or B of an adapter."""
-    if not rank:
-        return sum(stack[0].numel() for stack in layer.experts.parameters())
-    tensors = find.expert_tensors(layer.experts, 0)
-    return sum(up.numel() for up in Adapter(rank, 1.0, 0).start(tensors, find.read_layout(layer.experts)).values())
-
-
-def _fixed_parameters(layer: find.MoELayer, rank: int) -> int:
-    """Parameters of one expert's A."""
-    side = 0 if find.read_layout(layer.experts).is_transposed else 1
-    return rank * sum(t.shape[side] for t in find.expert_tensors(layer.experts, 0).values() if t.dim() > 1)
+    return rank * sides(layer.experts)[1] or sum(stack[0].numel() for stack in layer.experts.parameters())
 
 
 def _run(model: Any, step: Step, tracker: MemoryTracker, learns: bool, decoder: list[nn.Module]) -> None:
