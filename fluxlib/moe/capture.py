@@ -125,9 +125,7 @@ def _watch_experts(layer: MoELayer, record: LayerCapture) -> Any:
     """Hook that records what an experts module is called with; Llama-4's choices are read from its router's scores."""
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        index, weights = [*args, *kwargs.values()][1:3]
-        if index.is_floating_point():
-            index, weights = weights, index
+        index, weights = sorted([*args, *kwargs.values()][1:3], key=torch.is_floating_point)
         record.top_k_index.append(index.detach())
         record.top_k_weights.append(weights.detach())
 
