@@ -227,7 +227,7 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
         raise ValueError(f"slots: expected one per MoE layer, {len(found)}, got {len(slots)}")
     decoder = model.get_submodule(found[0].name.partition(".layers.")[0])
     every = list(decoder.layers)
-    planned = {_layer_number(layer): (layer, here) for layer, here in zip(found, slots, strict=True)}
+    planned = {find.decoder_layers(model, layer)[1]: (layer, here) for layer, here in zip(found, slots, strict=True)}
     # Before the first tuned slot nothing has a gradient; the layer after it is the last that uses what layers share.
     first = min(number for number, (_, here) in planned.items() if here.num_tuned) if learns else 0
     kinds = [
@@ -261,11 +261,6 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
     forward = [0, *(1 + place for place in stands_for), 1 + len(chosen)]
     backward = [1 + 2 * len(chosen) - place for place in reversed(stands_for[first:])] if learns else []
     return _peak_of_all([tracker.stretches[index] for index in forward + backward], repeated)
-
-
-def _layer_number(layer: find.MoELayer) -> int:
-    """Number of the decoder layer that holds it; dense ones count."""
-    return int(layer.name.partition(".layers.")[2].partition(".")[0])
 
 
 def _make(layer: nn.Module) -> tuple[Any, ...]:

@@ -73,7 +73,7 @@ def capture(model: nn.Module, attention: bool = False) -> Iterator[Capture]:
         for module, record in zip(modules, result.layers, strict=False):
             handles += _watch_attention(module, record, result)
         for handle in handles:
-            stack.callback(handle.remove)
+            stack.enter_context(handle)
         yield result
 
 
