@@ -79,13 +79,10 @@ def capture(model: nn.Module, attention: bool = False) -> Iterator[Capture]:
 
 def find_attention(model: nn.Module, layer: MoELayer) -> nn.Module:
     """Attention module of the decoder layer that a MoE layer belongs to; ValueError: none under a known name."""
-    path = layer.name
-    while path:
-        path = path.rpartition(".")[0]
-        parent = model.get_submodule(path)
-        for name in ATTENTION_NAMES:
-            if isinstance(module := getattr(parent, name, None), nn.Module):
-                return module
+    stack, place = find.decoder_layers(model, layer)
+    for name in ATTENTION_NAMES:
+        if isinstance(module := getattr(stack[place], name, None), nn.Module):
+            return module
     raise ValueError(f"layer {layer.name}: found no attention module named one of {ATTENTION_NAMES} above it")
 
 
