@@ -199,9 +199,8 @@ def _usable(memory_bytes: int) -> int:
 
 def _planned(run: RunConfig) -> tuple[str, str, Step]:
     """The model whose shapes a run's clock has, its method, and its step there."""
-    model = run.model if run.clock.model == "self" else run.clock.model
     tokens = run.clock.tokens_per_sample or run.training.max_tokens
-    return model, run.method, Step(batch=run.training.batch_size, tokens=tokens, rank=run.adapter.used_rank)
+    return run.sized_as, run.method, Step(batch=run.training.batch_size, tokens=tokens, rank=run.adapter.used_rank)
 
 
 _META_MODELS: dict[tuple[str, torch.dtype], Any] = {}
