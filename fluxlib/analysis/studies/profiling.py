@@ -155,7 +155,7 @@ def round_saving(model: str, clock_model: str, profiled_fraction: float = 1.0) -
             phases = clock.phase_seconds(work, shapes, device, link, tokens)
             server_s = clock.server_seconds([work] * 10, shapes)
             after, inline = (
-                clock.round_seconds([clock.ParticipantSeconds(phases, None, hidden)], server_s).total_s
+                clock.round_seconds([clock.ParticipantSeconds(phases, None, hidden)], server_s)
                 for hidden in (True, False)
             )
             yield row("round_saving", link.title, 1 - after / inline, model=model, x=samples)

@@ -85,7 +85,7 @@ def rounds(
         where = f"{name}, {device}, {link.name}, {wire}"
         for phase, seconds in (phases | {"server": server_s}).items():
             yield row("real_phase", f"{where}, {phase}", seconds, model=model, unit="s")
-        total = clock.round_seconds([clock.ParticipantSeconds(phases, None, work.hidden_profile)], server_s).total_s
+        total = clock.round_seconds([clock.ParticipantSeconds(phases, None, work.hidden_profile)], server_s)
         yield row("real_round", where, total, model=model, x=8 * link.up_bytes_per_s, unit="s")
 
 

@@ -113,8 +113,8 @@ def _recount(
             device = devices[row.participant] if devices else catalogue.DEVICES[row.device]
             works.append(work)
             seconds.append(clock.participant_seconds(work, first, shapes, device, over, tokens, offloading))
-        whole = clock.round_seconds(seconds, clock.server_seconds(works, shapes)) if works else None
-        counted.append((whole.total_s if whole else 0.0, whole.server_s if whole else 0.0))
+        server_s = clock.server_seconds(works, shapes)
+        counted.append((clock.round_seconds(seconds, server_s) if works else 0.0, server_s))
     totals, servers = zip(*counted, strict=True)
     since_start = list(itertools.accumulate(totals))
     table = rounds.assign(round_device_s=totals, server_device_s=servers, device_s=since_start)

@@ -133,7 +133,7 @@ class _Run:
             self._write("failed", str(error))
             raise
         wall_s = time.perf_counter() - start
-        is_last = self._is_last(number, self.tables.round_time(result).total_s)
+        is_last = self._is_last(number, self.tables.round_seconds(result)[0])
         due = number % config.evaluation.every == 0 or is_last
         self.tables.add_round(result, self._evaluate() if due else None, wall_s)
         if self.checkpoint and not is_last:

@@ -84,17 +84,17 @@ class Tables:
         nothing = RoundResult(0, math.nan, (), (), 0)
         self.rows["rounds"].append(self._round_row(nothing, evaluation, Totals(), 0.0))
 
-    def round_time(self, result: RoundResult) -> clock.RoundTime:
-        """What a round takes on the device clock."""
+    def round_seconds(self, result: RoundResult) -> tuple[float, float]:
+        """What a round takes on the device clock, and the server's part of it."""
         works = [one.work for one in result.accepted if one.work is not None]
-        seconds = [self._seconds(one) for one in result.accepted]
-        return clock.round_seconds(seconds, clock.server_seconds(works, self.shapes))
+        server_s = clock.server_seconds(works, self.shapes)
+        return clock.round_seconds([self._seconds(one) for one in result.accepted], server_s), server_s
 
     def add_round(self, result: RoundResult, evaluation: Evaluation | None, wall_s: float) -> None:
         """A round that took ``wall_s`` here, evaluation left out."""
-        took = self.round_time(result)
-        self.totals = Totals(self.totals.wall_s + wall_s, self.totals.device_s + took.total_s)
-        self.rows["rounds"].append(self._round_row(result, evaluation, Totals(wall_s, took.total_s), took.server_s))
+        device_s, server_s = self.round_seconds(result)
+        self.totals = Totals(self.totals.wall_s + wall_s, self.totals.device_s + device_s)
+        self.rows["rounds"].append(self._round_row(result, evaluation, Totals(wall_s, device_s), server_s))
         self.add_participants(result)
 
     def add_participants(self, result: RoundResult) -> None:
