@@ -51,15 +51,13 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
             probe_norms = probe(model, local, probed)
         with watch.phase("train"):
             tuned = tune(model, compact, data.train, config)
-    groups = [group for plan in plans for group in plan.groups]
     (once, each), (samples, tokens) = forward_passes(probed, len(plans), config), size(data.train[:1])
     update = report(
         local,
         tuned,
         watch,
+        plans,
         utilities=roles.utility(torch.cat([tuned.squared_norms, probe_norms]), tuned.tokens),
-        num_frozen=len(groups),
-        num_merge_sources=sum(len(group) for group in groups if len(group) > 1),
         probe_samples=round(once * samples),
         probe_tokens=round(once * tokens),
         expert_probe_samples=round(each * samples),
