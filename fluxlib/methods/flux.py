@@ -143,5 +143,5 @@ def forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConf
 
 
 METHOD = Method(
-    "flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, explored_place=1.0, afterwards=profile
+    "flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, explored_place=1.0, afterwards=True
 )
