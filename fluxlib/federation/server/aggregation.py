@@ -23,8 +23,6 @@ from fluxlib.config import RunConfig
 from fluxlib.federation.protocol.wire import Experts
 from fluxlib.methods.base import ExpertKey
 
-RULES = ("trimmed_mean", "median")
-
 NO_TOKENS = 1e-6
 """Weight of a reply without tokens: nothing beside a real weight, everything alike among themselves."""
 

@@ -34,7 +34,6 @@ from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store.tables import Tables, Totals
 from fluxlib.federation.store.tensor_file import read_tensors, write_tensors
 from fluxlib.io import checked, reading
-from fluxlib.methods.base import ExpertKey
 from fluxlib.roles import RoleState
 
 log = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ class Checkpoint:
             (layer, expert): [(checked("version", at, int), bytes.fromhex(digest)) for at, digest in found]
             for layer, expert, found in about["history"]
         }
-        strategy.store.set(by_expert(saved.get("experts", {})), history, about["digests"])
+        strategy.store.set(wires.by_expert(saved.get("experts", {})), history, about["digests"])
         for name in ROLES:
             found, known = saved["roles"][name], getattr(strategy.role_state, name)
             if (found.dtype, found.shape) != (known.dtype, known.shape):
@@ -157,15 +156,6 @@ def _older_copies(strategy: FluxStrategy) -> dict[str, Tensor]:
                 if f"copies/{copy}" not in tensors:
                     tensors[f"copies/{copy}"] = torch.from_numpy(held[name].numpy())
     return tensors
-
-
-def by_expert(tensors: Mapping[str, Tensor]) -> dict[ExpertKey, dict[str, Tensor]]:
-    """Inverse of :func:`changed_tensors`."""
-    experts: dict[ExpertKey, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        key, part = wires.parse_name(name)
-        experts.setdefault(key, {})[part] = tensor
-    return experts
 
 
 def _node_tensors(grid: Grid) -> dict[str, Tensor]:
