@@ -23,6 +23,7 @@ from fluxlib.federation.server import server_app
 from fluxlib.federation.server.server_app import from_run_config
 from fluxlib.io import ConfigError
 
+CLIENT = client_app.app
 Make = Callable[..., RunConfig]
 NODE = 3
 """Node of participant 1."""
@@ -47,16 +48,16 @@ def same_models(first: Any, second: Any) -> bool:
 
 def wrapped(
     change: Callable[[Message, Message, Context], Message],
-    join: Callable[[Message, Context], Message] = client_app.join,
+    join: Callable[[Message, Context], Message] = CLIENT,
 ) -> ClientApp:
     """The client app, its training replies passed through ``change(request, reply, context)``."""
     app = ClientApp()
     app.query("join")(join)
-    app.query("profile")(client_app.profile)
+    app.query("profile")(CLIENT)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return change(message, client_app.train(message, context), context)
+        return change(message, CLIENT(message, context), context)
 
     return app
 
@@ -367,7 +368,7 @@ def test_a_participant_that_lost_its_state_gets_everything_in_the_same_round(
 
 def test_a_participant_with_another_base_model_is_refused(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(message: Message, context: Context) -> Message:
-        reply = client_app.join(message, context)
+        reply = CLIENT(message, context)
         if context.node_id == NODE:
             reply.content["config"]["frozen_digest"] = "0" * 64
         return reply

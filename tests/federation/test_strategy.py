@@ -110,9 +110,9 @@ def test_an_experts_mean_is_weighted_by_its_own_tokens_not_by_samples(strategy: 
 
 def profiled_by(profile: Callable[[Message, Context], Message], config: RunConfig, store: ExpertStore) -> FluxStrategy:
     app = ClientApp()
-    app.query("join")(client_app.join)
+    app.query("join")(client_app.app)
     app.query("profile")(profile)
-    app.train()(client_app.train)
+    app.train()(client_app.app)
     strategy = FluxStrategy(LocalGrid(app, config.federation.participants), config, store)
     strategy.members = join(strategy.grid, config, store)
     return strategy
@@ -124,7 +124,7 @@ def test_a_first_profile_is_asked_for_once_and_stays(make_config: Make, store: E
 
     def profile(message: Message, context: Context) -> Message:
         asked.append(context.node_id)
-        return client_app.profile(message, context)
+        return client_app.app(message, context)
 
     strategy = profiled_by(profile, config, store)
     strategy.run_round(1)
@@ -149,7 +149,7 @@ def test_a_damaged_profile_costs_its_utilities_alone(
     make_config: Make, store: ExpertStore, damage: dict[str, Any]
 ) -> None:
     def profile(message: Message, context: Context) -> Message:
-        reply = client_app.profile(message, context)
+        reply = client_app.app(message, context)
         if context.node_id == 3:
             reply.content["config"].update(damage)
         return reply

@@ -61,11 +61,6 @@ class Tables:
         own = config.clock.model in ("self", config.model)
         self.shapes = clock.shapes_of(config.model, model) if own else clock.shapes(config.clock.model)
 
-    def use_devices(self, devices: dict[int, str]) -> None:
-        """These participants said what their devices are; the others stand for the run's fleet."""
-        for participant, name in devices.items():
-            self.fleet[participant] = catalogue.DEVICES[name]
-
     def frames(self) -> dict[str, pd.DataFrame]:
         """The rows so far, checked against the schema, as they will be read back."""
         import pandas as pd  # not above: a participant's process, which is started for every message, has no tables
