@@ -70,8 +70,9 @@ def test_a_reply_of_the_round_before_is_stale_and_gets_everything_next(strategy:
     result = strategy.aggregate(2, [late[0], *replies[1:]])
     assert not torch.equal(weights(strategy), before)
     assert [part.rejected for part in result.participants] == ["stale", "", ""]
-    (first, *_) = strategy.requests(2, strategy.sample(2))
-    assert first.content["config"]["since"] == -1
+    first, *_ = strategy.sample(2)
+    message = strategy._message("train", 2, strategy.current[first])
+    assert message.content["config"]["since"] == -1
 
 
 def test_the_server_holds_one_reply_at_a_time(strategy: FluxStrategy) -> None:
@@ -101,7 +102,7 @@ def test_an_experts_mean_is_weighted_by_its_own_tokens_not_by_samples(strategy: 
         counts[0, 1] = tokens[one]
         change = {(0, 1): {name: torch.full_like(tensor, changes[one]) for name, tensor in before.items()}}
         update = Update(change, torch.full((2, 4), torch.nan), counts, 1.0, samples[one], Work(8))
-        report = TrainReport(one, 1, part.download.after, update=update)
+        report = TrainReport(one, 1, part.held, update=update)
         reply.content = report.to_records(encode_changes(change, "float32", {})[0])
     assert not strategy.aggregate(1, replies).num_rejected
     for name, tensor in strategy.store.tensors((0, 1)).items():

@@ -118,7 +118,7 @@ class Tables:
             "clock_model": config.clock.model,
             "link": config.clock.link,
             "uplink_bytes": sum(one.uplink_bytes for one in result.participants),
-            "downlink_bytes": sum(one.download.num_bytes for one in result.participants),
+            "downlink_bytes": sum(one.downlink_bytes for one in result.participants),
             "peak_memory_bytes": peak_memory_bytes(),
             "device_memory_bytes": self._device_bytes(result),
             "num_participants": len(result.participants),
@@ -143,7 +143,7 @@ class Tables:
             "num_merged": max(0, work.num_frozen - num_explored) if one.work else one.budget.num_merged,
             "loss": one.loss,
             "uplink_bytes": one.uplink_bytes,
-            "downlink_bytes": one.download.num_bytes,
+            "downlink_bytes": one.downlink_bytes,
             "rejected": one.rejected,
             "utility_faults": one.utility_faults,
             "exploited": write_experts(one.roles.exploit),
@@ -169,8 +169,8 @@ class Tables:
 def charged(one: Participation) -> Work:
     """The work that the clock counts, with downloads as they were sent."""
     assert one.work is not None
-    bits = min(one.work.download_bits, one.download.bits)
-    return replace(one.work, num_downloaded=one.download.num_experts, download_bits=bits)
+    bits = min(one.work.download_bits, one.download_bits)
+    return replace(one.work, num_downloaded=one.num_downloaded, download_bits=bits)
 
 
 def write_work(one: Participation) -> str:
