@@ -136,7 +136,7 @@ class _Run:
         wall_s = time.perf_counter() - start
         is_last = self._is_last(number, self.tables.round_time(result).total_s)
         due = number % config.evaluation.every == 0 or is_last
-        self.tables.add_round(result, self._evaluate() if due else None, wall_s)
+        self.tables.add_round(result, self._evaluate() if due else Evaluation(), wall_s)
         if self.checkpoint and not is_last:
             self.checkpoint.save(number, self.strategy, self.tables)
         return self._tell()
@@ -149,7 +149,7 @@ class _Run:
             self._score(group[:quarter]).metric if group else math.nan
             for group in (self.task.recall, self.task.untaught)
         )
-        return Evaluation(score, time.perf_counter() - start, recall, untaught)
+        return Evaluation(score.metric, score.loss, recall, untaught, time.perf_counter() - start)
 
     def _score(self, examples: Sequence[Example]) -> Score:
         return evaluate(self.model, self.tokenizer, self.task.metric, examples, self.config.training.max_tokens)

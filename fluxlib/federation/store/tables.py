@@ -18,7 +18,6 @@ from fluxlib.devices import catalogue, clock
 from fluxlib.federation.results import TABLES, Participation, RoundResult, Row, table_path
 from fluxlib.methods.base import Work
 from fluxlib.records import PHASES, write_experts
-from fluxlib.tasks.evaluate import Score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,15 +33,16 @@ class Totals:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A score of the global model and the seconds it took.
+    """The columns of ``rounds`` that scoring the global model fills; by default it was not scored.
 
     ``recall`` and ``untaught`` are metrics of the two other groups of a generated task's test samples; NaN: none.
     """
 
-    score: Score
-    wall_s: float
+    metric: float = math.nan
+    loss: float = math.nan
     recall: float = math.nan
     untaught: float = math.nan
+    evaluate_wall_s: float = 0.0
 
 
 class Tables:
@@ -85,7 +85,7 @@ class Tables:
         seconds = [self._seconds(one) for one in result.accepted]
         return clock.round_seconds(seconds, clock.server_seconds(works, self.shapes))
 
-    def add_round(self, result: RoundResult, evaluation: Evaluation | None, wall_s: float) -> None:
+    def add_round(self, result: RoundResult, evaluation: Evaluation, wall_s: float) -> None:
         """A round that took ``wall_s`` here, evaluation left out."""
         took = self.round_time(result)
         self.totals = Totals(self.totals.wall_s + wall_s, self.totals.device_s + took.total_s)
@@ -96,17 +96,14 @@ class Tables:
         """One row per participant that was asked, refused ones with the reason."""
         self.rows["participants"] += [self._participant_row(result.round, one) for one in result.participants]
 
-    def _round_row(self, result: RoundResult, evaluation: Evaluation | None, here: Totals, server_s: float) -> Row:
+    def _round_row(self, result: RoundResult, evaluation: Evaluation, here: Totals, server_s: float) -> Row:
         config = self.config
         return {
             "run_id": config.run_id,
             **{name: getattr(config, name) for name in ("method", "model", "task", "seed", "variant", "engine")},
             "round": result.round,
-            "metric": evaluation.score.metric if evaluation else math.nan,
             "metric_name": self.metric_name,
-            "loss": evaluation.score.loss if evaluation else math.nan,
-            "recall": evaluation.recall if evaluation else math.nan,
-            "untaught": evaluation.untaught if evaluation else math.nan,
+            **vars(evaluation),
             "train_loss": result.train_loss,
             "epsilon": result.epsilon,
             "wall_s": self.totals.wall_s,
@@ -114,7 +111,6 @@ class Tables:
             "round_wall_s": here.wall_s,
             "round_device_s": here.device_s,
             "server_device_s": server_s,
-            "evaluate_wall_s": evaluation.wall_s if evaluation else 0.0,
             "clock_model": config.clock.model,
             "link": config.clock.link,
             "uplink_bytes": sum(one.uplink_bytes for one in result.participants),
