@@ -125,11 +125,6 @@ class RunResult:
     path: Path | None
     model: Any
 
-    @property
-    def files(self) -> dict[str, Path]:
-        """The table files by name; empty when nothing was written."""
-        return {name: table_path(self.path, name, self.run_id) for name in TABLES} if self.path else {}
-
 
 @dataclass(frozen=True)
 class Output:

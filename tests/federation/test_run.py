@@ -19,6 +19,7 @@ from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.federation import RunFailed
 from fluxlib.federation.client import client_app
 from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.results import table_path
 from fluxlib.federation.server import server_app
 from fluxlib.federation.server.server_app import from_run_config
 from fluxlib.io import ConfigError
@@ -68,9 +69,10 @@ def test_a_run_gives_one_row_per_round_and_writes_both_tables(make_config: Make,
     assert result.rounds["round"].tolist() == [0, 1, 2, 3]
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert result.participants.groupby("round").size().tolist() == [3, 3, 3]
-    for name, path in result.files.items():
+    for name in ("rounds", "participants"):
+        path = table_path(tmp_path, name, result.run_id)
         pd.testing.assert_frame_equal(records.read(name, path), getattr(result, name), check_exact=True)
-    about = json.loads(result.files["rounds"].with_suffix(".json").read_text())
+    about = json.loads(table_path(tmp_path, "rounds", result.run_id).with_suffix(".json").read_text())
     assert (about["status"], about["parameters"]["task"], len(about["labels_by_participant"])) == (
         "complete", "mini-piqa", 3
     )  # fmt: skip
@@ -147,7 +149,8 @@ def test_a_run_ends_when_the_device_clock_has_counted_its_seconds(make_config: M
 def test_returning_true_stops_and_the_run_goes_on_later(make_config: Make, tmp_path: Path) -> None:
     stopped = federation.run(make_config(), on_round=lambda row: row["round"] == 1, out=tmp_path)
     assert stopped.rounds["round"].tolist() == [0, 1]
-    assert json.loads(stopped.files["rounds"].with_suffix(".json").read_text())["status"] == "stopped"
+    about = table_path(tmp_path, "rounds", stopped.run_id).with_suffix(".json")
+    assert json.loads(about.read_text())["status"] == "stopped"
     finished = federation.run(make_config(), out=tmp_path)
     same_tables(finished, federation.run(make_config()))
 
