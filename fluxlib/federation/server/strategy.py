@@ -197,8 +197,10 @@ class FluxStrategy:
             reason = "unknown" if part is None else "duplicate"
             log.warning("round %d: reply of participant %d refused: %s", number, sender, reason)
             return reason
+        form, shapes = self.config.wire.uplink, self.store.shapes
+        expected = Expected(sender, number, part.held, form, part.roles.exploit, shapes, self.most)
         try:
-            report = read_reply(reply, self._expected(number, part))
+            report = read_reply(reply, expected)
         except Rejected as error:
             part.rejected, part.detail = error.reason, error.detail
             part.uplink_bytes += _payload(reply)
@@ -209,14 +211,10 @@ class FluxStrategy:
         part.accept(report.update, report.num_bytes)
         self.members[sender].held = part.held
         changes = clip(report.update.changes, self.config.aggregation.clip_norm)
-        changes = whole(changes, part.roles.exploit, self.config.wire.uplink, self.store.shapes)
+        changes = whole(changes, part.roles.exploit, form, shapes)
         mean.add(changes, report.update.tokens)
         utilities[sender] = report.update.utilities
         return ""
-
-    def _expected(self, number: int, part: Participation) -> Expected:
-        held, form = part.held, self.config.wire.uplink
-        return Expected(part.participant, number, held, form, part.roles.exploit, self.store.shapes, self.most)
 
     def _remember_utilities(self, result: RoundResult, utilities: Tensor) -> None:
         tuned = torch.zeros_like(utilities, dtype=torch.bool)
