@@ -33,6 +33,8 @@ class Work:
     Counts of experts are over all layers; tokens are real tokens, padding excluded.
     """
 
+    __pydantic_config__ = {"extra": "forbid"}  # where one is read, nothing else is taken for one
+
     num_experts: int
     """Routed experts of the whole model: the unit that fractions are taken of when shapes change."""
     num_tuned: int = 0

@@ -250,7 +250,7 @@ def report(
     return Update(tuned.changes, utilities, tuned.tokens, tuned.loss, num_samples, account, watch.phases_s)
 
 
-def slot_account(plans: Sequence[LayerPlan]) -> dict[str, int]:
+def slot_account(plans: Sequence[LayerPlan]) -> dict[str, Any]:
     """What the frozen slots of a round add to :class:`Work`; a slot of one expert is a copy, nothing is read for it."""
     groups = [group for plan in plans for group in plan.groups]
     return {"num_frozen": len(groups), "num_merge_sources": sum(len(group) for group in groups if len(group) > 1)}
