@@ -38,9 +38,10 @@ def assign(
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
     """Merge, probe, tune; the profile for the next round comes afterwards (``Method.afterwards``)."""
-    watch, data, config, known = Stopwatch(), local.data, local.config, local.state.profile
-    is_first = known is None or not config.profiling.stale
-    if known is None or is_first:
+    watch, data, config = Stopwatch(), local.data, local.config
+    known = local.state.profile if config.profiling.stale else None
+    is_first = known is None
+    if known is None:
         with watch.phase("first_profile"):
             known = profile(model, data, config)
     with watch.phase("merge"):
@@ -62,7 +63,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         probe_tokens=round(once * tokens),
         expert_probe_samples=round(each * samples),
         expert_probe_tokens=round(each * tokens),
-        hidden_profile=config.profiling.stale and not is_first,
+        hidden_profile=not is_first,
         **profile_account(data, known.frequency.numel(), config),
     )
     return update, ParticipantState(known, local.number) if is_first else local.state
