@@ -28,6 +28,7 @@ from fluxlib.figures import Picture, dashboard
 from fluxlib.io import ConfigError
 from fluxlib.methods import flux, flux_plus, fmes, fmq
 from fluxlib.methods.base import Budget, Work
+from fluxlib.methods.local import slot_account
 from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.tasks.batches import make_batch
@@ -255,7 +256,6 @@ def expected_work(
     reached = frequency.clone()
     for row, plan in zip(reached, plans, strict=False):
         row[list(plan.dropped)] = 0.0
-    groups = [group for plan in plans for group in plan.groups]
     routed = round(samples * tokens_per_sample) * sum(layer.top_k for layer in find.layers(_model(config.model)[0]))
     with_gradient = exploit | explore if method == "flux_plus" else exploit
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
@@ -270,8 +270,7 @@ def expected_work(
         num_experts=total,
         num_tuned=num_tuned,
         num_updated=num_updated,
-        num_frozen=len(groups),
-        num_merge_sources=sum(len(group) for group in groups if len(group) > 1),
+        **slot_account(plans),
         train_steps=steps,
         train_samples=samples,
         train_tokens=round(samples * tokens_per_sample),
