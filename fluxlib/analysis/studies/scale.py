@@ -85,13 +85,10 @@ def recounts(
     Returns:
         ``rounds`` with other ``round_device_s``, ``server_device_s``, ``device_s`` and ``link``, and with ``fleet``.
     """
-    found = []
-    for run_id, run in rounds.groupby("run_id", sort=False):
-        replied, config = replies(participants[participants["run_id"] == run_id]), runs[str(run_id)]
-        shapes = clock.shapes(config.sized_as)
-        for fleet, link in itertools.product(fleets, links):
-            ordered, how = run.sort_values("round", kind="stable"), offloading or config.clock.offloading
-            found.append(_recount(replied, ordered, config, shapes, fleet, link, how))
+    by_run = {str(name): run.sort_values("round", kind="stable") for name, run in rounds.groupby("run_id", sort=False)}
+    replied = {run_id: replies(participants[participants["run_id"] == run_id]) for run_id in by_run}
+    every = itertools.product(fleets, links, by_run)
+    found = [_recount(replied[one], by_run[one], runs[one], fleet, link, offloading) for fleet, link, one in every]
     return pd.concat(found, ignore_index=True) if found else rounds.assign(fleet="")
 
 
@@ -99,22 +96,21 @@ def _recount(
     replied: Mapping[int, list[Reply]],
     rounds: pd.DataFrame,
     run: RunConfig,
-    shapes: clock.Shapes,
     fleet: str | None,
     link: str | None,
-    offloading: Offloading,
+    offloading: Offloading | None,
 ) -> pd.DataFrame:
-    over, tokens = catalogue.link(link or run.clock.link), run.clock.tokens_per_sample
+    over, shapes = catalogue.link(link or run.clock.link), clock.shapes(run.sized_as)
     devices = catalogue.fleet(fleet, run.federation.participants) if fleet else None
+    tokens, how = run.clock.tokens_per_sample, offloading or run.clock.offloading
     counted = []
     for number in rounds["round"]:
-        seconds, works = [], []
-        for row, work, first in replied.get(number, ()):
+        answers = replied.get(number, ())
+        server_s, seconds = clock.server_seconds([work for _, work, _ in answers], shapes), []
+        for row, work, first in answers:
             device = devices[row.participant] if devices else catalogue.DEVICES[row.device]
-            works.append(work)
-            seconds.append(clock.participant_seconds(work, first, shapes, device, over, tokens, offloading))
-        whole = clock.round_seconds(seconds, clock.server_seconds(works, shapes)) if works else None
-        counted.append((whole.total_s if whole else 0.0, whole.server_s if whole else 0.0))
+            seconds.append(clock.participant_seconds(work, first, shapes, device, over, tokens, how))
+        counted.append((clock.round_seconds(seconds, server_s).total_s if seconds else 0.0, server_s))
     totals, servers = zip(*counted, strict=True)
     since_start = list(itertools.accumulate(totals))
     table = rounds.assign(round_device_s=totals, server_device_s=servers, device_s=since_start)
