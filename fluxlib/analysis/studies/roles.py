@@ -133,10 +133,10 @@ def read_runs(
 
     ``variants``: what a variant is called in the figures, and its name in the run's id ("" for the plain run).
     """
-    found: dict[str, list[pd.DataFrame]] = {"rounds": [], "participants": []}
+    found: list[tuple[pd.DataFrame, ...]] = []
     for (setting, variant), seed in itertools.product(variants.items(), seeds):
-        name = RunConfig(variant=variant, model=model, task=task, seed=seed).run_id
-        for table, frames in found.items():
-            frame = records.read(table, folder / table / f"{name}.parquet")
-            frames.append(frame.assign(setting=setting, seed=seed))
-    return pd.concat(found["rounds"], ignore_index=True), pd.concat(found["participants"], ignore_index=True)
+        file = RunConfig(variant=variant, model=model, task=task, seed=seed).run_id + ".parquet"
+        both = (records.read(table, folder / table / file) for table in ("rounds", "participants"))
+        found.append(tuple(one.assign(setting=setting, seed=seed) for one in both))
+    rounds, participants = (pd.concat(frames, ignore_index=True) for frames in zip(*found, strict=True))
+    return rounds, participants
