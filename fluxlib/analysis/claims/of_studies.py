@@ -11,7 +11,7 @@ import pandas as pd
 from fluxlib.analysis.claims.judge import AGREES, DIFFERS, DIRECTION, Claim, Reading, judge, read_size, weakest
 from fluxlib.analysis.claims.tables import Tables, tasks_of, values
 from fluxlib.analysis.statistics import geometric, interval
-from fluxlib.analysis.studies import race
+from fluxlib.analysis.studies.scale import race_summary
 from fluxlib.analysis.wording import sentence, shown, shown_interval, title
 from fluxlib.devices import catalogue
 
@@ -188,7 +188,7 @@ def rivals(claim: Claim, tables: Tables) -> Iterator[Reading]:
 def clock_error(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """How far the device clock's seconds are off, for the method and link where they are furthest; one run each."""
     for model, table in tables.measurements.get(claim.notebook, {}).items():
-        found = race.summary(table)
+        found = race_summary(table)
         worst = found.sort_values("clock_error").iloc[-1]
         usual = shown(found["clock_error"].median(), "%")
         why = f"{title(str(worst['method']))}, {worst['link']}; median over methods and links {usual}"

@@ -1,5 +1,5 @@
 """Notebook 06: stored runs with their settings, stored runs on other devices and links, and the clock held against this
-machine."""
+machine and against measured races."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from fluxlib.analysis import store
 from fluxlib.analysis.studies.bench import Row, interleaved
 from fluxlib.analysis.studies.merging import Case, own_share_measured
+from fluxlib.analysis.time_to_target import TARGET_FRACTION, crossing, final_score
 from fluxlib.config import Offloading, RunConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.store.tables import read_work
@@ -32,6 +33,8 @@ SETTINGS = {
 BLOCKS = {"train": ("train",), "profile": ("quantize", "profile"), "merge": ("merge",), "probe": ("probe",)}
 """Measured block: phases of the clock that it consists of."""
 STEPS, PROBES, PROBED_SAMPLES = 4, 8, 8
+RACE_FINAL = 2
+"""The final score of a measured race is the mean of this many last rounds: a run has few."""
 Reply = tuple[Any, Work, Work | None]
 """An accepted reply: its row of ``participants``, its work, and that of a profile made before the round."""
 
@@ -164,3 +167,27 @@ def _work(case: Case) -> Work:
         probe_samples=len(probed), probe_tokens=int(probed.sum()),
         expert_probe_samples=round(each * len(probed)), expert_probe_tokens=round(each * int(probed.sum())),
     )  # fmt: skip
+
+
+def race_summary(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> pd.DataFrame:
+    """A measured race, as ``benchmarks/race.py`` leaves it: who arrives when, and how far the device clock was off.
+
+    Returns:
+        One row per link and method: ``link``, ``method``, ``rounds``, ``final`` score, ``to_target_s`` to ``fraction``
+        of FMD's final score on that link (NaN: not reached), ``clock_error``: median over rounds of how far the
+        predicted seconds are off.
+    """
+    table = table.join(table["setting"].str.split(", ", expand=True).set_axis(["method", "link", "kind"], axis=1))
+    scores, seconds = (table[table["study"] == f"race_{name}"] for name in ("score", "seconds"))
+    seconds = seconds.pivot(index=["link", "method", "x"], columns="kind", values="value")
+    errors, found = (seconds["predicted"] / seconds["measured"] - 1).abs(), []
+    for place, run in scores.groupby(["link", "method"], sort=False):
+        fmd = scores[(scores["link"] == place[0]) & (scores["method"] == "fmd")]
+        target = fraction * final_score(fmd["value"].tolist(), RACE_FINAL)
+        found.append({
+            "link": place[0], "method": place[1], "rounds": len(errors[place]),
+            "final": final_score(run["value"].tolist(), RACE_FINAL),
+            "to_target_s": crossing(run["x"].tolist(), run["value"].tolist(), target),
+            "clock_error": errors[place].median(),
+        })  # fmt: skip
+    return pd.DataFrame(found)
