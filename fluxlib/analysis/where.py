@@ -89,11 +89,7 @@ def with_all_adapters(raced: pd.DataFrame) -> pd.DataFrame:
 
 
 def duels(raced: pd.DataFrame, ours: str = "flux") -> pd.DataFrame:
-    """Our factor over the best baseline that fits: one row per model, task, seed, device and link.
-
-    Args:
-        raced: of :func:`races`.
-        ours: one of :data:`OURS`.
+    """The factor of ``ours`` over the best baseline that fits, of :func:`races`: one row per model, task, seed and place.
 
     Returns:
         ``factor``, the best baseline's device seconds to the target over ours; ``sign``, what that number is;
@@ -120,13 +116,10 @@ def duels(raced: pd.DataFrame, ours: str = "flux") -> pd.DataFrame:
 
 
 def first(raced: pd.DataFrame) -> pd.DataFrame:
-    """Who is at the target first, of all that fit: one row per model, device and link.
+    """Who of :func:`races` is at the target first: one row per model, device and link.
 
     A method with adapters and the same without are two that race, where :func:`with_all_adapters` says. Who does not
     arrive in every race is not first.
-
-    Args:
-        raced: of :func:`races`.
 
     Returns:
         ``method``, ``rank`` of its adapters, ``seconds`` to the target (mean over races), ``num_races``, and ``lead``,
@@ -145,7 +138,7 @@ def first(raced: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_tasks(table: pd.DataFrame) -> pd.DataFrame:
-    """:func:`pays` over tasks and seeds: geometric mean of ``factor`` and its ``sign``, by model, device and link.
+    """:func:`duels` over tasks and seeds: geometric mean of ``factor`` and its ``sign``, by model, device and link.
 
     A mean with a lower bound in it is a lower bound, with an upper one an upper bound; with both, or with a race that
     nobody finished, there is none.

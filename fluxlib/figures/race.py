@@ -90,12 +90,9 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
 
 @drawn
 def speed_ups(table: pd.DataFrame) -> Picture:
-    """FLUX's speed-up over each method: one panel per model, one line per task and method.
+    """FLUX's :func:`~fluxlib.analysis.speedups.speed_ups`: one panel per model, one line per task and method.
 
     An arrow to the right is a lower bound: the other method never arrives in some seed. "never" is FLUX's own miss.
-
-    Args:
-        table: of :func:`fluxlib.analysis.speedups.speed_ups`.
     """
     rows = table if len(table) else pd.DataFrame({"model": ["no races"]})
     most = max(4, rows["model"].value_counts().max())
