@@ -89,7 +89,7 @@ def with_all_adapters(raced: pd.DataFrame) -> pd.DataFrame:
 
 
 def duels(raced: pd.DataFrame, ours: str = "flux") -> pd.DataFrame:
-    """The factor of ``ours`` over the best baseline that fits, of :func:`races`: one row per model, task, seed and place.
+    """Our factor over the best baseline that fits, of :func:`races`: one row per model, task, seed, device and link.
 
     Returns:
         ``factor``, the best baseline's device seconds to the target over ours; ``sign``, what that number is;
