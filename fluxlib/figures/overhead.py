@@ -25,9 +25,6 @@ FACTORS = LogNorm(0.25, 4.0, clip=True)
 """How factors of the map become colours of :data:`fluxlib.figures.style.DIVERGING`."""
 
 
-# Tables
-
-
 def clock_table(table: pd.DataFrame) -> pd.DataFrame:
     """Measured beside predicted seconds of each block of a round, and of all together, from the study ``clock_check``.
 
@@ -44,9 +41,6 @@ def clock_table(table: pd.DataFrame) -> pd.DataFrame:
     out = groups.size().to_frame("num_seeds").join(means.add_suffix("_s"))
     out[["factor", "low", "high"]] = [interval(part["measured"] / part["predicted"]) for _, part in groups]
     return out.join((means / means.groupby(["model", "task"]).transform("max")).add_suffix("_share")).reset_index()
-
-
-# Pictures
 
 
 @drawn
