@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,13 +36,14 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
             score.
     """
     rounds = rounds.assign(rank=[runs[name].adapter.used_rank for name in rounds["run_id"]])
-    ends = rounds.groupby([*PANEL, "run_id"])["device_s"].max().groupby(PANEL).min()
+    ends: Any = rounds.groupby([*PANEL, "run_id"])["device_s"].max().groupby(PANEL).min()
     found = []
-    for (*panel, run_id), run in rounds.groupby([*PANEL, "run_id"], sort=False):
+    for run_id, run in rounds.groupby("run_id", sort=False):
         scored = run.dropna(subset=["metric"]).sort_values("round")
         if scored.empty:
             raise ValueError(f"{run_id} was never scored")
-        at_s, settings = ends[tuple(panel)], [getattr(runs[run_id].training, name) for name in SETTINGS]
+        panel, settings = tuple(run[PANEL].iloc[0]), [getattr(runs[str(run_id)].training, name) for name in SETTINGS]
+        at_s = ends[panel]
         score = np.interp(at_s, scored["device_s"], scored["metric"])  # linear between scored rounds
         found.append((*panel, *settings, run["variant"].iloc[0], at_s, scored["metric"].iloc[-1], score))
     trial = [*PANEL, *SETTINGS, "variant", "at_s"]

@@ -180,7 +180,8 @@ def race_summary(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> pd.D
     table = table.join(table["setting"].str.split(", ", expand=True).set_axis(["method", "link", "kind"], axis=1))
     scores, seconds = (table[table["study"] == f"race_{name}"] for name in ("score", "seconds"))
     seconds = seconds.pivot(index=["link", "method", "x"], columns="kind", values="value")
-    errors, found = (seconds["predicted"] / seconds["measured"] - 1).abs(), []
+    errors: Any = (seconds["predicted"] / seconds["measured"] - 1).abs()
+    found = []
     for place, run in scores.groupby(["link", "method"], sort=False):
         fmd = scores[(scores["link"] == place[0]) & (scores["method"] == "fmd")]
         target = fraction * final_score(fmd["value"].tolist(), RACE_FINAL)
