@@ -192,7 +192,8 @@ def memory_of(name: str) -> str:
 def _break_even(ax: Any, factors: np.ndarray) -> None:
     """A line between cells on different sides of 1."""
     above = np.where(np.isnan(factors), np.nan, factors > 1)
-    for y, x in np.argwhere(np.abs(np.diff(above, axis=1)) == 1):
-        ax.plot([x + 1, x + 1], [y, y + 1], color="black", linewidth=2)
-    for y, x in np.argwhere(np.abs(np.diff(above, axis=0)) == 1):
-        ax.plot([x, x + 1], [y + 1, y + 1], color="black", linewidth=2)
+    for (y, x), here in np.ndenumerate(above):
+        if x + 1 < above.shape[1] and {here, above[y, x + 1]} == {0.0, 1.0}:
+            ax.plot([x + 1, x + 1], [y, y + 1], color="black", linewidth=2)
+        if y + 1 < above.shape[0] and {here, above[y + 1, x]} == {0.0, 1.0}:
+            ax.plot([x, x + 1], [y + 1, y + 1], color="black", linewidth=2)
