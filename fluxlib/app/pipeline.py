@@ -20,6 +20,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from fluxlib.config import REPO_ROOT, RunConfig, data_dir, flatten, make_config
 from fluxlib.io import ConfigError, check_writable
 
+HEADLESS = "FLUXLIB_HEADLESS"
+"""Environment variable that says nobody watches; :func:`execute` sets it for its kernels."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -249,7 +252,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     _check_names(parameters)
     import papermill
 
-    os.environ["FLUXLIB_HEADLESS"] = "1"  # for the kernel
+    os.environ[HEADLESS] = "1"  # for the kernel
     papermill.execute_notebook(
         notebook,
         output,

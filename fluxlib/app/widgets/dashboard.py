@@ -87,11 +87,13 @@ class Dashboard:
         if self.preview is None:
             raise ConfigError(self._problem)
         if self.run is not None and self.run.busy:
-            raise ConfigError(f"{self.run.config.run_id} still runs: wait for it, or stop it")
+            raise ConfigError(f"{self.run.name} still runs: wait for it, or stop it")
         self.start.click()
         self.wait()
         assert self.run is not None
-        self.run.wait(timeout_s)
+        self.run.join(timeout_s)
+        if self.run.is_alive():
+            raise TimeoutError(f"{self.run.name} still runs after {timeout_s} s")
         self.wait()
         return self.run
 
@@ -132,7 +134,7 @@ class Dashboard:
     def _arrange(self, ipywidgets: Any) -> Any:
         layout, column = ipywidgets.Layout, ipywidgets.VBox
         buttons = ipywidgets.HBox([self.start, self.halt, self.progress])
-        left = column([*self.controls.view(), buttons], layout=layout(width="330px", min_width="330px"))
+        left = column([*self.controls.view, buttons], layout=layout(width="330px", min_width="330px"))
         title = ipywidgets.HTML("<b>Compare with earlier runs</b> of this model and task (ctrl or shift for several)")
         below = ipywidgets.HBox([self.history.take_over, self.history.note])
         running = column([self.status, self.curve, self.table, title, self.history.choice, below])
@@ -233,7 +235,7 @@ class Dashboard:
         shown: dict[str, pd.DataFrame] = {}
         own = self.run.config if self.run is not None and self.run.rows else None
         if self.run is not None and own is not None:
-            shown[f"this run: {style.method(own.method).title} {own.variant}"] = self.run.table()
+            shown[f"this run: {style.method(own.method).title} {own.variant}"] = pd.DataFrame(self.run.rows)
         for label, file in self.history.chosen().items():
             found = table(file)
             mine = own is not None and place_of(file) == self.out and run_id(file) == own.run_id
