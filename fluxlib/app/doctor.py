@@ -42,22 +42,15 @@ class Check:
     found: str
     advice: str = ""
 
+    def __str__(self) -> str:
+        advice = f"\n{'':10}-> {self.advice}" if self.advice else ""
+        return f"{self.status:<9} {self.name}: {self.found}{advice}"
+
 
 def examine() -> list[Check]:
     """All checks, in the order in which problems are best solved."""
     groups = (_python(), _packages(), _memory(), _disk(), _devices(), _folders(), _models())
     return [check for group in groups for check in group]
-
-
-def line(check: Check) -> str:
-    """``check`` as a line for people, the advice below it."""
-    advice = f"\n{'':10}-> {check.advice}" if check.advice else ""
-    return f"{check.status:<9} {check.name}: {check.found}{advice}"
-
-
-def exit_code(checks: list[Check]) -> int:
-    """0 unless there is a problem; warnings are no failure."""
-    return int(any(check.status == "problem" for check in checks))
 
 
 def _python() -> Iterator[Check]:

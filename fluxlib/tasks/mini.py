@@ -30,7 +30,6 @@ WORLD_SEED = 2026
 NUM_KNOWN, NUM_TAUGHT, NUM_UNTAUGHT = 12, 14, 14
 """Things of each label: known to the base models, told in the training rows of a task, told to nobody."""
 NUM_THINGS = NUM_KNOWN + NUM_TAUGHT + NUM_UNTAUGHT
-LARGEST_NUMBER = 59
 DEFAULT_SIZE = 5000
 Group = Literal["pretraining", "train", "test", "recall", "untaught"]
 """What a row is for; see the module's text."""
@@ -48,7 +47,7 @@ def names(label: str) -> tuple[str, ...]:
 @cache
 def _all_names() -> dict[str, tuple[str, ...]]:
     chance = random.Random(seeding.derive(WORLD_SEED, "names"))
-    taken, syllables = _words(PEOPLE, LABELS, *(WORLD[part] for part in PARTS)), WORLD["syllables"].split()
+    taken, syllables = words_of(PEOPLE, LABELS, *(WORLD[part] for part in PARTS)), WORLD["syllables"].split()
     found: dict[str, tuple[str, ...]] = {}
     for label in LABELS:
         chosen: list[str] = []
@@ -61,14 +60,14 @@ def _all_names() -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _words(*parts: Any) -> set[str]:
+def words_of(*parts: Any) -> set[str]:
     """All words in texts, and in lists and mappings of them."""
     found: set[str] = set()
     for part in parts:
         if isinstance(part, str):
             found |= set(re.findall(r"[a-z]+", part))
         else:
-            found |= _words(*(part.values() if isinstance(part, dict) else part))
+            found |= words_of(*(part.values() if isinstance(part, dict) else part))
     return found
 
 
@@ -185,12 +184,3 @@ def rows(family: str, size: int, seed: int, group: Group = "train") -> list[Row]
     asked = {label: names(label)[things] for label in labels}
     turns = [divmod(i, len(labels)) for i in range(size)]
     return [make(labels[i], asked[labels[i]][turn % len(asked[labels[i]])], teller) for turn, i in turns]
-
-
-def vocabulary() -> tuple[str, ...]:
-    """Every word and mark that any generated task can hold, sorted; the mini models' tokenizer is made of it."""
-    fixed = """question solution answer goal instruction context response brings more then loses how many are there
-        take the and start do you"""
-    things = _words(fixed, PEOPLE, LABELS, *(WORLD[part] for part in PARTS), *_all_names().values())
-    marks = {"+", "-", "*", "=", ";", ",", ".", "?", ":", "####"}
-    return tuple(sorted(things | marks)) + tuple(map(str, range(LARGEST_NUMBER + 1)))
