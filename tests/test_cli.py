@@ -38,7 +38,7 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def rounds() -> pd.DataFrame:
-    rows = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * 2 for c in records.ROUNDS})
+    rows = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * 2 for c in records.TABLES["rounds"]})
     return rows.assign(run_id="flux-m-t-seed0", round=[0, 1], metric=[float("nan"), 0.25], metric_name="accuracy")
 
 
@@ -312,7 +312,7 @@ def test_a_missing_package_is_a_problem_in_the_core_and_a_warning_elsewhere(monk
 
 
 def stored(tmp_path, run_id: str, metrics: list[float], step_s: float) -> None:
-    table = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.ROUNDS})
+    table = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.TABLES["rounds"]})
     index = range(len(metrics))
     seconds = [step_s * number for number in index]
     table = table.assign(run_id=run_id, round=index, metric=metrics, metric_name="accuracy", device_s=seconds)

@@ -30,7 +30,7 @@ SMALL = {
 
 
 def row(number: int) -> dict:
-    return {c.name: DEFAULTS[c.dtype] for c in records.ROUNDS} | {"round": number, "metric_name": "accuracy"}
+    return {c.name: DEFAULTS[c.dtype] for c in records.TABLES["rounds"]} | {"round": number, "metric_name": "accuracy"}
 
 
 @pytest.fixture
