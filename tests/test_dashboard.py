@@ -325,7 +325,7 @@ def test_the_dashboard_refuses_in_place_and_is_a_picture_where_nobody_looks(engi
     dashboard.wait()
     assert dashboard.message.value == "" and dashboard.plan.layout.visibility == "visible"
     engine.release(3)
-    run = dashboard.press_run(timeout_s=300)
+    run = dashboard.press_run()
     assert run.state == "complete" and "Complete." in dashboard.status.value
     monkeypatch.setenv(widgets.HEADLESS, "1")
     shown = dashboard._repr_mimebundle_()

@@ -19,7 +19,6 @@ from fluxlib.config import REPO_ROOT, data_dir, figures_dir, results_dir
 from fluxlib.io import ConfigError, check_writable
 
 GIB = 2**30
-MINI_MODELS = ("mini-llama-moe", "mini-deepseek-moe")
 CORE = ("torch", "transformers", "numpy", "safetensors", "pydantic", "pandas", "pyarrow")
 PARTS = {
     "flwr": "federated runs",
@@ -134,9 +133,10 @@ def _folders() -> Iterator[Check]:
 def _models() -> Iterator[Check]:
     """Every file there, and the contents those that were published (their checksums)."""
     from fluxlib.models import checkpoints
+    from fluxlib.models.loading import MINI
 
     advice = "get the files again: `git checkout -- data/models`"
-    for name in MINI_MODELS:
+    for name in MINI:
         folder = data_dir() / "models" / name
         try:
             checkpoints.weight_files(folder)

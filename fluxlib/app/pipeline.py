@@ -20,6 +20,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from fluxlib.config import REPO_ROOT, RunConfig, data_dir, flatten, make_config
 from fluxlib.io import ConfigError, check_writable
 
+AXES = ("model", "task", "method")
+"""What a profile may say of by ``per_<axis>``; a later one wins."""
 HEADLESS = "FLUXLIB_HEADLESS"
 """Environment variable that says nobody watches; :func:`execute` sets it for its kernels."""
 
@@ -99,13 +101,16 @@ def load(path: Path, overlay: Path | None = None) -> Pipeline:
             for values in itertools.product(*axes.values()):
                 point = dict(zip(("method", "model", "task", "seed"), values, strict=True)) | {"variant": variant}
                 points.append(point)
+                given = flatten(content.run)
+                for axis in AXES:
+                    given |= flatten(getattr(content, f"per_{axis}").get(point[axis], {}))
                 placed = point | {"model": _from_anywhere(point["model"])}
                 try:
-                    run = make_config(_with_data(_settings(content, point)) | flatten(part.run) | placed)
+                    run = make_config(_with_data(given) | flatten(part.run) | placed)
                 except ConfigError as error:
                     raise ConfigError(f"{where}, run {point | part.run}:\n{error}") from None
                 runs[run.run_id] = run
-    for axis in ("model", "task", "method"):
+    for axis in AXES:
         used = {point[axis] for point in points}
         if unused := sorted(getattr(content, f"per_{axis}").keys() - used):
             raise ConfigError(f"{where}: per_{axis} names {', '.join(unused)}; the runs have {', '.join(sorted(used))}")
@@ -136,14 +141,6 @@ def _explain(item: Any) -> str:
         return f"{where}: {item['msg']}, got {item['input']!r}"
     inside = _Profile if len(item["loc"]) == 1 else _Grid if item["loc"][0] == "grid" else _Part
     return f"unknown section {where!r}; allowed are {', '.join(inside.model_fields)}"
-
-
-def _settings(content: _Profile, point: dict[str, Any]) -> dict[str, Any]:
-    """What the common sections say of one point of the grid."""
-    parameters = flatten(content.run)
-    for axis in ("model", "task", "method"):
-        parameters |= flatten(getattr(content, f"per_{axis}").get(point[axis], {}))
-    return parameters
 
 
 def _with_data(parameters: dict[str, Any], name: str = "data.path") -> dict[str, Any]:

@@ -75,12 +75,11 @@ class Dashboard:
         self._find_run()
         self.refresh()
 
-    def press_run(self, timeout_s: float | None = None) -> BackgroundRun:
+    def press_run(self) -> BackgroundRun:
         """Do what the button does, and wait for the end of the run.
 
         Raises:
             ConfigError: what the dashboard would say in red; another run that goes on.
-            TimeoutError: the run goes on after ``timeout_s``.
         """
         self.in_turn(self.refresh)
         self.wait()
@@ -91,9 +90,7 @@ class Dashboard:
         self.start.click()
         self.wait()
         assert self.run is not None
-        self.run.join(timeout_s)
-        if self.run.is_alive():
-            raise TimeoutError(f"{self.run.name} still runs after {timeout_s} s")
+        self.run.join()
         self.wait()
         return self.run
 
