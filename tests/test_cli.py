@@ -348,7 +348,7 @@ def test_compare_gives_curves_and_times_to_the_best_runs_target(call, tmp_path):
         (["trials", "--out", "."], "error: no search in .: "),
         (["claims", "--profile", "nope"], "error: there are no results in"),
         (["notebook", "README.md", "x.ipynb"], "error: README.md is not a notebook: Expecting value"),
-        (["notebook", "a.ipynb", "x.ipynb"], "error: a.ipynb is not a notebook: it has no 'cells'"),
+        (["notebook", "a.ipynb", "x.ipynb"], "error: a.ipynb is not a notebook: it lacks 'cells'"),
         (["notebook", "b.ipynb", "b.ipynb"], "error: b.ipynb is the notebook itself: give its executed copy another"),
         (
             ["notebook", "b.ipynb", "x.ipynb", "--set", "a=nan"],

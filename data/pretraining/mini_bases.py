@@ -17,7 +17,7 @@ def vocabulary() -> tuple[str, ...]:
     """Every word and mark that any generated task can hold, sorted; the mini models' tokenizer is made of it."""
     fixed = """question solution answer goal instruction context response brings more then loses how many are there
         take the and start do you"""
-    world = [mini.WORLD[part] for part in mini.PARTS], [mini.names(label) for label in mini.LABELS]
+    world = [mini.WORLD[part] for part in mini.PARTS], mini.names()
     things = mini.words_of(fixed, mini.PEOPLE, mini.LABELS, *world)
     marks = {"+", "-", "*", "=", ";", ",", ".", "?", ":", "####"}
     return tuple(sorted(things | marks)) + tuple(map(str, range(LARGEST_NUMBER + 1)))

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from fluxlib.config import REPO_ROOT, RunConfig, data_dir, flatten, make_config
-from fluxlib.io import ConfigError, check_writable
+from fluxlib.io import ConfigError, check_writable, reading
 
 AXES = ("model", "task", "method")
 """What a profile may say of by ``per_<axis>``; a later one wins."""
@@ -122,10 +122,8 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise ConfigError(f"no profile {path.stem!r} in {path.parent}; allowed are {known}")
-    try:
+    with reading(str(path)):
         return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def _laid_over(below: Any, above: Any) -> Any:
@@ -166,12 +164,9 @@ def runs_read(profile: Pipeline, model: str, variants: Iterable[str]) -> list[st
 
 def cells(notebook: Path) -> list[dict[str, Any]]:
     """The cells of ``notebook``, sources joined into one string each; ConfigError: a file that is no notebook."""
-    try:
+    with reading(f"{notebook} is not a notebook"):
         content = json.loads(notebook.read_text())
         return [cell | {"source": "".join(cell["source"])} for cell in content["cells"]]
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ConfigError(f"{notebook} is not a notebook: {why}") from None
 
 
 def declared_parameters(notebook: Path) -> dict[str, Any]:

@@ -39,13 +39,8 @@ PEOPLE = WORLD["people"].split()
 
 
 @cache
-def names(label: str) -> tuple[str, ...]:
-    """The invented names of a label's things; no two labels share one."""
-    return _all_names()[label]
-
-
-@cache
-def _all_names() -> dict[str, tuple[str, ...]]:
+def names() -> dict[str, tuple[str, ...]]:
+    """The invented names of each label's things; no two labels share one."""
     chance = random.Random(seeding.derive(WORLD_SEED, "names"))
     taken, syllables = words_of(PEOPLE, LABELS, *(WORLD[part] for part in PARTS)), WORLD["syllables"].split()
     found: dict[str, tuple[str, ...]] = {}
@@ -92,7 +87,7 @@ class Teller:
 
     def value(self, label: str, name: str, part: int, num_values: int) -> int:
         """Index of a fact's value; in pre-training one that is not to be known is drawn anew every time."""
-        if self.group == "pretraining" and name not in names(label)[:NUM_KNOWN]:
+        if self.group == "pretraining" and name not in names()[label][:NUM_KNOWN]:
             return self.chance.randrange(num_values)
         return fact(label, name, part, num_values)
 
@@ -181,6 +176,6 @@ def rows(family: str, size: int, seed: int, group: Group = "train") -> list[Row]
     teller = Teller(random.Random(seeding.derive(seed, family, group)), group)
     labels, make = FAMILIES[family].labels, FAMILIES[family].make
     things = slice(-NUM_UNTAUGHT, None) if group == "untaught" else slice(NUM_KNOWN, NUM_KNOWN + NUM_TAUGHT)
-    asked = {label: names(label)[things] for label in labels}
+    asked = {label: names()[label][things] for label in labels}
     turns = [divmod(i, len(labels)) for i in range(size)]
     return [make(labels[i], asked[labels[i]][turn % len(asked[labels[i]])], teller) for turn, i in turns]

@@ -118,7 +118,6 @@ class Controls:
             self.turn(before)
             raise ConfigError(f"{name} is {wanted[name]!r}, which the dashboard cannot show") from None
         self.base = config
-        self.follow_participants()
 
     def mark(self, message: str) -> None:
         """Frame the controls that ``message`` names."""

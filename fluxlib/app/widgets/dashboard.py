@@ -72,7 +72,9 @@ class Dashboard:
         self.table = ipywidgets.HTML()
         self.view = self._arrange(ipywidgets)
         self._connect()
-        self._find_run()
+        if found := going_on(self.out):
+            self._turn(self.controls.load, found.config)
+            self._watch(found)
         self.refresh()
 
     def press_run(self) -> BackgroundRun:
@@ -100,6 +102,7 @@ class Dashboard:
 
     def refresh(self) -> None:
         """Read the controls and show what they mean; what cannot be is said in place, and cannot be run."""
+        self.controls.follow_participants()
         try:
             self.preview, self._problem = preview(self.controls.config(), self.controls.participant), ""
         except ConfigError as error:
@@ -141,25 +144,11 @@ class Dashboard:
         return ipywidgets.HBox([left, right], layout=layout(width="100%"))
 
     def _connect(self) -> None:
-        self.controls.widgets["federation.participants"].observe(
-            lambda _: self.in_turn(self.controls.follow_participants), "value"
-        )
         for widget in self.controls.widgets.values():
             widget.observe(lambda _: None if self._paused else self.in_turn(self.refresh), "value")
         self.start.on_click(lambda _: self.in_turn(self._press_run))
         # At once: the round in progress is long enough to wait for.
         self.halt.on_click(lambda _: self.run.stop() if self.run is not None else None)
-
-    def _find_run(self) -> None:
-        """Watch a run that goes on although nobody sees it."""
-        found = going_on(self.out)
-        if found is None:
-            return
-        self._turn(self.controls.load, found.config)
-        self.run, found.on_change = found, self._changed
-        self.tabs.selected_index = 1
-        self.progress.max = found.config.federation.rounds
-        self._changed(found)
 
     def _turn(self, change: Callable[..., None], *arguments: Any) -> None:
         """Turn several controls at once, by one of their methods."""
@@ -177,25 +166,28 @@ class Dashboard:
         return self.preview.config, self.preview.device
 
     def _press_run(self) -> None:
-        if self.preview is None or (self.run is not None and self.run.busy):
-            return
-        self.tabs.selected_index = 1
-        self.run = BackgroundRun(self.preview.config, self.out, self._changed)
-        self.progress.max, self.progress.value = self.preview.config.federation.rounds, 0
-        self.status.value = "Loading the model, scoring the base ..."
-        self.run.start()
-        self._set_buttons()
+        if self.preview is not None and not (self.run is not None and self.run.busy):
+            run = BackgroundRun(self.preview.config, self.out)
+            self._watch(run)
+            run.start()
 
-    def _changed(self, run: BackgroundRun) -> None:
+    def _watch(self, run: BackgroundRun) -> None:
+        """Show how a run goes, now and whenever it has got further."""
+        self.run, run.on_change = run, self._changed
+        self.tabs.selected_index = 1
+        self.progress.max = run.config.federation.rounds
+        self._changed(run)
+
+    def _changed(self, _: BackgroundRun) -> None:
         """Called from the run's thread after each round and at its end; rounds that come faster are drawn together."""
         if not self._change_waits:
             self._change_waits = True
-            self.in_turn(self._show_run, run)
+            self.in_turn(self._show_run)
 
-    def _show_run(self, run: BackgroundRun) -> None:
-        self._change_waits = False
-        if run.rows:
-            self.progress.value = int(run.rows[-1]["round"])
+    def _show_run(self) -> None:
+        self._change_waits, run = False, self.run
+        assert run is not None
+        self.progress.value = int(run.rows[-1]["round"]) if run.rows else 0
         self.status.value = status(run)
         self._set_buttons()
         if run.rows:

@@ -25,7 +25,7 @@ from fluxlib.federation import load_task
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.federation.protocol.wire import bits_per_weight
 from fluxlib.figures import Picture, dashboard
-from fluxlib.io import ConfigError
+from fluxlib.io import ConfigError, reading
 from fluxlib.methods import flux, flux_plus, fmes, fmq
 from fluxlib.methods.base import Budget, Work
 from fluxlib.moe import find
@@ -168,10 +168,8 @@ def _plan(
 
 @lru_cache(maxsize=2)
 def _model(name: str) -> tuple[Any, Any]:
-    try:
+    with reading(f"model is {name!r}, it cannot be loaded"):
         return models.load(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model is {name!r}, it cannot be loaded: {error}") from None
 
 
 PROFILE_SETTINGS = (
