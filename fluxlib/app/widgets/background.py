@@ -1,4 +1,4 @@
-"""What goes on while a page is looked at: a federated run, its progress, what was pressed and turned meanwhile."""
+"""A federated run while a page is looked at, and its progress."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,33 +93,6 @@ def going_on(out: Path) -> BackgroundRun | None:
     """A run into ``out`` that this process still computes: its page was closed, or its cell run again."""
     runs = (thread for thread in threading.enumerate() if isinstance(thread, BackgroundRun))
     return next((run for run in runs if run.busy and run.out == out), None)
-
-
-class InTurn:
-    """Does what it is given in a thread of its own: one thing after the other, in the order in which they came.
-
-    JupyterLab and its kernel handle the messages of a page's widgets in several threads. A handler that computed would
-    hold up the messages of its own thread and be overtaken by those of another.
-    """
-
-    def __init__(self, on_error: Callable[[Exception], None]) -> None:
-        self._on_error = on_error
-        self._thread = ThreadPoolExecutor(1, "dashboard")
-
-    def __call__(self, action: Callable[..., object], *arguments: Any) -> None:
-        """Remember ``action`` and do it when what came before is done."""
-        self._thread.submit(self._do, action, *arguments)
-
-    def wait(self) -> None:
-        """Until everything that came before is done."""
-        self._thread.submit(lambda: None).result()
-
-    def _do(self, action: Callable[..., object], *arguments: Any) -> None:
-        try:
-            action(*arguments)
-        except Exception as error:
-            log.exception("a press or a turn failed")
-            self._on_error(error)
 
 
 class RunMonitor:

@@ -6,8 +6,11 @@ run, a saved notebook, GitHub).
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +21,18 @@ from fluxlib import figures
 from fluxlib.analysis import store as stored
 from fluxlib.analysis.store import folders, place_of, run_id
 from fluxlib.analysis.time_to_target import reach
-from fluxlib.app.widgets.background import HEADLESS, BackgroundRun, InTurn, going_on
+from fluxlib.app.widgets.background import HEADLESS, BackgroundRun, going_on
 from fluxlib.app.widgets.controls import Controls
-from fluxlib.app.widgets.history import BROWN, RED, History, beginning, compared, note, paragraphs, status, table
+from fluxlib.app.widgets.history import BROWN, RED, History, beginning, compared, note, paragraphs, status
 from fluxlib.app.widgets.planning import OwnModel, PaysMap
 from fluxlib.app.widgets.preview import Preview, preview
 from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.devices.catalogue import Device
 from fluxlib.figures import style
 from fluxlib.io import ConfigError
+from fluxlib.records import TableError
+
+log = logging.getLogger(__name__)
 
 TARGET_FRAC = 0.95
 """Target of a comparison: this share of the best score in it."""
@@ -53,7 +59,7 @@ class Dashboard:
         self.out = Path(out) if out else REPO_ROOT / "build" / "explore"
         places = [self.out, *(folders(trials=False) if store is None else store)]
         self.controls = Controls(config)
-        self.in_turn = InTurn(lambda error: self._say(f"{type(error).__name__}: {error}"))
+        self._thread = ThreadPoolExecutor(1, "dashboard")
         self.history = History(places, self._draw, partial(self._turn, self.controls.load), self.in_turn)
         self.map = PaysMap(partial(self.in_turn, self._turn, self.controls.turn))
         self.own_model = OwnModel(self.in_turn, self._chosen)
@@ -96,9 +102,24 @@ class Dashboard:
         self.wait()
         return self.run
 
+    def in_turn(self, action: Callable[..., object], *arguments: Any) -> None:
+        """Do ``action`` in a thread of its own when what came before is done; what goes wrong in it is said in place.
+
+        JupyterLab and its kernel handle the messages of a page's widgets in several threads. A handler that computed
+        would hold up the messages of its own thread and be overtaken by those of another.
+        """
+        self._thread.submit(self._do, action, *arguments)
+
+    def _do(self, action: Callable[..., object], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:
+            log.exception("a press or a turn failed")
+            self._say(f"{type(error).__name__}: {error}")
+
     def wait(self) -> None:
         """Until everything that was pressed and turned has been done."""
-        self.in_turn.wait()
+        self._thread.submit(lambda: None).result()
 
     def refresh(self) -> None:
         """Read the controls and show what they mean; what cannot be is said in place, and cannot be run."""
@@ -226,8 +247,8 @@ class Dashboard:
         if self.run is not None and own is not None:
             shown[f"this run: {style.method(own.method).title} {own.variant}"] = pd.DataFrame(self.run.rows)
         for label, file in self.history.chosen().items():
-            found = table(file)
             mine = own is not None and place_of(file) == self.out and run_id(file) == own.run_id
-            if found is not None and not mine:
-                shown[label] = found
+            with suppress(TableError):  # it may be gone by now
+                if not mine:
+                    shown[label] = stored.read(file)
         return shown

@@ -91,19 +91,12 @@ class History:
             self.note.value = f"These settings cannot be taken over: {error}"
 
 
-def table(file: Path, kind: str = "rounds") -> pd.DataFrame | None:
-    """A table of a stored run; ``None`` where it has none that can be read."""
-    try:
-        return store.read(file, kind)
-    except records.TableError:
-        return None
-
-
 @lru_cache(maxsize=512)
 def describe(file: Path, modified: float) -> str:
     """One line on a stored run, modified at this time: name, rounds, last score, where it lies."""
-    rounds = table(file)
-    if rounds is None or rounds.empty:
+    try:
+        rounds = store.read(file)
+    except records.TableError:
         return f"{short_name(file)} · cannot be read · {store.place_of(file).name}"
     scored = rounds.dropna(subset=["metric"])
     score = f"{rounds['metric_name'].iloc[0]} {scored['metric'].iloc[-1]:.3f}" if len(scored) else "not scored"
