@@ -46,7 +46,6 @@ class Preview:
     plans: tuple[LayerPlan, ...]
     explored: Tensor
     """Bool ``[L, E]``: kept as they are and probed."""
-    budget: Budget
     device: catalogue.Device
     memory: dict[str, MemoryPlan]
     """By method, at the shapes of the clock's model: the chosen one and FMD."""
@@ -139,7 +138,6 @@ def preview(config: RunConfig, participant: int = 0) -> Preview:
         known,
         tuple(plans),
         assigned.explore,
-        budget,
         device,
         {name: predict_memory(config, name, budget, known, device) for name in compared if name in memory.METHODS},
         works,
