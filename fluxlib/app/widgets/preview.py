@@ -201,7 +201,7 @@ def predict_memory(
     tokens = min(config.clock.tokens_per_sample or config.training.max_tokens, 512)
     bits = config.training.fmq_bits if config.method == "fmq" else config.profiling.bits
     step = Step(config.training.batch_size, tokens, bits=min(bits, 8), rank=config.adapter.used_rank)
-    limit = device.memory_bytes if method == config.method else None
+    limit = int(device.memory_bytes) if method == config.method else None
     try:
         return memory.plan_memory(models.config(name), method, limit, num_tuned, num_merged, step)
     except ValueError as error:
