@@ -149,7 +149,9 @@ rule as_it_stands:
 
 # Parameters decide whether a run is out of date, contents included: the notebook's code and the base model's files.
 # The library's code does not (full takes hours); `--forcerun federated_run` is there for that.
+# Runs are the longest steps and others wait for them: they go first, so that no core is idle at the end.
 rule federated_run:
+    priority: 1
     output:
         rounds=f"{RESULTS}/rounds/{{run_id}}.parquet",
         about=f"{RESULTS}/rounds/{{run_id}}.json",
