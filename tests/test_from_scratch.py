@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import steps
 import torch
 
 from fluxlib import federation, models, roles
@@ -44,7 +45,7 @@ def notebook() -> dict[str, Any]:
     names: dict[str, Any] = {}
     for cell in CODE:
         tags = set(cell["metadata"].get("tags", []))
-        if not pipeline.ASIDES & tags:
+        if not steps.ASIDES & tags:
             exec(compile(cell["source"], "09_from_scratch", "exec"), names)
         if "parameters" in tags:
             names |= {"participants": 2, "local_steps": 3}

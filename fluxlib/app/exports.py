@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fluxlib import federation, models, records
 from fluxlib.config import RunConfig, make_config
-from fluxlib.io import ConfigError
+from fluxlib.io import ConfigError, reading
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 
@@ -101,10 +101,8 @@ def save_adapter(source: Path | str, path: Path | str) -> Path:
 
 
 def _load(folder: Path | str) -> tuple[Any, Any]:
-    try:
+    with reading(f"{folder} holds no model that can be loaded"):
         return models.load(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} holds no model that can be loaded: {error}") from None
 
 
 def _config(source: Path) -> RunConfig:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib.tasks.base import Example, Metric
-from fluxlib.tasks.batches import IGNORED, collate, encode, to_device
+from fluxlib.tasks.batches import IGNORED, collate, encode, padded, to_device
 from fluxlib.tasks.metrics import exact_match, rouge_l
 
 T = TypeVar("T")
@@ -170,13 +170,8 @@ def _from_prompts(
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask ``[B, T]``, as generation wants them."""
-    length = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), length), pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    return input_ids, mask
+    ones = [[1] * len(prompt) for prompt in prompts]
+    return padded(prompts, pad_token_id, "left"), padded(ones, 0, "left")
 
 
 def _chunks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:

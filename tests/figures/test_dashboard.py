@@ -13,7 +13,7 @@ PLAN = LayerPlan(tuned=(2, 5), groups=((0, 1, 7), (3,), (4, 6)))
 
 
 def run(metrics: list[float], step_s: float) -> pd.DataFrame:
-    rows = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.ROUNDS})
+    rows = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.TABLES["rounds"]})
     index = np.arange(len(metrics))
     return rows.assign(round=index, metric=metrics, device_s=step_s * index, wall_s=index, metric_name="accuracy")
 
