@@ -3,7 +3,9 @@
     python benchmarks/scores.py            both mini models, four tasks, eight rounds of FMD each
     python benchmarks/scores.py --quick    one model, one task, one round
 
-A generated task asks for few things, each of them with many sets of options: 1,000 samples are no 1,000 draws.
+A generated task asks for few things, each of them with many sets of options: 1,000 samples are no 1,000 draws. Of
+another world's things the score has the error ``prompts as draws``. Of this one's it has ``options as draws``, for the
+test asks for every thing that the task teaches.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def row(model: str, task: str, rounds: int) -> Row:
     return {
         "model": model, "task": task, "samples": len(samples), "prompts": len({one.prompt for one in samples}),
         "score": score.metric, "as if all were draws": plain, "prompts as draws": score.standard_error,
+        "options as draws": score.error_of_options,
     }  # fmt: skip
 
 

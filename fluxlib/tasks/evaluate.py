@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import variance
 from typing import Any, TypeVar
 
 import torch
@@ -26,13 +27,15 @@ _TEXT_SCORES: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l, "exa
 class Score:
     """``metric`` between 0 and 1 (higher is better), ``loss`` in nats per response token.
 
-    ``standard_error`` is the metric's; samples with the same prompt are one draw (a cluster), not several.
+    ``standard_error`` is the metric's, were other prompts drawn: samples with the same prompt are one draw (a cluster),
+    not several. ``error_of_options`` is that of the same prompts with other options; a prompt with one sample has none.
     """
 
     metric: float
     loss: float
     num_samples: int
     standard_error: float
+    error_of_options: float
 
 
 @torch.no_grad()
@@ -70,11 +73,14 @@ def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_
 
 
 def _score(examples: Sequence[Example], metrics: Sequence[float], loss: float) -> Score:
-    """The mean of the samples' metrics, and how far it would be off with other prompts."""
-    mean, off = sum(metrics) / len(metrics), dict.fromkeys((example.prompt for example in examples), 0.0)
+    """The mean of the samples' metrics, and how far it would be off with other prompts, and with other options."""
+    of_prompt: dict[str, list[float]] = {}
     for example, metric in zip(examples, metrics, strict=True):
-        off[example.prompt] += metric - mean
-    return Score(mean, loss, len(examples), sum(x * x for x in off.values()) ** 0.5 / len(examples))
+        of_prompt.setdefault(example.prompt, []).append(metric)
+    num, mean = len(examples), sum(metrics) / len(metrics)
+    between = sum(sum(metric - mean for metric in same) ** 2 for same in of_prompt.values())
+    within = sum(len(same) * variance(same) for same in of_prompt.values() if len(same) > 1)
+    return Score(mean, loss, num, between**0.5 / num, within**0.5 / num)
 
 
 def _texts(

@@ -77,6 +77,11 @@ def test_samples_that_ask_the_same_are_one_draw() -> None:
     found = [evaluate(Parrot("red"), TOKENIZER, "accuracy", examples, 32) for examples in (apart, same)]
     assert [score.metric for score in found] == [0.5, 0.5]
     assert [score.standard_error for score in found] == pytest.approx([(0.25 / 4) ** 0.5, (0.25 / 2) ** 0.5])
+    assert [score.error_of_options for score in found] == [0.0, 0.0]
+    examples = [*same[:2], asks("a", "blue"), asks("a", "blue"), same[2]]
+    mixed = evaluate(Parrot("red"), TOKENIZER, "accuracy", examples, 32)
+    assert mixed.metric == pytest.approx(0.4)
+    assert mixed.error_of_options == pytest.approx((4 / 3) ** 0.5 / 5), "two of four right have a variance of 1/3"
 
 
 def test_nothing_to_score_is_refused() -> None:
