@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import variance
 from typing import Any, TypeVar
 
 import torch
@@ -27,15 +26,13 @@ _TEXT_SCORES: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l, "exa
 class Score:
     """``metric`` between 0 and 1 (higher is better), ``loss`` in nats per response token.
 
-    ``standard_error`` is the metric's, were other prompts drawn: samples with the same prompt are one draw (a cluster),
-    not several. ``error_of_options`` is that of the same prompts with other options; a prompt with one sample has none.
+    ``of_each`` is the metric of each sample.
     """
 
     metric: float
     loss: float
     num_samples: int
-    standard_error: float
-    error_of_options: float
+    of_each: tuple[float, ...]
 
 
 @torch.no_grad()
@@ -69,18 +66,11 @@ def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_
         total += float(span[example.answer])
         tokens += float(count[first + example.answer])
         first += len(example.options)
-    return _score(examples, correct, total / tokens)
+    return _score(correct, total / tokens)
 
 
-def _score(examples: Sequence[Example], metrics: Sequence[float], loss: float) -> Score:
-    """The mean of the samples' metrics, and how far it would be off with other prompts, and with other options."""
-    of_prompt: dict[str, list[float]] = {}
-    for example, metric in zip(examples, metrics, strict=True):
-        of_prompt.setdefault(example.prompt, []).append(metric)
-    num, mean = len(examples), sum(metrics) / len(metrics)
-    between = sum(sum(metric - mean for metric in same) ** 2 for same in of_prompt.values())
-    within = sum(len(same) * variance(same) for same in of_prompt.values() if len(same) > 1)
-    return Score(mean, loss, num, between**0.5 / num, within**0.5 / num)
+def _score(of_each: Sequence[float], loss: float) -> Score:
+    return Score(sum(of_each) / len(of_each), loss, len(of_each), tuple(of_each))
 
 
 def _texts(
@@ -97,7 +87,7 @@ def _texts(
     for chunk in _chunks(room, lambda prompt: len(prompt) + room[prompt]):
         texts |= zip(chunk, generate(model, tokenizer, chunk, [room[prompt] for prompt in chunk]), strict=True)
     scores = [score(texts[tuple(ids[:start])], e.response) for (ids, start), e in zip(encoded, examples, strict=True)]
-    return _score(examples, scores, float(nll.sum() / count.sum()))
+    return _score(scores, float(nll.sum() / count.sum()))
 
 
 def generate(
