@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,8 +27,8 @@ def encode(example: Example, tokenizer: Any, max_tokens: int, response: str | No
         ValueError: a response that must not be cut does not fit into ``max_tokens``.
     """
     text = example.response if response is None else response
-    prompt: list[int] = tokenizer(example.prompt)["input_ids"]
-    answer: list[int] = tokenizer(" " + text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    prompt = [*_token_ids(tokenizer, example.prompt, True)]
+    answer = [*_token_ids(tokenizer, " " + text, False), tokenizer.eos_token_id]
     if example.may_be_cut and len(answer) >= max_tokens:
         answer = answer[: max_tokens - min(len(prompt), max_tokens // 2)]
     room = max_tokens - len(answer)
@@ -37,6 +38,12 @@ def encode(example: Example, tokenizer: Any, max_tokens: int, response: str | No
         )
     prompt = prompt[-room:] if len(prompt) > room else prompt
     return prompt + answer, len(prompt)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _token_ids(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+    """Kept: a run scores the same texts after every few rounds."""
+    return tuple(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
 def collate(encoded: Sequence[tuple[list[int], int]], pad_token_id: int) -> dict[str, Tensor]:
