@@ -140,10 +140,8 @@ def _watch_attention(module: nn.Module, record: LayerCapture, result: Capture) -
     """Hooks on one attention module: the mask it is given, then its weights, reduced and let go."""
     seen: list[Tensor | None] = []
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        candidates = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
-        mask = kwargs.get("attention_mask")
-        seen[:] = [mask if mask is not None else (candidates[-1] if candidates else None)]
+    def before(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[:] = [kwargs.get("attention_mask")]
 
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         weights = next((o for o in output if isinstance(o, Tensor) and o.dim() == 4), None)

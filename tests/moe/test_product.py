@@ -47,9 +47,16 @@ def _chain(seed: int = 0) -> torch.nn.Sequential:
     return made.requires_grad_(False)
 
 
-def test_frozen_layers_compute_and_pull_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small a product is, it goes to the other library, on any processor."""
     monkeypatch.setattr(product, "SMALLEST_LINEAR", 1)
     monkeypatch.setattr(product, "SMALLEST", 1)
+    monkeypatch.setattr(product, "_has_wider", torch.backends.mkldnn.is_available)
+
+
+@pytest.mark.usefixtures("gains")
+def test_frozen_layers_compute_and_pull_the_same() -> None:
     model, plain = _chain(), _chain().double()
     product.freeze_linears(model, wider_than=8)
     assert [type(module) for module in model] == [product.FrozenLinear, torch.nn.SiLU, torch.nn.Linear]
@@ -64,8 +71,8 @@ def test_frozen_layers_compute_and_pull_the_same(monkeypatch: pytest.MonkeyPatch
     assert all(type(module) is not product.FrozenLinear for module in model)
 
 
-def test_a_layer_that_learns_after_all_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "SMALLEST_LINEAR", 1)
+@pytest.mark.usefixtures("gains")
+def test_a_layer_that_learns_after_all_gets_its_gradient() -> None:
     model = _chain()
     product.freeze_linears(model)
     model[0].weight.requires_grad_()
@@ -75,10 +82,7 @@ def test_a_layer_that_learns_after_all_gets_its_gradient(monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-def frozen(monkeypatch: pytest.MonkeyPatch) -> product.FrozenLinear:
-    """A frozen layer whose products are large enough for the other library, however small."""
-    monkeypatch.setattr(product, "SMALLEST_LINEAR", 1)
-    monkeypatch.setattr(product, "SMALLEST", 1)
+def frozen(gains: None) -> product.FrozenLinear:
     holder = torch.nn.ModuleList([torch.nn.Linear(6, 4).requires_grad_(False)])
     product.freeze_linears(holder)
     return holder[0]
