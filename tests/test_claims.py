@@ -118,7 +118,7 @@ def test_a_race_that_was_cut_short_is_left_open() -> None:
     for found, verdict, reached in ((other, "agrees", True), ([*runs, *other], "agrees in direction", False)):
         reading = read("ahead_of_fmq", tables(*found))
         assert (reading.verdict, reading.reached) == (verdict, reached)
-    assert "FMQ never (1 of 1), its run over before FLUX arrived in 1" in reading.ours
+    assert "FMQ never (1 of 1), and stopped before FLUX arrived in 1" in reading.ours
     assert "1 of 4 left open" in reading.reason
     most_open = read("ahead_of_fmq", tables(*runs, *[one for one in other if one["seed"].iloc[0] == 0]))
     assert most_open.verdict == "does not"  # one race decided, one open

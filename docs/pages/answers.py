@@ -50,12 +50,13 @@ def numbers() -> dict[str, Any]:
     sent = plain[plain["round"] > 0].groupby(["method", "model"])["uplink_bytes"].mean()
     last = rounds.dropna(subset=["metric"]).sort_values("round").groupby("run_id").last()
     ends = last.groupby(["method", "variant", "model"])[["metric", "loss"]].mean().loc["flux"]
+    finals = tables.times.query("method == 'flux' and task == @TASK").groupby("model")["final_metric"].mean()
     starts = plain[plain["round"] == 0].groupby("model")["metric"].mean()
     code = [cell["source"] for cell in pipeline.cells(LESSONS / "09_from_scratch.ipynb") if cell["cell_type"] == "code"]
     return found | {
         "transfer": _of_each(phases.groupby("model")["share"].sum(), "%"),
         "uplink": _of_each(sent["flux"] / sent["fmd"], "%"),
-        "start": _of_each(starts), "end": _of_each(ends.loc[""]["metric"]),
+        "start": _of_each(starts), "end": _of_each(finals),
         "loss_flux": _of_each(ends.loc["short"]["loss"]), "loss_random": _of_each(ends.loc["random"]["loss"]),
         "summary": claims.summary(claims.claims(tables)),
         "lines": sum(bool(line.strip()) for cell in code for line in cell.splitlines()),

@@ -112,7 +112,7 @@ def describe(row: Any) -> str:
         return f"never ({row['ours_missed']} of {num}){rest}"
     if row["baseline_missed"]:
         still = num - row["ahead"] - row["behind"]
-        ended = f", its run over before FLUX arrived in {still}" if still else ""
+        ended = f", and stopped before FLUX arrived in {still}" if still else ""
         return f"> {row['at_least']:.3g}×, {title(row['baseline'])} never ({row['baseline_missed']} of {num}){ended}"
     return value
 
