@@ -19,6 +19,7 @@ from fluxlib import merging, profiling
 from fluxlib.config import MergingConfig
 from fluxlib.merging.budgets import check_enough
 from fluxlib.merging.features import _greedy_match, from_gram, gram_of
+from fluxlib.merging.slots import NOWHERE, Slots
 from fluxlib.methods import fmes
 from fluxlib.models import LlamaMoeConfig, LlamaMoeForCausalLM
 from fluxlib.moe import compact, find
@@ -533,3 +534,62 @@ def test_a_layer_with_a_single_expert_to_merge_needs_a_slot_too() -> None:
 
 def test_a_neuron_whose_match_is_taken_gets_another() -> None:
     assert _greedy_match(np.array([[3.0, 2.0], [2.9, 0.0]])).tolist() == [0, 1]
+
+
+# Slots that stay
+
+
+def kept(model: nn.Module, profile: profiling.Profile) -> Slots:
+    return merging.merge_slots(model, profile, some(), 9, JOINT, 0, number=3)
+
+
+def test_slots_made_anew_are_what_the_plan_merges(model: nn.Module, profile: profiling.Profile) -> None:
+    tuned, slots = some(), kept(model, profile)
+    plans = merging.plan(model, profile, tuned, 9, JOINT)
+    nobody = torch.zeros_like(tuned)
+    again, stacks = merging.plans_of(slots, tuned, nobody)
+    assert [(p.tuned, sorted(p.groups)) for p in again] == [(p.tuned, sorted(p.groups)) for p in plans]
+    for layer, (plan, ready_stacks) in enumerate(zip(again, stacks, strict=True)):
+        experts = find.layers(model)[layer].experts
+        made = compact.CompactExperts(experts, plan).merged_stacks()
+        ready = compact.CompactExperts(experts, plan, merged=ready_stacks).merged_stacks()
+        assert all(torch.equal(made[name], ready[name]) for name in made)
+    assert slots.made == 3
+    assert (slots.place[tuned] == NOWHERE).all()
+
+
+def test_an_expert_leaves_its_slot_and_comes_back(model: nn.Module, profile: profiling.Profile) -> None:
+    tuned, slots = some(), kept(model, profile)
+    layer, expert = (~tuned).nonzero()[0].tolist()
+    number = int(slots.place[layer, expert])
+    away, watched = tuned.clone(), torch.zeros_like(tuned)
+    away[layer, expert] = True
+    for of_tuned, alone in ((away, watched), (tuned, away & ~tuned)):
+        plans, stacks = merging.plans_of(slots, of_tuned, alone)
+        assert all(sorted(plan.experts) == list(range(8)) for plan in plans)
+        of_layer = slots.place[layer][slots.place[layer] != NOWHERE].unique().tolist()
+        used = [n for n in of_layer if n != number or int((slots.place[layer] == number).sum()) > 1]
+        assert torch.equal(stacks[layer]["down_proj"], slots.stacks["down_proj"][used])
+        assert len(plans[layer].groups) == len(used) + int(alone.sum())
+
+
+def test_an_expert_joins_the_nearest_slot_by_its_weight(model: nn.Module) -> None:
+    experts = find.layers(model)[0].experts
+    own = {name: find.expert_tensors(experts, 7)[name] for name in ("gate_up_proj", "down_proj")}
+    stacks = {name: torch.stack([tensor + 4.0, tensor - 1.0]) for name, tensor in own.items()}
+    place = torch.full((3, 8), NOWHERE)
+    place[0, :7] = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    weight = torch.full((3, 8), 0.5)
+    slots = Slots(1, place, weight, torch.tensor([2.0, 1.5]), stacks)
+    nobody = torch.zeros(3, 8, dtype=torch.bool)
+    joining = nobody.clone()
+    joining[0, 7] = True
+    found = merging.join(slots, model, joining)
+    assert found.place[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert found.total.tolist() == [2.0, 2.0]
+    for name, tensor in own.items():
+        torch.testing.assert_close(found.stacks[name][1], tensor - 0.75)
+        assert torch.equal(found.stacks[name][0], stacks[name][0])
+    assert slots.place[0, 7] == NOWHERE
+    assert merging.can_stay(slots, nobody | (torch.arange(3) > 0)[:, None])
+    assert not merging.can_stay(slots, nobody), "layers without a slot have experts to put somewhere"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxlib.config import RunConfig
+from fluxlib.merging.slots import Slots
 from fluxlib.moe.find import ExpertKey
 from fluxlib.profiling import Profile
 from fluxlib.roles import Roles, RoleState
@@ -87,6 +88,8 @@ class ParticipantState:
 
     profile: Profile | None = None
     profile_round: int = 0
+    slots: Slots | None = None
+    """Merged experts that it keeps (FLUX+)."""
 
 
 @dataclass(frozen=True)

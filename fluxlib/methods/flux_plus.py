@@ -9,6 +9,9 @@ what is sent to it        every expert that changed               those it tunes
                                                                   copy, at most :data:`MAX_STALENESS` rounds old
 what is merged how        eq. 1, K-Means, eq. 2                   slots, clusters and weights from one objective, with
                                                                   squared gate weights (:mod:`fluxlib.merging.joint`)
+what is merged when       in every round                          as often as copies are refreshed; between, an expert
+                                                                  leaves its slot and comes back
+                                                                  (:mod:`fluxlib.merging.slots`)
 who is explored           a share of the budget, at random        nearly the whole budget is tuned; in the place of one
                                                                   expert in eight several are watched, the longest
                                                                   unseen first
@@ -26,10 +29,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fluxlib import profiling, roles
+from fluxlib import merging, profiling, roles
 from fluxlib.config import MergingConfig, RunConfig
+from fluxlib.merging.slots import NOWHERE
 from fluxlib.methods.base import Budget, LocalRound, Method, ParticipantState, Update
-from fluxlib.methods.flux import make_plans
 from fluxlib.methods.local import Stopwatch, customized, profile, report, tune
 
 MAX_STALENESS = 8
@@ -72,8 +75,9 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         with watch.phase("first_profile"):
             known = profile(model, data, config)
     with watch.phase("merge"):
-        plans = make_plans(model, known, local.roles, local.budget, MERGING, config.seed)
-    with watch.phase("train"), customized(model, plans, config) as compact:
+        slots, num_read = merged_slots(model, known, local)
+        plans, merged = merging.plans_of(slots, local.roles.exploit, local.roles.explore)
+    with watch.phase("train"), customized(model, plans, config, merged) as compact:
         for layer, explored in zip(compact, local.roles.explore, strict=True):
             layer.watch(int(explored.sum()))
         tuned = tune(model, compact, data.train, config)
@@ -84,10 +88,22 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         plans,
         utilities=roles.utility(tuned.squared_norms, tuned.tokens),
         watched=local.roles.explore,
+        num_merge_sources=num_read,
     )
     num_tokens = int(tuned.tokens[0].sum()) // known.fingerprint[0][1]
     seen = profiling.of_counts(model, tuned.counts, tuned.gate, num_tokens)
-    return update, ParticipantState(seen, local.number)
+    return update, ParticipantState(seen, local.number, slots)
+
+
+def merged_slots(model: nn.Module, known: profiling.Profile, local: LocalRound) -> tuple[merging.Slots, int]:
+    """The slots of this round, made anew or those of the round before, and how many experts were read for them."""
+    slots, tuned = local.state.slots, local.roles.exploit
+    if slots is None or local.number - slots.made >= MAX_STALENESS or not merging.can_stay(slots, tuned):
+        seed, budget = local.config.seed, local.budget
+        slots = merging.merge_slots(model, known, tuned, budget.num_merged, MERGING, seed, local.number)
+        return slots, int((slots.place != NOWHERE).sum())
+    joining = merging.lack_a_place(slots, tuned)
+    return merging.join(slots, model, joining), int(joining.sum())
 
 
 METHOD = Method(

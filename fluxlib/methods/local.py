@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,15 +57,18 @@ class Learner(Protocol):
 
 @contextmanager
 def customized(
-    model: nn.Module, plans: Sequence[LayerPlan], config: RunConfig | None = None
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    config: RunConfig | None = None,
+    merged: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Iterator[list[CompactExperts]]:
     """The model with each layer's plan in force; afterwards the model is exactly what it was before.
 
     With ``config`` tuned slots learn what the run says: all of them, or its adapter's B's. They are in 32 bits beside
-    a model of 16: its own type would round most steps away.
+    a model of 16: its own type would round most steps away. ``merged``: of :func:`fluxlib.moe.compact.customize`.
     """
     dtype = wide_dtype(next(model.parameters()).dtype)
-    customize(model, plans, dtype, None if config is None else Adapter.of(config))
+    customize(model, plans, dtype, None if config is None else Adapter.of(config), merged)
     try:
         yield [layer.experts for layer in find.layers(model)]  # type: ignore[misc]
     finally:
@@ -242,8 +245,7 @@ def report(
         slot_tokens=tuned.slot_tokens,
         tuned_tokens=int(tuned.tokens[exploit if watched is None else exploit | watched].sum()),
         adapter_rank=local.config.adapter.used_rank,
-        **slot_account(plans),
-        **work,
+        **slot_account(plans) | work,
     )
     if utilities is None:
         utilities = torch.full(exploit.shape, float("nan"))

@@ -6,7 +6,7 @@ Paper: sections 5 and 6; ``customized_moe(model, exps_config)`` there, :func:`cu
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -112,6 +112,7 @@ class CompactExperts(ReplacedExperts):
         dtype: Type of the tuned parameters (float32 beside a 16-bit model); None takes the original's.
         adapter: What is learned are its B's alone, in at least float32; tuned weights stay frozen.
         layer: Number of the layer, by which ``adapter`` knows its experts.
+        merged: Stacks of the plan's last groups ``[n, ...]``, by name, which are then not merged anew.
 
     Attributes:
         slot_of: ``[E]`` long, the slot of each expert, -1 for dropped ones. Tuned slots come first.
@@ -128,6 +129,7 @@ class CompactExperts(ReplacedExperts):
         dtype: torch.dtype | None = None,
         adapter: Adapter | None = None,
         layer: int = 0,
+        merged: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(original)
         plan.check(self.num_experts)
@@ -143,7 +145,9 @@ class CompactExperts(ReplacedExperts):
         self.watch(0)
         self.tuned_fixed = self.fixed(plan.tuned)
         self._joins = any(len(group) > 1 for group in plan.groups) and not self.layout.is_dense
-        merged = [merge(original, plan, group) for group in range(self.num_merged)]
+        given = merged or {name: getattr(original, name).detach()[:0] for name in self.layout.names}
+        num_new = self.num_merged - len(next(iter(given.values())))
+        new = [merge(original, plan, group) for group in range(num_new)]
         for name in self.layout.names:
             stack = getattr(original, name).detach()
             tuned = stack[list(plan.tuned)]
@@ -151,7 +155,8 @@ class CompactExperts(ReplacedExperts):
                 setattr(self, f"tuned_{name}", nn.Parameter(tuned.to(dtype or stack.dtype), requires_grad=True))
             else:
                 self.register_buffer(f"tuned_{name}", tuned, persistent=False)
-            frozen = torch.stack([tensors[name] for tensors in merged]) if merged else stack[:0].clone()
+            parts = [tensors[name][None] for tensors in new]
+            frozen = torch.cat([*parts, given[name].to(stack)])
             self.register_buffer(f"merged_{name}", frozen, persistent=False)
         if adapter is not None:
             start = adapter.start(expert_tensors(original, 0), self.layout)
@@ -261,13 +266,17 @@ def merge(experts: nn.Module, plan: LayerPlan, group: int) -> dict[str, Tensor]:
 
 
 def customize(
-    model: nn.Module, plans: Sequence[LayerPlan], dtype: torch.dtype | None = None, adapter: Adapter | None = None
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    dtype: torch.dtype | None = None,
+    adapter: Adapter | None = None,
+    merged: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> nn.Module:
     """Put a :class:`CompactExperts` at every MoE layer, in place, and freeze everything but the tuned slots.
 
     Args:
         plans: One per MoE layer.
-        dtype, adapter: Of :class:`CompactExperts`.
+        dtype, adapter, merged: Of :class:`CompactExperts`; ``merged`` one per MoE layer.
 
     Raises:
         ValueError: The plans are not for this model, or its experts were replaced before. The model is then as it was.
@@ -282,7 +291,8 @@ def customize(
     def make(layer: MoELayer) -> CompactExperts:
         plan = plans[layer.index]
         try:
-            compact = CompactExperts(layer.experts, plan, dtype, adapter, layer.index)
+            given = None if merged is None else merged[layer.index]
+            compact = CompactExperts(layer.experts, plan, dtype, adapter, layer.index, given)
             if plan.dropped:
                 compact.on_restore.append(mask.drop(layer, plan.dropped))
         except ValueError as error:

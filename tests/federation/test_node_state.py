@@ -19,6 +19,8 @@ from fluxlib.federation.client import background_profile, client_app, local_copy
 from fluxlib.federation.protocol import wire
 from fluxlib.federation.server.rounds import serve
 from fluxlib.federation.store import tensor_file
+from fluxlib.merging.slots import NOWHERE, Slots
+from fluxlib.methods.base import ParticipantState
 
 Make = Callable[..., RunConfig]
 
@@ -38,6 +40,19 @@ def test_what_is_kept_comes_back(state: RecordDict, tmp_path: Path) -> None:
     found = RecordDict()
     assert node_state.restore(tmp_path / "state", found) and found == state
     assert not node_state.restore(tmp_path / "nothing", RecordDict())
+
+
+def test_merged_slots_come_back() -> None:
+    state, place = RecordDict(), torch.tensor([[0, 0, NOWHERE]])
+    stacks = {"down_proj": torch.randn(1, 2, 3)}
+    slots = Slots(4, place, torch.rand(1, 3), torch.tensor([1.5]), stacks)
+    node_state.save_state(state, ParticipantState(None, 5, slots))
+    found = node_state.load_state(node_state.from_tensors(node_state.to_tensors(state))).slots
+    assert found is not None and found.made == 4
+    assert all(torch.equal(getattr(found, name), getattr(slots, name)) for name in ("place", "weight", "total"))
+    assert torch.equal(found.stacks["down_proj"], stacks["down_proj"])
+    node_state.save_state(state, ParticipantState(None, 6))
+    assert node_state.load_state(state).slots is None
 
 
 def flipped(data: bytes, at: int) -> bytes:

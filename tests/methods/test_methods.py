@@ -13,8 +13,10 @@ from fluxlib import gradients, methods, models, profiling, roles, seeding
 from fluxlib.config import AssignmentKind
 from fluxlib.devices import dry_run
 from fluxlib.devices.memory import plan_memory
+from fluxlib.merging.slots import NOWHERE
 from fluxlib.methods import flux, flux_plus
 from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState, Update
+from fluxlib.methods.flux_plus import MAX_STALENESS
 from fluxlib.methods.local import customized, squared_gradient_norms
 from fluxlib.models.parameters import count_parameters
 from fluxlib.moe import find
@@ -167,6 +169,21 @@ class TestFluxPlus:
         assert seen is not None and torch.equal(seen.tokens, update.tokens)
         assert seen.num_tokens == sum(int(batch["attention_mask"].sum()) for batch in data.train)
         torch.testing.assert_close(seen.gate.sum(1), torch.ones(LAYERS))
+
+    def test_slots_stay_until_copies_are_refreshed(self, model: nn.Module, data: LocalData) -> None:
+        first, state, given = train("flux_plus", model, data)
+        merged = ~given.exploit
+        assert first.work.num_merge_sources == int(merged.sum())
+        layer, expert = given.exploit.nonzero()[0].tolist()
+        exploit = given.exploit.clone()
+        exploit[layer, expert] = False
+        later = Roles(exploit, given.explore)
+        for number, num_read in ((2, 1), (MAX_STALENESS, 1), (MAX_STALENESS + 1, int((~exploit).sum()))):
+            chance = seeding.generator(0, "train")
+            update, after = flux_plus.train(model, LocalRound(state, later, BUDGET, data, CONFIG, number, chance))
+            assert update.work.num_merge_sources == num_read, f"round {number}"
+            assert after.slots is not None and after.slots.place[layer, expert] != NOWHERE
+            assert after.slots.made == (1 if num_read == 1 else number)
 
     def test_with_every_expert_tuned_the_profile_is_that_of_the_model(self, model: nn.Module, data: LocalData) -> None:
         one = dataclasses.replace(data, train=data.train[:1])

@@ -26,6 +26,7 @@ from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.wire import WireError
 from fluxlib.federation.store.tensor_file import read_tensors, write_tensors
 from fluxlib.io import checked, reading
+from fluxlib.merging.slots import Slots
 from fluxlib.methods.base import ParticipantState
 from fluxlib.profiling import Profile
 
@@ -40,6 +41,9 @@ STATE = "state.safetensors"
 KEPT = ("uint8", "uint16", "int64", "float32")
 """Types of the arrays that are kept."""
 
+STACK = "stack "
+"""How the names of the tensors of merged slots begin."""
+
 OTHERS = "others"
 """Name of the tensor that stands for all records without arrays: the bytes of a JSON text."""
 
@@ -53,7 +57,15 @@ def save_state(state: RecordDict, value: ParticipantState) -> None:
         (tensors if isinstance(found, Tensor) else rest)[item.name] = found
     arrays = {name: Array(tensor.cpu().contiguous().numpy()) for name, tensor in tensors.items()}
     state["profile"] = wires.make_record(arrays)
-    state["participant"] = ConfigRecord({"profile_round": value.profile_round, "profile": json.dumps(rest)})
+    slots = value.slots
+    state["participant"] = ConfigRecord({
+        "profile_round": value.profile_round, "profile": json.dumps(rest), "slots_made": slots.made if slots else 0
+    })  # fmt: skip
+    kept: dict[str, Tensor] = {}
+    if slots is not None:
+        kept = {"place": slots.place, "weight": slots.weight, "total": slots.total}
+        kept |= {STACK + name: stack.float() for name, stack in slots.stacks.items()}
+    state["slots"] = wires.make_record({name: Array(tensor.contiguous().numpy()) for name, tensor in kept.items()})
 
 
 @reading("a participant's state", WireError)
@@ -65,7 +77,16 @@ def load_state(state: RecordDict) -> ParticipantState:
     values: dict[str, Any] = {name: wires.read_array(array, *KEPT) for name, array in state["profile"].items()}
     values |= {name: _tuples(value) for name, value in json.loads(about["profile"]).items()}
     number = checked("profile_round", about["profile_round"], int)
-    return ParticipantState(Profile(**values) if values else None, number)
+    slots = {name: wires.read_array(array, *KEPT) for name, array in state.get("slots", {}).items()}
+    return ParticipantState(Profile(**values) if values else None, number, _slots(slots, about.get("slots_made", 0)))
+
+
+def _slots(tensors: Mapping[str, Tensor], made: Any) -> Slots | None:
+    if not tensors:
+        return None
+    stacks = {name.removeprefix(STACK): stack for name, stack in tensors.items() if name.startswith(STACK)}
+    number = checked("slots_made", made, int)
+    return Slots(number, tensors["place"], tensors["weight"], tensors["total"], stacks)
 
 
 def keep(path: Path, state: RecordDict) -> None:

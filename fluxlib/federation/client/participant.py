@@ -121,7 +121,7 @@ def _catch_up(instruction: Instruction, context: Context) -> tuple[Workspace, me
     before = LocalCopy.load(state, space.base_digest)
     unknown = instruction.delta.since == NOTHING and before.version.number > 0
     if unknown or ("run" in state and state["run"]["config"] != numbers):  # what is kept is of another run
-        for name in state.keys() & {background_profile.PENDING, "profile", "participant", RESIDUAL}:
+        for name in state.keys() & {background_profile.PENDING, "profile", "participant", "slots", RESIDUAL}:
             del state[name]
     state["run"] = ConfigRecord({"config": numbers})
     if background_profile.PENDING in state and (folder := state_folder(context)):
