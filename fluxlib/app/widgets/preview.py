@@ -247,13 +247,16 @@ def expected_work(
     num_tuned, num_updated = int(exploit.sum()), int((exploit & (frequency > 0)).sum())
     # Each participant changes as many, whichever; FLUX+ gets those that it tunes, and the others later.
     changed = math.ceil(total * (1 - (1 - num_updated / total) ** config.federation.participants))
+    slots = slot_account(plans)
+    if method == "flux_plus":  # its slots stay for some rounds
+        slots["num_merge_sources"] //= flux_plus.MAX_STALENESS
     few_bits = config.training.fmq_bits if method == "fmq" and config.training.fmq_bits < 16 else None
     on_link = few_bits + fmq.SCALE_BITS if few_bits else math.inf
     return Work(
         num_experts=total,
         num_tuned=num_tuned,
         num_updated=num_updated,
-        **slot_account(plans),
+        **slots,
         train_steps=steps,
         train_samples=samples,
         train_tokens=round(samples * tokens_per_sample),
