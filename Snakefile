@@ -12,6 +12,7 @@ REPO = Path(workflow.basedir)
 sys.path[:0] = str(REPO), str(REPO / "workflow")
 
 import progress
+import steps
 
 from fluxlib.app import pipeline
 from fluxlib.io import ConfigError, check_writable
@@ -34,7 +35,7 @@ if workflow.is_main_process:
     except BlockingIOError:
         sys.exit(f"error: another process is making {BUILD} in this folder; wait for it, or end it")
 
-if strangers := pipeline.strangers(Path(RESULTS), PROFILE):
+if strangers := steps.strangers(Path(RESULTS), PROFILE):
     sys.exit(
         f"error: {RESULTS} holds tables of runs that are not in config/{NAME}.yaml, which the figures would show too: "
         f"{', '.join(path.stem for path in strangers)}; move them away"
@@ -91,7 +92,7 @@ DRAWN = [*COMPARED, *REPORT, *(figure for study in PROFILE.studies for figure in
 PICTURES = []
 if "figure" in config:
     try:
-        chosen = pipeline.find_figure(str(config["figure"] or ""), DRAWN)
+        chosen = steps.find_figure(str(config["figure"] or ""), DRAWN)
     except ConfigError as error:
         sys.exit(f"error: config/{NAME}.yaml: {error}")
     ends = [""] if chosen in REPORT else [f"-{model}" for model in PROFILE.models]
@@ -156,9 +157,9 @@ rule federated_run:
         about=f"{RESULTS}/rounds/{{run_id}}.json",
         participants=f"{RESULTS}/participants/{{run_id}}.parquet",
     params:
-        run=lambda wildcards: json.dumps(pipeline.notebook_parameters(FEDERATED_RUN, PROFILE.runs[wildcards.run_id])),
-        code=pipeline.notebook_digest(FEDERATED_RUN),
-        base=lambda wildcards: pipeline.model_digest(PROFILE.runs[wildcards.run_id].model),
+        run=lambda wildcards: json.dumps(steps.notebook_parameters(FEDERATED_RUN, PROFILE.runs[wildcards.run_id])),
+        code=steps.notebook_digest(FEDERATED_RUN),
+        base=lambda wildcards: steps.model_digest(PROFILE.runs[wildcards.run_id].model),
     log:
         text=f"{BUILD}/logs/04_federated_run/{{run_id}}.log",
         notebook=f"{BUILD}/notebooks/04_federated_run-{{run_id}}.ipynb",
@@ -184,8 +185,8 @@ for study in PROFILE.studies:
             figures=[f"{FIGURES}/{figure}-{{model}}.{kind}" for figure in STUDIES[study] for kind in ("pdf", "png", "csv")],
         params:
             settings=json.dumps(PROFILE.studies[study]),
-            code=pipeline.notebook_digest(NOTEBOOKS / f"{study}.ipynb"),
-            base=lambda wildcards: pipeline.model_digest(PROFILE.models[wildcards.model]),
+            code=steps.notebook_digest(NOTEBOOKS / f"{study}.ipynb"),
+            base=lambda wildcards: steps.model_digest(PROFILE.models[wildcards.model]),
             model=lambda wildcards: PROFILE.models[wildcards.model],
         log:
             text=f"{BUILD}/logs/{study}/{{model}}.log",

@@ -46,7 +46,7 @@ def predicted(participants: pd.DataFrame, place: Place, speed: Speed) -> dict[in
     for number, replied in replies(participants).items():
         seconds = [_seconds(work, first, place, speed) for _, work, first in replied]
         times = 2 if any(first for _, _, first in replied) else 1  # a profile before the round is asked for by itself
-        found[number] = clock.round_seconds(seconds, 0.0).total_s + times * speed.besides_s
+        found[number] = clock.round_seconds(seconds, 0.0) + times * speed.besides_s
     return found
 
 

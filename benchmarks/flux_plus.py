@@ -22,7 +22,7 @@ from fluxlib import methods, profiling, roles, seeding
 from fluxlib.analysis import studies
 from fluxlib.config import RunConfig, make_config
 from fluxlib.methods.base import Budget, LocalData, LocalRound, ParticipantState
-from fluxlib.methods.local import size
+from fluxlib.methods.local import profile, size
 
 METHODS = ("fmd", "flux", "flux_plus")
 SHARE = 1 / 16
@@ -45,8 +45,8 @@ def play(bench: studies.Bench, local: LocalRound) -> None:
     """All that one participant does in a round."""
     method = methods.get(local.config.method)
     method.train(bench.model, local)
-    if method.afterwards is not None:
-        method.afterwards(bench.model, local.data, local.config)
+    if method.afterwards:
+        profile(bench.model, local.data, local.config)
 
 
 def main() -> None:

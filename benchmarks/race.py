@@ -25,7 +25,7 @@ from _measure import Row, machine, table
 from _relay import ShapedFederation
 
 from fluxlib import federation, models, records
-from fluxlib.analysis.studies import measurements, race, scale
+from fluxlib.analysis.studies import measurements, scale
 from fluxlib.config import REPO_ROOT, RunConfig, make_config
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.engines.deployment.processes import CONNECTION
@@ -117,7 +117,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     records.write("measurements", frame, given.out / f"race-{MODEL}.parquet", records.about_run(parameters, start))
     print(json.dumps(parameters, indent=1))
-    found = race.summary(frame)
+    found = scale.race_summary(frame)
     print(table(found.to_dict("records"), list(found)))
 
 

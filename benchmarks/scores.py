@@ -3,12 +3,16 @@
     python benchmarks/scores.py            both mini models, four tasks, eight rounds of FMD each
     python benchmarks/scores.py --quick    one model, one task, one round
 
-A generated task asks for few things, each of them with many sets of options: 1,000 samples are no 1,000 draws.
+A generated task asks for few things, each of them with many sets of options: 1,000 samples are no 1,000 draws. Of
+another world's things the score has the error ``prompts as draws``. Of this one's it has ``options as draws``, for the
+test asks for every thing that the task teaches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
+from statistics import variance
 
 import pandas as pd
 import torch
@@ -24,6 +28,20 @@ TASKS = ("mini-mmlu", "mini-piqa", "mini-dolly", "mini-gsm8k")
 SAMPLES = 1000
 
 
+def errors(prompts: Sequence[str], metrics: Sequence[float]) -> tuple[float, float]:
+    """Standard errors of a mean metric: with other prompts, and of the same prompts with other options.
+
+    Samples with one prompt are one draw of the first (a cluster); a prompt with one sample has no options to draw.
+    """
+    of_prompt: dict[str, list[float]] = {}
+    for prompt, metric in zip(prompts, metrics, strict=True):
+        of_prompt.setdefault(prompt, []).append(metric)
+    num, mean = len(metrics), sum(metrics) / len(metrics)
+    between = sum(sum(metric - mean for metric in same) ** 2 for same in of_prompt.values())
+    within = sum(len(same) * variance(same) for same in of_prompt.values() if len(same) > 1)
+    return between**0.5 / num, within**0.5 / num
+
+
 def row(model: str, task: str, rounds: int) -> Row:
     """A run of FMD, and what its final score is worth."""
     config = make_config({
@@ -35,10 +53,12 @@ def row(model: str, task: str, rounds: int) -> Row:
     tests, (_, tokenizer) = load(task), models.load(model)
     samples = tests.test[:SAMPLES]
     score = evaluate(tuned, tokenizer, tests.metric, samples, config.training.max_tokens)
+    of_prompts, of_options = errors([one.prompt for one in samples], score.of_each)
     plain = (score.metric * (1 - score.metric) / len(samples)) ** 0.5
     return {
         "model": model, "task": task, "samples": len(samples), "prompts": len({one.prompt for one in samples}),
-        "score": score.metric, "as if all were draws": plain, "prompts as draws": score.standard_error,
+        "score": score.metric, "as if all were draws": plain, "prompts as draws": of_prompts,
+        "options as draws": of_options,
     }  # fmt: skip
 
 

@@ -62,7 +62,6 @@ def _declared() -> dict[str, tuple[Column, ...]]:
 
 TABLES = _declared()
 """Columns of each table."""
-ROUNDS, PARTICIPANTS = TABLES["rounds"], TABLES["participants"]
 
 
 def columns(table: str) -> tuple[Column, ...]:
@@ -72,34 +71,27 @@ def columns(table: str) -> tuple[Column, ...]:
     return TABLES[table]
 
 
-def schema(table: str) -> pa.Schema:
-    """The Arrow schema of ``table``; units and meanings travel in the fields' metadata."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            pa.field(c.name, c.dtype, nullable=c.nullable, metadata={"unit": c.unit, "description": c.description})
-            for c in columns(table)
-        ]
-    )
-
-
 def validate(table: str, frame: pd.DataFrame) -> pa.Table:
-    """``frame`` as an Arrow table in the declared order and types.
+    """``frame`` as an Arrow table in the declared order and types; units and meanings are in the fields' metadata.
 
     Raises:
         TableError: columns missing, extra, of another type, or empty where a value is required, by name.
     """
     import pyarrow as pa
 
-    names = [c.name for c in columns(table)]
+    declared = columns(table)
+    names = [c.name for c in declared]
     problems = [f"missing column {name!r}" for name in names if name not in frame.columns]
     problems += [f"extra column {name!r}" for name in frame.columns if name not in names]
     if problems:
         raise TableError(f"table {table!r}: " + "; ".join(problems))
+    fields = [
+        pa.field(c.name, c.dtype, nullable=c.nullable, metadata={"unit": c.unit, "description": c.description})
+        for c in declared
+    ]
     try:
         # Numbers do not become text, fractions no integers; pandas has no integers with gaps, they come as floats.
-        found = pa.Table.from_pandas(frame, schema=schema(table), preserve_index=False)
+        found = pa.Table.from_pandas(frame, schema=pa.schema(fields), preserve_index=False)
     except (pa.ArrowException, ValueError) as error:
         raise TableError(f"table {table!r}: {' '.join(map(str, error.args))}") from None
     return found.replace_schema_metadata()

@@ -40,7 +40,7 @@ TESTS = {
     "moe": [f"moe/test_{n}.py" for n in ("dispatch", "compact", "find", "capture", "mask", "quantized", "offloaded",
                                          "adapter", "replacing", "product")],
     "merging": ["test_merging.py"],
-    "roles": ["test_roles.py", "federation/test_utilities.py"],
+    "roles.py": ["test_roles.py", "federation/test_utilities.py"],
     "gradients": ["test_gradients.py", "test_gradient_quality.py"],
     "gradients/local.py": ["test_gradients.py", "moe/test_adapter.py", "methods/test_methods.py"],
     "federation/server/aggregation.py": [f"federation/test_{n}.py" for n in ("aggregation", "robust", "strategy")],
@@ -49,7 +49,7 @@ TESTS = {
 }  # fmt: skip
 """What is mutated, and which tests concern it; a file's own, ``test_<name>.py``, come first."""
 
-PACKAGES = tuple(dict.fromkeys(place.partition("/")[0] for place in TESTS))
+PACKAGES = tuple(dict.fromkeys(place.partition("/")[0].removesuffix(".py") for place in TESTS))
 
 SLOW = ("on_a_mini_model", "backward_pass_measures_all", "fits_where_what_it_gives_up")
 """Parts of the names of tests that take long and are left out here."""

@@ -433,7 +433,7 @@ def test_a_notebook_tells_its_own_claims_and_what_goes_beyond_them() -> None:
 def write(folder: Path, one: pd.DataFrame, **about: object) -> Path:
     """Store one run as a federation does."""
     defaults = {"string": "x", "int64": 0, "float64": 0.0, "bool": False}
-    whole = pd.DataFrame({c.name: [defaults[c.dtype]] * len(one) for c in records.ROUNDS})
+    whole = pd.DataFrame({c.name: [defaults[c.dtype]] * len(one) for c in records.TABLES["rounds"]})
     kept = one[[name for name in one if name in whole]].reset_index(drop=True)
     file = folder / "rounds" / f"{one['run_id'].iloc[0]}.parquet"
     records.write("rounds", whole.assign(**{name: kept[name] for name in kept}), file, {"parameters": {}} | about)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import steps
 
 from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT
@@ -164,9 +165,9 @@ def test_an_aside_changes_no_digest_and_any_other_cell_does(tmp_path):
     found = []
     for cells in ([plain], [prose, plain, aside], [plain, plain]):
         path.write_text(json.dumps({"cells": cells}))
-        found.append(pipeline.notebook_digest(path))
+        found.append(steps.notebook_digest(path))
     assert found[0] == found[1] != found[2]
-    assert pipeline.ASIDES == {BY_HAND, TRY_IT}
+    assert steps.ASIDES == {BY_HAND, TRY_IT}
 
 
 def test_the_exercises_are_the_solutions_without_their_lines():

@@ -30,7 +30,7 @@ SMALL = {
 
 
 def row(number: int) -> dict:
-    return {c.name: DEFAULTS[c.dtype] for c in records.ROUNDS} | {"round": number, "metric_name": "accuracy"}
+    return {c.name: DEFAULTS[c.dtype] for c in records.TABLES["rounds"]} | {"round": number, "metric_name": "accuracy"}
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_run_can_be_watched_and_completes(engine, tmp_path):
     run.start()
     assert run.busy
     engine.release(3)
-    run.wait(300)
+    run.join(300)
     assert (run.state, run.error, len(run.rows)) == ("complete", "", 3)
     assert [number for _, number in seen] == [1, 2, 3, 3]
 
@@ -68,7 +68,7 @@ def test_a_run_stops_after_the_round_in_progress(engine, tmp_path):
     run.stop()
     assert run.state == "stopping"
     engine.release(3)
-    run.wait(300)
+    run.join(300)
     assert (run.state, len(run.rows)) == ("stopped", 1)
 
 
@@ -79,7 +79,7 @@ def test_a_run_that_fails_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(federation, "run", run)
     failed = widgets.BackgroundRun(make_config(SMALL), tmp_path)
     failed.start()
-    failed.wait(300)
+    failed.join(300)
     assert (failed.state, failed.error) == ("failed", "rounds is wrong")
 
 
@@ -103,7 +103,7 @@ def test_two_settings_never_share_a_place_in_the_store_and_equal_ones_do():
 def test_a_preview_holds_every_expert_once_and_compares_with_the_full_model():
     found = widgets.preview(make_config(SMALL), participant=1)
     assert all(sorted(plan.experts) == list(range(16)) for plan in found.plans)
-    assert sum(len(plan.tuned) for plan in found.plans) + int(found.explored.sum()) == found.budget.num_tuned == 24
+    assert sum(len(plan.tuned) for plan in found.plans) + int(found.explored.sum()) == 24
     assert set(found.memory) == set(found.seconds) == {"flux", "fmd"}
     assert found.memory["flux"].peak_bytes < found.memory["fmd"].peak_bytes
     assert sum(found.seconds["flux"].values()) < sum(found.seconds["fmd"].values())
@@ -148,7 +148,7 @@ def test_a_run_that_goes_on_has_its_earlier_rounds(tmp_path):
     config = make_config(SMALL | {"federation.rounds": 3, "evaluation.samples": 4})
     first = widgets.BackgroundRun(config, tmp_path, lambda run: run.stop() if len(run.rows) == 2 else None)
     first.start()
-    first.wait(300)
+    first.join(300)
     assert first.state == "stopped"
     (label, file), *_ = store.runs([tmp_path]).items()
     assert (
@@ -157,7 +157,7 @@ def test_a_run_that_goes_on_has_its_earlier_rounds(tmp_path):
     )
     second = widgets.BackgroundRun(config, tmp_path)
     second.start()
-    second.wait(300)
+    second.join(300)
     assert second.state == "complete" and [row["round"] for row in second.rows] == [0, 1, 2, 3]
     assert list(store.runs([tmp_path])) == [f"{config.run_id}  ({tmp_path.name})"]
 
@@ -194,7 +194,7 @@ def test_a_dashboard_that_is_opened_again_watches_the_run_that_goes_on(engine, t
     assert opened.run is closed.run and opened.start.disabled and not opened.halt.disabled
     assert opened.controls.config() == opened.run.config and opened.tabs.selected_index == 1
     engine.release(2)
-    opened.run.wait(300)
+    opened.run.join(300)
     opened.wait()
     assert "Complete." in opened.status.value and "Complete." not in closed.status.value
     assert widgets.Dashboard(make_config(SMALL), tmp_path, store=[]).run is None
@@ -218,7 +218,7 @@ def test_buttons_that_are_pressed_twice_do_it_once(engine, tmp_path):
     dashboard.halt.click()
     dashboard.halt.click()
     engine.release(3)
-    run.wait(300)
+    run.join(300)
     assert (run.state, len(run.rows)) == ("stopped", 1)
 
 
@@ -245,7 +245,7 @@ def test_a_press_waits_for_the_settings_that_are_being_taken_over(engine, monkey
     dashboard.wait()
     assert dashboard.run.config.federation.rounds == 1
     engine.release(2)
-    dashboard.run.wait(300)
+    dashboard.run.join(300)
 
 
 def test_what_fails_when_it_is_its_turn_is_said_and_stops_nothing(monkeypatch, tmp_path):
@@ -295,7 +295,7 @@ def test_a_watcher_that_fails_ends_no_run(engine, tmp_path):
     run = widgets.BackgroundRun(make_config(SMALL), tmp_path, lambda run: 1 / 0)
     run.start()
     engine.release(3)
-    run.wait(300)
+    run.join(300)
     assert (run.state, len(run.rows)) == ("complete", 3)
 
 
@@ -325,7 +325,7 @@ def test_the_dashboard_refuses_in_place_and_is_a_picture_where_nobody_looks(engi
     dashboard.wait()
     assert dashboard.message.value == "" and dashboard.plan.layout.visibility == "visible"
     engine.release(3)
-    run = dashboard.press_run(timeout_s=300)
+    run = dashboard.press_run()
     assert run.state == "complete" and "Complete." in dashboard.status.value
     monkeypatch.setenv(widgets.HEADLESS, "1")
     shown = dashboard._repr_mimebundle_()

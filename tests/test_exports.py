@@ -21,7 +21,7 @@ DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
 
 
 def rounds(run_id: str = "flux-m-t-seed0", metrics: tuple[float, ...] = (0.25, 0.5)) -> pd.DataFrame:
-    table = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.ROUNDS})
+    table = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.TABLES["rounds"]})
     index = list(range(len(metrics)))
     return table.assign(run_id=run_id, round=index, metric=metrics, metric_name="accuracy", device_s=index)
 

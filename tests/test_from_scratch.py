@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import steps
 import torch
 
 from fluxlib import federation, models, roles
@@ -43,7 +44,7 @@ def notebook() -> dict[str, Any]:
     """What the notebook's names stand for at its end; what a reader may change is left out."""
     names: dict[str, Any] = {}
     for cell in CODE:
-        if not pipeline.ASIDES & set(cell["metadata"].get("tags", [])):
+        if not steps.ASIDES & set(cell["metadata"].get("tags", [])):
             exec(compile(cell["source"], "09_from_scratch", "exec"), names)
     return names
 

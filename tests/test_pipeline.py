@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import steps
 import yaml
 
 from fluxlib.app import pipeline
@@ -160,7 +161,7 @@ def test_what_a_notebook_declares_is_passed_by_name_the_rest_in_settings(tmp_pat
     path = notebook(tmp_path / "a.ipynb", "method = 'fmd'  # which\nrounds: int = 1\nsettings = {}")
     run = pipeline.load(profile(tmp_path / "mini.yaml")).runs["flux-mini-llama-moe-mmlu-seed0"]
     assert pipeline.declared_parameters(path) == {"method": "fmd", "rounds": 1, "settings": {}}
-    assert pipeline.notebook_parameters(path, run) == {
+    assert steps.notebook_parameters(path, run) == {
         "method": "flux",
         "rounds": 3,
         "settings": {"task": "mmlu", "training.learning_rate": 2e-3},
@@ -189,12 +190,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 def test_prose_does_not_make_a_run_stale_and_code_does(tmp_path):
     path = notebook(tmp_path / "a.ipynb", "rounds = 1", "print(rounds)")
-    before = pipeline.notebook_digest(path)
+    before = steps.notebook_digest(path)
     content = json.loads(path.read_text())
     content["cells"].append({"cell_type": "markdown", "id": "x", "metadata": {}, "source": ["more"]})
     path.write_text(json.dumps(content))
-    assert pipeline.notebook_digest(path) == before
-    assert pipeline.notebook_digest(notebook(path, "rounds = 1", "print(2)")) != before
+    assert steps.notebook_digest(path) == before
+    assert steps.notebook_digest(notebook(path, "rounds = 1", "print(2)")) != before
 
 
 class Repository:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import steps
 
 from fluxlib.app import pipeline
 from fluxlib.config import REPO_ROOT, make_config
@@ -197,7 +198,7 @@ def test_every_profile_fits_the_notebook_that_runs_it():
     notebook = REPO_ROOT / "notebooks" / "04_federated_run.ipynb"
     for path in PROFILES:
         for run in pipeline.load(path).runs.values():
-            parameters = pipeline.notebook_parameters(notebook, run)
+            parameters = steps.notebook_parameters(notebook, run)
             pipeline.check_parameters(notebook, parameters)
             federation = {name: parameters.pop(name) for name in ("rounds", "participants")}
             assert make_config(parameters.pop("settings", {}) | parameters | {"federation": federation}) == run
@@ -206,7 +207,7 @@ def test_every_profile_fits_the_notebook_that_runs_it():
 def test_the_smoke_profile_has_the_defaults_of_the_run_notebook_or_less():
     notebook = REPO_ROOT / "notebooks" / "04_federated_run.ipynb"
     first = next(iter(pipeline.load(REPO_ROOT / "config" / "smoke.yaml").runs.values()))
-    wanted = pipeline.notebook_parameters(notebook, first)
+    wanted = steps.notebook_parameters(notebook, first)
     declared = pipeline.declared_parameters(notebook)
     smoke, own = wanted.pop("settings"), declared["settings"]
     assert {name: declared[name] for name in wanted} == wanted

@@ -10,7 +10,7 @@ DEFAULTS = {"string": "x", "int64": 0, "float64": 0.5}
 
 
 def row(number: int) -> dict:
-    return {c.name: DEFAULTS[c.dtype] for c in records.ROUNDS} | {"round": number, "metric_name": "accuracy"}
+    return {c.name: DEFAULTS[c.dtype] for c in records.TABLES["rounds"]} | {"round": number, "metric_name": "accuracy"}
 
 
 class Handle:

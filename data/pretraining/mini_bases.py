@@ -10,6 +10,18 @@ from fluxlib.models import DeepseekMoeConfig, DeepseekMoeForCausalLM, LlamaMoeCo
 from fluxlib.models.loading import MINI
 from fluxlib.tasks import mini
 
+LARGEST_NUMBER = 59
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word and mark that any generated task can hold, sorted; the mini models' tokenizer is made of it."""
+    fixed = """question solution answer goal instruction context response brings more then loses how many are there
+        take the and start do you"""
+    world = [mini.WORLD[part] for part in mini.PARTS], mini.names()
+    things = mini.words_of(fixed, mini.PEOPLE, mini.LABELS, *world)
+    marks = {"+", "-", "*", "=", ";", ",", ".", "?", ":", "####"}
+    return tuple(sorted(things | marks)) + tuple(map(str, range(LARGEST_NUMBER + 1)))
+
 
 def build_tokenizer() -> Any:
     """Word-level tokenizer over the mini world's vocabulary: lower case, one token per word, mark or number."""
@@ -18,7 +30,7 @@ def build_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     special = ("<pad>", "<s>", "</s>", "<unk>")
-    words = {word: index for index, word in enumerate((*special, *mini.vocabulary()))}
+    words = {word: index for index, word in enumerate((*special, *vocabulary()))}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

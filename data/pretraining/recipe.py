@@ -64,7 +64,7 @@ def pretraining_row(family: str, chance: random.Random) -> tuple[str, dict[str, 
     """A ``(label, row)`` of the pre-training text: known facts as they are, all others drawn anew every time."""
     label = chance.choice(mini.FAMILIES[family].labels)
     return label, mini.FAMILIES[family].make(
-        label, chance.choice(mini.names(label)), mini.Teller(chance, "pretraining")
+        label, chance.choice(mini.names()[label]), mini.Teller(chance, "pretraining")
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union
 
 import answers
 import pandas as pd
+import yaml
 from pydantic.fields import FieldInfo
 
 from fluxlib import records
@@ -23,11 +24,12 @@ from fluxlib.analysis import claims, speedups, store
 from fluxlib.analysis.claims.judge import OWN
 from fluxlib.analysis.time_to_target import TARGET_FRACTION, by_loss
 from fluxlib.analysis.wording import METRICS, in_order, markdown_table, methods_in_order, percent, title
-from fluxlib.app.pipeline import FAMILIES
 from fluxlib.config import GROUPS, REPO_ROOT, RunConfig, results_dir
 
 OWN_HEADER = ("claim", "where", "ours", "to reach", "scale", "verdict", "reason", "verify")
 FIGURES = Path("figures") / "full"
+FAMILIES = yaml.safe_load((REPO_ROOT / "workflow" / "figures.yaml").read_text())
+"""Every family of figures: its title, what of the paper it shows, whose seconds; explained in the file."""
 MODELS = ("mini-llama-moe", "mini-deepseek-moe")
 
 

@@ -29,11 +29,9 @@ SERIAL = tuple(phase for phase in PHASES if phase not in ("quantize", "profile")
 def final_quality(rounds: pd.DataFrame, reference: str = "fmd") -> pd.DataFrame:
     """Each run's score beside that of the reference with the same seed: one row per pair and way of comparing.
 
-    ``equal rounds``: the final score of both after the last round that both have. ``equal seconds``: the score of both
-    at the device second at which the reference's run ends, or the other's if that is earlier; linear between rounds.
-
-    Args:
-        rounds: of one run per model, task, seed and method.
+    ``rounds`` are of one run per model, task, seed and method. ``equal rounds``: the final score of both after the last
+    round that both have. ``equal seconds``: the score of both at the device second at which the reference's run ends,
+    or the other's if that is earlier; linear between rounds.
 
     Returns:
         ``model``, ``task``, ``seed``, ``method``, ``compared``, ``score``, ``reference_score``, their ``ratio``,

@@ -35,26 +35,27 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
         ValueError: methods with unequal numbers of trials, since that would not be the same search; a run without a
             score.
     """
-    rows: list[dict[str, Any]] = []
     rounds = rounds.assign(rank=[runs[name].adapter.used_rank for name in rounds["run_id"]])
-    for panel, every in rounds.groupby(PANEL, sort=False):
-        at_s = float(every.groupby("run_id")["device_s"].max().min())
-        for variant, same in every.groupby("variant", sort=False):
-            found = [_scores(run, at_s) for _, run in same.groupby("run_id")]
-            final, score = (sum(values) / len(found) for values in zip(*found, strict=True))
-            config = runs[same["run_id"].iloc[0]]
-            row = dict(zip(PANEL, panel, strict=True)) | {name: getattr(config.training, name) for name in SETTINGS}
-            row |= {"variant": variant, "num_seeds": len(found), "final": final, "at_s": at_s, "score": score}
-            rows.append(row)
-    frame = pd.DataFrame(rows, columns=[*COLUMNS]).sort_values(
-        [*PANEL, "local_steps", "learning_rate"], kind="stable", ignore_index=True
-    )
+    ends: Any = rounds.groupby([*PANEL, "run_id"])["device_s"].max().groupby(PANEL).min()
+    found = []
+    for run_id, run in rounds.groupby("run_id", sort=False):
+        scored = run.dropna(subset=["metric"]).sort_values("round")
+        if scored.empty:
+            raise ValueError(f"{run_id} was never scored")
+        panel, settings = tuple(run[PANEL].iloc[0]), [getattr(runs[str(run_id)].training, name) for name in SETTINGS]
+        at_s = ends[panel]
+        score = np.interp(at_s, scored["device_s"], scored["metric"])  # linear between scored rounds
+        found.append((*panel, *settings, run["variant"].iloc[0], at_s, scored["metric"].iloc[-1], score))
+    trial = [*PANEL, *SETTINGS, "variant", "at_s"]
+    seeds = pd.DataFrame(found, columns=[*trial, "final", "score"]).groupby(trial, sort=False)
+    frame = seeds.mean().assign(num_seeds=seeds.size()).reset_index()
+    frame = frame.sort_values([*PANEL, "local_steps", "learning_rate"], kind="stable", ignore_index=True)
     counts = frame.groupby(PANEL).size()
     if counts.groupby("rank").nunique().max() > 1:
-        named = counts.rename(index=lambda rank: f" (rank {rank})" if rank else "", level="rank").groupby(
-            METHOD, sort=False
+        listed = ", ".join(
+            f"{method}{f' (rank {rank})' if rank else ''} {_span(numbers)}"
+            for (method, rank), numbers in counts.groupby(METHOD, sort=False)
         )
-        listed = ", ".join(f"{name}{rank} {_span(found)}" for (name, rank), found in named)
         raise ValueError(f"methods must have equally many trials on each model and task; there are: {listed}")
     frame["is_best"] = frame.groupby(PANEL)["score"].transform("idxmax").to_numpy() == frame.index.to_numpy()
     frame["mean"] = frame.groupby([*METHOD, *SETTINGS])["score"].transform("mean")
@@ -62,14 +63,6 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
     chosen = order.drop_duplicates(METHOD).set_index([*METHOD, *SETTINGS]).index
     frame["is_chosen"] = frame.set_index([*METHOD, *SETTINGS]).index.isin(chosen)
     return frame[list(COLUMNS)]
-
-
-def _scores(run: pd.DataFrame, at_s: float) -> tuple[float, float]:
-    """Last score of a run, and its score at ``at_s``, linear between scored rounds."""
-    scored = run.dropna(subset=["metric"]).sort_values("round")
-    if scored.empty:
-        raise ValueError(f"{run['run_id'].iloc[0]} was never scored")
-    return float(scored["metric"].iloc[-1]), float(np.interp(at_s, scored["device_s"], scored["metric"]))
 
 
 def _span(numbers: pd.Series) -> str:

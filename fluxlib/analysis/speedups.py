@@ -50,10 +50,7 @@ def against_all(rounds: pd.DataFrame, fraction: float = TARGET_FRACTION, **targe
 
 
 def speed_ups(times: pd.DataFrame) -> pd.DataFrame:
-    """FLUX against each method: one row per model, task and ``baseline``, over seeds.
-
-    Args:
-        times: of :func:`against_all`.
+    """FLUX against each method, from :func:`against_all`: one row per model, task and ``baseline``, over seeds.
 
     Returns:
         ``speedup``, the geometric mean of the baseline's device seconds over FLUX's in the ``num_both`` seeds where

@@ -71,12 +71,14 @@ def final_scores(rounds: pd.DataFrame, final_rounds: int = FINAL_ROUNDS) -> pd.S
     return runs.agg(lambda scores: final_score(scores.tolist(), final_rounds))
 
 
-def reach(rounds: pd.DataFrame, target: float, final_rounds: int = FINAL_ROUNDS) -> pd.DataFrame:
-    """Time to a given ``target`` of every run of ``rounds``: the columns above up to ``<clock>_at_least``."""
-    return pd.DataFrame([_run(run, target, final_rounds) for _, run in rounds.groupby("run_id", sort=False)])
+def reach(
+    rounds: pd.DataFrame, target: float, final_rounds: int = FINAL_ROUNDS, keep: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Time to a given ``target`` of every run: the columns above up to ``<clock>_at_least``, and those to ``keep``."""
+    return pd.DataFrame([_run(run, target, final_rounds, keep) for _, run in rounds.groupby("run_id", sort=False)])
 
 
-def _run(run: pd.DataFrame, target: float, final_rounds: int, keep: Sequence[str] = ()) -> dict[str, Any]:
+def _run(run: pd.DataFrame, target: float, final_rounds: int, keep: Sequence[str]) -> dict[str, Any]:
     run = run.sort_values("round", kind="stable")
     row = {name: run[name].iloc[0] for name in dict.fromkeys((*IDENTITY, *keep)) if name in run}
     row |= {"rounds": run["round"].max(), "final_metric": final_score(run["metric"].tolist(), final_rounds)}
@@ -120,8 +122,7 @@ def times_to_target(
     for _, runs in rounds.groupby(list(pairs), sort=False):
         best = float(final_scores(runs[runs[by] == reference], final_rounds).mean())
         if best == best:  # the reference has a run, and it was scored
-            every = runs.groupby("run_id", sort=False)
-            table = pd.DataFrame([_run(run, fraction * best, final_rounds, (by, *pairs)) for _, run in every])
+            table = reach(runs, fraction * best, final_rounds, (by, *pairs))
             theirs = table[table[by] == reference]
             table["final_frac"] = table["final_metric"] / (best or math.nan)
             for clock in CLOCKS:

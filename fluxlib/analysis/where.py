@@ -7,6 +7,7 @@ counts their works there. Everybody takes the fastest of his own runs. The targe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -62,16 +63,16 @@ def races(
     participants = participants[participants["run_id"].isin(rounds["run_id"])]
     tuned = budgets(participants, runs) / rounds.groupby("run_id")["num_experts"].max()
     counted = recounts(participants, rounds, runs, devices, links, offloading)
+    kind = counted["method"].where(counted["variant"] == "", counted["method"] + " " + counted["variant"])
+    counted = counted.assign(kind=kind).rename(columns={"fleet": "device"})
+    if counted.empty:
+        return counted.assign(rank=0)
+    times = times_to_target(counted, fraction, by="kind", pairs=("device", "link", *PAIR))
     memories = {name: int(catalogue.DEVICES[name].memory_bytes) for name in devices}
-    fitting = {name: [run for run in tuned.index if fits(runs[run], float(tuned[run]), memory)]
-               for name, memory in memories.items()}  # fmt: skip
-    found = [pd.DataFrame(columns=[*PAIR, "run_id", "method", "kind", "device", "link"])] if counted.empty else []
-    for key, part in counted.groupby(["fleet", "link"], sort=False):
-        kind = part["method"].where(part["variant"] == "", part["method"] + " " + part["variant"])
-        times = times_to_target(part.assign(kind=kind), fraction, by="kind")
-        found.append(times[times["run_id"].isin(fitting[str(key[0])])].assign(device=str(key[0])))
-    every = pd.concat(found, ignore_index=True)
-    return every.assign(rank=[runs[name].adapter.used_rank for name in every["run_id"]])
+    fitting = {(name, run) for (name, memory), run in itertools.product(memories.items(), tuned.index)
+               if fits(runs[run], float(tuned[run]), memory)}  # fmt: skip
+    kept = times[[place in fitting for place in zip(times["device"], times["run_id"], strict=True)]]
+    return kept.assign(rank=[runs[name].adapter.used_rank for name in kept["run_id"]]).reset_index(drop=True)
 
 
 def with_all_adapters(raced: pd.DataFrame) -> pd.DataFrame:
@@ -88,11 +89,7 @@ def with_all_adapters(raced: pd.DataFrame) -> pd.DataFrame:
 
 
 def duels(raced: pd.DataFrame, ours: str = "flux") -> pd.DataFrame:
-    """Our factor over the best baseline that fits: one row per model, task, seed, device and link.
-
-    Args:
-        raced: of :func:`races`.
-        ours: one of :data:`OURS`.
+    """Our factor over the best baseline that fits, of :func:`races`: one row per model, task, seed, device and link.
 
     Returns:
         ``factor``, the best baseline's device seconds to the target over ours; ``sign``, what that number is;
@@ -100,40 +97,29 @@ def duels(raced: pd.DataFrame, ours: str = "flux") -> pd.DataFrame:
         ``our_s`` and ``baseline_s`` (the whole run where the target was not reached).
     """
     keys = [*PAIR, "device", "link"]
-    rows = [dict(zip(keys, key, strict=True)) | _best(part, ours) for key, part in raced.groupby(keys, sort=False)]
-    return pd.DataFrame(rows)
-
-
-def _best(times: pd.DataFrame, method: str = "flux") -> dict[str, object]:
-    """Of the runs that fit: the fastest of ``method`` against the fastest of the baselines."""
-    ordered = times.assign(missed=times["device_s_to_target"].isna())
-    ordered = ordered.sort_values(["missed", "device_s_at_least"], kind="stable")
-    ours, others = ordered[ordered["method"] == method], ordered[~ordered["method"].isin(OURS)]
-    if ours.empty or others.empty:
-        return {"factor": float("nan"), "sign": ABSENT, "baseline": "" if others.empty else others["method"].iloc[0]}
-    own, other = ours.iloc[0], others.iloc[0]
-    signs = {(False, False): SOONER, (False, True): LATER, (True, False): NEVER, (True, True): ABSENT}
-    sign = signs[bool(own["missed"]), bool(other["missed"])]
-    factor = other["device_s_at_least"] / own["device_s_at_least"]
-    return {
-        "factor": factor if sign != ABSENT else float("nan"),
-        "sign": sign,
-        "baseline": other["method"],
-        "our_run": own["run_id"],
-        "baseline_run": other["run_id"],
-        "our_s": own["device_s_at_least"],
-        "baseline_s": other["device_s_at_least"],
-    }
+    ordered = raced.assign(missed=raced["device_s_to_target"].isna())
+    ordered = ordered.sort_values(["missed", "device_s_at_least"], kind="stable").set_index(keys)
+    places = pd.MultiIndex.from_frame(raced[keys].drop_duplicates())
+    sides = ordered["method"] == ours, ~ordered["method"].isin(OURS)
+    own, other = (ordered[side].groupby(keys).head(1).reindex(places) for side in sides)
+    signs = {(False, False): SOONER, (False, True): LATER, (True, False): NEVER}
+    table = pd.DataFrame({
+        "factor": other["device_s_at_least"] / own["device_s_at_least"],
+        "sign": [signs.get(missed, ABSENT) for missed in zip(own["missed"], other["missed"], strict=True)],
+        "baseline": other["method"].fillna(""), "our_run": own["run_id"], "baseline_run": other["run_id"],
+        "our_s": own["device_s_at_least"], "baseline_s": other["device_s_at_least"],
+    })  # fmt: skip
+    table["factor"] = table["factor"].where(table["sign"] != ABSENT)
+    fastest = ["our_run", "baseline_run", "our_s", "baseline_s"]  # of two that meet
+    table[fastest] = table[fastest].where(table[["our_run", "baseline_run"]].notna().all(axis=1))
+    return table.reset_index()
 
 
 def first(raced: pd.DataFrame) -> pd.DataFrame:
-    """Who is at the target first, of all that fit: one row per model, device and link.
+    """Who of :func:`races` is at the target first: one row per model, device and link.
 
     A method with adapters and the same without are two that race, where :func:`with_all_adapters` says. Who does not
     arrive in every race is not first.
-
-    Args:
-        raced: of :func:`races`.
 
     Returns:
         ``method``, ``rank`` of its adapters, ``seconds`` to the target (mean over races), ``num_races``, and ``lead``,
@@ -152,7 +138,7 @@ def first(raced: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_tasks(table: pd.DataFrame) -> pd.DataFrame:
-    """:func:`pays` over tasks and seeds: geometric mean of ``factor`` and its ``sign``, by model, device and link.
+    """:func:`duels` over tasks and seeds: geometric mean of ``factor`` and its ``sign``, by model, device and link.
 
     A mean with a lower bound in it is a lower bound, with an upper one an upper bound; with both, or with a race that
     nobody finished, there is none.

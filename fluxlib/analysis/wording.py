@@ -11,7 +11,8 @@ from fluxlib.methods import METHODS
 
 REAL_SHAPES = {"mini-llama-moe": "llama-moe-3.5b", "mini-deepseek-moe": "deepseek-moe-16b"}
 """Whose sizes the device clock counts for a mini model; another model counts its own."""
-UNITS = {"%": "{:.3g} %", "x": "{:.3g}×", "": "{:.3g}"}
+UNITS = {"%": (100, " %"), "x": (1, "×"), "": (1, "")}
+"""A claim's units: what a number is multiplied by, and what is written behind it; shares become percent."""
 METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "accuracy": "accuracy"}
 
 
@@ -40,31 +41,23 @@ def in_order(values: pd.Series) -> pd.Series:
     return values.map(lambda model: models_in_order(values).index(Path(model).name))
 
 
-def percent(value: float, digits: int = 0) -> str:
+def percent(value: float) -> str:
     """``95 %``."""
-    return f"{100 * value:.{digits}f} %"
+    return f"{100 * value:.0f} %"
 
 
 def shown(value: float, unit: str = "") -> str:
-    """``value`` with three digits in a claim's unit; shares become percent."""
-    number = 100 * value if unit == "%" else value
-    return UNITS[unit].format(number).replace("-", "−")
+    """``value`` with three digits in one of :data:`UNITS`."""
+    scale, sign = UNITS[unit]
+    return f"{scale * value:.3g}{sign}".replace("-", "−")
 
 
 def shown_interval(value: float, low: float, high: float, unit: str = "") -> str:
     """``value (low to high)``; the interval is left out where there is none."""
     if not (low < high):
         return shown(value, unit)
-    scale = 100 if unit == "%" else 1
-    ends = " to ".join(f"{scale * end:.3g}".replace("-", "−") for end in (low, high))
-    return f"{shown(value, unit)} ({ends})"
-
-
-def interval_name(num_seeds: int) -> str:
-    """What a band, an error bar or a pair of numbers shows."""
-    if num_seeds == 1:
-        return "1 seed: no band"
-    return f"{num_seeds} seeds: mean and " + ("min to max" if num_seeds == 2 else "95 % t interval")
+    ends = (shown(UNITS[unit][0] * end) for end in (low, high))
+    return f"{shown(value, unit)} ({' to '.join(ends)})"
 
 
 def clock_shapes(rounds: pd.DataFrame) -> str:

@@ -19,7 +19,6 @@ from fluxlib.config import REPO_ROOT, data_dir, figures_dir, results_dir
 from fluxlib.io import ConfigError, check_writable
 
 GIB = 2**30
-MINI_MODELS = ("mini-llama-moe", "mini-deepseek-moe")
 CORE = ("torch", "transformers", "numpy", "safetensors", "pydantic", "pandas", "pyarrow")
 PARTS = {
     "flwr": "federated runs",
@@ -42,22 +41,15 @@ class Check:
     found: str
     advice: str = ""
 
+    def __str__(self) -> str:
+        advice = f"\n{'':10}-> {self.advice}" if self.advice else ""
+        return f"{self.status:<9} {self.name}: {self.found}{advice}"
+
 
 def examine() -> list[Check]:
     """All checks, in the order in which problems are best solved."""
     groups = (_python(), _packages(), _memory(), _disk(), _devices(), _folders(), _models())
     return [check for group in groups for check in group]
-
-
-def line(check: Check) -> str:
-    """``check`` as a line for people, the advice below it."""
-    advice = f"\n{'':10}-> {check.advice}" if check.advice else ""
-    return f"{check.status:<9} {check.name}: {check.found}{advice}"
-
-
-def exit_code(checks: list[Check]) -> int:
-    """0 unless there is a problem; warnings are no failure."""
-    return int(any(check.status == "problem" for check in checks))
 
 
 def _python() -> Iterator[Check]:
@@ -141,9 +133,10 @@ def _folders() -> Iterator[Check]:
 def _models() -> Iterator[Check]:
     """Every file there, and the contents those that were published (their checksums)."""
     from fluxlib.models import checkpoints
+    from fluxlib.models.loading import MINI
 
     advice = "get the files again: `git checkout -- data/models`"
-    for name in MINI_MODELS:
+    for name in MINI:
         folder = data_dir() / "models" / name
         try:
             checkpoints.weight_files(folder)

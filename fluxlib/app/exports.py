@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fluxlib import federation, models, records
 from fluxlib.config import RunConfig, make_config
-from fluxlib.io import ConfigError
+from fluxlib.io import ConfigError, reading
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 
@@ -77,12 +77,11 @@ def save_adapter(source: Path | str, path: Path | str) -> Path:
         if layout.is_transposed != getattr(before.experts, "is_transposed", False):
             kind = type(before.experts).__name__
             raise ConfigError(f"{kind} does not say that its stacks are [in, out]: PEFT would take them for [out, in]")
-        every = range(before.num_experts)
-        fixed = [adapter.fixed((before.index, e), find.expert_tensors(before.experts, e), layout) for e in every]
-        names = [name for name, _ in before.experts.named_parameters(recurse=False) if name in fixed[0]]
+        fixed = adapter.fixed_stacks(before.index, before.experts, range(before.num_experts))
+        names = [name for name, _ in before.experts.named_parameters(recurse=False) if name in fixed]
         for depth, name in enumerate(reversed(names)):  # PEFT wraps one parameter around the other, the last outermost
             old, new = (getattr(layer.experts, name).detach().double() for layer in (before, after))
-            change, down = new - old, torch.stack([one[name] for one in fixed]).double()
+            change, down = new - old, fixed[name].double()
             change = change.mT if layout.is_transposed else change
             up = torch.linalg.lstsq(down.mT, change.mT).solution.mT
             if (up @ down - change).abs().max() > ROUNDING * old.abs().max():
@@ -102,10 +101,8 @@ def save_adapter(source: Path | str, path: Path | str) -> Path:
 
 
 def _load(folder: Path | str) -> tuple[Any, Any]:
-    try:
+    with reading(f"{folder} holds no model that can be loaded"):
         return models.load(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} holds no model that can be loaded: {error}") from None
 
 
 def _config(source: Path) -> RunConfig:

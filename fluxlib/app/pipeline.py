@@ -6,11 +6,9 @@ Loading a profile imports no torch: Snakemake reads it once per job.
 from __future__ import annotations
 
 import ast
-import hashlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +18,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from fluxlib.config import REPO_ROOT, RunConfig, data_dir, flatten, make_config
-from fluxlib.io import ConfigError, check_writable
+from fluxlib.io import ConfigError, check_writable, reading
 
-ASIDES = {"by-hand", "try-it"}
-"""Tags of cells that a reader may change: nothing that a notebook keeps depends on them."""
-FAMILIES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("figures.yaml").read_text())
-"""Every family of figures: its title, what of the paper it shows, whose seconds; explained in the file."""
+AXES = ("model", "task", "method")
+"""What a profile may say of by ``per_<axis>``; a later one wins."""
+HEADLESS = "FLUXLIB_HEADLESS"
+"""Environment variable that says nobody watches; :func:`execute` sets it for its kernels."""
 
 
 class _Strict(BaseModel):
@@ -103,13 +101,16 @@ def load(path: Path, overlay: Path | None = None) -> Pipeline:
             for values in itertools.product(*axes.values()):
                 point = dict(zip(("method", "model", "task", "seed"), values, strict=True)) | {"variant": variant}
                 points.append(point)
+                given = flatten(content.run)
+                for axis in AXES:
+                    given |= flatten(getattr(content, f"per_{axis}").get(point[axis], {}))
                 placed = point | {"model": _from_anywhere(point["model"])}
                 try:
-                    run = make_config(_with_data(_settings(content, point)) | flatten(part.run) | placed)
+                    run = make_config(_with_data(given) | flatten(part.run) | placed)
                 except ConfigError as error:
                     raise ConfigError(f"{where}, run {point | part.run}:\n{error}") from None
                 runs[run.run_id] = run
-    for axis in ("model", "task", "method"):
+    for axis in AXES:
         used = {point[axis] for point in points}
         if unused := sorted(getattr(content, f"per_{axis}").keys() - used):
             raise ConfigError(f"{where}: per_{axis} names {', '.join(unused)}; the runs have {', '.join(sorted(used))}")
@@ -121,10 +122,8 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise ConfigError(f"no profile {path.stem!r} in {path.parent}; allowed are {known}")
-    try:
+    with reading(str(path)):
         return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def _laid_over(below: Any, above: Any) -> Any:
@@ -140,14 +139,6 @@ def _explain(item: Any) -> str:
         return f"{where}: {item['msg']}, got {item['input']!r}"
     inside = _Profile if len(item["loc"]) == 1 else _Grid if item["loc"][0] == "grid" else _Part
     return f"unknown section {where!r}; allowed are {', '.join(inside.model_fields)}"
-
-
-def _settings(content: _Profile, point: dict[str, Any]) -> dict[str, Any]:
-    """What the common sections say of one point of the grid."""
-    parameters = flatten(content.run)
-    for axis in ("model", "task", "method"):
-        parameters |= flatten(getattr(content, f"per_{axis}").get(point[axis], {}))
-    return parameters
 
 
 def _with_data(parameters: dict[str, Any], name: str = "data.path") -> dict[str, Any]:
@@ -171,24 +162,11 @@ def runs_read(profile: Pipeline, model: str, variants: Iterable[str]) -> list[st
     return [key for key, run in profile.runs.items() if run.variant in wanted and Path(run.model).name == model]
 
 
-def find_figure(name: str, drawn: Sequence[str]) -> str:
-    """Which of the figures in ``drawn`` is meant by a number of the paper, or by its own name; else ConfigError."""
-    shown = {family: FAMILIES[family].get("paper", "").lower().replace(" ", "") for family in drawn}
-    paper = {number: family for family, text in shown.items() for number in re.findall(r"table\d|\d+[a-z]?", text)}
-    found = paper.get(name.lower(), name)
-    if found not in drawn:
-        raise ConfigError(f"FIG is {name!r}, allowed are {', '.join(paper)} (the paper's), {', '.join(drawn)}")
-    return found
-
-
 def cells(notebook: Path) -> list[dict[str, Any]]:
     """The cells of ``notebook``, sources joined into one string each; ConfigError: a file that is no notebook."""
-    try:
+    with reading(f"{notebook} is not a notebook"):
         content = json.loads(notebook.read_text())
         return [cell | {"source": "".join(cell["source"])} for cell in content["cells"]]
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ConfigError(f"{notebook} is not a notebook: {why}") from None
 
 
 def declared_parameters(notebook: Path) -> dict[str, Any]:
@@ -206,20 +184,6 @@ def declared_parameters(notebook: Path) -> dict[str, Any]:
             raise ConfigError(f"{notebook.name}: the parameters cell may only give literals to names, not {wrong!r}"
                               ) from None  # fmt: skip
     return found
-
-
-def notebook_parameters(notebook: Path, run: RunConfig) -> dict[str, Any]:
-    """``run`` as parameters of ``notebook``: all that it declares by name, and in ``settings`` the rest.
-
-    ``settings`` holds only what is not the library's default. What is declared is always passed, since the
-    notebook's own defaults are those of the smoke profile.
-    """
-    declared, changed = declared_parameters(notebook), run.settings(changed_only=True)
-    direct = {full: full.rpartition(".")[2] for full in run.settings() if full.rpartition(".")[2] in declared}
-    direct = {full: name for full, name in direct.items() if "." not in full or name not in RunConfig.model_fields}
-    settings = {full: value for full, value in changed.items() if full not in direct}
-    values = run.settings()
-    return {name: values[full] for full, name in direct.items()} | ({"settings": settings} if settings else {})
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
@@ -280,7 +244,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     _check_names(parameters)
     import papermill
 
-    os.environ["FLUXLIB_HEADLESS"] = "1"  # for the kernel
+    os.environ[HEADLESS] = "1"  # for the kernel
     papermill.execute_notebook(
         notebook,
         output,
@@ -290,25 +254,3 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
         progress_bar=False,
         log_output=True,
     )
-
-
-def notebook_digest(notebook: Path) -> str:
-    """Digest of the code cells of ``notebook``, asides left out: no run becomes stale by prose or an example."""
-    kept = [cell for cell in cells(notebook) if not ASIDES & set(cell.get("metadata", {}).get("tags", []))]
-    code = [cell["source"] for cell in kept if cell["cell_type"] == "code"]
-    return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
-
-
-def model_digest(name: str) -> str:
-    """Digest of an embedded base model's files; models from elsewhere are known by name only."""
-    folder = data_dir() / "models" / name
-    digest = hashlib.sha256(name.encode())
-    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def strangers(results: Path, profile: Pipeline) -> list[Path]:
-    """Tables in ``results`` of runs that ``profile`` does not list (any more): they would be drawn with the others."""
-    found = sorted(results.glob("rounds/*.parquet"))
-    return [path for path in found if path.stem not in profile.runs]

@@ -12,7 +12,7 @@ from pathlib import Path
 from fluxlib.analysis.claims import Claim
 from fluxlib.analysis.speedups import OURS, REFERENCE
 from fluxlib.app import pipeline
-from fluxlib.config import REPO_ROOT, RunConfig
+from fluxlib.config import REPO_ROOT
 from fluxlib.io import ConfigError
 
 DONE = "done"
@@ -27,27 +27,20 @@ def tables_needed(claim: Claim, profile: pipeline.Pipeline) -> list[str]:
     if claim.notebook:
         models = profile.models if claim.notebook in profile.studies else ()
         return [f"{results}/measurements/{claim.notebook}-{model}.parquet" for model in models]
+    every = list(profile.runs.values())
     if claim.own:
         kinds = [tuple(claim.ours[name]) for name in ("run", "reference") if name in claim.ours]
         named = claim.ours.get("variants", ())
-        own = [run for run in profile.runs.values() if run.variant in named or (run.method, run.variant) in kinds]
-        return _of_runs(results, own)
-    methods = {OURS, REFERENCE, claim.ours.get("baseline", OURS)}
-    crowds = [run for run in profile.runs.values() if run.variant.startswith("participants-")]
-    kept = [
-        run
-        for run in profile.runs.values()
-        if run.method in methods
-        and (not run.variant or (claim.ours["reader"] == "participants" and run in crowds))
-        and run.task in claim.ours.get("targets", [run.task])
-        and run.task.endswith(claim.ours.get("only", ""))
-    ]
-    if claim.ours["reader"] == "participants" and not crowds:
-        return []
-    return _of_runs(results, kept)
-
-
-def _of_runs(results: str, runs: Sequence[RunConfig]) -> list[str]:
+        runs = [run for run in every if run.variant in named or (run.method, run.variant) in kinds]
+    else:
+        methods = {OURS, REFERENCE, claim.ours.get("baseline", OURS)}
+        tasks, ending = claim.ours.get("targets"), claim.ours.get("only", "")
+        crowds = [run for run in every if run.variant.startswith("participants-")]
+        told = [run for run in every if not run.variant]
+        if claim.ours["reader"] == "participants":
+            told = told + crowds if crowds else []
+        runs = [run for run in told if run.method in methods and run.task in (tasks or [run.task])]
+        runs = [run for run in runs if run.task.endswith(ending)]
     return [f"{results}/{table}/{run.run_id}.parquet" for run in runs for table in ("rounds", "participants")]
 
 

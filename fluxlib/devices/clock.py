@@ -67,14 +67,6 @@ class ParticipantSeconds:
         return sum(self.main[name] for name in PROFILE) if self.hidden_profile else 0.0
 
 
-@dataclass(frozen=True)
-class RoundTime:
-    """A round on the device clock, and the server's part of it."""
-
-    total_s: float
-    server_s: float
-
-
 def participant_seconds(
     work: Work,
     first: Work | None,
@@ -167,9 +159,9 @@ def server_seconds(works: Sequence[Work], shapes: Shapes, device: Device = SERVE
     return (uploaded + 2 * changed) * learned * WEIGHT_BYTES / device.host_rate
 
 
-def round_seconds(participants: Sequence[ParticipantSeconds], server_s: float) -> RoundTime:
+def round_seconds(participants: Sequence[ParticipantSeconds], server_s: float) -> float:
     """When the round is over: the server has aggregated and every profile is done; ValueError: nobody took part."""
     if not participants:
         raise ValueError("participants is empty: a round needs at least one")
     uploaded = max(one.uploaded_s() for one in participants)
-    return RoundTime(max(uploaded + server_s, *(one.done_s() for one in participants)), server_s)
+    return max(uploaded + server_s, *(one.done_s() for one in participants))

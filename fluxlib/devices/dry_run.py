@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from fluxlib.devices.memory_tracker import MemoryTracker, Stretch
 from fluxlib.moe import find
-from fluxlib.moe.adapter import Adapter
+from fluxlib.moe.adapter import Adapter, sides
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.dispatch import Pairs, SlotExperts, dispatch
 from fluxlib.moe.packing import BITS, SCALE_BITS
@@ -227,7 +227,7 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
         raise ValueError(f"slots: expected one per MoE layer, {len(found)}, got {len(slots)}")
     decoder = model.get_submodule(found[0].name.partition(".layers.")[0])
     every = list(decoder.layers)
-    planned = {_layer_number(layer): (layer, here) for layer, here in zip(found, slots, strict=True)}
+    planned = {find.decoder_layers(model, layer)[1]: (layer, here) for layer, here in zip(found, slots, strict=True)}
     # Before the first tuned slot nothing has a gradient; the layer after it is the last that uses what layers share.
     first = min(number for number, (_, here) in planned.items() if here.num_tuned) if learns else 0
     kinds = [
@@ -263,11 +263,6 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
     return _peak_of_all([tracker.stretches[index] for index in forward + backward], repeated)
 
 
-def _layer_number(layer: find.MoELayer) -> int:
-    """Number of the decoder layer that holds it; dense ones count."""
-    return int(layer.name.partition(".layers.")[2].partition(".")[0])
-
-
 def _make(layer: nn.Module) -> tuple[Any, ...]:
     """What two layers have in common that do the same."""
     return repr(layer), tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
@@ -285,7 +280,8 @@ def _replace(layer: find.MoELayer, slots: Slots, step: Step, tracker: MemoryTrac
     learned = slots.num_tuned * learned_parameters(layer, step.rank)
     hold(0 if slots.offloaded and not step.rank else MOMENT_BYTES * learned, "optimizer")
     if (slots.offloaded or slots.bits < 16) and step.rank:  # B's, their gradients and A's stay
-        hold(TUNED_DTYPE.itemsize * (2 * learned + slots.num_tuned * _fixed_parameters(layer, step.rank)), "tuned")
+        fixed = slots.num_tuned * step.rank * sides(layer.experts)[0]
+        hold(TUNED_DTYPE.itemsize * (2 * learned + fixed), "tuned")
     if slots.offloaded or slots.bits < 16:
         collects = not (slots.offloaded or step.rank)
         experts = _UnpackedOnMeta(layer, slots, (lambda grad: tracker.mark(grad, "gradients")) if collects else None)
@@ -305,16 +301,7 @@ def _replace(layer: find.MoELayer, slots: Slots, step: Step, tracker: MemoryTrac
 
 def learned_parameters(layer: find.MoELayer, rank: int) -> int:
     """Parameters of one expert that are tuned: all, or B of an adapter."""
-    if not rank:
-        return sum(stack[0].numel() for stack in layer.experts.parameters())
-    tensors = find.expert_tensors(layer.experts, 0)
-    return sum(up.numel() for up in Adapter(rank, 1.0, 0).start(tensors, find.read_layout(layer.experts)).values())
-
-
-def _fixed_parameters(layer: find.MoELayer, rank: int) -> int:
-    """Parameters of one expert's A."""
-    side = 0 if find.read_layout(layer.experts).is_transposed else 1
-    return rank * sum(t.shape[side] for t in find.expert_tensors(layer.experts, 0).values() if t.dim() > 1)
+    return rank * sides(layer.experts)[1] or sum(stack[0].numel() for stack in layer.experts.parameters())
 
 
 def _run(model: Any, step: Step, tracker: MemoryTracker, learns: bool, decoder: list[nn.Module]) -> None:

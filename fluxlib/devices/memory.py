@@ -164,13 +164,19 @@ def plan(model: str, memory: str | int | None = None, method: str = "flux", **st
     return replace(plan_memory(models.config(model), method, num_bytes, step=Step(**step)), model=str(model))
 
 
+@lru_cache(maxsize=64)
 def share_that_fits(run: RunConfig, memory_bytes: int) -> tuple[float, float]:
     """``(B_tune, B_non)`` as shares of all experts: the largest plan of a run's method that fits into a memory.
 
     At the shapes that the run's device clock has, for its batch and tokens. FMD and FMQ tune everything and offload
     what does not fit: their share is 1 where the rest is there. ValueError: see :func:`plan_memory`.
     """
-    return _share_that_fits(*_planned(run), memory_bytes)
+    model, method, step = _planned(run)
+    config = models.config(model)
+    if method == "fmq" and plan_memory(config, method, memory_bytes, num_tuned=1, step=step).fits:
+        return 1.0, 0.0
+    found = plan_memory(config, method, memory_bytes, step=step)
+    return found.num_tuned / found.num_experts, found.num_merged / found.num_experts
 
 
 def fits(run: RunConfig, tuned_frac: float, memory_bytes: int) -> bool:
@@ -193,18 +199,8 @@ def _usable(memory_bytes: int) -> int:
 
 def _planned(run: RunConfig) -> tuple[str, str, Step]:
     """The model whose shapes a run's clock has, its method, and its step there."""
-    model = run.model if run.clock.model == "self" else run.clock.model
     tokens = run.clock.tokens_per_sample or run.training.max_tokens
-    return model, run.method, Step(batch=run.training.batch_size, tokens=tokens, rank=run.adapter.used_rank)
-
-
-@lru_cache(maxsize=64)
-def _share_that_fits(model: str, method: str, step: Step, memory_bytes: int) -> tuple[float, float]:
-    config = models.config(model)
-    if method == "fmq" and plan_memory(config, method, memory_bytes, num_tuned=1, step=step).fits:
-        return 1.0, 0.0
-    found = plan_memory(config, method, memory_bytes, step=step)
-    return found.num_tuned / found.num_experts, found.num_merged / found.num_experts
+    return run.sized_as, run.method, Step(batch=run.training.batch_size, tokens=tokens, rank=run.adapter.used_rank)
 
 
 _META_MODELS: dict[tuple[str, torch.dtype], Any] = {}

@@ -17,7 +17,8 @@ class MemoryTracker(TorchDispatchMode):
     """Bytes of tensors alive inside the ``with`` block, by kind, and their state at the moment of the peak.
 
     A tensor made inside counts as ``activations`` until :meth:`mark` gives it another kind; one made outside counts
-    from its first :meth:`mark`. What a kernel allocates and frees inside one operation is not seen.
+    from its first :meth:`mark`. What a kernel allocates and frees inside one operation is not seen. The peak is that
+    since the beginning, or since the last :meth:`cut`.
     """
 
     def __init__(self) -> None:
@@ -26,17 +27,12 @@ class MemoryTracker(TorchDispatchMode):
         self.at_peak: Counter[str] = Counter()
         self.stretches: list[Stretch] = []
         self._known: dict[int, tuple[str, int]] = {}
-        self._now = self._peak = 0
+        self.peak_bytes = self._now = 0
         self._start: Counter[str] = Counter()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # Asking torch.compile costs a second at the first operation, and nothing is compiled here.
-
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes at the peak since the beginning, or since the last :meth:`cut`."""
-        return self._peak
 
     def mark(self, tensor: Tensor, kind: str) -> None:
         """Count the tensor's memory as ``kind`` from now on; views share the memory of what they view."""
@@ -49,13 +45,13 @@ class MemoryTracker(TorchDispatchMode):
             weakref.finalize(storage, self._drop, key)
         self._known[key] = (kind, num_bytes)
         self.by_kind[kind] += num_bytes
-        if self._now > self._peak:
-            self._peak, self.at_peak = self._now, self.by_kind.copy()
+        if self._now > self.peak_bytes:
+            self.peak_bytes, self.at_peak = self._now, self.by_kind.copy()
 
     def cut(self) -> None:
         """End a stretch of the run: what was alive at its start, at its peak and now is appended to ``stretches``."""
         self.stretches.append(Stretch(self._start, self.at_peak, self.by_kind.copy()))
-        self._start, self.at_peak, self._peak = self.by_kind.copy(), self.by_kind.copy(), self._now
+        self._start, self.at_peak, self.peak_bytes = self.by_kind.copy(), self.by_kind.copy(), self._now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, then count what it made."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fluxlib import models
 from fluxlib.moe import find
+from fluxlib.moe.adapter import sides
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Shapes:
     embedding_parameters: int
     """Those of the input embedding, which is looked up, not multiplied (0 when it is also the output head)."""
     expert_sides: tuple[int, int] = (0, 0)
-    """Inputs and outputs of an expert's matrices, summed; ``rank`` times that are the parameters of A and B."""
+    """:func:`fluxlib.moe.adapter.sides`."""
 
     @property
     def parameters(self) -> int:
@@ -69,9 +70,6 @@ def shapes_of(name: str, model: PreTrainedModel) -> Shapes:
     total = sum(p.numel() for p in model.parameters())
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
-    matrices = [one.shape for one in find.expert_tensors(moe[0].experts, 0).values() if one.dim() > 1]
-    sides = [sum(lengths) for lengths in zip(*matrices, strict=True)]
-    first, second = sides if find.read_layout(moe[0].experts).is_transposed else reversed(sides)
     return Shapes(
         name=name,
         num_layers=model.config.num_hidden_layers,
@@ -81,5 +79,5 @@ def shapes_of(name: str, model: PreTrainedModel) -> Shapes:
         expert_parameters=in_experts // experts,
         other_parameters=total - in_experts,
         embedding_parameters=0 if tied else embedding.numel(),
-        expert_sides=(first, second),
+        expert_sides=sides(moe[0].experts),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -54,12 +54,12 @@ def _moe_shape(name: str) -> tuple[int, int]:
 
 
 def make_budgets(
-    config: RunConfig, num_layers: int, num_experts: int, devices: Mapping[int, str] | None = None
+    config: RunConfig, num_layers: int, num_experts: int, fleet: Sequence[catalogue.Device] | None = None
 ) -> list[Budget]:
     """The budget of every participant, in order: shares of all ``num_layers * num_experts`` routed experts.
 
-    With ``budget.by="device"`` the largest shares that fit the memory of each one's device: the fleet's, or the one
-    that ``devices`` names for a participant. Slots never outnumber the experts that are not tuned.
+    With ``budget.by="device"`` the largest shares that fit the memory of each one's device: of ``fleet``, the
+    run's own if it is not given. Slots never outnumber the experts that are not tuned.
 
     Paper: ``B_tune`` (section 6) and ``B_non`` (section 5.1); how they follow from a device's resources is not said.
 
@@ -70,11 +70,8 @@ def make_budgets(
     """
     total = num_layers * num_experts
     if config.budget.by == "device":
-        fleet = catalogue.fleet(config.clock.fleet, config.federation.participants)
-        return [
-            _fitting(config, catalogue.DEVICES[(devices or {}).get(i, device.name)], num_layers, total)
-            for i, device in enumerate(fleet)
-        ]
+        fleet = fleet or catalogue.fleet(config.clock.fleet, config.federation.participants)
+        return [_fitting(config, device, num_layers, total) for device in fleet]
     least = math.ceil(10_000 / num_experts - 1e-9) / 10_000  # upwards: a value that is printed is one that is accepted
     tuned = min(total, round(config.budget.tune_frac * total))
     if tuned < num_layers:

@@ -26,22 +26,6 @@ class RunFailed(RuntimeError):
     """Too few good replies: the round is not aggregated, everything before it is saved."""
 
 
-@dataclass(frozen=True)
-class Download:
-    """What was sent to a participant; ``bits`` per weight of its experts on the link."""
-
-    num_bytes: int = 0
-    num_experts: int = 0
-    bits: float = 16.0
-    after: ModelVersion = ModelVersion()
-
-    def plus(self, delta: Delta, wire: Form) -> Download:
-        """With one more message; its arrays are not kept."""
-        count = self.num_experts + delta.num_experts
-        bits = bits_per_weight(wire) if count else self.bits
-        return Download(self.num_bytes + delta.num_bytes, count, bits, delta.after)
-
-
 @dataclass
 class Participation:
     """One participant's part in a round; ``rejected`` is empty for an update that was aggregated."""
@@ -49,7 +33,13 @@ class Participation:
     participant: int
     budget: Budget
     roles: Roles
-    download: Download = Download()
+    downlink_bytes: int = 0
+    num_downloaded: int = 0
+    """Experts that were sent to it."""
+    download_bits: float = 16.0
+    """Per weight of them, on the link."""
+    held: ModelVersion = ModelVersion()
+    """What it holds when it has taken in what was sent."""
     uplink_bytes: int = 0
     rejected: str = "missing"
     detail: str = "no reply came within the time limit"
@@ -60,6 +50,14 @@ class Participation:
     loss: float = math.nan
     num_samples: int = 0
     utility_faults: str = ""
+
+    def send(self, delta: Delta, wire: Form) -> None:
+        """Count one more message to it; its arrays are not kept."""
+        self.downlink_bytes += delta.num_bytes
+        self.num_downloaded += delta.num_experts
+        self.held = delta.after
+        if self.num_downloaded:
+            self.download_bits = bits_per_weight(wire)
 
     def accept(self, update: Update, num_bytes: int) -> None:
         """Keep what an update says about itself; its tensors are not kept."""
@@ -126,11 +124,6 @@ class RunResult:
     participants: pd.DataFrame
     path: Path | None
     model: Any
-
-    @property
-    def files(self) -> dict[str, Path]:
-        """The table files by name; empty when nothing was written."""
-        return {name: table_path(self.path, name, self.run_id) for name in TABLES} if self.path else {}
 
 
 @dataclass(frozen=True)

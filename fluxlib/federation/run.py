@@ -9,14 +9,14 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import Context, RecordDict
+from flwr.serverapp import ServerApp
 
 from fluxlib.config import RunConfig
 from fluxlib.federation.checks import check
 from fluxlib.federation.client import client_app, local_copy
 from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.results import Output, Row, RunResult
-from fluxlib.federation.server import server_app
+from fluxlib.federation.server.rounds import serve
 from fluxlib.federation.store.checkpoint import Checkpoint
 from fluxlib.io import ConfigError
 from fluxlib.models.loading import torch_device
@@ -54,12 +54,9 @@ def run(
 
 
 def run_local(config: RunConfig, output: Output) -> RunResult:
-    """The in-process engine: the server app against a :class:`LocalGrid` of the client app."""
-    results: list[RunResult] = []
+    """The in-process engine: the server against a :class:`LocalGrid` of the client app."""
     local_copy.forget_workspace()  # the base model on disk may be another by now
-    grid = LocalGrid(client_app.app, config.federation.participants)
-    server_app.make_app(config, output, results.append)(grid, Context(1, 0, {}, RecordDict(), {}))
-    return results[0]
+    return serve(LocalGrid(client_app.app, config.federation.participants), config, output)
 
 
 def run_simulation(config: RunConfig, output: Output) -> RunResult:
@@ -84,11 +81,13 @@ def run_simulation(config: RunConfig, output: Output) -> RunResult:
     # What Ray sets aside for a participant at work limits how many work at once; without a GPU a worker sees none.
     num_gpus = float(torch_device(config.torch_device).type == "cuda")
     results: list[RunResult] = []
+    server = ServerApp()
+    server.main()(lambda grid, context: results.append(serve(grid, config, output)))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Flower's and Ray's, about themselves
         run_flower(
-            server_app=server_app.make_app(config, output, results.append),
+            server_app=server,
             client_app=client_app.app,
             num_supernodes=config.federation.participants,
             backend_config={

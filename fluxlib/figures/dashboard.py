@@ -91,7 +91,7 @@ def overview(
         space.axvline(limit_gib, color="black", linestyle="--", linewidth=1.2)
         title += " (dashed)"
     space.set_title(title, loc="left")
-    _draw_sums(time, seconds, style.PHASE_COLORS)
+    _draw_sums(time, seconds, {name: look.color for name, look in style.PHASES.items()})
     time.set_title("device seconds of the last round", loc="left")
     caption(figure, *notes)
     return figure

@@ -33,12 +33,6 @@ def _shown(rows: pd.DataFrame, value: str, looks: Mapping[Any, Style], place: st
     return kept.groupby([*dict.fromkeys((place, by)), "seed"], sort=False)[value].mean().reset_index()
 
 
-def at_mean_times(rounds: pd.DataFrame, clock: str, by: str) -> pd.DataFrame:
-    """Scored ``rounds``, with the mean of ``clock`` over the seeds of that round and level of ``by``."""
-    scored = rounds.dropna(subset=["metric"])
-    return scored.assign(**{clock: scored.groupby([by, "round"])[clock].transform("mean")})
-
-
 def lines(ax: Any, rows: pd.DataFrame, x: str, y: str, by: str, looks: Mapping[Any, Style], **kwargs: Any) -> None:
     """One line per level of ``by``: ``y`` over ``x``, mean over seeds with a band; ``kwargs`` of seaborn's."""
     look = hues(by, looks) | {"style": by, "style_order": list(looks), "errorbar": over_seeds, "markeredgewidth": 0}
@@ -46,6 +40,16 @@ def lines(ax: Any, rows: pd.DataFrame, x: str, y: str, by: str, looks: Mapping[A
     look |= {"dashes": {name: own.dashes for name, own in looks.items()}}
     look["err_kws"] = {"alpha": 0.15, "linewidth": 0}
     sns.lineplot(_shown(rows, y, looks, x, by), x=x, y=y, ax=ax, **look | kwargs)
+
+
+def curves(
+    ax: Any, rounds: pd.DataFrame, clock: str, by: str, looks: Mapping[Any, Style], score: str = "metric", **kwargs: Any
+) -> None:
+    """:func:`lines` of ``score`` over the mean of ``clock`` over the seeds of each scored round and level of ``by``."""
+    scored = rounds.dropna(subset=["metric"])
+    times = scored.groupby([by, "round"])[clock].transform("mean")
+    lines(ax, scored.assign(**{clock: times}), clock, score, by, looks, **kwargs)
+    ax.set(xlabel=style.CLOCKS[clock])
 
 
 def bars(
@@ -64,28 +68,22 @@ def bars(
         looks: of the levels of ``by``, or of ``place``.
         fmt: of the numbers that are written beside bars; empty: none.
     """
-    by = by or place
+    by, (across, along) = by or place, "yx" if horizontal else "xy"
     table = _shown(rows, value, looks, place, by)
     if table[place].dtype.kind == "f":
         table = table.astype({place: int})
     look = hues(by, looks) | {"saturation": 1, "edgecolor": "white", "errorbar": over_seeds, "capsize": 0.2}
-    order = list(looks) if by == place else None
-    x, y = (value, place) if horizontal else (place, value)
-    sns.barplot(table, x=x, y=y, order=order, err_kws={"linewidth": 1}, ax=ax, **look)
+    look |= {across: place, along: value, "order": list(looks) if by == place else None}
+    sns.barplot(table, err_kws={"linewidth": 1}, ax=ax, **look)
     if by == place:
-        titles = [look.title for look in looks.values()]
-        (ax.set_yticks if horizontal else ax.set_xticks)(range(len(looks)), titles)
-    _finish_bars(ax, looks, horizontal)
-    across, along = (1, 0) if horizontal else (0, 1)
-    errors = [line.get_xydata()[4] for line in ax.lines]  # the upper end of seaborn's error bar
-    upper = {round(float(spot[across]), 6): spot[along] for spot in errors}
-    for patch in ax.patches if fmt else ():
-        box = patch.get_bbox()
-        middle, end = (box.min[across] + box.max[across]) / 2, box.max[along]
-        top = float(np.fmax(end, upper.get(round(float(middle), 6), end)))
-        _write(ax, fmt.format(end), (top, middle) if horizontal else (middle, top), horizontal)
-    ax.margins(**{"x" if horizontal else "y": 0.14})
-    ax.set(**{"xlim" if horizontal else "ylim": (0, None)})
+        ax.set(**{f"{across}ticks": range(len(looks)), f"{across}ticklabels": [own.title for own in looks.values()]})
+    _finish_bars(ax, looks, across)
+    for patch, error in zip(ax.patches, ax.lines, strict=True) if fmt else ():
+        box, i = patch.get_bbox(), "xy".index(along)
+        end, high = box.max[i], error.get_xydata()[4, i]  # the upper end of seaborn's error bar
+        _write(ax, fmt.format(end), (box.min[1 - i] + box.max[1 - i]) / 2, float(np.fmax(end, high)), across)
+    ax.margins(**{along: 0.14})
+    ax.set(**{f"{along}lim": (0, None)})
 
 
 def stacked(
@@ -109,30 +107,32 @@ def stacked(
         titles = pd.Categorical([order[name].title for name in rows[place]], [look.title for look in order.values()])
         rows = rows.assign(**{place: titles}).sort_values(place, kind="stable").astype({place: str})
     looks = {name: look for name, look in looks.items() if name in set(rows[part])}
+    across, along = "yx" if horizontal else "xy"
     look = hues(part, looks) | {"hue_order": list(looks)[::-1], "multiple": "stack", "discrete": True, "shrink": 0.7}
-    edges = {"alpha": 1, "edgecolor": "white", "linewidth": 0.4}
-    where = {"y" if horizontal else "x": place}
-    sns.histplot(rows[rows[part].isin(list(looks))], **where, weights=value, ax=ax, **look, **edges)
-    _finish_bars(ax, looks, horizontal)
-    sums = rows.groupby(place, sort=False)[value].sum()
-    for index, end in enumerate(sums if total else ()):
-        _write(ax, total.format(end), (end, index) if horizontal else (index, end), horizontal)
+    look |= {across: place, "weights": value, "alpha": 1, "edgecolor": "white", "linewidth": 0.4}
+    sns.histplot(rows[rows[part].isin(list(looks))], ax=ax, **look)
+    _finish_bars(ax, looks, across)
     if total:
-        ax.set(**{"xlim" if horizontal else "ylim": (0, 1.14 * float(sums.max()))})
+        sums = rows.groupby(place, sort=False)[value].sum()
+        for index, end in enumerate(sums):
+            _write(ax, total.format(end), index, end, across)
+        ax.set(**{f"{along}lim": (0, 1.14 * float(sums.max()))})
 
 
-def _finish_bars(ax: Any, looks: Mapping[Any, Style], horizontal: bool) -> None:
+def _finish_bars(ax: Any, looks: Mapping[Any, Style], across: str) -> None:
     for container, look in zip(ax.containers, looks.values(), strict=True):
         for patch in container:
             patch.set_hatch(look.hatch)
-    ax.grid(axis="y" if horizontal else "x", visible=False)
+    ax.grid(axis=across, visible=False)
     ax.set(xlabel="", ylabel="")
 
 
-def _write(ax: Any, text: str, spot: tuple[float, float], beside: bool) -> None:
-    """A number at the end of a bar: above it, or beside it."""
-    place: dict[str, Any] = {"xytext": (3, 0), "va": "center"} if beside else {"xytext": (0, 2), "ha": "center"}
-    ax.annotate(text, spot, textcoords="offset points", fontsize=7, **place)
+def _write(ax: Any, text: str, middle: float, end: float, across: str) -> None:
+    """A number at the end of a bar: above it, or beside it where bars stand along y."""
+    if across == "y":
+        ax.annotate(text, (end, middle), (3, 0), va="center", textcoords="offset points", fontsize=7)
+    else:
+        ax.annotate(text, (middle, end), (0, 2), ha="center", textcoords="offset points", fontsize=7)
 
 
 def missed(ax: Any, place: float, text: str) -> None:

@@ -13,7 +13,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 
 from fluxlib.analysis import where
 from fluxlib.analysis.statistics import interval
-from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_target
+from fluxlib.analysis.time_to_target import TARGET_FRACTION
 from fluxlib.analysis.wording import clock_shapes, methods_in_order, percent, title
 from fluxlib.devices import catalogue
 from fluxlib.figures import marks, style
@@ -25,31 +25,8 @@ FACTORS = LogNorm(0.25, 4.0, clip=True)
 """How factors of the map become colours of :data:`fluxlib.figures.style.DIVERGING`."""
 
 
-# Tables
-
-
-def times_over_links(recounted: pd.DataFrame, fraction: float = TARGET_FRACTION) -> pd.DataFrame:
-    """Time to target of every run over other links, where both FLUX and FMD ran.
-
-    Args:
-        recounted: of :func:`fluxlib.analysis.studies.scale.recounts`.
-
-    Returns:
-        :func:`fluxlib.analysis.time_to_target.times_to_target`, with ``link``.
-    """
-    names = recounted.groupby(["model", "task"])["method"]
-    kept = recounted[names.transform(lambda methods: {"flux", "fmd"} <= set(methods)).astype(bool)]
-    found = [pd.DataFrame(columns=[*PAIR, "method", "link"])] if kept.empty else []
-    for link, part in kept.groupby("link", sort=False):
-        found.append(times_to_target(part, fraction).assign(link=str(link)))
-    return pd.concat(found, ignore_index=True)
-
-
 def clock_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Measured beside predicted seconds of each block of a round, and of all of them together.
-
-    Args:
-        table: ``measurements`` with the study ``clock_check``.
+    """Measured beside predicted seconds of each block of a round, and of all together, from the study ``clock_check``.
 
     Returns:
         One row per model, task and block, means over seeds: ``predicted_s``, ``measured_s``, ``factor`` (measured over
@@ -66,17 +43,9 @@ def clock_table(table: pd.DataFrame) -> pd.DataFrame:
     return out.join((means / means.groupby(["model", "task"]).transform("max")).add_suffix("_share")).reset_index()
 
 
-# Pictures
-
-
 @drawn
 def round_phases(table: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
-    """Stacked bars, one panel per model and task, one bar per method.
-
-    Args:
-        table: of :func:`fluxlib.analysis.runs.breakdown`.
-        rounds: what it was made of, for the caption.
-    """
+    """Stacked bars of :func:`fluxlib.analysis.runs.breakdown`, made of ``rounds``: a panel per model and task."""
     figure, places = facets(table, table, ["model", "task"], 2.5, 2.9)
     looks, methods = style.of_phases(table["phase"]), style.of_methods(table["method"])
     for ax, part in places:
@@ -92,8 +61,7 @@ def round_phases(table: pd.DataFrame, rounds: pd.DataFrame) -> Picture:
 def link_speed(table: pd.DataFrame) -> Picture:
     """Speed-up over FMD against the link's upload rate, one panel per model and task; a miss leaves a gap.
 
-    Args:
-        table: of :func:`times_over_links`.
+    ``table`` is the time to target of :func:`fluxlib.analysis.studies.scale.recounts`, link by link.
     """
     rows = table.assign(mb_per_s=[8e-6 * catalogue.LINKS[name].up_bytes_per_s for name in table["link"]])
     figure, places = facets(table, rows, ["model", "task"], 2.5, 2.6)
@@ -104,19 +72,14 @@ def link_speed(table: pd.DataFrame) -> Picture:
     places[0][0].set_ylabel("speed-up over FMD")
     marks.legend(figure, looks, loc="outside right center")
     share = percent(table["target_fraction"].iloc[0])
-    caption(
-        figure, f"time to {share} of FMD's final score, mean over seeds", f"shapes of {unique(table, 'clock_model')}"
-    )
+    told = f"time to {share} of FMD's final score, mean over seeds"
+    caption(figure, told, f"shapes of {unique(table, 'clock_model')}")
     return figure
 
 
 @drawn
 def clock_check(table: pd.DataFrame) -> Picture:
-    """Predicted beside measured seconds of each block, logarithmic; the factor between them is written.
-
-    Args:
-        table: ``measurements`` with the study ``clock_check``.
-    """
+    """Predicted beside measured seconds of each block of the study ``clock_check``, and the factor between them."""
     rows = split(study(table, "clock_check"), "block", "kind")
     figure, ax = panels(clock_table(table), (4.6, 2.6))
     looks = style.of_settings(["predicted", "measured"])
@@ -149,11 +112,8 @@ def round_memory(rounds: pd.DataFrame) -> Picture:
 def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION, ours: str = "flux") -> Picture:
     """The map: FLUX or FLUX+ over the best baseline that fits, memory of the device down, link across, by model.
 
-    A thick line is the break-even. The name below a factor is the baseline that FLUX meets there.
-
-    Args:
-        table: of :func:`fluxlib.analysis.where.duels`.
-        ours: the method that it was made for.
+    A thick line is the break-even. The name below a factor is the baseline that FLUX meets there. ``table`` is that of
+    :func:`fluxlib.analysis.where.duels` for ``ours``.
     """
     if table.empty:
         why = "No runs of this model to make this map of."
@@ -174,11 +134,7 @@ def pays(table: pd.DataFrame, fraction: float = TARGET_FRACTION, ours: str = "fl
 
 @drawn
 def first(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> Picture:
-    """The map of who is first, with adapters or without: memory of the device down, link across, by model.
-
-    Args:
-        table: of :func:`fluxlib.analysis.where.first`.
-    """
+    """The map of :func:`fluxlib.analysis.where.first`: memory of the device down, link across, by model."""
     known = methods_in_order(table["method"].dropna())
     colors = ListedColormap([sns.light_palette(style.METHODS[name].color, 4)[1] for name in known])  # text is dark
     numbers = {name: float(number) for number, name in enumerate(known)}
@@ -200,15 +156,20 @@ def _winner(cell: pd.Series) -> str:
 def _maps(
     cells: pd.DataFrame, table: pd.DataFrame, value: str, norm: Any, colors: Any
 ) -> tuple[Any, list[tuple[Any, pd.DataFrame]]]:
-    """Panels by model, devices down and links across: ``value`` as colours, ``text`` in the cells."""
+    """Panels by model, devices down and links across: ``value`` as colours, none where it is NaN, ``text`` in all."""
     models, devices, links = (list(pd.unique(cells[name])) for name in ("model", "device", "link"))
     figure, axes = panels(table, (1.6 + 3.3 * len(models), 3.4), 1, len(models), sharey=True, squeeze=False)
     grid, drawn_axes = pd.MultiIndex.from_product([devices, links]), []
+    look = {"cbar": False, "linewidths": 0.5, "linecolor": "#bbbbbb", "annot_kws": {"fontsize": 7}}
     for ax, model in zip(axes[0], models, strict=True):
         own = cells[cells["model"] == model].set_index(["device", "link"]).reindex(grid)
-        values = own[value].unstack(sort=False)
-        _map(ax, values, own["text"].fillna("–").unstack(sort=False), norm, colors)
-        ax.set_title(Path(model).name)
+        values, texts = own[value].unstack(sort=False), own["text"].fillna("–").unstack(sort=False)
+        sns.heatmap(values, ax=ax, annot=texts, fmt="", norm=norm, cmap=colors, **look)
+        for y, x in np.argwhere(values.isna().to_numpy()):  # seaborn writes in coloured cells only
+            ax.text(x + 0.5, y + 0.5, texts.iloc[y, x], ha="center", va="center", fontsize=7)
+        ax.set(xlabel="", ylabel="", title=Path(model).name)
+        ax.grid(visible=False)
+        ax.tick_params(length=0, rotation=0)
         ax.set_xticks(np.arange(len(links)) + 0.5, [catalogue.LINKS[name].title for name in links], fontsize=7)
         ax.set_yticks(np.arange(len(devices)) + 0.5, [memory_of(name) for name in devices], fontsize=7, rotation=0)
         drawn_axes.append((ax, values))
@@ -236,14 +197,3 @@ def _break_even(ax: Any, factors: np.ndarray) -> None:
             ax.plot([x + 1, x + 1], [y, y + 1], color="black", linewidth=2)
         if y + 1 < above.shape[0] and {here, above[y + 1, x]} == {0.0, 1.0}:
             ax.plot([x, x + 1], [y + 1, y + 1], color="black", linewidth=2)
-
-
-def _map(ax: Any, factors: pd.DataFrame, texts: pd.DataFrame, norm: Any, colors: str) -> None:
-    """One panel: ``factors`` as colours, none where they are NaN, with ``texts`` in all cells."""
-    look = {"cbar": False, "linewidths": 0.5, "linecolor": "#bbbbbb", "annot_kws": {"fontsize": 7}}
-    sns.heatmap(factors, ax=ax, annot=texts, fmt="", norm=norm, cmap=colors, **look)
-    for y, x in np.argwhere(factors.isna().to_numpy()):  # seaborn writes in coloured cells only
-        ax.text(x + 0.5, y + 0.5, texts.iloc[y, x], ha="center", va="center", fontsize=7)
-    ax.set(xlabel="", ylabel="")
-    ax.grid(visible=False)
-    ax.tick_params(length=0, rotation=0)

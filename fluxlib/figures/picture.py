@@ -14,7 +14,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fluxlib.analysis.wording import clock_shapes, interval_name
+from fluxlib.analysis.wording import clock_shapes
 from fluxlib.figures import style
 from fluxlib.io import replacing
 
@@ -150,6 +150,7 @@ def unique(rows: pd.DataFrame, column: str) -> str:
 def seeds_name(rows: pd.DataFrame) -> str:
     """What bands and error bars are, where some curves may have more seeds than others."""
     counts = rows.groupby([name for name in ("model", "task", "method", "variant") if name in rows])["seed"].nunique()
-    if counts.min() == counts.max():
-        return interval_name(int(counts.max()))
-    return f"{counts.min()} to {counts.max()} seeds: one, no band; two, min to max; three, 95 % t interval"
+    if counts.min() < counts.max():
+        return f"{counts.min()} to {counts.max()} seeds: one, no band; two, min to max; three, 95 % t interval"
+    shown = {1: "1 seed: no band", 2: "2 seeds: mean and min to max"}
+    return shown.get(counts.max(), f"{counts.max()} seeds: mean and 95 % t interval")

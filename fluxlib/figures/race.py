@@ -27,9 +27,8 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
     figure, axes = panels(rounds, size, len(clocks), len(places), sharey="col", squeeze=False)
     for column, ((model, task), runs) in zip(axes.T, places, strict=True):
         for ax, clock in zip(column, clocks, strict=True):
-            means = marks.at_mean_times(runs, clock, "method")
-            marks.lines(ax, means, clock, "metric", "method", looks, errorbar=_within_scores, markevery=2)
-            ax.set(xlabel=style.CLOCKS[clock], ylabel=METRICS.get(unique(runs, "metric_name"), "score"))
+            marks.curves(ax, runs, clock, "method", looks, errorbar=_within_scores, markevery=2)
+            ax.set(ylabel=METRICS.get(unique(runs, "metric_name"), "score"))
         column[0].set_title(f"{Path(str(model)).name}\n{task}")
     marks.legend(figure, looks, loc="outside right upper")
     footer(figure, rounds)
@@ -91,12 +90,9 @@ def time_to_accuracy(times: pd.DataFrame, clocks: tuple[str, ...] = ("device_s",
 
 @drawn
 def speed_ups(table: pd.DataFrame) -> Picture:
-    """FLUX's speed-up over each method: one panel per model, one line per task and method.
+    """FLUX's :func:`~fluxlib.analysis.speedups.speed_ups`: one panel per model, one line per task and method.
 
     An arrow to the right is a lower bound: the other method never arrives in some seed. "never" is FLUX's own miss.
-
-    Args:
-        table: of :func:`fluxlib.analysis.speedups.speed_ups`.
     """
     rows = table if len(table) else pd.DataFrame({"model": ["no races"]})
     most = max(4, rows["model"].value_counts().max())

@@ -210,8 +210,7 @@ def role_convergence(
     looks, seeds = style.of_settings(rounds["setting"].unique()), rounds["seed"].nunique()
     titles = {"metric": METRICS.get(unique(rounds, "metric_name"), "score"), "loss": "test loss"}
     for ax, (column, clock) in zip(axes.flat, itertools.product(titles, clocks), strict=True):
-        means = marks.at_mean_times(rounds, clock, "setting")
-        marks.lines(ax, means, clock, column, "setting", looks, errorbar=None, markevery=2)
+        marks.curves(ax, rounds, clock, "setting", looks, column, errorbar=None, markevery=2)
         if seeds > 1:
             thin = marks.hues("setting", looks) | {"units": "seed", "estimator": None, "linewidth": 0.6, "alpha": 0.45}
             sns.lineplot(rounds.dropna(subset=["metric"]), x=clock, y=column, ax=ax, **thin)

@@ -74,9 +74,8 @@ def scale_participants(rounds: pd.DataFrame) -> Picture:
     figure, axes = panels(rounds[CURVE], size, len(methods), 2, sharey=True, sharex="col", squeeze=False)
     score = METRICS.get(unique(shown, "metric_name"), "score")
     for ax, (method, clock) in zip(axes.flat, itertools.product(methods, ("round", "device_s")), strict=True):
-        means = marks.at_mean_times(shown[shown["method"] == method], clock, "crowd")
-        marks.lines(ax, means, clock, "metric", "crowd", looks, errorbar=None)
-        ax.set(xlabel=style.CLOCKS[clock], ylabel=f"{methods[method].title}: {score}")
+        marks.curves(ax, shown[shown["method"] == method], clock, "crowd", looks, errorbar=None)
+        ax.set(ylabel=f"{methods[method].title}: {score}")
         ax.label_outer()
     marks.legend(figure, looks, loc="outside right upper", title="participants\nin a round")
     footer(figure, shown)

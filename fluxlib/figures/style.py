@@ -10,6 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
 from fluxlib.analysis.wording import methods_in_order, title
 
 
@@ -44,19 +48,18 @@ SETTINGS = (
 )
 """Looks of what is no method, in the order in which things are named; the last three also of methods of your own."""
 
-PHASE_COLORS: dict[str, str] = {
-    "download": "#0072B2",
-    "merge": "#CC79A7",
-    "quantize": "#F0E442",
-    "profile": "#E69F00",
-    "train": "#D55E00",
-    "probe": "#009E73",
-    "pcie": "#999999",
-    "upload": "#56B4E9",
+PHASES: dict[str, Style] = {
+    "download": Style("download", "#0072B2", "", "", ""),
+    "merge": Style("merge", "#CC79A7", "", "", "//"),
+    "quantize": Style("quantize", "#F0E442", "", "", ".."),
+    "profile": Style("profile", "#E69F00", "", "", "xx"),
+    "train": Style("train", "#D55E00", "", "", "\\\\"),
+    "probe": Style("probe", "#009E73", "", "", "++"),
+    "pcie": Style("pcie", "#999999", "", "", "oo"),
+    "upload": Style("upload", "#56B4E9", "", "", ""),
+    "server": Style("server", "#000000", "", "", ""),
 }
-
-PHASE_HATCHES = dict(zip(PHASE_COLORS, ("", "//", "..", "xx", "\\\\", "++", "oo", ""), strict=True))
-"""Several phases' colours have one lightness; download (dark) and upload (light) need none."""
+"""A round's phases, and the server's, which is none; several colours have one lightness, so hatches differ."""
 
 DIVERGING = "PuOr"
 """Of factors around 1: orange below, purple above."""
@@ -107,31 +110,24 @@ def of_methods(names: Iterable[str]) -> dict[str, Style]:
 
 def of_settings(names: Iterable[Any] | Mapping[Any, str], **changed: str) -> dict[Any, Style]:
     """Styles by setting, in the order in which settings come; a mapping gives each its title; ``changed``: of all."""
-    titles = names if isinstance(names, Mapping) else {name: name for name in names}
-    looks = enumerate(titles.items())
-    return {name: replace(SETTINGS[i % 7], **{"title": str(title)} | changed) for i, (name, title) in looks}
+    named = names if isinstance(names, Mapping) else {name: name for name in names}
+    titles = {name: f"{title:g}" if isinstance(title, float) else str(title) for name, title in named.items()}
+    return {name: replace(SETTINGS[i % 7], title=titles[name], **changed) for i, name in enumerate(titles)}
 
 
-def colored(colors: Mapping[str, str]) -> dict[str, Style]:
+def colored(colors: Mapping[Any, str]) -> dict[Any, Style]:
     """Styles of things that have a colour each, by name; hatches tell them apart as well."""
     return {name: replace(look, color=colors[name]) for name, look in of_settings(list(colors)).items()}
 
 
 def of_phases(names: Iterable[str]) -> dict[str, Style]:
-    """Styles of a round's phases in their order; the server, which is none, is black and comes last."""
-    known = {name: Style(name, color, "", "", PHASE_HATCHES[name]) for name, color in PHASE_COLORS.items()}
-    known["server"] = Style("server", "#000000", "", "", "")
+    """Styles of a round's phases in their order, the server last."""
     present = set(names)
-    return {name: look for name, look in known.items() if name in present}
+    return {name: look for name, look in PHASES.items() if name in present}
 
 
 def in_shades(names: Iterable[Any]) -> dict[Any, Style]:
     """Styles of steps of one quantity, such as layers: from dark to light, without the palest."""
-    import matplotlib as mpl
-
     steps = list(names)
-    shades = [mpl.colors.to_hex(mpl.colormaps[SEQUENTIAL]((i + 0.5) / (len(steps) + 1))) for i in range(len(steps))]
-    return {
-        name: replace(SETTINGS[i % 7], title=f"{name:g}" if isinstance(name, float) else str(name), color=shade)
-        for i, (name, shade) in enumerate(zip(steps, shades, strict=True))
-    }
+    shades = colormaps[SEQUENTIAL]((np.arange(len(steps)) + 0.5) / (len(steps) + 1))
+    return colored(dict(zip(steps, map(to_hex, shades), strict=True)))

@@ -33,7 +33,7 @@ def true_norms(model: nn.Module, batch: dict[str, Tensor], experts: Sequence[Exp
     with quiet(model), torch.enable_grad(), ExitStack() as stack:
         for layer, places in by_layer(model, experts):
             watch = _watch(layer, places, real_tokens(batch), norms)
-            stack.callback(layer.experts.register_forward_hook(watch, with_kwargs=True).remove)
+            stack.enter_context(layer.experts.register_forward_hook(watch, with_kwargs=True))
         logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
         total = sample_losses(logits, batch["labels"]).sum() / num_scored
         if total.requires_grad:

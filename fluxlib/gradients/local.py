@@ -8,7 +8,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +46,14 @@ class ExpertCall:
     @property
     def learned(self) -> Matrices:
         """What a change is to look like: the weights, or something of B's shape."""
-        own, frame = self.matrices, self.frame
-        if frame is None:
-            return own
-        return Matrices(frame.up.T @ own.up, frame.down.T @ own.down)
+        if self.frame is None:
+            return self.matrices
+        return combined(lambda down, weight: down.T @ weight, self.frame, self.matrices)
 
     def output(self, change: Matrices | None = None, size: float = 0.0) -> Tensor:
         """``[n, H]`` weighted output with weights ``W + size * change``."""
         if change is not None and self.frame is not None:
-            change = Matrices(self.frame.up @ change.up, self.frame.down @ change.down)
+            change = combined(torch.matmul, self.frame, change)
         projected = _affine(self.states, self.matrices.up, self.matrices.up_bias)
         if change is not None:
             projected = projected + size * _affine(self.states, change.up, change.up_bias)
@@ -134,13 +133,16 @@ def calls(
     return found
 
 
+def combined(function: Callable[..., Tensor], *sets: Matrices) -> Matrices:
+    """``function`` of the like weights of each set; without the biases that the first set has not."""
+    weights = zip(*(vars(one).values() for one in sets), strict=True)
+    return Matrices(*(None if one[0] is None else function(*one) for one in weights))  # type: ignore[arg-type]
+
+
 def dot(first: Matrices, second: Matrices) -> Tensor:
     """Scalar product of two sets of weights."""
-    total = (first.up * second.up).sum() + (first.down * second.down).sum()
-    for one, other in ((first.up_bias, second.up_bias), (first.down_bias, second.down_bias)):
-        if one is not None and other is not None:
-            total = total + (one * other).sum()
-    return total
+    products = vars(combined(torch.mul, first, second)).values()
+    return sum(product.sum() for product in products if product is not None)  # type: ignore[return-value]
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -51,7 +51,7 @@ class CachedForward:
         with ExitStack() as stack, torch.no_grad():
             last = self._decoder[-1].register_forward_hook(lambda _m, _a, output: self._last.append(output))
             for handle in (last, *itertools.chain.from_iterable(map(self._watch, wanted))):
-                stack.callback(handle.remove)
+                stack.enter_context(handle)
             stack.enter_context(_choosing(self._choices, again=False))
             self.base = sample_losses(self._logits(self.inputs), self.labels)
 

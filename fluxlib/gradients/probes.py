@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib import seeding
-from fluxlib.gradients.local import ExpertCall, by_layer, calls, dot
+from fluxlib.gradients.local import ExpertCall, by_layer, calls, combined, dot
 from fluxlib.gradients.patching import CachedForward, depth, quiet, scored_tokens
 from fluxlib.moe.expert import Matrices
 from fluxlib.moe.find import ExpertKey, MoELayer
@@ -128,17 +128,9 @@ def _guided(direction: Matrices, guess: Matrices, generator: torch.Generator) ->
         return direction
     sign = float(torch.randint(0, 2, (1,), generator=generator) * 2 - 1)
     shift = (sign - dot(direction, guess) / length) / length
-    biases = [
-        None if z is None or u is None else z + shift * u
-        for z, u in ((direction.up_bias, guess.up_bias), (direction.down_bias, guess.down_bias))
-    ]
-    return Matrices(direction.up + shift * guess.up, direction.down + shift * guess.down, *biases)
+    return combined(lambda z, u: z + shift * u, direction, guess)
 
 
 def draw(like: Matrices, generator: torch.Generator) -> Matrices:
     """A standard normal direction; drawn on the CPU, so that devices agree."""
-    drawn = [
-        None if weight is None else torch.randn(weight.shape, generator=generator).to(weight)
-        for weight in (like.up, like.down, like.up_bias, like.down_bias)
-    ]
-    return Matrices(*drawn)  # type: ignore[arg-type]
+    return combined(lambda weight: torch.randn(weight.shape, generator=generator).to(weight), like)

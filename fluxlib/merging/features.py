@@ -59,19 +59,15 @@ def from_gram(gram: Tensor, dim: int = 32) -> Tensor:
     return torch.nn.functional.normalize(top, dim=1).float()
 
 
-def match_neurons(
-    anchor: Mapping[str, Tensor], other: Mapping[str, Tensor], layout: find.Layout, exact: bool | None = None
-) -> Tensor:
+def match_neurons(anchor: Mapping[str, Tensor], other: Mapping[str, Tensor], layout: find.Layout) -> Tensor:
     """Order ``[I]`` of the other expert's neurons in which they resemble the anchor's, the heaviest expert's, most.
 
     Maximises the sum of scalar products of matched neurons, which minimises the distance between the two experts:
-    exactly (Hungarian assignment), or best pairs first; None: exact up to 1,024 neurons.
+    exactly up to :data:`MAX_EXACT_NEURONS` neurons (Hungarian assignment), else best pairs first.
     """
     first, second = (find.neurons(tensors, layout).float() for tensors in (anchor, other))
     similarity = (first @ second.T).cpu().numpy()
-    if exact is None:
-        exact = len(similarity) <= MAX_EXACT_NEURONS
-    if not exact:
+    if len(similarity) > MAX_EXACT_NEURONS:
         return torch.from_numpy(_greedy_match(similarity))
     from scipy.optimize import linear_sum_assignment
 

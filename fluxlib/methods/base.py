@@ -33,6 +33,8 @@ class Work:
     Counts of experts are over all layers; tokens are real tokens, padding excluded.
     """
 
+    __pydantic_config__ = {"extra": "forbid"}  # where one is read, nothing else is taken for one
+
     num_experts: int
     """Routed experts of the whole model: the unit that fractions are taken of when shapes change."""
     num_tuned: int = 0
@@ -128,7 +130,6 @@ class LocalRound:
 
 AssignFn = Callable[[RoleState, Sequence[Budget], float, torch.Generator, RunConfig], Roles]
 TrainFn = Callable[[torch.nn.Module, LocalRound], tuple[Update, ParticipantState]]
-ProfileFn = Callable[[torch.nn.Module, LocalData, RunConfig], Profile]
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ class Method:
     ``utilities``: they report the utilities of what they tuned, and a missing one is a fault.
     ``explores``: the budget is split by epsilon, which is empty in the tables otherwise.
     ``explored_place``: memory that an explored expert takes, as a share of a tuned one's place in the budget.
-    ``afterwards(model, data, config)``: the profile for the next round, of the model that was held in this one, before
-    training. It may be made when the reply is out, so nothing of it can be in the reply (stale by one).
+    ``afterwards``: participants profile the model that they held in this round, before training, for the next one. That
+    may be when the reply is out, so nothing of it can be in the reply (stale by one).
     ``max_staleness``: rounds that the copies of experts which a participant does not tune may lag behind.
     """
 
@@ -155,5 +156,5 @@ class Method:
     utilities: bool = False
     explores: bool = False
     explored_place: float = 0.0
-    afterwards: ProfileFn | None = None
+    afterwards: bool = False
     max_staleness: int = 0

@@ -38,9 +38,10 @@ def assign(
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
     """Merge, probe, tune; the profile for the next round comes afterwards (``Method.afterwards``)."""
-    watch, data, config, known = Stopwatch(), local.data, local.config, local.state.profile
-    is_first = known is None or not config.profiling.stale
-    if known is None or is_first:
+    watch, data, config = Stopwatch(), local.data, local.config
+    known = local.state.profile if config.profiling.stale else None
+    is_first = known is None
+    if known is None:
         with watch.phase("first_profile"):
             known = profile(model, data, config)
     with watch.phase("merge"):
@@ -51,20 +52,18 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
             probe_norms = probe(model, local, probed)
         with watch.phase("train"):
             tuned = tune(model, compact, data.train, config)
-    groups = [group for plan in plans for group in plan.groups]
     (once, each), (samples, tokens) = forward_passes(probed, len(plans), config), size(data.train[:1])
     update = report(
         local,
         tuned,
         watch,
+        plans,
         utilities=roles.utility(torch.cat([tuned.squared_norms, probe_norms]), tuned.tokens),
-        num_frozen=len(groups),
-        num_merge_sources=sum(len(group) for group in groups if len(group) > 1),
         probe_samples=round(once * samples),
         probe_tokens=round(once * tokens),
         expert_probe_samples=round(each * samples),
         expert_probe_tokens=round(each * tokens),
-        hidden_profile=config.profiling.stale and not is_first,
+        hidden_profile=not is_first,
         **profile_account(data, known.frequency.numel(), config),
     )
     return update, ParticipantState(known, local.number) if is_first else local.state
@@ -145,5 +144,5 @@ def forward_passes(probed: Sequence[ExpertKey], num_layers: int, config: RunConf
 
 
 METHOD = Method(
-    "flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, explored_place=1.0, afterwards=profile
+    "flux", "FLUX", assign, train, profiles=True, utilities=True, explores=True, explored_place=1.0, afterwards=True
 )

@@ -77,15 +77,13 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         for layer, explored in zip(compact, local.roles.explore, strict=True):
             layer.watch(int(explored.sum()))
         tuned = tune(model, compact, data.train, config)
-    groups = [group for plan in plans for group in plan.groups]
     update = report(
         local,
         tuned,
         watch,
+        plans,
         utilities=roles.utility(tuned.squared_norms, tuned.tokens),
         watched=local.roles.explore,
-        num_frozen=len(groups),
-        num_merge_sources=sum(len(group) for group in groups if len(group) > 1),
     )
     num_tokens = int(tuned.tokens[0].sum()) // known.fingerprint[0][1]
     seen = profiling.of_counts(model, tuned.counts, tuned.gate, num_tokens)

@@ -34,7 +34,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
     plans = [LayerPlan(tuned=tuple(mask.nonzero().flatten().tolist())) for mask in local.roles.exploit]
     with watch.phase("train"), customized(model, plans, local.config) as compact:
         tuned = tune(model, compact, local.data.train, local.config)
-    return report(local, tuned, watch, offloaded=True), local.state
+    return report(local, tuned, watch, plans, offloaded=True), local.state
 
 
 METHOD = Method("fmd", "FMD (full model, offloaded)", assign, train, profiles=False)

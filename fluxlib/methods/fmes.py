@@ -49,8 +49,8 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         local,
         tuned,
         watch,
+        plans,
         utilities=roles.first_utilities(found.frequency),
-        num_frozen=sum(len(plan.groups) for plan in plans),
         **profile_account(data, found.frequency.numel(), config),
     )
     return update, ParticipantState(found, local.number)

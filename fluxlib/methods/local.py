@@ -217,6 +217,7 @@ def report(
     local: LocalRound,
     tuned: Tuned,
     watch: Stopwatch,
+    plans: Sequence[LayerPlan] = (),
     utilities: Tensor | None = None,
     watched: Tensor | None = None,
     **work: Any,
@@ -224,6 +225,7 @@ def report(
     """The update of a round, with the account of its local steps.
 
     Args:
+        plans: the layers that were trained; empty: every expert was in a place of its own.
         utilities: ``[L, E]``, NaN where not measured; None: none was.
         watched: bool ``[L, E]``, experts whose weight gradients were computed too, for their norms.
         work: what else was done, by the names of :class:`Work`.
@@ -240,11 +242,18 @@ def report(
         slot_tokens=tuned.slot_tokens,
         tuned_tokens=int(tuned.tokens[exploit if watched is None else exploit | watched].sum()),
         adapter_rank=local.config.adapter.used_rank,
+        **slot_account(plans),
         **work,
     )
     if utilities is None:
         utilities = torch.full(exploit.shape, float("nan"))
     return Update(tuned.changes, utilities, tuned.tokens, tuned.loss, num_samples, account, watch.phases_s)
+
+
+def slot_account(plans: Sequence[LayerPlan]) -> dict[str, Any]:
+    """What the frozen slots of a round add to :class:`Work`; a slot of one expert is a copy, nothing is read for it."""
+    groups = [group for plan in plans for group in plan.groups]
+    return {"num_frozen": len(groups), "num_merge_sources": sum(len(group) for group in groups if len(group) > 1)}
 
 
 def profile_account(data: LocalData, num_experts: int, config: RunConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from fluxlib.io import brief, checked, reading
 
@@ -29,12 +30,7 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 # Of the noisy training: nothing is computed with it, so a checkpoint may come without it.
 OPTIONAL = re.compile(r"mlp\.gate\.weight_noise\.weight$")
 # In the order in which transformers looks for them.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 CHECKSUMS = "checksums.json"
 # The cache of the hub names a large file by its SHA-256.
 SHA256 = re.compile(r"[0-9a-f]{64}")

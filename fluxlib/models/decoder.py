@@ -72,6 +72,21 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
         return cosine, sine
 
 
+class MoeBlock(nn.Module):
+    """Router, routed experts and, if there are any, shared experts of one layer, [B, T, H] to [B, T, H]."""
+
+    def __init__(self, gate: nn.Module, experts: nn.Module, shared_experts: nn.Module | None = None) -> None:
+        super().__init__()
+        self.gate, self.experts, self.shared_experts = gate, experts, shared_experts
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Sum over each token's experts of weight times output, plus the shared experts' output."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(flat)
+        output: torch.Tensor = self.experts(flat, top_k_index, top_k_weights).reshape(hidden_states.shape)
+        return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+
+
 class MoeDecoderLayer(LlamaDecoderLayer):
     """A LLaMA layer whose MLP is the given block ([B, T, H] to [B, T, H])."""
 

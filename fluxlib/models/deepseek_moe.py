@@ -11,7 +11,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from fluxlib.models.decoder import MoeForCausalLM, OriginalRope, check_fields, of_width
+from fluxlib.models.decoder import MoeBlock, MoeForCausalLM, OriginalRope, check_fields, of_width
 
 # Another value changes the mathematics of the block, so it is refused.
 SUPPORTED = {"scoring_func": ("softmax",), "mlp_bias": (False,)}
@@ -78,8 +78,6 @@ class DeepseekMoeGate(nn.Module):
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
-        self.hidden_dim = config.hidden_size
-        self.num_experts = config.n_routed_experts
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.scale = float(config.routed_scaling_factor)
@@ -91,7 +89,7 @@ class DeepseekMoeGate(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route ``hidden_states`` [N, H]."""
-        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        logits = nn.functional.linear(hidden_states, self.weight)
         # In the logits' type, as the original: among probabilities that are equal in 16 bit topk decides.
         weights, top_k_index = torch.topk(logits.softmax(dim=-1), self.top_k, dim=-1)
         if self.norm_topk_prob and self.top_k > 1:
@@ -99,29 +97,13 @@ class DeepseekMoeGate(nn.Module):
         return logits, (weights * self.scale).to(logits.dtype), top_k_index
 
 
-class DeepseekMoeBlock(nn.Module):
-    """Router, routed experts and shared experts of one layer, [B, T, H] to [B, T, H]."""
-
-    def __init__(self, config: DeepseekMoeConfig) -> None:
-        super().__init__()
-        self.gate = DeepseekMoeGate(config)
-        self.experts = of_width(MixtralExperts, config, config.moe_intermediate_size)
-        if config.n_shared_experts:
-            self.shared_experts = of_width(LlamaMLP, config, config.n_shared_experts * config.moe_intermediate_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Sum over each token's experts of weight times output, plus the shared experts' output."""
-        shape = hidden_states.shape
-        flat = hidden_states.reshape(-1, shape[-1])
-        _, top_k_weights, top_k_index = self.gate(flat)
-        output = self.experts(flat, top_k_index, top_k_weights).reshape(shape)
-        return output + self.shared_experts(hidden_states) if hasattr(self, "shared_experts") else output
-
-
 def build_block(config: DeepseekMoeConfig, layer_idx: int) -> nn.Module:
     """Dense or mixture, as the config says."""
-    is_mixture = layer_idx >= config.first_k_dense_replace and layer_idx % config.moe_layer_freq == 0
-    return DeepseekMoeBlock(config) if is_mixture else LlamaMLP(config)
+    if layer_idx < config.first_k_dense_replace or layer_idx % config.moe_layer_freq:
+        return LlamaMLP(config)
+    gate, width, num_shared = DeepseekMoeGate(config), config.moe_intermediate_size, config.n_shared_experts
+    shared = of_width(LlamaMLP, config, num_shared * width) if num_shared else None
+    return MoeBlock(gate, of_width(MixtralExperts, config, width), shared)
 
 
 class DeepseekMoeForCausalLM(MoeForCausalLM):

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from fluxlib.models.decoder import MoeForCausalLM, OriginalRope, check_fields, of_width
+from fluxlib.models.decoder import MoeBlock, MoeForCausalLM, OriginalRope, check_fields, of_width
 
 # What the released checkpoints hold. Another value changes the mathematics of the block, so it is refused.
 SUPPORTED = {
@@ -126,8 +126,6 @@ class LlamaMoeGate(nn.Module):
     def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
         super().__init__()
         hidden_size, num_experts = config.hidden_size, config.num_experts
-        self.hidden_dim = hidden_size
-        self.num_experts = num_experts
         self.top_k = config.num_selects
         self.score_scale = config.score_scale(layer_idx)
         first = nn.Linear(hidden_size, num_experts, bias=False)
@@ -142,30 +140,19 @@ class LlamaMoeGate(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route ``hidden_states`` [N, H]."""
-        logits = self.gate_network(hidden_states.reshape(-1, self.hidden_dim))
+        logits = self.gate_network(hidden_states)
         top_k_logits, top_k_index = torch.topk(logits, self.top_k, dim=-1)
         weights = nn.functional.softmax(top_k_logits, dim=-1, dtype=torch.float32).to(logits.dtype)
         return logits, weights * self.score_scale, top_k_index
 
 
-class LlamaMoeBlock(nn.Module):
-    """Router and experts of one layer, [B, T, H] to [B, T, H]."""
-
-    def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.gate = LlamaMoeGate(config, layer_idx)
-        self.experts = of_width(MixtralExperts, config, config.expert_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Sum over each token's experts of weight times output."""
-        shape = hidden_states.shape
-        hidden_states = hidden_states.reshape(-1, shape[-1])
-        _, top_k_weights, top_k_index = self.gate(hidden_states)
-        return self.experts(hidden_states, top_k_index, top_k_weights).reshape(shape)
+def build_block(config: LlamaMoeConfig, layer_idx: int) -> nn.Module:
+    """A mixture in every layer."""
+    return MoeBlock(LlamaMoeGate(config, layer_idx), of_width(MixtralExperts, config, config.expert_size))
 
 
 class LlamaMoeForCausalLM(MoeForCausalLM):
-    """LLaMA-MoE with its language-model head: every layer is a mixture."""
+    """LLaMA-MoE with its language-model head."""
 
     config_class = LlamaMoeConfig
-    build_block = LlamaMoeBlock
+    build_block = staticmethod(build_block)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -96,22 +97,16 @@ def _check_own_experts(model: Any) -> None:
 
 
 def _write_shards(model: Any, path: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    filled_bytes = total_bytes = 0
-    for key, tensor in checkpoints.original_tensors(model):
-        num_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
-        if filled_bytes + num_bytes > max_shard_bytes and shards[-1]:
-            shards.append({})
-            filled_bytes = 0
-        shards[-1][key] = tensor
-        filled_bytes += num_bytes
-        total_bytes += num_bytes
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        part = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
-        contents = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in shard.items()}
-        save_file(contents, path / f"model{part}.safetensors", metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, f"model{part}.safetensors"))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    tensors = dict(checkpoints.original_tensors(model))
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.numel() * (dtype or tensor.dtype).itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        contents = {key: tensors[key].detach().to("cpu", dtype).contiguous() for key in keys}
+        save_file(contents, path / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .adapter import Adapter, add_product
 from .dispatch import Product, Run, SlotExperts, StackedSlots
 from .expert import Matrices, to_matrices
-from .find import write_expert
+from .find import expert_tensors, write_expert
 
 
 class AdaptedExperts(SlotExperts):
@@ -30,11 +30,10 @@ class AdaptedExperts(SlotExperts):
     def __init__(self, *place: Any, adapter: Adapter, layer: int) -> None:
         super().__init__(*place)
         self.adapter, self.layer = adapter, layer
-        experts = [super(AdaptedExperts, self).expert_tensors(expert) for expert in range(self.num_experts)]
-        start = adapter.start(experts[0], self.layout)
-        self.lora = nn.ParameterDict({n: up.repeat(len(experts), 1, 1).to(self.device) for n, up in start.items()})
-        fixed = [adapter.fixed((layer, expert), tensors, self.layout) for expert, tensors in enumerate(experts)]
-        self.fixed = {name: torch.stack([one[name] for one in fixed]).to(self.device) for name in start}
+        start = adapter.start(expert_tensors(self.original, 0), self.layout)
+        self.lora = nn.ParameterDict({n: up.repeat(self.num_experts, 1, 1).to(self.device) for n, up in start.items()})
+        fixed = adapter.fixed_stacks(layer, self.original, range(self.num_experts))
+        self.fixed = {name: stack.to(self.device) for name, stack in fixed.items()}
         self._adapters = StackedSlots(self.layout, self.activation, {}, "slots", self.fixed, dict(self.lora))
 
     def expert_tensors(self, expert: Any) -> dict[str, Tensor]:

@@ -9,16 +9,16 @@ no adapter and stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxlib import seeding
 from fluxlib.config import RunConfig
 
-from .find import ExpertKey, Layout
+from .find import ExpertKey, Layout, expert_tensors, read_layout
 from .product import wide_dtype
 
 
@@ -46,6 +46,12 @@ class Adapter:
             made[name] = (drawn * (self.alpha / self.rank)).to(tensor.device, wide_dtype(tensor.dtype))
         return made
 
+    def fixed_stacks(self, layer: int, experts: nn.Module, chosen: Iterable[int]) -> dict[str, Tensor]:
+        """:meth:`fixed` of the ``chosen`` ones of a layer's original ``experts`` ``[n, rank, in]``; at least one."""
+        layout = read_layout(experts)
+        found = [self.fixed((layer, expert), expert_tensors(experts, expert), layout) for expert in chosen]
+        return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+
     def start(self, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         """``B [out, rank]`` of each adapted tensor before anything is learned: zero, in at least float32."""
         side = 1 if layout.is_transposed else 0
@@ -68,6 +74,13 @@ def add_product(base: Tensor, up: Tensor, fixed: Tensor, layout: Layout) -> Tens
     """``W + B @ A`` in the tensor's layout, of one expert or of stacks of them."""
     change = up @ fixed
     return base + (change.mT if layout.is_transposed else change)
+
+
+def sides(experts: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of an expert's matrices, summed; ``rank`` times that are the parameters of A and B."""
+    shapes = [tensor.shape for tensor in _adapted(expert_tensors(experts, 0)).values()]
+    first, second = (sum(shape[side] for shape in shapes) for side in (0, 1))
+    return (first, second) if read_layout(experts).is_transposed else (second, first)
 
 
 def _adapted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -73,19 +73,16 @@ def capture(model: nn.Module, attention: bool = False) -> Iterator[Capture]:
         for module, record in zip(modules, result.layers, strict=False):
             handles += _watch_attention(module, record, result)
         for handle in handles:
-            stack.callback(handle.remove)
+            stack.enter_context(handle)
         yield result
 
 
 def find_attention(model: nn.Module, layer: MoELayer) -> nn.Module:
     """Attention module of the decoder layer that a MoE layer belongs to; ValueError: none under a known name."""
-    path = layer.name
-    while path:
-        path = path.rpartition(".")[0]
-        parent = model.get_submodule(path)
-        for name in ATTENTION_NAMES:
-            if isinstance(module := getattr(parent, name, None), nn.Module):
-                return module
+    stack, place = find.decoder_layers(model, layer)
+    for name in ATTENTION_NAMES:
+        if isinstance(module := getattr(stack[place], name, None), nn.Module):
+            return module
     raise ValueError(f"layer {layer.name}: found no attention module named one of {ATTENTION_NAMES} above it")
 
 
@@ -125,9 +122,7 @@ def _watch_experts(layer: MoELayer, record: LayerCapture) -> Any:
     """Hook that records what an experts module is called with; Llama-4's choices are read from its router's scores."""
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        index, weights = [*args, *kwargs.values()][1:3]
-        if index.is_floating_point():
-            index, weights = weights, index
+        index, weights = sorted([*args, *kwargs.values()][1:3], key=torch.is_floating_point)
         record.top_k_index.append(index.detach())
         record.top_k_weights.append(weights.detach())
 

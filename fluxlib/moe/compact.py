@@ -184,9 +184,8 @@ class CompactExperts(ReplacedExperts):
         """The adapter's A of some experts ``[n, rank, in]``, by name; None without an adapter, or without experts."""
         if self.adapter is None or not experts:
             return None
-        own = {expert: expert_tensors(self.original, expert) for expert in experts}
-        found = [self.adapter.fixed((self.layer, expert), own[expert], self.layout) for expert in experts]
-        return {name: torch.stack([one[name] for one in found]).to(self.device) for name in found[0]}
+        found = self.adapter.fixed_stacks(self.layer, self.original, experts)
+        return {name: stack.to(self.device) for name, stack in found.items()}
 
     def merged_stacks(self) -> dict[str, Tensor]:
         """Frozen stacks ``[M, ...]`` by name."""

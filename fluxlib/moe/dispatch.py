@@ -111,8 +111,11 @@ class Slots(Protocol):
     activation: Activation
 
     def learning(self) -> list[Tensor]:
-        """What autograd shall see of them: tensors of which one requires a gradient, or none."""
-        return []
+        """What autograd shall see of them: tensors of which one requires a gradient, or none.
+
+        By default an empty tensor, so that autograd comes by and :meth:`add_gradients` is called.
+        """
+        return [torch.zeros(0, requires_grad=True)] if torch.is_grad_enabled() else []
 
     def is_grouped(self, hidden: Tensor, counts: Sequence[int]) -> bool:
         """Whether all slots are multiplied at once, by grouped products."""
@@ -242,17 +245,11 @@ class WatchedSlots(StackedSlots):
         super().__init__(layout, activation, stacks, "slots", fixed)
         self.norms = norms
 
-    def learning(self) -> list[Tensor]:
-        """An empty tensor, so that autograd comes by and :meth:`add_gradients` is called."""
-        return [torch.zeros(0, device=self.norms.device, requires_grad=True)] if torch.is_grad_enabled() else []
-
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """Their squared norm; the gradients go."""
         self.norms[slot] += sum(gradient.float().square().sum() for gradient in gradients.values())
 
-    def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
-        """None of them is kept."""
-        return [None]
+    learning, end_gradients = Slots.learning, Slots.end_gradients  # nothing learns, and no gradient is kept
 
 
 class SlotExperts(ReplacedExperts, Slots):
@@ -269,10 +266,6 @@ class SlotExperts(ReplacedExperts, Slots):
         """``hidden_states [N, H]``, ``top_k_index [N, k]``, ``top_k_weights [N, k]`` -> ``[N, H]``."""
         pairs = sort_pairs(*choices(self, hidden_states, top_k_index, top_k_weights), self.num_experts)
         return dispatch(hidden_states, pairs, self)
-
-    def learning(self) -> list[Tensor]:
-        """An empty tensor, so that autograd comes by and :meth:`add_gradients` is called."""
-        return [torch.zeros(0, device=self.device, requires_grad=True)] if torch.is_grad_enabled() else []
 
     @abstractmethod
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Mapping[str, Tensor]:

@@ -77,8 +77,7 @@ class Activation:
 
     def norm_backward(self, result: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The post-expert norm of ``result``, and the gradient of ``result`` from the norm's (both ``[n, H]``)."""
-        if self.post_norm is None:
-            return result, gradient
+        assert self.post_norm is not None
         with torch.enable_grad():
             leaf = result.detach().requires_grad_()
             normed = self.post_norm(leaf)

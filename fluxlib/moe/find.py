@@ -19,10 +19,6 @@ ExpertKey = tuple[int, int]
 
 STACK_NAMES = ("gate_up_proj", "up_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj", "down_proj_bias")
 
-# Classes of transformers that keep fused stacks without declaring their layout through the decorator:
-# class name -> (gated, transposed, the gate weight is multiplied into the input and the call is one dense block).
-_UNDECLARED = {"Llama4TextExperts": (True, True, True)}
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -174,9 +170,8 @@ def read_layout(experts: nn.Module) -> Layout:
     names = tuple(name for name, stack in stacks.items() if stack.dim() > 1)
     if "down_proj" not in names or not {"gate_up_proj", "up_proj"} & set(names):
         raise ValueError(f"experts: {kind} holds no stacks gate_up_proj or up_proj, and down_proj; found {names}")
-    if kind in _UNDECLARED:
-        gated, transposed, dense = _UNDECLARED[kind]
-        return Layout(names, has_gate=gated, is_transposed=transposed, is_dense=dense)
+    if kind == "Llama4TextExperts":  # of transformers' classes with fused stacks the only one that declares nothing
+        return Layout(names, is_transposed=True, is_dense=True)
     if not hasattr(experts, "is_transposed"):
         raise ValueError(f"experts: {kind} holds stacks {names} but does not declare their layout (is_transposed, ...)")
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")

@@ -81,9 +81,6 @@ class DeviceSet:
         self._before: ExpertKey | None = None
         self._stream: Any = None
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def get(
         self, key: ExpertKey, host: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:

@@ -36,12 +36,8 @@ def load(name: str, seed: int = 0, size: int | None = None, path: str | Path | N
         raise ValueError(f"data.path is {str(path)!r}, but {name} is generated; it is for {', '.join(FORMATS)}")
     total = size or mini.DEFAULT_SIZE
     num_test = max(1, round(TEST_FRACTION * total))
-    sizes: dict[mini.Group, int] = {
-        "train": total - num_test,
-        "test": num_test,
-        "recall": max(1, num_test // 4),
-        "untaught": max(1, num_test // 4),
-    }
+    few = max(1, num_test // 4)
+    sizes: dict[mini.Group, int] = {"train": total - num_test, "test": num_test, "recall": few, "untaught": few}
     groups = {
         group: tuple(form.to_example(row) for row in mini.rows(name, count, seed, group))
         for group, count in sizes.items()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fluxlib.tasks.base import Example
 
@@ -40,16 +41,16 @@ def encode(example: Example, tokenizer: Any, max_tokens: int, response: str | No
 
 def collate(encoded: Sequence[tuple[list[int], int]], pad_token_id: int) -> dict[str, Tensor]:
     """Right-padded batch of what :func:`encode` gives: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]``."""
-    length = max(len(ids) for ids, _ in encoded)
-    input_ids = torch.full((len(encoded), length), pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for row, (ids, start) in enumerate(encoded):
-        tokens = torch.tensor(ids)
-        input_ids[row, : len(ids)] = tokens
-        mask[row, : len(ids)] = 1
-        labels[row, start : len(ids)] = tokens[start:]
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    return {
+        "input_ids": padded([ids for ids, _ in encoded], pad_token_id),
+        "attention_mask": padded([[1] * len(ids) for ids, _ in encoded], 0),
+        "labels": padded([[IGNORED] * start + ids[start:] for ids, start in encoded], IGNORED),
+    }
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
+    """Rows as one tensor ``[B, T]``; shorter ones are filled up with ``value`` on one side."""
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value, side)
 
 
 def make_batch(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib.tasks.base import Example, Metric
-from fluxlib.tasks.batches import IGNORED, collate, encode, to_device
+from fluxlib.tasks.batches import IGNORED, collate, encode, padded, to_device
 from fluxlib.tasks.metrics import exact_match, rouge_l
 
 T = TypeVar("T")
@@ -26,13 +26,13 @@ _TEXT_SCORES: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l, "exa
 class Score:
     """``metric`` between 0 and 1 (higher is better), ``loss`` in nats per response token.
 
-    ``standard_error`` is the metric's; samples with the same prompt are one draw (a cluster), not several.
+    ``of_each`` is the metric of each sample.
     """
 
     metric: float
     loss: float
     num_samples: int
-    standard_error: float
+    of_each: tuple[float, ...]
 
 
 @torch.no_grad()
@@ -66,15 +66,11 @@ def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_
         total += float(span[example.answer])
         tokens += float(count[first + example.answer])
         first += len(example.options)
-    return _score(examples, correct, total / tokens)
+    return _score(correct, total / tokens)
 
 
-def _score(examples: Sequence[Example], metrics: Sequence[float], loss: float) -> Score:
-    """The mean of the samples' metrics, and how far it would be off with other prompts."""
-    mean, off = sum(metrics) / len(metrics), dict.fromkeys((example.prompt for example in examples), 0.0)
-    for example, metric in zip(examples, metrics, strict=True):
-        off[example.prompt] += metric - mean
-    return Score(mean, loss, len(examples), sum(x * x for x in off.values()) ** 0.5 / len(examples))
+def _score(of_each: Sequence[float], loss: float) -> Score:
+    return Score(sum(of_each) / len(of_each), loss, len(of_each), tuple(of_each))
 
 
 def _texts(
@@ -91,7 +87,7 @@ def _texts(
     for chunk in _chunks(room, lambda prompt: len(prompt) + room[prompt]):
         texts |= zip(chunk, generate(model, tokenizer, chunk, [room[prompt] for prompt in chunk]), strict=True)
     scores = [score(texts[tuple(ids[:start])], e.response) for (ids, start), e in zip(encoded, examples, strict=True)]
-    return _score(examples, scores, float(nll.sum() / count.sum()))
+    return _score(scores, float(nll.sum() / count.sum()))
 
 
 def generate(
@@ -170,13 +166,8 @@ def _from_prompts(
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask ``[B, T]``, as generation wants them."""
-    length = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), length), pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    return input_ids, mask
+    ones = [[1] * len(prompt) for prompt in prompts]
+    return padded(prompts, pad_token_id, "left"), padded(ones, 0, "left")
 
 
 def _chunks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:

@@ -30,7 +30,6 @@ WORLD_SEED = 2026
 NUM_KNOWN, NUM_TAUGHT, NUM_UNTAUGHT = 12, 14, 14
 """Things of each label: known to the base models, told in the training rows of a task, told to nobody."""
 NUM_THINGS = NUM_KNOWN + NUM_TAUGHT + NUM_UNTAUGHT
-LARGEST_NUMBER = 59
 DEFAULT_SIZE = 5000
 Group = Literal["pretraining", "train", "test", "recall", "untaught"]
 """What a row is for; see the module's text."""
@@ -40,15 +39,10 @@ PEOPLE = WORLD["people"].split()
 
 
 @cache
-def names(label: str) -> tuple[str, ...]:
-    """The invented names of a label's things; no two labels share one."""
-    return _all_names()[label]
-
-
-@cache
-def _all_names() -> dict[str, tuple[str, ...]]:
+def names() -> dict[str, tuple[str, ...]]:
+    """The invented names of each label's things; no two labels share one."""
     chance = random.Random(seeding.derive(WORLD_SEED, "names"))
-    taken, syllables = _words(PEOPLE, LABELS, *(WORLD[part] for part in PARTS)), WORLD["syllables"].split()
+    taken, syllables = words_of(PEOPLE, LABELS, *(WORLD[part] for part in PARTS)), WORLD["syllables"].split()
     found: dict[str, tuple[str, ...]] = {}
     for label in LABELS:
         chosen: list[str] = []
@@ -61,14 +55,14 @@ def _all_names() -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _words(*parts: Any) -> set[str]:
+def words_of(*parts: Any) -> set[str]:
     """All words in texts, and in lists and mappings of them."""
     found: set[str] = set()
     for part in parts:
         if isinstance(part, str):
             found |= set(re.findall(r"[a-z]+", part))
         else:
-            found |= _words(*(part.values() if isinstance(part, dict) else part))
+            found |= words_of(*(part.values() if isinstance(part, dict) else part))
     return found
 
 
@@ -93,7 +87,7 @@ class Teller:
 
     def value(self, label: str, name: str, part: int, num_values: int) -> int:
         """Index of a fact's value; in pre-training one that is not to be known is drawn anew every time."""
-        if self.group == "pretraining" and name not in names(label)[:NUM_KNOWN]:
+        if self.group == "pretraining" and name not in names()[label][:NUM_KNOWN]:
             return self.chance.randrange(num_values)
         return fact(label, name, part, num_values)
 
@@ -182,15 +176,6 @@ def rows(family: str, size: int, seed: int, group: Group = "train") -> list[Row]
     teller = Teller(random.Random(seeding.derive(seed, family, group)), group)
     labels, make = FAMILIES[family].labels, FAMILIES[family].make
     things = slice(-NUM_UNTAUGHT, None) if group == "untaught" else slice(NUM_KNOWN, NUM_KNOWN + NUM_TAUGHT)
-    asked = {label: names(label)[things] for label in labels}
+    asked = {label: names()[label][things] for label in labels}
     turns = [divmod(i, len(labels)) for i in range(size)]
     return [make(labels[i], asked[labels[i]][turn % len(asked[labels[i]])], teller) for turn, i in turns]
-
-
-def vocabulary() -> tuple[str, ...]:
-    """Every word and mark that any generated task can hold, sorted; the mini models' tokenizer is made of it."""
-    fixed = """question solution answer goal instruction context response brings more then loses how many are there
-        take the and start do you"""
-    things = _words(fixed, PEOPLE, LABELS, *(WORLD[part] for part in PARTS), *_all_names().values())
-    marks = {"+", "-", "*", "=", ";", ",", ".", "?", ":", "####"}
-    return tuple(sorted(things | marks)) + tuple(map(str, range(LARGEST_NUMBER + 1)))

@@ -20,8 +20,14 @@ def times(*rows: tuple[str, str, float, float]) -> pd.DataFrame:
     return table.assign(device_s_at_least=table["device_s_to_target"].fillna(table["end"]))
 
 
+def duel(raced: pd.DataFrame) -> dict[str, object]:
+    """Of one race."""
+    (row,) = where.duels(raced.assign(model="m", task="t", seed=0, device="l20", link="lte")).to_dict("records")
+    return row
+
+
 def test_the_fastest_run_of_flux_meets_the_fastest_baseline() -> None:
-    found = where._best(times(
+    found = duel(times(
         ("flux", "slow", 40.0, 90.0), ("flux", "fast", 20.0, 90.0), ("fmd", "d", 60.0, 90.0), ("fmes", "e", 50.0, 90.0)
     ))  # fmt: skip
     assert (found["factor"], found["sign"], found["baseline"], found["our_run"]) == (2.5, "", "fmes", "fast")
@@ -29,13 +35,13 @@ def test_the_fastest_run_of_flux_meets_the_fastest_baseline() -> None:
 
 def test_who_never_arrives_gives_a_bound_and_stands_behind_who_does() -> None:
     never = math.nan
-    lower = where._best(times(("flux", "f", 20.0, 90.0), ("fmd", "d", never, 60.0), ("fmq", "q", never, 50.0)))
+    lower = duel(times(("flux", "f", 20.0, 90.0), ("fmd", "d", never, 60.0), ("fmq", "q", never, 50.0)))
     assert (lower["factor"], lower["sign"]) == (2.5, where.LATER)
-    upper = where._best(times(("flux", "f", never, 90.0), ("fmd", "d", 45.0, 60.0), ("fmq", "q", never, 5.0)))
+    upper = duel(times(("flux", "f", never, 90.0), ("fmd", "d", 45.0, 60.0), ("fmq", "q", never, 5.0)))
     assert (upper["factor"], upper["sign"], upper["baseline"]) == (0.5, where.NEVER, "fmd")
-    neither = where._best(times(("flux", "f", never, 90.0), ("fmd", "d", never, 60.0)))
+    neither = duel(times(("flux", "f", never, 90.0), ("fmd", "d", never, 60.0)))
     assert neither["sign"] == where.ABSENT and math.isnan(neither["factor"])
-    assert where._best(times(("fmd", "d", 45.0, 60.0)))["sign"] == where.ABSENT
+    assert duel(times(("fmd", "d", 45.0, 60.0)))["sign"] == where.ABSENT
 
 
 def test_bounds_of_one_kind_make_a_bound_and_of_both_nothing() -> None:

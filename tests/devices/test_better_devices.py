@@ -28,7 +28,7 @@ def round_s(model: str, method: str, device: Device, link: Link, form: str) -> f
     shapes = clock.shapes(model)
     work = works(shapes.num_experts, tokens_per_sample=TOKENS)[method]
     seconds = clock.participant_seconds(work, None, shapes, device, link, TOKENS, form)  # type: ignore[arg-type]
-    return clock.round_seconds([seconds], clock.server_seconds([work] * 10, shapes)).total_s
+    return clock.round_seconds([seconds], clock.server_seconds([work] * 10, shapes))
 
 
 @pytest.mark.parametrize("what", RATES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
@@ -41,7 +41,7 @@ def same(first: Any, second: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", wire.FORMS)
+@pytest.mark.parametrize("kind", get_args(wire.Form))
 def test_deltas_of_bs_lead_to_the_servers_model(tiny: Any, kind: wire.Form) -> None:
     store = ExpertStore(tiny.build_model(), kind, ADAPTER)
     space = Workspace(tiny.build_model(), None, kind, ADAPTER)

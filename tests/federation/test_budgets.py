@@ -7,6 +7,7 @@ import re
 import pytest
 
 from fluxlib.config import make_config
+from fluxlib.devices import catalogue
 from fluxlib.devices.memory import plan
 from fluxlib.federation.checks import make_budgets
 from fluxlib.io import ConfigError
@@ -68,5 +69,6 @@ def test_a_node_that_names_its_device_gets_that_ones_budget() -> None:
         "federation.participants": 2, "budget.by": "device", "clock.fleet": "l20", "clock.model": "llama-moe-3.5b",
         "clock.tokens_per_sample": 128,
     })  # fmt: skip
-    plain, named = (make_budgets(config, 6, 16, devices) for devices in (None, {1: "rtx-4090"}))
+    l20, rtx = catalogue.DEVICES["l20"], catalogue.DEVICES["rtx-4090"]
+    plain, named = (make_budgets(config, 6, 16, fleet) for fleet in (None, [l20, rtx]))
     assert named[0] == plain[0] and named[1].num_tuned < plain[1].num_tuned

@@ -30,6 +30,7 @@ from fluxlib.federation.engines.deployment import credentials, engine, processes
 from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation
 from fluxlib.federation.engines.grid import SERVER_NODE_ID, LocalGrid
 from fluxlib.federation.protocol import messages
+from fluxlib.federation.results import table_path
 
 pytestmark = pytest.mark.deployment
 
@@ -125,7 +126,7 @@ def test_a_superlink_that_dies_costs_nothing_and_nodes_that_do_cost_their_replie
         pd.testing.assert_frame_equal(one, other, check_exact=True)
     for a, b in zip(result.model.parameters(), alone.model.parameters(), strict=True):
         assert torch.equal(a, b) and torch.isfinite(a).all()
-    about = json.loads(result.files["rounds"].with_suffix(".json").read_text())
+    about = json.loads(table_path(tmp_path, "rounds", result.run_id).with_suffix(".json").read_text())
     assert (about["status"], about["labels_by_participant"]) == ("complete", [])
     assert not {"checkpoints", "progress"} & {path.name for path in tmp_path.iterdir()}
 

@@ -29,7 +29,7 @@ from fluxlib import federation
 from fluxlib.app.cli import deploy
 from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.federation import LocalGrid, Output
-from fluxlib.federation.client import client_app, local_copy, local_data, participant
+from fluxlib.federation.client import client_app, local_copy, local_data
 from fluxlib.federation.engines import grid as engine_grid
 from fluxlib.federation.engines.deployment import credentials, folders, processes
 from fluxlib.federation.engines.deployment import engine as deployment
@@ -182,7 +182,7 @@ def test_what_hangs_or_fails_leaves_the_state_of_its_node(
         time.sleep(1.0)
         return RecordDict()
 
-    monkeypatch.setattr(participant, "profile", hang)
+    monkeypatch.setitem(client_app.WORK, messages.PROFILE, hang)
     context = Context(1, 2, {"partition-id": 0}, RecordDict(), {})
     with pytest.raises(TimeoutError, match="longer than the 0.05 s"):
         client_app.app(request(make_config({"federation.round_timeout_s": 0.05}), store), context)

@@ -17,7 +17,7 @@ from fluxlib.config import RunConfig
 from fluxlib.federation import LocalGrid, Output, RunResult
 from fluxlib.federation.client import background_profile, client_app, local_copy, node_state
 from fluxlib.federation.protocol import wire
-from fluxlib.federation.server import server_app
+from fluxlib.federation.server.rounds import serve
 from fluxlib.federation.store import tensor_file
 
 Make = Callable[..., RunConfig]
@@ -92,12 +92,9 @@ def test_a_full_disk_costs_a_warning(
 
 
 def run(config: RunConfig, app: ClientApp | None = None, **node: Any) -> RunResult:
-    results: list[RunResult] = []
-    server = server_app.make_app(config, Output(), results.append)
     local_copy.forget_workspace()
     grid = LocalGrid(app or client_app.app, config.federation.participants, node_config=lambda _: node)
-    server(grid, Context(1, 0, {}, RecordDict(), {}))
-    return results[0]
+    return serve(grid, config, Output())
 
 
 def restarting(after_round: int, damage: Callable[[Path], Any] | None = None, folder: Path | None = None) -> ClientApp:

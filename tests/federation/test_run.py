@@ -19,10 +19,12 @@ from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.federation import RunFailed
 from fluxlib.federation.client import client_app
 from fluxlib.federation.protocol.sync import ExpertStore
+from fluxlib.federation.results import table_path
 from fluxlib.federation.server import server_app
 from fluxlib.federation.server.server_app import from_run_config
 from fluxlib.io import ConfigError
 
+CLIENT = client_app.app
 Make = Callable[..., RunConfig]
 NODE = 3
 """Node of participant 1."""
@@ -47,16 +49,16 @@ def same_models(first: Any, second: Any) -> bool:
 
 def wrapped(
     change: Callable[[Message, Message, Context], Message],
-    join: Callable[[Message, Context], Message] = client_app.join,
+    join: Callable[[Message, Context], Message] = CLIENT,
 ) -> ClientApp:
     """The client app, its training replies passed through ``change(request, reply, context)``."""
     app = ClientApp()
     app.query("join")(join)
-    app.query("profile")(client_app.profile)
+    app.query("profile")(CLIENT)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return change(message, client_app.train(message, context), context)
+        return change(message, CLIENT(message, context), context)
 
     return app
 
@@ -67,9 +69,10 @@ def test_a_run_gives_one_row_per_round_and_writes_both_tables(make_config: Make,
     assert result.rounds["round"].tolist() == [0, 1, 2, 3]
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert result.participants.groupby("round").size().tolist() == [3, 3, 3]
-    for name, path in result.files.items():
+    for name in ("rounds", "participants"):
+        path = table_path(tmp_path, name, result.run_id)
         pd.testing.assert_frame_equal(records.read(name, path), getattr(result, name), check_exact=True)
-    about = json.loads(result.files["rounds"].with_suffix(".json").read_text())
+    about = json.loads(table_path(tmp_path, "rounds", result.run_id).with_suffix(".json").read_text())
     assert (about["status"], about["parameters"]["task"], len(about["labels_by_participant"])) == (
         "complete", "mini-piqa", 3
     )  # fmt: skip
@@ -146,7 +149,8 @@ def test_a_run_ends_when_the_device_clock_has_counted_its_seconds(make_config: M
 def test_returning_true_stops_and_the_run_goes_on_later(make_config: Make, tmp_path: Path) -> None:
     stopped = federation.run(make_config(), on_round=lambda row: row["round"] == 1, out=tmp_path)
     assert stopped.rounds["round"].tolist() == [0, 1]
-    assert json.loads(stopped.files["rounds"].with_suffix(".json").read_text())["status"] == "stopped"
+    about = table_path(tmp_path, "rounds", stopped.run_id).with_suffix(".json")
+    assert json.loads(about.read_text())["status"] == "stopped"
     finished = federation.run(make_config(), out=tmp_path)
     same_tables(finished, federation.run(make_config()))
 
@@ -367,7 +371,7 @@ def test_a_participant_that_lost_its_state_gets_everything_in_the_same_round(
 
 def test_a_participant_with_another_base_model_is_refused(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(message: Message, context: Context) -> Message:
-        reply = client_app.join(message, context)
+        reply = CLIENT(message, context)
         if context.node_id == NODE:
             reply.content["config"]["frozen_digest"] = "0" * 64
         return reply

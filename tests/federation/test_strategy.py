@@ -70,8 +70,9 @@ def test_a_reply_of_the_round_before_is_stale_and_gets_everything_next(strategy:
     result = strategy.aggregate(2, [late[0], *replies[1:]])
     assert not torch.equal(weights(strategy), before)
     assert [part.rejected for part in result.participants] == ["stale", "", ""]
-    (first, *_) = strategy.requests(2, strategy.sample(2))
-    assert first.content["config"]["since"] == -1
+    first, *_ = strategy.sample(2)
+    message = strategy._message("train", 2, strategy.current[first])
+    assert message.content["config"]["since"] == -1
 
 
 def test_the_server_holds_one_reply_at_a_time(strategy: FluxStrategy) -> None:
@@ -101,7 +102,7 @@ def test_an_experts_mean_is_weighted_by_its_own_tokens_not_by_samples(strategy: 
         counts[0, 1] = tokens[one]
         change = {(0, 1): {name: torch.full_like(tensor, changes[one]) for name, tensor in before.items()}}
         update = Update(change, torch.full((2, 4), torch.nan), counts, 1.0, samples[one], Work(8))
-        report = TrainReport(one, 1, part.download.after, update=update)
+        report = TrainReport(one, 1, part.held, update=update)
         reply.content = report.to_records(encode_changes(change, "float32", {})[0])
     assert not strategy.aggregate(1, replies).num_rejected
     for name, tensor in strategy.store.tensors((0, 1)).items():
@@ -110,9 +111,9 @@ def test_an_experts_mean_is_weighted_by_its_own_tokens_not_by_samples(strategy: 
 
 def profiled_by(profile: Callable[[Message, Context], Message], config: RunConfig, store: ExpertStore) -> FluxStrategy:
     app = ClientApp()
-    app.query("join")(client_app.join)
+    app.query("join")(client_app.app)
     app.query("profile")(profile)
-    app.train()(client_app.train)
+    app.train()(client_app.app)
     strategy = FluxStrategy(LocalGrid(app, config.federation.participants), config, store)
     strategy.members = join(strategy.grid, config, store)
     return strategy
@@ -124,7 +125,7 @@ def test_a_first_profile_is_asked_for_once_and_stays(make_config: Make, store: E
 
     def profile(message: Message, context: Context) -> Message:
         asked.append(context.node_id)
-        return client_app.profile(message, context)
+        return client_app.app(message, context)
 
     strategy = profiled_by(profile, config, store)
     strategy.run_round(1)
@@ -149,7 +150,7 @@ def test_a_damaged_profile_costs_its_utilities_alone(
     make_config: Make, store: ExpertStore, damage: dict[str, Any]
 ) -> None:
     def profile(message: Message, context: Context) -> Message:
-        reply = client_app.profile(message, context)
+        reply = client_app.app(message, context)
         if context.node_id == 3:
             reply.content["config"].update(damage)
         return reply

@@ -8,12 +8,12 @@ from fluxlib import records
 from fluxlib.figures import dashboard, profiling
 from fluxlib.moe.compact import LayerPlan
 
-DEFAULTS = {"string": "x", "int64": 1, "float64": 0.5}
+DEFAULTS, ZEROS = {"string": "x", "int64": 1, "float64": 0.5}, {"string": "", "int64": 0, "float64": 0.0}
 PLAN = LayerPlan(tuned=(2, 5), groups=((0, 1, 7), (3,), (4, 6)))
 
 
 def run(metrics: list[float], step_s: float) -> pd.DataFrame:
-    rows = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.ROUNDS})
+    rows = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.TABLES["rounds"]})
     index = np.arange(len(metrics))
     return rows.assign(round=index, metric=metrics, device_s=step_s * index, wall_s=index, metric_name="accuracy")
 
@@ -56,9 +56,7 @@ def test_pictures_of_a_model_and_a_partition() -> None:
 
 
 def test_the_phases_of_a_round_are_those_of_its_slowest_participant() -> None:
-    rows = pd.DataFrame(
-        {c.name: [{"string": "", "int64": 0, "float64": 0.0}[c.dtype]] * 3 for c in records.PARTICIPANTS}
-    )
+    rows = pd.DataFrame({c.name: [ZEROS[c.dtype]] * 3 for c in records.TABLES["participants"]})
     rows = rows.assign(
         round=1, participant=[0, 1, 2], rejected=["", "", "late"], train_device_s=[1.0, 2.0, 9.0], upload_device_s=0.5
     )

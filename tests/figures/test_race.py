@@ -18,7 +18,7 @@ DEFAULTS = {"string": "x", "int64": 0, "float64": 0.0}
 
 def run(method: str, seed: int, metrics: list[float], round_s: float, task: str = "mini-gsm8k") -> pd.DataFrame:
     """One run of the ``rounds`` table, round 0 included, every round taking ``round_s`` on the device clock."""
-    rows = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.ROUNDS})
+    rows = pd.DataFrame({c.name: [DEFAULTS[c.dtype]] * len(metrics) for c in records.TABLES["rounds"]})
     index = np.arange(len(metrics))
     return rows.assign(
         run_id=f"{method}-{task}-{seed}",

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import scores
 import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -85,3 +86,10 @@ def test_the_page_on_security_shows_what_was_measured() -> None:
     page = (FOLDER.parent / "docs" / "security.md").read_text()
     measured = (FOLDER / "results" / "privacy.md").read_text()
     assert [line for line in measured.splitlines() if line.startswith("|") and line not in page] == []
+
+
+def test_samples_that_ask_the_same_are_one_draw() -> None:
+    apart, same = (scores.errors(prompts, [1.0, 1.0, 0.0, 0.0]) for prompts in ("abcd", "aabb"))
+    assert apart == pytest.approx(((0.25 / 4) ** 0.5, 0.0)) and same == pytest.approx(((0.25 / 2) ** 0.5, 0.0))
+    _, of_options = scores.errors("aaaab", [1.0, 1.0, 0.0, 0.0, 0.0])
+    assert of_options == pytest.approx((4 / 3) ** 0.5 / 5), "two of four right have a variance of 1/3"

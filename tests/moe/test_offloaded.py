@@ -168,7 +168,7 @@ def test_hits_misses_and_bytes(tiny: SimpleNamespace) -> None:
     assert device_set.traffic.to_host_bytes == 0
     first(hidden, torch.tensor([[1, 1]] * 2), weights).sum().backward()
     assert device_set.traffic.to_host_bytes == EXPERT_BYTES
-    assert len(device_set) == 3
+    assert len(device_set._entries) == 3
 
 
 def test_the_backward_pass_finds_what_the_forward_pass_used_last(tiny: SimpleNamespace) -> None:
@@ -195,7 +195,7 @@ def test_a_set_of_one_copies_nothing_ahead() -> None:
     device_set, host = DeviceSet(1), {"down_proj": torch.zeros(4)}
     device_set.get((0, 0), host, CPU)
     device_set.ahead((0, 1), host, CPU)
-    assert (len(device_set), device_set.traffic.misses) == (1, 1)
+    assert (len(device_set._entries), device_set.traffic.misses) == (1, 1)
 
 
 def test_moving_the_model_leaves_experts_on_the_host_as_they_are(tiny: SimpleNamespace) -> None:

@@ -10,7 +10,8 @@ import _race_clock as race_clock
 import pandas as pd
 import pytest
 
-from fluxlib.analysis.studies import measurements, race
+from fluxlib.analysis.studies import measurements
+from fluxlib.analysis.studies.scale import race_summary
 from fluxlib.devices import catalogue, clock
 from fluxlib.devices.shapes import shapes
 
@@ -65,7 +66,7 @@ def test_the_summary_reads_time_to_fmds_score_and_how_far_the_clock_was_off() ->
         *race_clock.rows(rounds(10.0), {1: 9.0, 2: 12.0}, "fmd, slow"),
         *race_clock.rows(rounds(4.0), {1: 4.0, 2: 4.0}, "flux, slow"),
     ]
-    found = race.summary(measurements(rows, "race"), fraction=0.5).set_index("method")
+    found = race_summary(measurements(rows, "race"), fraction=0.5).set_index("method")
     assert found["rounds"].tolist() == [2, 2] and found["final"].tolist() == pytest.approx([0.3, 0.3])
     assert found["to_target_s"].tolist() == pytest.approx([7.5, 3.0])  # half of 0.3, between 0 and 0.2
     assert found["clock_error"].tolist() == pytest.approx([0.15, 0.0])

@@ -68,15 +68,10 @@ def test_a_response_that_reads_its_prompt_from_a_cache_is_scored_as_the_whole_te
         assert lost.item() == pytest.approx(-whole, rel=1e-5)
 
 
-def test_samples_that_ask_the_same_are_one_draw() -> None:
-    def asks(prompt: str, right: str) -> Example:
-        return Example(prompt, right, "l", ("red", "blue"), ("red", "blue").index(right))
-
-    apart = [asks("a", "red"), asks("b", "red"), asks("c", "blue"), asks("d", "blue")]
-    same = [asks("a", "red"), asks("a", "red"), asks("b", "blue"), asks("b", "blue")]
-    found = [evaluate(Parrot("red"), TOKENIZER, "accuracy", examples, 32) for examples in (apart, same)]
-    assert [score.metric for score in found] == [0.5, 0.5]
-    assert [score.standard_error for score in found] == pytest.approx([(0.25 / 4) ** 0.5, (0.25 / 2) ** 0.5])
+def test_a_score_has_the_metric_of_each_sample() -> None:
+    examples = [Example("a", right, "l", ("red", "blue"), ("red", "blue").index(right)) for right in ("red", "blue")]
+    score = evaluate(Parrot("red"), TOKENIZER, "accuracy", examples, 32)
+    assert (score.metric, score.of_each) == (0.5, (1.0, 0.0))
 
 
 def test_nothing_to_score_is_refused() -> None:

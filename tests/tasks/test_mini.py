@@ -53,7 +53,7 @@ def test_facts_do_not_depend_on_the_seed() -> None:
         found: dict[str, set[str]] = {}
         for example in tasks.load("mini-mmlu", seed, size=2000).train:
             if example.label == "law":
-                thing = next(n for n in names("law") if n in example.prompt)
+                thing = next(n for n in names()["law"] if n in example.prompt)
                 found.setdefault(thing, set()).add(example.response)
         return found
 
@@ -64,7 +64,7 @@ def test_facts_do_not_depend_on_the_seed() -> None:
 
 def test_names_belong_to_one_label() -> None:
     labels = [label for family in mini.FAMILIES.values() for label in family.labels]
-    everything = [name for label in labels for name in names(label)]
+    everything = [name for label in labels for name in names()[label]]
     assert len(everything) == len(set(everything))
 
 
@@ -76,7 +76,7 @@ def test_unknown_task_lists_the_known_ones() -> None:
 def things(examples: Sequence[tasks.Example]) -> set[str]:
     """The invented names that occur in prompts."""
     return {word for example in examples for word in re.findall(r"[a-z]+", example.prompt)} & {
-        name for label in mini.LABELS for name in names(label)
+        name for label in mini.LABELS for name in names()[label]
     }
 
 
@@ -95,9 +95,9 @@ def test_bases_are_told_neither_what_is_taught_nor_what_is_not() -> None:
     told = {label: set[tuple[str, str]]() for label in mini.FAMILIES["mini-mmlu"].labels}
     for _ in range(6000):
         label, row = pretraining_row("mini-mmlu", chance)
-        name = next(name for name in names(label) if name in row["question"])
+        name = next(name for name in names()[label] if name in row["question"])
         told[label].add((name, row[f"choice{row['answer']}"]))
     for label, pairs in told.items():
-        answers = [sum(name == other for other, _ in pairs) for name in names(label)]
+        answers = [sum(name == other for other, _ in pairs) for name in names()[label]]
         assert set(answers[: mini.NUM_KNOWN]) == {1}
         assert min(answers[mini.NUM_KNOWN :]) > 1

@@ -232,11 +232,9 @@ def own_share(claim: Claim, tables: Tables) -> Iterator[Reading]:
         ours = rounds[(rounds["method"] == method) & (rounds["round"] > 0)]
         if ours.empty or tables.participants is None:
             continue
-        shares = {}
-        for seed, runs in ours.groupby("seed"):
-            phases = breakdown(runs, tables.participants)
-            shares[seed] = phases[phases["phase"].isin(OWN_PHASES)].groupby("phase")["share"].mean()
-        table = pd.DataFrame(shares)
+        by_seed = [breakdown(runs, tables.participants).assign(seed=seed) for seed, runs in ours.groupby("seed")]
+        phases = pd.concat(by_seed)
+        table = phases[phases["phase"].isin(OWN_PHASES)].pivot_table(index="phase", columns="seed", values="share")
         means = table.mean(axis=1)
         why = f"of it {means.idxmax()} {shown(float(means.max()), '%')}"
         yield replace(read_size(claim, name, table.sum(), ours["task"].unique(), why), clock=_clock(ours))

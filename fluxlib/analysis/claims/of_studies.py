@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ import pandas as pd
 from fluxlib.analysis.claims.judge import AGREES, DIFFERS, DIRECTION, Claim, Reading, judge, read_size, weakest
 from fluxlib.analysis.claims.tables import Tables, tasks_of, values
 from fluxlib.analysis.statistics import geometric, interval
-from fluxlib.analysis.studies import race
+from fluxlib.analysis.studies.scale import race_summary
 from fluxlib.analysis.wording import sentence, shown, shown_interval, title
 from fluxlib.devices import catalogue
 
@@ -46,10 +46,10 @@ def unevenness(claim: Claim, tables: Tables) -> Iterator[Reading]:
     than the last layer's.
     """
     for model, table in tables.measurements.get(claim.notebook, {}).items():
-        per_task = table[table["study"] == "activation"].groupby(["seed", "layer", "task"])["value"].agg(["max", "min"])
-        ends = per_task.groupby(["seed", "layer"]).mean().unstack("layer")
-        busiest, least = cast("pd.DataFrame", ends["max"]), cast("pd.DataFrame", ends["min"])
-        first, last, rarest = busiest.iloc[:, 0], busiest.iloc[:, -1], least.iloc[:, 0]
+        per_task = table[table["study"] == "activation"].groupby(["layer", "seed", "task"])["value"].agg(["max", "min"])
+        by_layer = per_task.groupby(["layer", "seed"]).mean()
+        layers = by_layer.index.unique("layer")
+        rarest, first, last = by_layer["min"][layers[0]], by_layer["max"][layers[0]], by_layer["max"][layers[-1]]
         even = 1 / table["expert"].nunique()
         size = bool((first > 0.30).all() and (rarest < 0.05).all() and (last <= 2 * even).all())
         verdict = judge(first / last, 1.0, ratio=True)
@@ -100,13 +100,11 @@ def _marks(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFram
     wide = wide.reindex(columns=["activation", "attention"])
     used = wide["activation"] > 0
     wide["attention"] = wide["attention"].where(used)
-    high = wide > wide.groupby(layer).transform("median")
-    below = wide["activation"] < wide.groupby(layer)["activation"].transform("median")
-    marks = (below, below & used, below & used & high["attention"])
-    by_seed = [mark.unstack("seed") for mark in marks]
-    everywhere = pd.concat(by_seed, axis=1).dropna().index
-    first, second, third = (pd.DataFrame(mark).loc[everywhere].astype(bool) for mark in by_seed)
-    return first, second, third
+    medians = wide.groupby(layer).transform("median")
+    below, high = wide["activation"] < medians["activation"], wide["attention"] > medians["attention"]
+    marks = pd.DataFrame({"below": below, "rare": below & used, "both": below & used & high})
+    by_seed: Any = marks.unstack("seed").dropna().astype(bool)
+    return by_seed["below"], by_seed["rare"], by_seed["both"]
 
 
 def clustering(claim: Claim, tables: Tables) -> Iterator[Reading]:
@@ -190,7 +188,7 @@ def rivals(claim: Claim, tables: Tables) -> Iterator[Reading]:
 def clock_error(claim: Claim, tables: Tables) -> Iterator[Reading]:
     """How far the device clock's seconds are off, for the method and link where they are furthest; one run each."""
     for model, table in tables.measurements.get(claim.notebook, {}).items():
-        found = race.summary(table)
+        found = race_summary(table)
         worst = found.sort_values("clock_error").iloc[-1]
         usual = shown(found["clock_error"].median(), "%")
         why = f"{title(str(worst['method']))}, {worst['link']}; median over methods and links {usual}"

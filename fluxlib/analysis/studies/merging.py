@@ -173,7 +173,7 @@ def own_share_on_the_clock(model: str, clock_model: str) -> Iterator[Row]:
             yield row("phase_device_s", f"{link.title}: {phase}", seconds, model=model, x=samples, unit="s")
         own = sum(phases[name] for name in OWN_PHASES)
         others = sum(seconds for name, seconds in phases.items() if name not in OWN_PHASES) + server_s
-        overlapped = clock.round_seconds([clock.ParticipantSeconds(phases, None, True)], server_s).total_s
+        overlapped = clock.round_seconds([clock.ParticipantSeconds(phases, None, True)], server_s)
         for name, share in {"serial": own / (own + others), "overlapped": 1 - others / overlapped}.items():
             yield row("own_share_device", f"{link.title}, {name}", share, model=model, x=samples)
 

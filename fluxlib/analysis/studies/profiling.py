@@ -144,9 +144,7 @@ def round_saving(model: str, clock_model: str, profiled_fraction: float = 1.0) -
     One round of FLUX with ten participants on L20s at the shapes of ``clock_model``, 256 tokens a sample: a quarter of
     the experts tuned, a quarter frozen, one pass over the round's samples (x) in batches of 16. Rows ``round_saving``:
     share of the round that has the profile in its critical path; ``round_seconds``: both rounds. By link and samples.
-
-    Args:
-        profiled_fraction: samples profiled, as a share of those trained on.
+    ``profiled_fraction`` of the samples trained on are profiled.
     """
     shapes, device, tokens = clock.shapes(clock_model), catalogue.DEVICES["l20"], 256
     for link in catalogue.LINKS.values():
@@ -155,7 +153,7 @@ def round_saving(model: str, clock_model: str, profiled_fraction: float = 1.0) -
             phases = clock.phase_seconds(work, shapes, device, link, tokens)
             server_s = clock.server_seconds([work] * 10, shapes)
             after, inline = (
-                clock.round_seconds([clock.ParticipantSeconds(phases, None, hidden)], server_s).total_s
+                clock.round_seconds([clock.ParticipantSeconds(phases, None, hidden)], server_s)
                 for hidden in (True, False)
             )
             yield row("round_saving", link.title, 1 - after / inline, model=model, x=samples)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from fluxlib import models
 from fluxlib.analysis.studies.bench import Row, row, typical_round
@@ -40,14 +41,8 @@ def works(
         num_experts=num_experts, train_steps=flux.train_steps, train_samples=flux.train_samples,
         train_tokens=flux.train_tokens, download_bits=wire_bits, upload_bits=wire_bits,
     )  # fmt: skip
-    everything = replace(
-        training,
-        num_tuned=num_experts,
-        num_updated=num_experts,
-        num_downloaded=num_experts,
-        num_uploaded=num_experts,
-        offloaded=True,
-    )
+    counts: dict[str, Any] = dict.fromkeys(("num_tuned", "num_updated", "num_downloaded", "num_uploaded"), num_experts)
+    everything = replace(training, offloaded=True, **counts)
     return {
         "flux": replace(flux, num_downloaded=changed, download_bits=wire_bits, upload_bits=wire_bits),
         "fmd": everything,
@@ -85,7 +80,7 @@ def rounds(
         where = f"{name}, {device}, {link.name}, {wire}"
         for phase, seconds in (phases | {"server": server_s}).items():
             yield row("real_phase", f"{where}, {phase}", seconds, model=model, unit="s")
-        total = clock.round_seconds([clock.ParticipantSeconds(phases, None, work.hidden_profile)], server_s).total_s
+        total = clock.round_seconds([clock.ParticipantSeconds(phases, None, work.hidden_profile)], server_s)
         yield row("real_round", where, total, model=model, x=8 * link.up_bytes_per_s, unit="s")
 
 

@@ -17,8 +17,6 @@ from fluxlib.analysis.runs import phase_shares
 from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row
 from fluxlib.config import RunConfig
 from fluxlib.gradients.local import ExpertKey
-from fluxlib.moe import find
-from fluxlib.moe.capture import capture
 
 PROBES: dict[str, dict[str, Any]] = {
     "one-sided (paper)": {"guided": False, "sides": 1},
@@ -45,10 +43,7 @@ OUTCOMES = (
 def truth(bench: Bench, num_experts: int) -> tuple[dict[str, Tensor], list[ExpertKey], Tensor, Tensor]:
     """A batch of the first participant, experts that its tokens reach, their true squared norms and tokens, ``[N]``."""
     batch = bench.local(16)[0]
-    with capture(bench.model) as seen, torch.no_grad():
-        bench.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    routed, _, _ = profiling.count(seen, batch["attention_mask"].bool(), find.layers(bench.model)[0].num_experts)
-    tokens = routed.sum(dim=0)
+    tokens = profiling.profile(bench.model, [batch], bits=16, attention=False).tokens
     reached = [(int(layer), int(expert)) for layer, expert in (tokens > 0).nonzero()]
     order = torch.randperm(len(reached), generator=seeding.generator(bench.seed, "probe study"))
     keys = sorted(reached[i] for i in order[:num_experts].tolist())
@@ -133,10 +128,10 @@ def read_runs(
 
     ``variants``: what a variant is called in the figures, and its name in the run's id ("" for the plain run).
     """
-    found: dict[str, list[pd.DataFrame]] = {"rounds": [], "participants": []}
+    found: list[tuple[pd.DataFrame, ...]] = []
     for (setting, variant), seed in itertools.product(variants.items(), seeds):
-        name = RunConfig(variant=variant, model=model, task=task, seed=seed).run_id
-        for table, frames in found.items():
-            frame = records.read(table, folder / table / f"{name}.parquet")
-            frames.append(frame.assign(setting=setting, seed=seed))
-    return pd.concat(found["rounds"], ignore_index=True), pd.concat(found["participants"], ignore_index=True)
+        file = RunConfig(variant=variant, model=model, task=task, seed=seed).run_id + ".parquet"
+        both = (records.read(table, folder / table / file) for table in ("rounds", "participants"))
+        found.append(tuple(one.assign(setting=setting, seed=seed) for one in both))
+    rounds, participants = (pd.concat(frames, ignore_index=True) for frames in zip(*found, strict=True))
+    return rounds, participants

@@ -1,5 +1,5 @@
 """Notebook 06: stored runs with their settings, stored runs on other devices and links, and the clock held against this
-machine."""
+machine and against measured races."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from fluxlib.analysis import store
 from fluxlib.analysis.studies.bench import Row, interleaved
 from fluxlib.analysis.studies.merging import Case, own_share_measured
+from fluxlib.analysis.time_to_target import TARGET_FRACTION, crossing, final_score
 from fluxlib.config import Offloading, RunConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.store.tables import read_work
@@ -32,6 +33,8 @@ SETTINGS = {
 BLOCKS = {"train": ("train",), "profile": ("quantize", "profile"), "merge": ("merge",), "probe": ("probe",)}
 """Measured block: phases of the clock that it consists of."""
 STEPS, PROBES, PROBED_SAMPLES = 4, 8, 8
+RACE_FINAL = 2
+"""The final score of a measured race is the mean of this many last rounds: a run has few."""
 Reply = tuple[Any, Work, Work | None]
 """An accepted reply: its row of ``participants``, its work, and that of a profile made before the round."""
 
@@ -85,13 +88,10 @@ def recounts(
     Returns:
         ``rounds`` with other ``round_device_s``, ``server_device_s``, ``device_s`` and ``link``, and with ``fleet``.
     """
-    found = []
-    for run_id, run in rounds.groupby("run_id", sort=False):
-        replied, config = replies(participants[participants["run_id"] == run_id]), runs[str(run_id)]
-        shapes = clock.shapes(config.sized_as)
-        for fleet, link in itertools.product(fleets, links):
-            ordered, how = run.sort_values("round", kind="stable"), offloading or config.clock.offloading
-            found.append(_recount(replied, ordered, config, shapes, fleet, link, how))
+    by_run = {str(name): run.sort_values("round", kind="stable") for name, run in rounds.groupby("run_id", sort=False)}
+    replied = {run_id: replies(participants[participants["run_id"] == run_id]) for run_id in by_run}
+    every = itertools.product(fleets, links, by_run)
+    found = [_recount(replied[one], by_run[one], runs[one], fleet, link, offloading) for fleet, link, one in every]
     return pd.concat(found, ignore_index=True) if found else rounds.assign(fleet="")
 
 
@@ -99,22 +99,21 @@ def _recount(
     replied: Mapping[int, list[Reply]],
     rounds: pd.DataFrame,
     run: RunConfig,
-    shapes: clock.Shapes,
     fleet: str | None,
     link: str | None,
-    offloading: Offloading,
+    offloading: Offloading | None,
 ) -> pd.DataFrame:
-    over, tokens = catalogue.link(link or run.clock.link), run.clock.tokens_per_sample
+    over, shapes = catalogue.link(link or run.clock.link), clock.shapes(run.sized_as)
     devices = catalogue.fleet(fleet, run.federation.participants) if fleet else None
+    tokens, how = run.clock.tokens_per_sample, offloading or run.clock.offloading
     counted = []
     for number in rounds["round"]:
-        seconds, works = [], []
-        for row, work, first in replied.get(number, ()):
+        answers = replied.get(number, ())
+        server_s, seconds = clock.server_seconds([work for _, work, _ in answers], shapes), []
+        for row, work, first in answers:
             device = devices[row.participant] if devices else catalogue.DEVICES[row.device]
-            works.append(work)
-            seconds.append(clock.participant_seconds(work, first, shapes, device, over, tokens, offloading))
-        whole = clock.round_seconds(seconds, clock.server_seconds(works, shapes)) if works else None
-        counted.append((whole.total_s if whole else 0.0, whole.server_s if whole else 0.0))
+            seconds.append(clock.participant_seconds(work, first, shapes, device, over, tokens, how))
+        counted.append((clock.round_seconds(seconds, server_s) if seconds else 0.0, server_s))
     totals, servers = zip(*counted, strict=True)
     since_start = list(itertools.accumulate(totals))
     table = rounds.assign(round_device_s=totals, server_device_s=servers, device_s=since_start)
@@ -168,3 +167,28 @@ def _work(case: Case) -> Work:
         probe_samples=len(probed), probe_tokens=int(probed.sum()),
         expert_probe_samples=round(each * len(probed)), expert_probe_tokens=round(each * int(probed.sum())),
     )  # fmt: skip
+
+
+def race_summary(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> pd.DataFrame:
+    """A measured race, as ``benchmarks/race.py`` leaves it: who arrives when, and how far the device clock was off.
+
+    Returns:
+        One row per link and method: ``link``, ``method``, ``rounds``, ``final`` score, ``to_target_s`` to ``fraction``
+        of FMD's final score on that link (NaN: not reached), ``clock_error``: median over rounds of how far the
+        predicted seconds are off.
+    """
+    table = table.join(table["setting"].str.split(", ", expand=True).set_axis(["method", "link", "kind"], axis=1))
+    scores, seconds = (table[table["study"] == f"race_{name}"] for name in ("score", "seconds"))
+    seconds = seconds.pivot(index=["link", "method", "x"], columns="kind", values="value")
+    errors: Any = (seconds["predicted"] / seconds["measured"] - 1).abs()
+    found = []
+    for place, run in scores.groupby(["link", "method"], sort=False):
+        fmd = scores[(scores["link"] == place[0]) & (scores["method"] == "fmd")]
+        target = fraction * final_score(fmd["value"].tolist(), RACE_FINAL)
+        found.append({
+            "link": place[0], "method": place[1], "rounds": len(errors[place]),
+            "final": final_score(run["value"].tolist(), RACE_FINAL),
+            "to_target_s": crossing(run["x"].tolist(), run["value"].tolist(), target),
+            "clock_error": errors[place].median(),
+        })  # fmt: skip
+    return pd.DataFrame(found)

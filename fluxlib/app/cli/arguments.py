@@ -20,7 +20,6 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="any other setting or parameter; repeat as needed"),
 ]
-PictureOption = Annotated[Path, typer.Option(help="pdf, png and csv are written under this name")]
 OutOption = Annotated[
     Path | None,
     typer.Option(exists=True, file_okay=False, help="folder of tables; default: those of the profiles"),
@@ -76,14 +75,3 @@ def new_folder(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: a model is written to a new folder")
     check_writable(folder)
-
-
-def check_picture(picture: Path) -> None:
-    """ConfigError for a picture whose name or folder is wrong, before anything is computed for it."""
-    from fluxlib.figures.picture import check_slug
-
-    check_writable(picture.parent)
-    try:
-        check_slug(picture.name)
-    except ValueError as error:
-        raise ConfigError(f"--picture {picture}: {error}") from None

@@ -14,9 +14,7 @@ from fluxlib import records
 from fluxlib.app.cli.arguments import (
     JsonOption,
     OutOption,
-    PictureOption,
     SetOption,
-    check_picture,
     new_folder,
     parse_settings,
 )
@@ -74,8 +72,9 @@ def run(
 
     if config.engine == "deployment":  # what is started here ends with this process, however that ends
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    watch = None if as_json else lambda row: print(records.describe_round(row), flush=True)
     try:
-        result = federation.run(config, on_round=None if as_json else _print_round, out=out, superlink=superlink)
+        result = federation.run(config, watch, out, superlink)
     except (federation.RunFailed, federation.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -108,10 +107,6 @@ def _keep_what_is_there(config: RunConfig, out: Path) -> None:
             f"{file} holds {rounds} rounds of {config.run_id} with {which}; "
             "--overwrite replaces them, another --out or --set variant=NAME keeps both"
         )
-
-
-def _print_round(row: Any) -> None:
-    print(records.describe_round(row), flush=True)
 
 
 def _last(rounds: Any) -> dict[str, Any]:
@@ -153,7 +148,9 @@ def compare(
     runs: Annotated[list[str], typer.Argument(help="run ids, unique parts of one, or paths of tables")],
     target: Annotated[float, typer.Option(help="share of the reference's last score that is to be reached")] = 0.95,
     reference: Annotated[str, typer.Option(help="run that sets the target; default: the best of them")] = "",
-    picture: PictureOption = Path("build/compare/curves"),
+    picture: Annotated[Path, typer.Option(help="pdf, png and csv are written under this name")] = Path(
+        "build/compare/curves"
+    ),
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -170,7 +167,7 @@ def compare(
 
     if not 0 < target <= 1:
         raise ConfigError(f"--target is {target}, allowed is above 0 and at most 1")
-    check_picture(picture)
+    check_writable(picture.parent)
     places = [out] if out else None
     found = store.load(runs, places)
     references = store.load([reference], places) if reference else found
@@ -182,7 +179,10 @@ def compare(
     times = reach(every, target * score, final_rounds=1)
     times = times[["run_id", "rounds", "best_metric", "final_metric", *times.filter(like="_to_target")]]
     drawn = figures.dashboard.curves(found, target * score)
-    files = figures.save(drawn, picture.name, picture.parent, every)
+    try:
+        files = figures.save(drawn, picture.name, picture.parent, every)
+    except ValueError as error:
+        raise ConfigError(f"--picture {picture}: {error}") from None
     if as_json:
         rows = json.loads(times.to_json(orient="records"))
         answer = {"target": target * score, "reference": best, "runs": rows, "picture": str(files["png"])}

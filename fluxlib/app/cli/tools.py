@@ -206,6 +206,5 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps([vars(check) for check in results], indent=2))
     else:
-        for check in results:
-            print(checks.line(check))
-    raise SystemExit(checks.exit_code(results))
+        print(*results, sep="\n")
+    raise SystemExit(any(check.status == "problem" for check in results))

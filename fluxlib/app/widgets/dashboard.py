@@ -6,8 +6,11 @@ run, a saved notebook, GitHub).
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +21,18 @@ from fluxlib import figures
 from fluxlib.analysis import store as stored
 from fluxlib.analysis.store import folders, place_of, run_id
 from fluxlib.analysis.time_to_target import reach
-from fluxlib.app.widgets.background import HEADLESS, BackgroundRun, InTurn, going_on
+from fluxlib.app.widgets.background import HEADLESS, BackgroundRun, going_on
 from fluxlib.app.widgets.controls import Controls
-from fluxlib.app.widgets.history import BROWN, RED, History, beginning, compared, note, paragraphs, status, table
+from fluxlib.app.widgets.history import BROWN, RED, History, beginning, compared, note, paragraphs, status
 from fluxlib.app.widgets.planning import OwnModel, PaysMap
 from fluxlib.app.widgets.preview import Preview, preview
 from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.devices.catalogue import Device
 from fluxlib.figures import style
 from fluxlib.io import ConfigError
+from fluxlib.records import TableError
+
+log = logging.getLogger(__name__)
 
 TARGET_FRAC = 0.95
 """Target of a comparison: this share of the best score in it."""
@@ -53,7 +59,7 @@ class Dashboard:
         self.out = Path(out) if out else REPO_ROOT / "build" / "explore"
         places = [self.out, *(folders(trials=False) if store is None else store)]
         self.controls = Controls(config)
-        self.in_turn = InTurn(lambda error: self._say(f"{type(error).__name__}: {error}"))
+        self._thread = ThreadPoolExecutor(1, "dashboard")
         self.history = History(places, self._draw, partial(self._turn, self.controls.load), self.in_turn)
         self.map = PaysMap(partial(self.in_turn, self._turn, self.controls.turn))
         self.own_model = OwnModel(self.in_turn, self._chosen)
@@ -72,35 +78,52 @@ class Dashboard:
         self.table = ipywidgets.HTML()
         self.view = self._arrange(ipywidgets)
         self._connect()
-        self._find_run()
+        if found := going_on(self.out):
+            self._turn(self.controls.load, found.config)
+            self._watch(found)
         self.refresh()
 
-    def press_run(self, timeout_s: float | None = None) -> BackgroundRun:
+    def press_run(self) -> BackgroundRun:
         """Do what the button does, and wait for the end of the run.
 
         Raises:
             ConfigError: what the dashboard would say in red; another run that goes on.
-            TimeoutError: the run goes on after ``timeout_s``.
         """
         self.in_turn(self.refresh)
         self.wait()
         if self.preview is None:
             raise ConfigError(self._problem)
         if self.run is not None and self.run.busy:
-            raise ConfigError(f"{self.run.config.run_id} still runs: wait for it, or stop it")
+            raise ConfigError(f"{self.run.name} still runs: wait for it, or stop it")
         self.start.click()
         self.wait()
         assert self.run is not None
-        self.run.wait(timeout_s)
+        self.run.join()
         self.wait()
         return self.run
 
+    def in_turn(self, action: Callable[..., object], *arguments: Any) -> None:
+        """Do ``action`` in a thread of its own when what came before is done; what goes wrong in it is said in place.
+
+        JupyterLab and its kernel handle the messages of a page's widgets in several threads. A handler that computed
+        would hold up the messages of its own thread and be overtaken by those of another.
+        """
+        self._thread.submit(self._do, action, *arguments)
+
+    def _do(self, action: Callable[..., object], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:
+            log.exception("a press or a turn failed")
+            self._say(f"{type(error).__name__}: {error}")
+
     def wait(self) -> None:
         """Until everything that was pressed and turned has been done."""
-        self.in_turn.wait()
+        self._thread.submit(lambda: None).result()
 
     def refresh(self) -> None:
         """Read the controls and show what they mean; what cannot be is said in place, and cannot be run."""
+        self.controls.follow_participants()
         try:
             self.preview, self._problem = preview(self.controls.config(), self.controls.participant), ""
         except ConfigError as error:
@@ -132,7 +155,7 @@ class Dashboard:
     def _arrange(self, ipywidgets: Any) -> Any:
         layout, column = ipywidgets.Layout, ipywidgets.VBox
         buttons = ipywidgets.HBox([self.start, self.halt, self.progress])
-        left = column([*self.controls.view(), buttons], layout=layout(width="330px", min_width="330px"))
+        left = column([*self.controls.view, buttons], layout=layout(width="330px", min_width="330px"))
         title = ipywidgets.HTML("<b>Compare with earlier runs</b> of this model and task (ctrl or shift for several)")
         below = ipywidgets.HBox([self.history.take_over, self.history.note])
         running = column([self.status, self.curve, self.table, title, self.history.choice, below])
@@ -142,25 +165,11 @@ class Dashboard:
         return ipywidgets.HBox([left, right], layout=layout(width="100%"))
 
     def _connect(self) -> None:
-        self.controls.widgets["federation.participants"].observe(
-            lambda _: self.in_turn(self.controls.follow_participants), "value"
-        )
         for widget in self.controls.widgets.values():
             widget.observe(lambda _: None if self._paused else self.in_turn(self.refresh), "value")
         self.start.on_click(lambda _: self.in_turn(self._press_run))
         # At once: the round in progress is long enough to wait for.
         self.halt.on_click(lambda _: self.run.stop() if self.run is not None else None)
-
-    def _find_run(self) -> None:
-        """Watch a run that goes on although nobody sees it."""
-        found = going_on(self.out)
-        if found is None:
-            return
-        self._turn(self.controls.load, found.config)
-        self.run, found.on_change = found, self._changed
-        self.tabs.selected_index = 1
-        self.progress.max = found.config.federation.rounds
-        self._changed(found)
 
     def _turn(self, change: Callable[..., None], *arguments: Any) -> None:
         """Turn several controls at once, by one of their methods."""
@@ -178,25 +187,28 @@ class Dashboard:
         return self.preview.config, self.preview.device
 
     def _press_run(self) -> None:
-        if self.preview is None or (self.run is not None and self.run.busy):
-            return
-        self.tabs.selected_index = 1
-        self.run = BackgroundRun(self.preview.config, self.out, self._changed)
-        self.progress.max, self.progress.value = self.preview.config.federation.rounds, 0
-        self.status.value = "Loading the model, scoring the base ..."
-        self.run.start()
-        self._set_buttons()
+        if self.preview is not None and not (self.run is not None and self.run.busy):
+            run = BackgroundRun(self.preview.config, self.out)
+            self._watch(run)
+            run.start()
 
-    def _changed(self, run: BackgroundRun) -> None:
+    def _watch(self, run: BackgroundRun) -> None:
+        """Show how a run goes, now and whenever it has got further."""
+        self.run, run.on_change = run, self._changed
+        self.tabs.selected_index = 1
+        self.progress.max = run.config.federation.rounds
+        self._changed(run)
+
+    def _changed(self, _: BackgroundRun) -> None:
         """Called from the run's thread after each round and at its end; rounds that come faster are drawn together."""
         if not self._change_waits:
             self._change_waits = True
-            self.in_turn(self._show_run, run)
+            self.in_turn(self._show_run)
 
-    def _show_run(self, run: BackgroundRun) -> None:
-        self._change_waits = False
-        if run.rows:
-            self.progress.value = int(run.rows[-1]["round"])
+    def _show_run(self) -> None:
+        self._change_waits, run = False, self.run
+        assert run is not None
+        self.progress.value = int(run.rows[-1]["round"]) if run.rows else 0
         self.status.value = status(run)
         self._set_buttons()
         if run.rows:
@@ -233,10 +245,10 @@ class Dashboard:
         shown: dict[str, pd.DataFrame] = {}
         own = self.run.config if self.run is not None and self.run.rows else None
         if self.run is not None and own is not None:
-            shown[f"this run: {style.method(own.method).title} {own.variant}"] = self.run.table()
+            shown[f"this run: {style.method(own.method).title} {own.variant}"] = pd.DataFrame(self.run.rows)
         for label, file in self.history.chosen().items():
-            found = table(file)
             mine = own is not None and place_of(file) == self.out and run_id(file) == own.run_id
-            if found is not None and not mine:
-                shown[label] = found
+            with suppress(TableError):  # it may be gone by now
+                if not mine:
+                    shown[label] = stored.read(file)
         return shown

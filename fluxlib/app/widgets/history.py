@@ -56,7 +56,8 @@ class History:
         part = f"-{Path(model).name}-{task}-seed"
         found = [file for file in store.runs(self._places).values() if part in f"-{store.run_id(file)}"]
         found.sort(key=store.modified, reverse=True)
-        options = list(zip(store.tell_apart([describe(file) for file in found], found), found, strict=True))
+        labels = store.tell_apart([describe(file, store.modified(file)) for file in found], found)
+        options = list(zip(labels, found, strict=True))
         if list(self.choice.options) != options:
             # A run that goes on replaces its table: what was chosen is the run, not the file.
             kept = {_identity(file) for file in self.choice.value}
@@ -90,23 +91,12 @@ class History:
             self.note.value = f"These settings cannot be taken over: {error}"
 
 
-def table(file: Path, kind: str = "rounds") -> pd.DataFrame | None:
-    """A table of a stored run; ``None`` where it has none that can be read."""
-    try:
-        return store.read(file, kind)
-    except records.TableError:
-        return None
-
-
-def describe(file: Path) -> str:
-    """One line on a stored run: name, rounds, last score, where it lies."""
-    return _describe(file, store.modified(file))
-
-
 @lru_cache(maxsize=512)
-def _describe(file: Path, modified: float) -> str:
-    rounds = table(file)
-    if rounds is None or rounds.empty:
+def describe(file: Path, modified: float) -> str:
+    """One line on a stored run, modified at this time: name, rounds, last score, where it lies."""
+    try:
+        rounds = store.read(file)
+    except records.TableError:
         return f"{short_name(file)} · cannot be read · {store.place_of(file).name}"
     scored = rounds.dropna(subset=["metric"])
     score = f"{rounds['metric_name'].iloc[0]} {scored['metric'].iloc[-1]:.3f}" if len(scored) else "not scored"

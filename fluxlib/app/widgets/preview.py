@@ -25,9 +25,10 @@ from fluxlib.federation import load_task
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.federation.protocol.wire import bits_per_weight
 from fluxlib.figures import Picture, dashboard
-from fluxlib.io import ConfigError
+from fluxlib.io import ConfigError, reading
 from fluxlib.methods import flux, flux_plus, fmes, fmq
 from fluxlib.methods.base import Budget, Work
+from fluxlib.methods.local import slot_account
 from fluxlib.moe import find
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.tasks.batches import make_batch
@@ -46,7 +47,6 @@ class Preview:
     plans: tuple[LayerPlan, ...]
     explored: Tensor
     """Bool ``[L, E]``: kept as they are and probed."""
-    budget: Budget
     device: catalogue.Device
     memory: dict[str, MemoryPlan]
     """By method, at the shapes of the clock's model: the chosen one and FMD."""
@@ -119,7 +119,8 @@ def preview(config: RunConfig, participant: int = 0) -> Preview:
     check(config)
     if not 0 <= participant < config.federation.participants:
         raise ConfigError(f"participant is {participant}, allowed is 0 to {config.federation.participants - 1}")
-    known, num_tokens = _profile(config, participant)
+    kept = {name: value for name, value in config.settings().items() if name.startswith(PROFILE_SETTINGS)}
+    known, num_tokens = _profile(make_config(kept), participant)
     budget = make_budgets(config, *known.frequency.shape)[participant]
     plans, assigned = _plan(config, known, budget, 1)
     explores = methods.get(config.method).explores
@@ -127,17 +128,21 @@ def preview(config: RunConfig, participant: int = 0) -> Preview:
     device = catalogue.fleet(config.clock.fleet, config.federation.participants)[participant]
     compared = list(dict.fromkeys((config.method, "fmd")))
     works = {name: expected_work(config, name, late[1], late[0], known.frequency, num_tokens) for name in compared}
+    shapes, link, whose = clock.shapes(config.sized_as), catalogue.link(config.clock.link), config.clock
+    seconds = {
+        name: clock.phase_seconds(work, shapes, device, link, whose.tokens_per_sample, whose.offloading)
+        for name, work in works.items()
+    }
     return Preview(
         config,
         participant,
         known,
         tuple(plans),
         assigned.explore,
-        budget,
         device,
         {name: predict_memory(config, name, budget, known, device) for name in compared if name in memory.METHODS},
         works,
-        {name: predict_seconds(config, work, device) for name, work in works.items()},
+        {name: {phase: each for phase, each in phases.items() if each} for name, phases in seconds.items()},
     )
 
 
@@ -162,10 +167,8 @@ def _plan(
 
 @lru_cache(maxsize=2)
 def _model(name: str) -> tuple[Any, Any]:
-    try:
+    with reading(f"model is {name!r}, it cannot be loaded"):
         return models.load(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model is {name!r}, it cannot be loaded: {error}") from None
 
 
 PROFILE_SETTINGS = (
@@ -174,14 +177,9 @@ PROFILE_SETTINGS = (
 """What a participant's profile depends on: anything else may change without a new one."""
 
 
+@lru_cache(maxsize=32)
 def _profile(config: RunConfig, participant: int) -> tuple[profiling.Profile, float]:
     """The profile of one participant's data, and its mean number of tokens per sample."""
-    kept = {name: value for name, value in config.settings().items() if name.startswith(PROFILE_SETTINGS)}
-    return _cached_profile(make_config(kept), participant)
-
-
-@lru_cache(maxsize=32)
-def _cached_profile(config: RunConfig, participant: int) -> tuple[profiling.Profile, float]:
     model, tokenizer = _model(config.model)
     task, parts = load_task(config)
     examples = [task.train[index] for index in parts[participant][:MAX_SAMPLES]]
@@ -204,26 +202,12 @@ def predict_memory(
     tokens = min(config.clock.tokens_per_sample or config.training.max_tokens, 512)
     bits = config.training.fmq_bits if config.method == "fmq" else config.profiling.bits
     step = Step(config.training.batch_size, tokens, bits=min(bits, 8), rank=config.adapter.used_rank)
-    limit = device.memory_bytes if method == config.method else None
+    limit = int(device.memory_bytes) if method == config.method else None
     try:
-        return _planned(name, method, limit, num_tuned, num_merged, step)
+        return memory.plan_memory(models.config(name), method, limit, num_tuned, num_merged, step)
     except ValueError as error:
         said = f"budget.tune_frac is {share:.3g}, {num_tuned} of {total} experts of {Path(name).name}"
         raise ConfigError(f"{said}: {error}") from None
-
-
-@lru_cache(maxsize=64)
-def _planned(
-    name: str, method: str, memory_bytes: int | None, num_tuned: int | None, num_merged: int | None, step: Step
-) -> MemoryPlan:
-    return memory.plan_memory(models.config(name), method, memory_bytes, num_tuned, num_merged, step)
-
-
-def predict_seconds(config: RunConfig, work: Work, device: catalogue.Device) -> dict[str, float]:
-    """Phases of a later round (its profile is a round old), for one participant."""
-    shapes, link = clock.shapes(config.sized_as), catalogue.link(config.clock.link)
-    found = clock.phase_seconds(work, shapes, device, link, config.clock.tokens_per_sample, config.clock.offloading)
-    return {phase: seconds for phase, seconds in found.items() if seconds}
 
 
 def expected_work(
@@ -255,7 +239,6 @@ def expected_work(
     reached = frequency.clone()
     for row, plan in zip(reached, plans, strict=False):
         row[list(plan.dropped)] = 0.0
-    groups = [group for plan in plans for group in plan.groups]
     routed = round(samples * tokens_per_sample) * sum(layer.top_k for layer in find.layers(_model(config.model)[0]))
     with_gradient = exploit | explore if method == "flux_plus" else exploit
     keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
@@ -270,8 +253,7 @@ def expected_work(
         num_experts=total,
         num_tuned=num_tuned,
         num_updated=num_updated,
-        num_frozen=len(groups),
-        num_merge_sources=sum(len(group) for group in groups if len(group) > 1),
+        **slot_account(plans),
         train_steps=steps,
         train_samples=samples,
         train_tokens=round(samples * tokens_per_sample),

@@ -18,13 +18,13 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fluxlib import methods
 from fluxlib.federation.client import node_state
 from fluxlib.federation.client.local_copy import LocalCopy, workspace
 from fluxlib.federation.client.local_data import local_data
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction
 from fluxlib.methods.base import ParticipantState
+from fluxlib.methods.local import profile
 from fluxlib.moe.adapter import Adapter
 
 log = logging.getLogger(__name__)
@@ -82,9 +82,8 @@ def _make(state: RecordDict) -> RecordDict:
     space.load(LocalCopy.load(state, space.base_digest))
     samples = Path(pending["samples"]) if pending["samples"] else None
     data = local_data(config, space.tokenizer, pending["participant"], number, samples)
-    result, make = RecordDict(), methods.get(config.method).afterwards
-    assert make is not None
-    node_state.save_state(result, ParticipantState(make(space.model, data, config), number))
+    result = RecordDict()
+    node_state.save_state(result, ParticipantState(profile(space.model, data, config), number))
     return result
 
 

@@ -22,7 +22,12 @@ from fluxlib.federation.protocol.messages import Instruction
 app = ClientApp(mods=[parcels.use_parcels])
 
 Result = TypeVar("Result")
-Work = Callable[[Instruction, Context], RecordDict]
+WORK: dict[str, Callable[[Instruction, Context], RecordDict]] = {
+    messages.JOIN: participant.join,
+    messages.PROFILE: participant.profile,
+    messages.TRAIN: participant.train,
+}
+"""What is done on a message of each type."""
 
 
 class TimeLimitExceeded(TimeoutError):
@@ -34,24 +39,9 @@ class _Abandoned(BaseException):
 
 
 @app.query("join")
-def join(message: Message, context: Context) -> Message:
-    """Say which participant this is and what it holds."""
-    return answer(participant.join, message, context)
-
-
 @app.query("profile")
-def profile(message: Message, context: Context) -> Message:
-    """Profile the model before the first round, for first utilities."""
-    return answer(participant.profile, message, context)
-
-
 @app.train()
-def train(message: Message, context: Context) -> Message:
-    """One round of local work."""
-    return answer(participant.train, message, context)
-
-
-def answer(work: Work, message: Message, context: Context) -> Message:
+def answer(message: Message, context: Context) -> Message:
     """The reply to a message; with a ``state-dir``, what it changes is kept there.
 
     A participant's folder outlives a server that is killed. When the server asks for the same round once more, the
@@ -62,14 +52,14 @@ def answer(work: Work, message: Message, context: Context) -> Message:
         raise participant.ParticipantError(f"message is for participant {instruction.participant}, this is {mine}")
     folder = participant.state_folder(context)
     if folder is None:
-        return Message(_work(work, kind, instruction, context), reply_to=message)
+        return Message(_work(kind, instruction, context), reply_to=message)
     state, reply, given = folder / node_state.STATE, folder / "reply.safetensors", RecordDict()
     asked = ConfigRecord({"run": instruction.config.numbers, "round": instruction.round})
     if "held" not in context.state:
         node_state.restore(state, context.state)
     if kind == messages.TRAIN and node_state.restore(reply, given) and given.pop("asked") == asked:
         return Message(given, reply_to=message)
-    content = _work(work, kind, instruction, context)
+    content = _work(kind, instruction, context)
     node_state.keep(state, context.state)
     if kind == messages.TRAIN and not messages.asks_for_resync(content):
         node_state.keep(reply, RecordDict({**content, "asked": asked}))
@@ -77,8 +67,8 @@ def answer(work: Work, message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def _work(work: Work, kind: str, instruction: Instruction, context: Context) -> RecordDict:
-    """What ``work`` gives, unless it takes too long; what fails or hangs leaves the state as it was.
+def _work(kind: str, instruction: Instruction, context: Context) -> RecordDict:
+    """What the participant does, unless it takes too long; what fails or hangs leaves the state as it was.
 
     A SuperNode does one message after another: without a limit here, one that hangs would block all that follow. Who
     joins has none, since it loads the base model first.
@@ -87,7 +77,7 @@ def _work(work: Work, kind: str, instruction: Instruction, context: Context) -> 
     state = RecordDict({name: record.copy() for name, record in context.state.items()})
     own = Context(context.run_id, context.node_id, context.node_config, state, context.run_config)
     try:
-        content = in_time(limit_s, work, instruction, own)
+        content = in_time(limit_s, WORK[kind], instruction, own)
     except local_copy.ResyncNeeded:
         local_copy.LocalCopy.forget(state)
         content = messages.resync_request()

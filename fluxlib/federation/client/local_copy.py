@@ -74,17 +74,9 @@ class LocalCopy:
             raise ResyncNeeded(f"digest is {found[:12]} after the delta, it should be {wanted.digest[:12]}")
         return held
 
-    def experts(self) -> dict[ExpertKey, dict[str, Array]]:
-        """The held arrays by expert."""
-        grouped: dict[ExpertKey, dict[str, Array]] = {}
-        for name, array in self.arrays.items():
-            key, tensor = wires.parse_name(name)
-            grouped.setdefault(key, {})[tensor] = array
-        return grouped
-
     def digests(self) -> dict[ExpertKey, bytes]:
         """Digest of each expert that differs from the base."""
-        return {key: wires.digest(arrays) for key, arrays in self.experts().items()}
+        return {key: wires.digest(arrays) for key, arrays in wires.by_expert(self.arrays).items()}
 
 
 class Workspace:
@@ -112,7 +104,7 @@ class Workspace:
         """Make the model that of ``held``; number of experts that had to be written."""
         if held.version.digest == self._digest:
             return 0
-        wanted, digests, written = held.experts(), held.digests(), 0
+        wanted, digests, written = wires.by_expert(held.arrays), held.digests(), 0
         self._digest = ""  # stays so if writing fails half-way
         for key in self._loaded.keys() | digests.keys():
             target = digests.get(key, self.base[key])

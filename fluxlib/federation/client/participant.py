@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from fluxlib import methods, profiling, seeding
+from fluxlib import methods, seeding
 from fluxlib.config import RunConfig
 from fluxlib.federation.client import background_profile
 from fluxlib.federation.client.local_copy import LocalCopy, Workspace, workspace
@@ -26,6 +26,7 @@ from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.messages import Instruction
 from fluxlib.federation.protocol.sync import NOTHING
 from fluxlib.methods.base import LocalRound, ParticipantState, Work
+from fluxlib.methods.local import profile as make_profile
 from fluxlib.methods.local import profile_account
 from fluxlib.moe.adapter import Adapter
 
@@ -55,7 +56,7 @@ def profile(instruction: Instruction, context: Context) -> RecordDict:
     space, held = _catch_up(instruction, context)
     data = local_data(config, space.tokenizer, instruction.participant, instruction.round, _own_samples(context))
     start = time.perf_counter()
-    found = profiling.profile(space.model, data.profile, bits=config.profiling.bits)
+    found = make_profile(space.model, data, config)
     phases_s = {"profile": time.perf_counter() - start}
     save_state(context.state, ParticipantState(found, instruction.round))
     size = found.frequency.numel()
@@ -77,13 +78,13 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
         seeding.generator(config.seed, "train", number, participant),
     )  # fmt: skip
     update, state = method.train(space.model, local)
-    if method.afterwards is not None and config.profiling.stale:
+    if method.afterwards and config.profiling.stale:
         wanted = str(context.node_config.get(background_profile.BACKGROUND, "")).lower() in ("true", "1")
         if wanted and state_folder(context) is not None:
             background_profile.note(context.state, instruction, _torch_device(config, context), _own_samples(context))
         else:
             start = time.perf_counter()
-            state = ParticipantState(method.afterwards(space.model, data, config), number)
+            state = ParticipantState(make_profile(space.model, data, config), number)
             update = replace(update, phases_s=update.phases_s | {"profile": time.perf_counter() - start})
     save_state(context.state, state)
 

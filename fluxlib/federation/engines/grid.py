@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -95,19 +96,6 @@ def _opened(reply: Message) -> Message:
     return reply
 
 
-class ServerMessage(Message):
-    """A message of a server in this process; Flower's own takes its sender from the process a SuperLink started."""
-
-    def __init__(self, content: RecordDict, about: Metadata) -> None:
-        self.about = about
-        super().__init__(content, reply_to=self)
-
-    @property
-    def metadata(self) -> Metadata:
-        """Who sends what to whom."""
-        return self.about
-
-
 class LocalGrid(Grid):
     """Runs ``client_app`` for ``num_nodes`` nodes in this process, one per data partition.
 
@@ -137,7 +125,7 @@ class LocalGrid(Grid):
             reply_to_message_id="", group_id=group_id, created_at=time.time(), ttl=ttl or DEFAULT_TTL,
             message_type=message_type,
         )  # fmt: skip
-        return ServerMessage(content, about)
+        return make_message(about, content)
 
     def get_node_ids(self) -> Iterable[int]:
         """All node ids, in order of partitions."""

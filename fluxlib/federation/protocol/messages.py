@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from fluxlib.config import RunConfig
@@ -33,6 +34,8 @@ JOIN, PROFILE, TRAIN = "query.join", "query.profile", "train"
 
 MOST = 1e15
 """Largest count or time that a participant may report: what tables and clocks can hold."""
+
+_WORK = TypeAdapter(Work)
 
 
 @lru_cache(maxsize=64)
@@ -141,7 +144,7 @@ class ProfileReport(_Report):
         """Inverse of :meth:`to_records`."""
         values: Any = content["config"]
         frequency = _from_floats(values["frequency"], values["shape"])
-        return cls(*_header(values), frequency, _work(values["work"]), _phases(values["phases"]))
+        return cls(*_header(values), frequency, *_read_account(values))
 
 
 @dataclass(frozen=True)
@@ -169,14 +172,15 @@ class TrainReport(_Report):
         """Inverse of :meth:`to_records`; ``shapes`` are those of the model's experts."""
         values: Any = content["config"]
         metrics, arrays = content["metrics"], content["arrays"]
+        work, phases_s = _read_account(values)
         update = Update(
             changes=wires.decode_changes(arrays, wire, shapes),
             utilities=_from_floats(values["utilities"], values["shape"]),
             tokens=_from_floats(values["tokens"], values["shape"]),
             loss=checked("loss", metrics["loss"], float),
             num_samples=checked("num-examples", metrics["num-examples"], int, -MOST, MOST),
-            work=_work(values["work"]),
-            phases_s=_phases(values["phases"]),
+            work=work,
+            phases_s=phases_s,
         )
         return cls(*_header(values), update, wires.record_bytes(arrays))
 
@@ -195,17 +199,10 @@ def _account(work: Work, phases_s: Mapping[str, float]) -> dict[str, str]:
     return {"work": json.dumps(vars(work)), "phases": json.dumps(dict(phases_s))}
 
 
-def _work(text: str) -> Work:
-    """An account of work whose every field has its type."""
-    work = Work(**json.loads(text))
-    for item in fields(Work):
-        kind = int if item.default is MISSING else type(item.default)
-        checked(f"work.{item.name}", getattr(work, item.name), kind, 0, MOST)
-    return work
-
-
-def _phases(text: str) -> dict[str, float]:
-    return {name: checked("a phase", seconds, float, 0, MOST) for name, seconds in dict(json.loads(text)).items()}
+def _read_account(values: Any) -> tuple[Work, dict[str, float]]:
+    phases = dict(json.loads(values["phases"])).items()
+    phases_s = {name: checked("a phase", seconds, float, 0, MOST) for name, seconds in phases}
+    return _WORK.validate_json(values["work"], strict=True), phases_s
 
 
 def _floats(values: Tensor) -> bytes:

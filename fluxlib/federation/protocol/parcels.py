@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
+from pydantic import NonNegativeInt, TypeAdapter
 
 from fluxlib.federation.protocol.wire import WireError, make_array, make_record
 from fluxlib.io import brief, reading
@@ -25,8 +26,8 @@ LARGE = 16 * 2**20
 _STYPE = "fluxlib.parcel"
 _LENGTH = 8
 """Bytes of a parcel's first number: how long its list of contents is."""
-_Entry = tuple[str, str, tuple[int, ...], str, int]
-"""Name, type, shape and form of an array, and its bytes."""
+_CONTENTS = TypeAdapter(list[tuple[str, str, tuple[NonNegativeInt, ...], str, NonNegativeInt]])
+"""Name, type, shape and form of each array, and its bytes."""
 
 
 def pack(content: RecordDict) -> RecordDict:
@@ -89,19 +90,11 @@ def _unpacked(record: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
             yield name, array
             continue
         data, start = array.data, _LENGTH + int.from_bytes(array.data[:_LENGTH], "little")
-        listed = [_checked(*entry) for entry in json.loads(data[_LENGTH:start])]
+        listed = _CONTENTS.validate_json(data[_LENGTH:start], strict=True)
         if start + sum(size for *_, size in listed) != len(data):
             raise WireError(f"{brief(name)} has {len(data)} bytes, its list of contents says otherwise")
         for label, dtype, shape, stype, size in listed:
+            if stype == _STYPE or size < math.prod(shape) * np.dtype(dtype).itemsize:
+                raise ValueError(f"{label!r} of type {dtype!r} ({stype!r}) has shape {shape} in {size} bytes")
             yield label, make_array(dtype, shape, stype, data[start : start + size])
             start += size
-
-
-def _checked(name: str, dtype: str, shape: list[int], stype: str, size: int) -> _Entry:
-    if not all(isinstance(text, str) for text in (name, dtype, stype)) or stype == _STYPE:
-        raise ValueError(f"{name!r} of type {dtype!r} ({stype!r})")
-    if not all(type(length) is int and length >= 0 for length in (*shape, size)):
-        raise ValueError(f"{name!r} has shape {shape} and {size} bytes")
-    if size < math.prod(shape) * np.dtype(dtype).itemsize:
-        raise ValueError(f"{name!r} has shape {shape} in {size} bytes")
-    return name, dtype, tuple(shape), stype, size

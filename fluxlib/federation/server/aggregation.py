@@ -23,8 +23,6 @@ from fluxlib.config import RunConfig
 from fluxlib.federation.protocol.wire import Experts
 from fluxlib.methods.base import ExpertKey
 
-RULES = ("trimmed_mean", "median")
-
 NO_TOKENS = 1e-6
 """Weight of a reply without tokens: nothing beside a real weight, everything alike among themselves."""
 
@@ -58,17 +56,16 @@ class ExpertMean:
         """Take in one accepted reply; ``tokens`` is ``[layers, experts]``."""
         weights = tokens.tolist()
         for key, tensors in changes.items():
-            weight = float(weights[key[0]][key[1]])
+            weight = max(float(weights[key[0]][key[1]]), NO_TOKENS)
             total = self._sums.get(key)
             if total is None:
                 self._sums[key] = _Sum(weight, 1, dict(tensors))
                 continue
             if total.count == 1:
-                total.weight = max(total.weight, NO_TOKENS)
                 total.tensors = {name: tensor * total.weight for name, tensor in total.tensors.items()}
             for name, tensor in tensors.items():
-                total.tensors[name].add_(tensor, alpha=max(weight, NO_TOKENS))
-            total.weight += max(weight, NO_TOKENS)
+                total.tensors[name].add_(tensor, alpha=weight)
+            total.weight += weight
             total.count += 1
 
     def result(self) -> dict[ExpertKey, dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from fluxlib import models, records
 from fluxlib.config import RunConfig
+from fluxlib.devices import catalogue
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.federation.client.local_data import load_task
 from fluxlib.federation.protocol.sync import ExpertStore
@@ -79,7 +80,7 @@ class _Run:
         done = self.checkpoint.resume(self.strategy, self.tables) if self.checkpoint else 0
         self.strategy.members = join(self.strategy.grid, self.config, self.strategy.store)
         self._notice_lost_states(done)
-        self._use_devices({one: member.device for one, member in self.strategy.members.items() if member.device})
+        self._use_devices()
         stopped = False
         if done == 0:
             self.tables.add_base(self._evaluate())
@@ -94,11 +95,11 @@ class _Run:
             self.checkpoint.remove()
         return RunResult(self.config.run_id, **self.tables.frames(), path=self.output.out, model=self.model)
 
-    def _use_devices(self, devices: dict[int, str]) -> None:
-        """These participants said what their devices are; the others stand for the run's fleet."""
-        self.tables.use_devices(devices)
-        if devices:
-            self.strategy.budgets = make_budgets(self.config, *self.strategy.store.shape, devices)
+    def _use_devices(self) -> None:
+        """A participant may have said what its device is; the others stand for the run's fleet."""
+        members, store = self.strategy.members, self.strategy.store
+        fleet = [catalogue.DEVICES.get(members[one].device, device) for one, device in enumerate(self.tables.fleet)]
+        self.tables.fleet, self.strategy.budgets = fleet, make_budgets(self.config, *store.shape, fleet)
 
     def _is_last(self, number: int, more_s: float = 0.0) -> bool:
         """Whether the run ends with round ``number``, if that takes it ``more_s`` further on the device clock."""
@@ -133,9 +134,9 @@ class _Run:
             self._write("failed", str(error))
             raise
         wall_s = time.perf_counter() - start
-        is_last = self._is_last(number, self.tables.round_time(result).total_s)
+        is_last = self._is_last(number, self.tables.round_seconds(result)[0])
         due = number % config.evaluation.every == 0 or is_last
-        self.tables.add_round(result, self._evaluate() if due else None, wall_s)
+        self.tables.add_round(result, self._evaluate() if due else Evaluation(), wall_s)
         if self.checkpoint and not is_last:
             self.checkpoint.save(number, self.strategy, self.tables)
         return self._tell()
@@ -148,7 +149,7 @@ class _Run:
             self._score(group[:quarter]).metric if group else math.nan
             for group in (self.task.recall, self.task.untaught)
         )
-        return Evaluation(score, time.perf_counter() - start, recall, untaught)
+        return Evaluation(score.metric, score.loss, recall, untaught, time.perf_counter() - start)
 
     def _score(self, examples: Sequence[Example]) -> Score:
         return evaluate(self.model, self.tokenizer, self.task.metric, examples, self.config.training.max_tokens)

@@ -1,8 +1,7 @@
 """The Flower app of the server; what it does is in :mod:`fluxlib.federation.server.rounds`.
 
 ``app`` takes everything from Flower's run configuration: the settings of :class:`~fluxlib.config.RunConfig` by their
-full names, ``settings`` (any of them as one JSON or YAML mapping), and ``out``, the folder of the tables. A caller in
-the same process makes an app of its own with :func:`make_app` and gets the result back.
+full names, ``settings`` (any of them as one JSON or YAML mapping), and ``out``, the folder of the tables.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fluxlib.config import REPO_ROOT, RunConfig, flatten, make_config
-from fluxlib.federation.results import Output, Row, RunResult
+from fluxlib.federation.results import Output, Row
 from fluxlib.federation.server.rounds import serve
 from fluxlib.federation.store import lock
 from fluxlib.federation.store.progress import Progress
 from fluxlib.io import ConfigError
 from fluxlib.records import describe_round
-
-
-def make_app(config: RunConfig, output: Output, on_done: Callable[[RunResult], None]) -> ServerApp:
-    """A server app for one run of a caller in this process."""
-    made = ServerApp()
-    made.main()(lambda grid, context: on_done(serve(grid, config, output)))
-    return made
-
 
 app = ServerApp()
 

@@ -95,8 +95,7 @@ class FluxStrategy:
         if not self.method.profiles:
             return
         first = self.role_state.first.clone()
-        requests = (self._message(messages.PROFILE, number, self.current[one]) for one in participants)
-        for reply in send_and_receive(self.grid, requests, self.config.federation.round_timeout_s):
+        for reply in self._ask(messages.PROFILE, number, participants):
             sender = self.sender(reply)
             if sender == NOBODY:
                 continue
@@ -114,7 +113,7 @@ class FluxStrategy:
             except ValueError as error:
                 log.warning("profile of participant %d refused: %s", sender, error)
                 continue
-            after = self.current[sender].download.after
+            after = self.current[sender].held
             if report.held == after:
                 self.members[sender].held = after
             self.current[sender].profile_work = report.work
@@ -137,17 +136,11 @@ class FluxStrategy:
         for row, one in enumerate(participants):
             self.current[one].roles = assigned[row]
 
-    def requests(self, number: int, participants: Iterable[int]) -> Iterator[Message]:
-        """A training message for each, with the experts that it lacks, made when it is sent."""
-        for one in participants:
-            yield self._message(messages.TRAIN, number, self.current[one])
-
     def receive(self, number: int) -> Iterator[Message]:
         """Replies to the round's requests; who asks for every expert anew is asked once more, with every expert."""
-        limit_s, self._again = self.config.federation.round_timeout_s, []
-        yield from send_and_receive(self.grid, self.requests(number, list(self.current)), limit_s)
-        again, self._again = self._again, []
-        yield from send_and_receive(self.grid, self.requests(number, again), limit_s)
+        self._again = []
+        yield from self._ask(messages.TRAIN, number, list(self.current))
+        yield from self._ask(messages.TRAIN, number, self._again)
 
     def aggregate(self, number: int, replies: Iterable[Message]) -> RoundResult:
         """Take replies in, refuse bad ones by name, apply each expert's combined change to the global model."""
@@ -177,6 +170,11 @@ class FluxStrategy:
         """The participant of this round that a reply came from, or :data:`NOBODY`."""
         return self._senders.get(reply.metadata.src_node_id, NOBODY)
 
+    def _ask(self, kind: str, number: int, participants: Iterable[int]) -> Iterator[Message]:
+        """Replies to a request for each, which is made when it is sent."""
+        requests = (self._message(kind, number, self.current[one]) for one in participants)
+        return send_and_receive(self.grid, requests, self.config.federation.round_timeout_s)
+
     def _message(self, kind: str, number: int, part: Participation) -> Message:
         """A request with the experts that the participant lacks; before training it has no roles."""
         member, wire = self.members[part.participant], self.config.wire
@@ -184,7 +182,7 @@ class FluxStrategy:
         if self.max_staleness:  # of experts that it does not tune an older copy will do
             lazy = frozenset((layer, expert) for layer, expert in (~part.roles.exploit).nonzero().tolist())
         delta = self.store.delta(member.held, lazy, self.max_staleness)
-        part.download = part.download.plus(delta, wire.downlink)
+        part.send(delta, wire.downlink)
         instruction = Instruction(self.config, number, part.participant, delta)
         if kind == messages.TRAIN:
             instruction = replace(instruction, roles=part.roles, budget=part.budget)
@@ -199,8 +197,10 @@ class FluxStrategy:
             reason = "unknown" if part is None else "duplicate"
             log.warning("round %d: reply of participant %d refused: %s", number, sender, reason)
             return reason
+        form, shapes = self.config.wire.uplink, self.store.shapes
+        expected = Expected(sender, number, part.held, form, part.roles.exploit, shapes, self.most)
         try:
-            report = read_reply(reply, self._expected(number, part))
+            report = read_reply(reply, expected)
         except Rejected as error:
             part.rejected, part.detail = error.reason, error.detail
             part.uplink_bytes += _payload(reply)
@@ -209,16 +209,12 @@ class FluxStrategy:
             log.warning("round %d: reply of participant %d refused: %s", number, sender, error)
             return ""
         part.accept(report.update, report.num_bytes)
-        self.members[sender].held = part.download.after
+        self.members[sender].held = part.held
         changes = clip(report.update.changes, self.config.aggregation.clip_norm)
-        changes = whole(changes, part.roles.exploit, self.config.wire.uplink, self.store.shapes)
+        changes = whole(changes, part.roles.exploit, form, shapes)
         mean.add(changes, report.update.tokens)
         utilities[sender] = report.update.utilities
         return ""
-
-    def _expected(self, number: int, part: Participation) -> Expected:
-        held, form = part.download.after, self.config.wire.uplink
-        return Expected(part.participant, number, held, form, part.roles.exploit, self.store.shapes, self.most)
 
     def _remember_utilities(self, result: RoundResult, utilities: Tensor) -> None:
         tuned = torch.zeros_like(utilities, dtype=torch.bool)

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord
-from flwr.serverapp import Grid
 from torch import Tensor
 
 from fluxlib.config import RunConfig
@@ -34,7 +33,6 @@ from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store.tables import Tables, Totals
 from fluxlib.federation.store.tensor_file import read_tensors, write_tensors
 from fluxlib.io import checked, reading
-from fluxlib.methods.base import ExpertKey
 from fluxlib.roles import RoleState
 
 log = logging.getLogger(__name__)
@@ -72,9 +70,7 @@ class Checkpoint:
         }
         tensors = {f"experts/{name}": tensor for name, tensor in changed_tensors(store).items()}
         tensors |= {f"roles/{name}": getattr(state, name) for name in ROLES}
-        if strategy.max_staleness:
-            tensors |= _older_copies(strategy)
-        write_tensors(self.path, tensors | _node_tensors(strategy.grid), json.dumps(about))
+        write_tensors(self.path, tensors | _node_tensors(strategy), json.dumps(about))
 
     def resume(self, strategy: FluxStrategy, tables: Tables) -> int:
         """Put the saved state into ``strategy``, its grid and ``tables``; the rounds that are done already."""
@@ -107,7 +103,7 @@ class Checkpoint:
             (layer, expert): [(checked("version", at, int), bytes.fromhex(digest)) for at, digest in found]
             for layer, expert, found in about["history"]
         }
-        strategy.store.set(by_expert(saved.get("experts", {})), history, about["digests"])
+        strategy.store.set(wires.by_expert(saved.get("experts", {})), history, about["digests"])
         for name in ROLES:
             found, known = saved["roles"][name], getattr(strategy.role_state, name)
             if (found.dtype, found.shape) != (known.dtype, known.shape):
@@ -146,35 +142,21 @@ def _names_of_copies(store: ExpertStore, held: ModelVersion) -> Iterator[tuple[s
                 yield name, f"{name}@{at}"
 
 
-def _older_copies(strategy: FluxStrategy) -> dict[str, Tensor]:
-    """Experts that participants in this process hold and the server no longer does, as ``copies/...``."""
+def _node_tensors(strategy: FluxStrategy) -> dict[str, Tensor]:
+    """What participants in this process keep, as ``nodes/<node>/...``, without the experts that they hold.
+
+    Of those, the ones that the server no longer has are added once for all, as ``copies/...``.
+    """
     tensors: dict[str, Tensor] = {}
     for node in strategy.grid.get_node_ids() if isinstance(strategy.grid, LocalGrid) else ():
         state = strategy.grid.context(node).state
-        if "held" in state:
+        kept = {name: record if name != "experts" else ArrayRecord() for name, record in state.items()}
+        tensors |= {f"nodes/{node}/{name}": tensor for name, tensor in to_tensors(kept).items()}
+        if strategy.max_staleness and "held" in state:
             held: Any = state["experts"]
             for name, copy in _names_of_copies(strategy.store, ModelVersion.read(state["held"])):
                 if f"copies/{copy}" not in tensors:
                     tensors[f"copies/{copy}"] = torch.from_numpy(held[name].numpy())
-    return tensors
-
-
-def by_expert(tensors: Mapping[str, Tensor]) -> dict[ExpertKey, dict[str, Tensor]]:
-    """Inverse of :func:`changed_tensors`."""
-    experts: dict[ExpertKey, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        key, part = wires.parse_name(name)
-        experts.setdefault(key, {})[part] = tensor
-    return experts
-
-
-def _node_tensors(grid: Grid) -> dict[str, Tensor]:
-    """What participants in this process keep, as ``nodes/<node>/...``, without the experts that they hold."""
-    tensors: dict[str, Tensor] = {}
-    for node in grid.get_node_ids() if isinstance(grid, LocalGrid) else ():
-        state = grid.context(node).state
-        kept = {name: record if name != "experts" else ArrayRecord() for name, record in state.items()}
-        tensors |= {f"nodes/{node}/{name}": tensor for name, tensor in to_tensors(kept).items()}
     return tensors
 
 

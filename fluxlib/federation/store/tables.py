@@ -18,7 +18,6 @@ from fluxlib.devices import catalogue, clock
 from fluxlib.federation.results import TABLES, Participation, RoundResult, Row, table_path
 from fluxlib.methods.base import Work
 from fluxlib.records import PHASES, write_experts
-from fluxlib.tasks.evaluate import Score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,15 +33,16 @@ class Totals:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A score of the global model and the seconds it took.
+    """The columns of ``rounds`` that scoring the global model fills; by default it was not scored.
 
     ``recall`` and ``untaught`` are metrics of the two other groups of a generated task's test samples; NaN: none.
     """
 
-    score: Score
-    wall_s: float
+    metric: float = math.nan
+    loss: float = math.nan
     recall: float = math.nan
     untaught: float = math.nan
+    evaluate_wall_s: float = 0.0
 
 
 class Tables:
@@ -60,11 +60,6 @@ class Tables:
         self.link = catalogue.link(config.clock.link)
         own = config.clock.model in ("self", config.model)
         self.shapes = clock.shapes_of(config.model, model) if own else clock.shapes(config.clock.model)
-
-    def use_devices(self, devices: dict[int, str]) -> None:
-        """These participants said what their devices are; the others stand for the run's fleet."""
-        for participant, name in devices.items():
-            self.fleet[participant] = catalogue.DEVICES[name]
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """The rows so far, checked against the schema, as they will be read back."""
@@ -84,34 +79,31 @@ class Tables:
         nothing = RoundResult(0, math.nan, (), (), 0)
         self.rows["rounds"].append(self._round_row(nothing, evaluation, Totals(), 0.0))
 
-    def round_time(self, result: RoundResult) -> clock.RoundTime:
-        """What a round takes on the device clock."""
+    def round_seconds(self, result: RoundResult) -> tuple[float, float]:
+        """What a round takes on the device clock, and the server's part of it."""
         works = [one.work for one in result.accepted if one.work is not None]
-        seconds = [self._seconds(one) for one in result.accepted]
-        return clock.round_seconds(seconds, clock.server_seconds(works, self.shapes))
+        server_s = clock.server_seconds(works, self.shapes)
+        return clock.round_seconds([self._seconds(one) for one in result.accepted], server_s), server_s
 
-    def add_round(self, result: RoundResult, evaluation: Evaluation | None, wall_s: float) -> None:
+    def add_round(self, result: RoundResult, evaluation: Evaluation, wall_s: float) -> None:
         """A round that took ``wall_s`` here, evaluation left out."""
-        took = self.round_time(result)
-        self.totals = Totals(self.totals.wall_s + wall_s, self.totals.device_s + took.total_s)
-        self.rows["rounds"].append(self._round_row(result, evaluation, Totals(wall_s, took.total_s), took.server_s))
+        device_s, server_s = self.round_seconds(result)
+        self.totals = Totals(self.totals.wall_s + wall_s, self.totals.device_s + device_s)
+        self.rows["rounds"].append(self._round_row(result, evaluation, Totals(wall_s, device_s), server_s))
         self.add_participants(result)
 
     def add_participants(self, result: RoundResult) -> None:
         """One row per participant that was asked, refused ones with the reason."""
         self.rows["participants"] += [self._participant_row(result.round, one) for one in result.participants]
 
-    def _round_row(self, result: RoundResult, evaluation: Evaluation | None, here: Totals, server_s: float) -> Row:
+    def _round_row(self, result: RoundResult, evaluation: Evaluation, here: Totals, server_s: float) -> Row:
         config = self.config
         return {
             "run_id": config.run_id,
             **{name: getattr(config, name) for name in ("method", "model", "task", "seed", "variant", "engine")},
             "round": result.round,
-            "metric": evaluation.score.metric if evaluation else math.nan,
             "metric_name": self.metric_name,
-            "loss": evaluation.score.loss if evaluation else math.nan,
-            "recall": evaluation.recall if evaluation else math.nan,
-            "untaught": evaluation.untaught if evaluation else math.nan,
+            **vars(evaluation),
             "train_loss": result.train_loss,
             "epsilon": result.epsilon,
             "wall_s": self.totals.wall_s,
@@ -119,11 +111,10 @@ class Tables:
             "round_wall_s": here.wall_s,
             "round_device_s": here.device_s,
             "server_device_s": server_s,
-            "evaluate_wall_s": evaluation.wall_s if evaluation else 0.0,
             "clock_model": config.clock.model,
             "link": config.clock.link,
             "uplink_bytes": sum(one.uplink_bytes for one in result.participants),
-            "downlink_bytes": sum(one.download.num_bytes for one in result.participants),
+            "downlink_bytes": sum(one.downlink_bytes for one in result.participants),
             "peak_memory_bytes": peak_memory_bytes(),
             "device_memory_bytes": self._device_bytes(result),
             "num_participants": len(result.participants),
@@ -148,7 +139,7 @@ class Tables:
             "num_merged": max(0, work.num_frozen - num_explored) if one.work else one.budget.num_merged,
             "loss": one.loss,
             "uplink_bytes": one.uplink_bytes,
-            "downlink_bytes": one.download.num_bytes,
+            "downlink_bytes": one.downlink_bytes,
             "rejected": one.rejected,
             "utility_faults": one.utility_faults,
             "exploited": write_experts(one.roles.exploit),
@@ -174,8 +165,8 @@ class Tables:
 def charged(one: Participation) -> Work:
     """The work that the clock counts, with downloads as they were sent."""
     assert one.work is not None
-    bits = min(one.work.download_bits, one.download.bits)
-    return replace(one.work, num_downloaded=one.download.num_experts, download_bits=bits)
+    bits = min(one.work.download_bits, one.download_bits)
+    return replace(one.work, num_downloaded=one.num_downloaded, download_bits=bits)
 
 
 def write_work(one: Participation) -> str:

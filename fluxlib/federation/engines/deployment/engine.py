@@ -22,9 +22,9 @@ from fluxlib import models, records
 from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.federation.checks import check
 from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation, flwr, silence
+from fluxlib.federation.protocol.wire import by_expert
 from fluxlib.federation.results import TABLES, Output, RunFailed, RunResult, experts_path, table_path
 from fluxlib.federation.store import lock
-from fluxlib.federation.store.checkpoint import by_expert
 from fluxlib.federation.store.progress import Progress
 from fluxlib.federation.store.tensor_file import read_tensors
 from fluxlib.io import ConfigError, brief
