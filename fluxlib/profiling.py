@@ -6,8 +6,8 @@ L MoE layers, E experts per layer, N tokens (padding is never counted).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -76,7 +76,8 @@ def profile(model: nn.Module, batches: Iterable[dict[str, Tensor]], bits: int = 
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
     training = model.training
-    with quantized(model, bits) if bits < 16 else nullcontext():
+    num_read = len(find.layers(model)) - 1  # nothing is routed by what the last layer's experts put out
+    with quantized(model, bits, num_layers=num_read) if bits < 16 else nullcontext():
         try:
             model.eval()
             _check_finite(model)
@@ -168,9 +169,9 @@ def _count(
     sizes = [layer.num_experts for layer in find.layers(model)]
     received = torch.zeros(len(sizes), max(sizes), dtype=torch.float64)
     gate, counts, num_tokens, num_samples = received.clone(), [], 0, 0
-    # The head's logits are not needed.
+    # The head's logits are not needed, nor what the last layer's experts put out.
     body = getattr(model, "base_model", model)
-    with capture(body, attention=attention) as seen:
+    with capture(body, attention=attention) as seen, _idle(find.layers(body)[-1].experts):
         for batch in batches:
             body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             mask = batch["attention_mask"].bool()
@@ -184,6 +185,16 @@ def _count(
     if num_tokens == 0:
         raise ValueError(f"batches must hold at least one token, got {num_samples} samples of padding only")
     return received, gate, torch.cat(counts), num_tokens
+
+
+@contextmanager
+def _idle(experts: nn.Module) -> Iterator[None]:
+    """Experts that are asked, and answer zeros without computing."""
+    experts.forward = lambda hidden, *_args, **_kwargs: torch.zeros_like(hidden)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del experts.forward
 
 
 def count(seen: Capture, mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

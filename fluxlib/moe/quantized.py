@@ -19,7 +19,7 @@ from .replace import replace_all, restore
 
 
 class QuantizedExperts(SlotExperts):
-    """Experts at rest in few bits; the one that is computed is dequantized alone, forward and backward.
+    """Experts at rest in few bits; the one that is computed is dequantized alone, small ones a few at a time.
 
     No weight gets a gradient unless :attr:`collects_gradients` is set: then :meth:`grads` holds those of the
     dequantized weights (straight-through, for FMQ), per expert that saw tokens. Biases take 8 bits.
@@ -31,6 +31,7 @@ class QuantizedExperts(SlotExperts):
         packed = {name: quantize_tensor(getattr(original, name), widths[name]) for name in widths}
         self.packed = cast("dict[str, Packed]", nn.ModuleDict(packed))
         self.collects_gradients = False
+        self._ahead: dict[int, dict[str, Tensor]] = {}
         self._gradients: dict[int, dict[str, Tensor]] = {}
 
     @property
@@ -51,6 +52,7 @@ class QuantizedExperts(SlotExperts):
 
     def requantize(self, experts: int | Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Quantize one expert anew from full-precision tensors, or several from stacks."""
+        self._ahead.clear()
         for name, tensor in tensors.items():
             self.packed[name].write(experts, tensor)
 
@@ -69,8 +71,12 @@ class QuantizedExperts(SlotExperts):
         return super().learning() if self.collects_gradients else []
 
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Tensors of one expert, dequantized."""
-        return {name: packed.read(slot, dtype) for name, packed in self.packed.items()}
+        """Tensors of one expert, dequantized, with those that come next where they are small."""
+        if slot not in self._ahead:
+            some = [slot, *upcoming[: self.at_once - 1]]
+            stacks = {name: packed.read(some, dtype) for name, packed in self.packed.items()}
+            self._ahead = {e: {n: stack[place] for n, stack in stacks.items()} for place, e in enumerate(some)}
+        return self._ahead.pop(slot)
 
     def add_gradients(self, slot: int, gradients: Mapping[str, Tensor]) -> None:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
@@ -83,10 +89,13 @@ class AdaptedQuantizedExperts(AdaptedExperts, QuantizedExperts):
     """Experts in few bits that stay as they are, and B's that learn (QLoRA, Dettmers et al. 2023)."""
 
 
-def quantize(model: nn.Module, bits: int = 4, adapter: Adapter | None = None) -> nn.Module:
+def quantize(
+    model: nn.Module, bits: int = 4, adapter: Adapter | None = None, num_layers: int | None = None
+) -> nn.Module:
     """Put a :class:`QuantizedExperts` at every MoE layer, in place; :func:`fluxlib.moe.compact.restore` undoes it.
 
     Args:
+        num_layers: only at the first so many.
         adapter: See :class:`AdaptedQuantizedExperts`; None: nothing learns that is not asked for its gradients.
 
     Raises:
@@ -94,7 +103,9 @@ def quantize(model: nn.Module, bits: int = 4, adapter: Adapter | None = None) ->
     """
     check_bits(bits)
 
-    def make(layer: MoELayer) -> QuantizedExperts:
+    def make(layer: MoELayer) -> QuantizedExperts | None:
+        if num_layers is not None and layer.index >= num_layers:
+            return None
         if adapter is None:
             return QuantizedExperts(layer.experts, bits)
         return AdaptedQuantizedExperts(layer.experts, bits, adapter=adapter, layer=layer.index)
@@ -104,9 +115,11 @@ def quantize(model: nn.Module, bits: int = 4, adapter: Adapter | None = None) ->
 
 
 @contextmanager
-def quantized(model: nn.Module, bits: int = 4, adapter: Adapter | None = None) -> Iterator[nn.Module]:
+def quantized(
+    model: nn.Module, bits: int = 4, adapter: Adapter | None = None, num_layers: int | None = None
+) -> Iterator[nn.Module]:
     """:func:`quantize` for the duration of a ``with`` block."""
-    quantize(model, bits, adapter)
+    quantize(model, bits, adapter, num_layers)
     try:
         yield model
     finally:

@@ -12,8 +12,10 @@ from .find import MoELayer, ReplacedExperts, expert_tensors, layers
 from .product import freeze_linears, thaw_linears
 
 
-def replace_all(model: nn.Module, make: Callable[[MoELayer], ReplacedExperts]) -> None:
-    """Put what ``make`` gives at the experts' place of every layer and freeze the rest; an error leaves all as it was.
+def replace_all(model: nn.Module, make: Callable[[MoELayer], ReplacedExperts | None]) -> None:
+    """Put what ``make`` gives, if any, at the experts' place of every layer and freeze the rest.
+
+    An error leaves all as it was.
 
     What does not learn, routers apart, is multiplied by :func:`fluxlib.moe.product.matmul` meanwhile.
 
@@ -30,7 +32,8 @@ def replace_all(model: nn.Module, make: Callable[[MoELayer], ReplacedExperts]) -
         model.requires_grad_(False)
         freeze_linears(model, wider_than=max(layer.num_experts for layer in found))
         for layer in found:
-            replace(model, layer, make(layer))
+            if (new := make(layer)) is not None:
+                replace(model, layer, new)
     except BaseException:
         restore(model, write=False)
         for layer, device in zip(found, devices, strict=True):

@@ -131,16 +131,26 @@ def test_a_quantized_model_equals_one_with_dequantized_weights(tiny: SimpleNames
     assert torch.equal(model(**batch).logits, expected)
 
 
-def test_one_expert_is_dequantized_at_a_time(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("at_once", "expected"), [(1, [[1], [1], [6], [6]]), (2, [[1, 6], [1, 6]])])
+def test_large_experts_are_dequantized_alone_small_ones_together(
+    at_once: int, expected: list[list[int]], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = quantized.quantize(tiny.build("olmoe"))
-    read: list[int] = []
+    read: list[list[int]] = []
     plain = Packed.read
-    monkeypatch.setattr(
-        Packed, "read", lambda self, expert, dtype=None: read.append(expert) or plain(self, expert, dtype)
-    )
+    monkeypatch.setattr(QuantizedExperts, "at_once", at_once)
+    monkeypatch.setattr(Packed, "read", lambda self, some, dtype=None: read.append(some) or plain(self, some, dtype))
     experts = find.layers(model)[0].experts
     experts(torch.randn(4, 16), torch.tensor([[1, 6]] * 4), torch.ones(4, 2))
-    assert read == [1, 1, 6, 6]
+    assert read == expected
+
+
+def test_what_was_read_ahead_is_forgotten_when_it_is_written(tiny: SimpleNamespace) -> None:
+    experts = find.layers(quantized.quantize(tiny.build("olmoe")))[0].experts
+    experts.fetch(1, [6], torch.float32)
+    experts.requantize(6, {name: tensor * 2 for name, tensor in experts.expert_tensors(6).items()})
+    found = experts.fetch(6, [], torch.float32)
+    assert all(torch.equal(found[name], tensor) for name, tensor in experts.expert_tensors(6).items())
 
 
 def test_straight_through_gradients_are_those_of_the_dequantized_weights(tiny: SimpleNamespace) -> None:
