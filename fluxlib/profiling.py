@@ -6,9 +6,10 @@ L MoE layers, E experts per layer, N tokens (padding is never counted).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fluxlib.moe import find
 from fluxlib.moe.capture import Capture, LayerCapture, capture
 from fluxlib.moe.quantized import QuantizedExperts, quantized
+from fluxlib.moe.replace import with_forward
 
 BITS = (2, 3, 4, 8, 16)
 
@@ -171,7 +173,7 @@ def _count(
     gate, counts, num_tokens, num_samples = received.clone(), [], 0, 0
     # The head's logits are not needed, nor what the last layer's experts put out.
     body = getattr(model, "base_model", model)
-    with capture(body, attention=attention) as seen, _idle(find.layers(body)[-1].experts):
+    with capture(body, attention=attention) as seen, with_forward([find.layers(body)[-1].experts], _zeros):
         for batch in batches:
             body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             mask = batch["attention_mask"].bool()
@@ -187,14 +189,9 @@ def _count(
     return received, gate, torch.cat(counts), num_tokens
 
 
-@contextmanager
-def _idle(experts: nn.Module) -> Iterator[None]:
-    """Experts that are asked, and answer zeros without computing."""
-    experts.forward = lambda hidden, *_args, **_kwargs: torch.zeros_like(hidden)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del experts.forward
+def _zeros(_module: nn.Module, _forward: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The forward of experts that are asked, and answer zeros without computing."""
+    return lambda hidden, *_args, **_kwargs: torch.zeros_like(hidden)
 
 
 def count(seen: Capture, mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

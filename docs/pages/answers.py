@@ -58,6 +58,7 @@ def numbers() -> dict[str, Any]:
         "uplink": _of_each(sent["flux"] / sent["fmd"], "%"),
         "start": _of_each(starts), "end": _of_each(finals),
         "loss_flux": _of_each(ends.loc["short"]["loss"]), "loss_random": _of_each(ends.loc["random"]["loss"]),
+        "loss_frequency": _of_each(ends.loc["frequency"]["loss"]),
         "summary": claims.summary(claims.claims(tables)),
         "lines": sum(bool(line.strip()) for cell in code for line in cell.splitlines()),
     }  # fmt: skip

@@ -197,12 +197,11 @@ def scores_to_markdown(times: pd.DataFrame, rounds: pd.DataFrame) -> str:
     rows = []
     for (model, task), part in plain.groupby(["model", "task"], sort=False):
         metric, seeds = part["metric_name"].iloc[0], part["seed"].nunique()
-        cells = [f"`{Path(str(model)).name}`", f"`{task}`", METRICS.get(metric, metric), seeds]
+        few = [f"{title(name)} {count}" for name, count in part["method"].value_counts().items() if count < seeds]
+        cells = [f"`{Path(str(model)).name}`", f"`{task}`", METRICS.get(metric, metric), ", ".join([str(seeds), *few])]
         cells.append(f"{scores[model, task]:.3f}")
-        few = {name: count for name, count in part["method"].value_counts().items() if count < seeds}
         for column, write in (("final_metric", "{:.3f}"), ("device_s_to_target", ""), ("round_s", "{:.0f}")):
             cells.append(" / ".join(_mean(part.loc[part["method"] == name, column], write) for name in methods))
-        cells[3] = ", ".join([str(seeds), *(f"{title(name)} {count}" for name, count in few.items())])
         rows.append(cells)
     listed = " / ".join(map(title, methods))
     header = [f"{listed} on", "", "metric", "seeds", "before", "final score", "device s to the target"]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fluxlib.moe import find
+from fluxlib.moe.replace import with_forward
 from fluxlib.tasks.batches import IGNORED
 
 
@@ -190,7 +191,7 @@ def _answering(answers: dict[nn.Module, list[Any]]) -> Any:
         left = list(answers[module])
         return lambda *args, **kwargs: left.pop(0) if left else forward(*args, **kwargs)
 
-    return _wrapped(list(answers), answer)
+    return with_forward(list(answers), answer)
 
 
 def _choosing(choices: dict[nn.Module, list[Tensor]], again: bool) -> Any:
@@ -205,25 +206,7 @@ def _choosing(choices: dict[nn.Module, list[Tensor]], again: bool) -> Any:
 
         return run
 
-    return _wrapped(list(choices), under)
-
-
-@contextmanager
-def _wrapped(
-    modules: Sequence[nn.Module], wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    """Another ``forward`` for each module, made from its own."""
-    before = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = wrap(module, module.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = forward  # type: ignore[method-assign]
+    return with_forward(list(choices), under)
 
 
 class _TopK(TorchFunctionMode):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -81,6 +82,24 @@ def restore(model: nn.Module, write: bool = True) -> nn.Module:
         del model.__dict__["save_pretrained"]
     thaw_linears(model)
     return model
+
+
+@contextmanager
+def with_forward(
+    modules: Sequence[nn.Module], wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Another ``forward`` for each module, made from its own, for the duration of a ``with`` block."""
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = wrap(module, module.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = forward  # type: ignore[method-assign]
 
 
 def _refuse_saving(model: nn.Module, *args: Any, **kwargs: Any) -> None:
