@@ -1,14 +1,7 @@
 """The device clock: how long a participant's work would take on its device, for the shapes of a given model.
 
-``docs/clock.md`` has one table, method by phase: what is charged, from what, with the formula. In short, per
-participant and phase of :data:`fluxlib.records.PHASES`:
-
-- training, and what offloading adds to it: :mod:`fluxlib.devices.step`;
-- merging and quantising: reading the full model from where the participant keeps it (host memory, or its own
-  memory where that is unified and large enough), and writing the result;
-- profiles and probes: forward passes, as a roofline;
-- down- and upload: bytes of the experts that changed over the link, plus its latency;
-- the server: reading every upload and writing the mean, in its host memory.
+``docs/clock.md`` has one table, method by phase: what is charged, from what, with the formula. Training, and what
+offloading adds to it, is in :mod:`fluxlib.devices.step`.
 
 One rule for all methods: everything follows one another, except a profile for the next round of which nothing is in
 the reply (``Work.hidden_profile``): it runs beside upload and server (:class:`ParticipantSeconds`).
@@ -33,7 +26,7 @@ from fluxlib.devices.memory import RESERVE_FRAC
 from fluxlib.devices.shapes import Shapes as Shapes
 from fluxlib.devices.shapes import shapes as shapes
 from fluxlib.devices.shapes import shapes_of as shapes_of
-from fluxlib.devices.step import WEIGHT_BYTES, Load, step_seconds
+from fluxlib.devices.step import WEIGHT_BYTES, Load, placed, step_seconds
 from fluxlib.devices.step import device_bytes as device_bytes
 from fluxlib.methods.base import Work
 from fluxlib.records import PHASES
@@ -102,7 +95,7 @@ def phase_seconds(
     on_link = shapes.learned_parameters(work.adapter_rank) / 8  # bytes per bit of what travels of an expert
     merged = load.experts(work.num_merge_sources) * shapes.expert_parameters * WEIGHT_BYTES
     quantized = load.experts(work.num_quantized) * shapes.expert_parameters
-    step, offload = step_seconds(load, device, offloading)
+    step, offload = step_seconds(load, device, placed(load, device, offloading), offloading)
     down, up = (load.experts(n) for n in (work.num_downloaded, work.num_uploaded))
     probed = work.probe_samples + load.experts(work.expert_probe_samples)
     probed_tokens = work.probe_tokens + load.experts(work.expert_probe_tokens)
