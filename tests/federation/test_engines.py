@@ -228,7 +228,7 @@ def test_a_participant_trains_on_the_samples_of_its_folder(make_config: Make, tm
     settings = folders.node_config(made[1])
     assert (settings["partition-id"], settings["device"], settings["torch-device"]) == (1, "l20", "cpu")
     assert settings["data"] == str(made[1] / "train.jsonl") and settings["state-dir"] == str(made[1] / "state")
-    assert 'partition-id=1 device="l20"' in folders.as_argument(settings)
+    assert 'partition-id=1 device="l20"' in processes.supernode_command(made[1], "here:1", 2)[-1]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ group of its own, so that what it started ends with it.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -83,13 +84,14 @@ def superlink_command(folder: Path, host: str, port: int) -> list[str]:
 
 def supernode_command(folder: Path, superlink: str, port: int) -> list[str]:
     """A SuperNode for the participant of ``folder``; ``port`` is between it and the process of each message."""
+    settings = " ".join(f"{name}={json.dumps(value)}" for name, value in folders.node_config(folder).items())
     return [
         "flower-supernode",
         "--superlink", superlink,
         "--root-certificates", str(folder / credentials.CA_CERTIFICATE),
         "--auth-supernode-private-key", str(folder / credentials.NODE_KEY),
         "--host", HOST, "--port", str(port),
-        "--node-config", folders.as_argument(folders.node_config(folder)),
+        "--node-config", settings,
     ]  # fmt: skip
 
 
