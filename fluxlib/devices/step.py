@@ -37,11 +37,21 @@ class Load:
         self.tokens_per_sample = float(tokens_per_sample or counted)
         self._given = tokens_per_sample
         self.batch_size = work.train_samples / work.train_steps if work.train_steps else 0.0
-        rank, size = work.adapter_rank, shapes.expert_parameters
+        rank, size, routed = work.adapter_rank, shapes.expert_parameters, work.routed_tokens
         self.learned_share = shapes.learned_parameters(rank) / size
         """Parameters that learn, per parameter of a tuned expert: all, or those of an adapter's B."""
         self.gradient_share = rank * sum(shapes.expert_sides) / size if rank else 1.0
         """Arithmetic of what learns' gradient, as a share of the weight's: ``g.T @ (x @ A.T)`` for ``g.T @ x``."""
+        self.step_tokens = self.batch_size * self.tokens_per_sample
+        """Tokens of one batch."""
+        self.tuned_share = work.tuned_tokens / routed if routed else work.num_tuned / work.num_experts
+        """Share of the routed tokens that went to tuned experts; their share of the experts where none were counted."""
+        self.slot_share = work.slot_tokens / routed if routed else 1.0
+        """(token, slot) pairs computed, as a share of the (token, expert) choices."""
+        self.updated_parameters = self.experts(work.num_updated) * size
+        """Of the tuned experts that got a token: the others have no gradient and no step."""
+        self.state_bits = 8 * WEIGHT_BYTES if rank else work.weight_bits
+        """Bits of what learns, by which its gradient and its step are counted; an adapter's B's are not quantised."""
 
     def experts(self, count: float) -> float:
         """``count`` of the run's experts, or of anything counted per expert, as that share of the clock model's."""
@@ -50,27 +60,6 @@ class Load:
     def tokens(self, samples: float, counted: float) -> float:
         """Tokens of ``samples``: as many each as the clock was told, else those that were ``counted``."""
         return float(samples * self._given) if self._given else float(counted)
-
-    @property
-    def step_tokens(self) -> float:
-        """Tokens of one batch."""
-        return self.batch_size * self.tokens_per_sample
-
-    @property
-    def tuned_share(self) -> float:
-        """Share of the routed tokens that went to tuned experts; their share of the experts where none were counted."""
-        work = self.work
-        return work.tuned_tokens / work.routed_tokens if work.routed_tokens else work.num_tuned / work.num_experts
-
-    @property
-    def updated_parameters(self) -> float:
-        """Of the tuned experts that got a token: the others have no gradient and no step."""
-        return self.experts(self.work.num_updated) * self.shapes.expert_parameters
-
-    @property
-    def state_bits(self) -> int:
-        """Bits of what learns, by which its gradient and its step are counted; an adapter's B's are not quantised."""
-        return 8 * WEIGHT_BYTES if self.work.adapter_rank else self.work.weight_bits
 
     def frozen_slot_bytes(self, bits: int) -> float:
         """Traffic of reading one frozen expert once; below 16 bit it is unpacked: written and read again in 16 bit."""
@@ -129,9 +118,8 @@ def step_seconds(load: Load, device: Device, option: Placement, offloading: Offl
     """
     work, shapes, bits, tokens = load.work, load.shapes, load.work.weight_bits, load.step_tokens
     learned, routed = load.learned_share, shapes.expert_flops(tokens)
-    computed = work.slot_tokens / work.routed_tokens if work.routed_tokens else 1.0  # pairs, as a share of the choices
     formed = 2.0 * work.adapter_rank * load.updated_parameters
-    ahead = shapes.dense_flops(tokens, load.tokens_per_sample) + computed * routed + formed
+    ahead = shapes.dense_flops(tokens, load.tokens_per_sample) + load.slot_share * routed + formed
     flops = 2 * ahead + load.tuned_share * routed * load.gradient_share
     weights = shapes.other_parameters * WEIGHT_BYTES + load.kept_traffic(bits)
     activations = ACTIVATION_BYTES * tokens * shapes.num_layers * shapes.hidden_size
