@@ -350,9 +350,10 @@ def test_a_superlink_that_nobody_answers_is_refused_at_once(
             f'[superlink.there]\naddress = "127.0.0.1:{there}"\n[superlink.gone]\naddress = "127.0.0.1:{gone}"\n'
             '[superlink.local]\naddress = ":local:"\n[superlink.odd]\naddress = 5\n'
         )
-        assert [processes.silence(None, name) for name in ("there", "local", "odd", "unknown")] == [""] * 4
+        for name in ("there", "local", "odd", "unknown"):
+            processes.reach(None, name)
     config, start = make_config({"engine": "deployment"}), time.monotonic()
-    monkeypatch.setattr(deployment, "submit", lambda *_: pytest.fail("a run was submitted"))
+    monkeypatch.setattr(deployment, "flwr", lambda *_: pytest.fail("a run was submitted"))
     with pytest.raises(ConfigError, match=f"superlink is 'gone', nobody answers at 127.0.0.1:{gone}"):
         federation.run(config, out=tmp_path / "out", superlink="gone")
     assert deployment.run_status("1", None, "gone")[0] == "unknown" and time.monotonic() - start < 60
@@ -448,7 +449,7 @@ def test_who_ends_the_caller_ends_the_run(make_config: Make, tmp_path: Path, mon
     def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
-    replies = {"silence": lambda *_: "", "submit": lambda *_: "7", "flwr": lambda *w: said.append(w)}
+    replies = {"submit": lambda *_: "7", "flwr": lambda *w: said.append(w)}
     for name, reply in (replies | {"_follow": interrupted}).items():
         monkeypatch.setattr(deployment, name, reply)
     with pytest.raises(KeyboardInterrupt):
@@ -468,7 +469,7 @@ def test_status_says_who_is_there_and_what_is_late(
         federation.run(config, on_round=interrupt, out=tmp_path)
     nodes = [{"node-id": "7", "status": "online"}, {"node-id": "8", "status": "offline", "offline-at": "noon"}]
     known = {"nodes": nodes, "runs": [{"run-id": "5", "status": "running"}]}
-    monkeypatch.setattr(deployment, "listed", lambda home, superlink, what, *_: known[what])
+    monkeypatch.setattr(deployment, "answer", lambda home, superlink, what, *_: known[what])
     (kept,) = (tmp_path / "checkpoints").iterdir()
     os.utime(kept, (time.time() - 1e6,) * 2)
     Progress(tmp_path, "another").add({"round": 0, "over": ""})

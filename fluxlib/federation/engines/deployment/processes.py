@@ -24,6 +24,7 @@ from pathlib import Path
 from fluxlib.config import RunConfig
 from fluxlib.federation.engines.deployment import credentials, folders
 from fluxlib.federation.results import RunFailed
+from fluxlib.io import ConfigError
 
 HOST = "127.0.0.1"
 CONNECTION = "federation"
@@ -104,8 +105,8 @@ def flwr(home: Path | None, *arguments: str) -> subprocess.CompletedProcess[str]
         return subprocess.CompletedProcess(command, 1, "", f"flwr {arguments[0]} did not answer within {COMMAND_S:g} s")
 
 
-def silence(home: Path | None, superlink: str) -> str:
-    """Why nobody answers at the address that Flower's configuration has for ``superlink``; empty: somebody does.
+def reach(home: Path | None, superlink: str) -> None:
+    """ConfigError: nobody answers at the address that Flower's configuration has for ``superlink``.
 
     Flower's own commands try for a minute. What they would say of a wrong configuration is left to them.
     """
@@ -114,12 +115,11 @@ def silence(home: Path | None, superlink: str) -> str:
         host, text = tomllib.loads(path.read_text())["superlink"][superlink]["address"].rsplit(":", 1)
         port = int(text)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ""
+        return
     try:
         socket.create_connection((host.strip("[]"), port), ANSWER_S).close()
     except OSError as error:
-        return f"nobody answers at {host}:{port} ({error})"
-    return ""
+        raise ConfigError(f"superlink is {superlink!r}, nobody answers at {host}:{port} ({error})") from None
 
 
 def free_ports(count: int) -> list[int]:
