@@ -207,10 +207,11 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
     """Bytes by kind at the peak of one training step in which only the tuned slots learn.
 
     Args:
-        model: from :func:`meta_model`; left as it was found.
+        model: from :func:`meta_model`; a copy of it is changed and run.
         slots: one per MoE layer; else ValueError.
         learns: False: of a forward pass without gradients (profiling, probing).
     """
+    model = copy.deepcopy(model)
     found = find.layers(model)
     if len(slots) != len(found):
         raise ValueError(f"slots: expected one per MoE layer, {len(found)}, got {len(slots)}")
@@ -226,27 +227,19 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
     chosen = [number for number, kind in enumerate(kinds) if kind not in kinds[:number]]
     stands_for = [chosen.index(kinds.index(kind)) for kind in kinds]
     tracker, held, repeated = MemoryTracker(), list[Tensor](), Counter[str]()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inside = {id(tensor) for layer in found for tensor in layer.experts.parameters()}
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) not in inside:
             tracker.mark(tensor, "others")
     model.requires_grad_(False)
-    try:
-        for number in (number for number in chosen if number in planned):
-            before = tracker.by_kind.copy()
-            held += _replace(*planned[number], step, tracker)
-            for kind, num_bytes in tracker.by_kind.items():
-                times = stands_for.count(chosen.index(number)) - 1
-                repeated[kind] += times * (num_bytes - before[kind])
-        decoder.layers = nn.ModuleList([every[number] for number in chosen])
-        _run(model, step, tracker, learns, list(decoder.layers))
-    finally:
-        decoder.layers = nn.ModuleList(every)
-        for layer in found:
-            setattr(layer.block, layer.name.rpartition(".")[2], layer.experts)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    for number in (number for number in chosen if number in planned):
+        before = tracker.by_kind.copy()
+        held += _replace(*planned[number], step, tracker)
+        for kind, num_bytes in tracker.by_kind.items():
+            times = stands_for.count(chosen.index(number)) - 1
+            repeated[kind] += times * (num_bytes - before[kind])
+    decoder.layers = nn.ModuleList([every[number] for number in chosen])
+    _run(model, step, tracker, learns, list(decoder.layers))
     forward = [0, *(1 + place for place in stands_for), 1 + len(chosen)]
     backward = [1 + 2 * len(chosen) - place for place in reversed(stands_for[first:])] if learns else []
     return _peak_of_all((tracker.stretches[index] for index in forward + backward), repeated)
@@ -304,14 +297,13 @@ def _run(model: Any, step: Step, tracker: MemoryTracker, learns: bool, decoder: 
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: tracker.cut())
 
-    hooks = [layer.register_forward_pre_hook(lambda _, inputs: cut(inputs)) for layer in decoder]
-    hooks.append(decoder[-1].register_forward_hook(lambda _, inputs, output: cut(output)))
+    for layer in decoder:
+        layer.register_forward_pre_hook(lambda _, inputs: cut(inputs))
+    decoder[-1].register_forward_hook(lambda _, inputs, output: cut(output))
     model.train(learns)
     with tracker, torch.set_grad_enabled(learns):
         ids = torch.zeros((step.batch, step.tokens), dtype=torch.long, device="meta")
         out = model(input_ids=ids, labels=ids if learns else None)
-        for hook in hooks:
-            hook.remove()
         if learns:
             loss = out.loss
             del out

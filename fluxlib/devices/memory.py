@@ -14,7 +14,6 @@ from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from threading import Lock
 from typing import Any
 
 import torch
@@ -205,8 +204,6 @@ def _planned(run: RunConfig) -> tuple[str, str, Step]:
 
 
 _META_MODELS: dict[tuple[str, torch.dtype], Any] = {}
-_ONE_AT_A_TIME = Lock()
-"""A dry run puts other layers into its model for a moment: two threads may not share one meanwhile."""
 
 
 def _meta_model(config: Any, dtype: torch.dtype) -> Any:
@@ -217,11 +214,8 @@ def _meta_model(config: Any, dtype: torch.dtype) -> Any:
     return _META_MODELS[key]
 
 
-@lru_cache(maxsize=1024)
-def _peak(model: Any, slots: tuple[Slots, ...], step: Step, learns: bool = True) -> Counter[str]:
-    """:func:`fluxlib.devices.dry_run.peak`, once for each question; nobody may change the answer."""
-    with _ONE_AT_A_TIME:
-        return dry_run.peak(model, slots, step, learns)
+_peak = lru_cache(maxsize=1024)(dry_run.peak)
+"""Once for each question; nobody may change the answer."""
 
 
 class _Planner:
@@ -229,10 +223,11 @@ class _Planner:
 
     def __init__(self, config: Any, method: str, step: Step) -> None:
         self.method, self.step = "flux" if method == "flux_plus" else method, step
-        with _ONE_AT_A_TIME:
-            self.model = _meta_model(config, step.dtype)
-            self.parameters = count_parameters(self.model)
-            found = find.layers(self.model)
+        self.model = _meta_model(config, step.dtype)
+        self.parameters = count_parameters(self.model)
+        found = find.layers(self.model)
+        self.resident_bytes = self.parameters.per_expert * step.dtype.itemsize
+        """An offloaded expert's copy on the device, in the type that it computes in."""
         self.per_layer = [layer.num_experts for layer in found]
         self.total = sum(self.per_layer)
         self.smallest = max(layer.top_k for layer in found) * len(found) if method == "fmes" else 1
@@ -252,7 +247,7 @@ class _Planner:
     def largest(self, usable: int) -> int:
         """The most tuned experts whose peak, which grows with each of them, stays within ``usable`` bytes."""
         if self.method == "fmd":
-            needed = self._offloaded().total() + MIN_RESIDENT * self._resident_bytes
+            needed = self._offloaded().total() + MIN_RESIDENT * self.resident_bytes
             if needed > usable and self.peak(self.total, 0).total() > usable:
                 raise self._too_small(usable, needed)
             return self.total
@@ -270,9 +265,9 @@ class _Planner:
         by_kind = self.peak(num_tuned, num_merged).copy()
         if self.method == "fmd" and usable is not None and by_kind.total() > usable:
             by_kind = self._offloaded().copy()
-            fitting = (usable - by_kind.total()) // self._resident_bytes
+            fitting = (usable - by_kind.total()) // self.resident_bytes
             num_resident = min(self.total, max(MIN_RESIDENT, fitting))
-            by_kind["tuned"] += num_resident * self._resident_bytes
+            by_kind["tuned"] += num_resident * self.resident_bytes
             state = 0 if self.step.rank else 2 * TUNED_DTYPE.itemsize + MOMENT_BYTES
             host = self.total * size * (state + self.step.dtype.itemsize)
         if self.method in ("flux", "fmes"):
@@ -310,11 +305,6 @@ class _Planner:
     def _profile_bytes(self) -> int:
         slots = tuple(Slots(0, n, n, bits=self.step.bits) for n in self.per_layer)
         return _peak(self.model, slots, self.on_device, learns=False).total()
-
-    @property
-    def _resident_bytes(self) -> int:
-        """An offloaded expert's copy on the device, in the type that it computes in."""
-        return self.parameters.per_expert * self.step.dtype.itemsize
 
     def _rows(self, by_kind: Counter[str], num_tuned: int, num_merged: int, host: int) -> list[Row]:
         size, rest, rows = self.parameters.per_expert, by_kind["others"], []
