@@ -19,7 +19,6 @@ from fluxlib.moe.adapter import sides
 class Shapes:
     """Sizes of a model. Parameters are counts, per expert or over the whole model."""
 
-    name: str
     num_layers: int
     num_experts: int
     """Routed experts over all layers."""
@@ -57,16 +56,15 @@ class Shapes:
 @lru_cache(maxsize=8)
 def shapes(name: str) -> Shapes:
     """Shapes of a model by name (see :func:`fluxlib.models.known`), from its configuration alone."""
-    return shapes_of(name, meta_model(models.config(name), torch.float32))
+    return shapes_of(meta_model(models.config(name), torch.float32))
 
 
-def shapes_of(name: str, model: PreTrainedModel) -> Shapes:
+def shapes_of(model: PreTrainedModel) -> Shapes:
     """Shapes of a model in memory; its weights may be on the meta device."""
     moe, counted = find.layers(model), count_parameters(model)
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
     return Shapes(
-        name=name,
         num_layers=model.config.num_hidden_layers,
         num_experts=counted.num_experts,
         top_k_sum=sum(layer.top_k for layer in moe),

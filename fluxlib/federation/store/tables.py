@@ -43,7 +43,7 @@ class Tables:
         self.fleet = catalogue.fleet(config.clock.fleet, config.federation.participants)
         self.link = catalogue.link(config.clock.link)
         own = config.clock.model in ("self", config.model)
-        self.shapes = clock.shapes_of(config.model, model) if own else clock.shapes(config.clock.model)
+        self.shapes = clock.shapes_of(model) if own else clock.shapes(config.clock.model)
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """The rows so far, checked against the schema, as they will be read back."""
