@@ -143,6 +143,8 @@ class ExpertStore:
         self._learned: dict[ExpertKey, dict[str, Tensor]] = {}
         self._keeps_base = wire != "float32" or adapter is not None
         self._layers = find.layers(model)
+        self.shape = len(self._layers), max(layer.num_experts for layer in self._layers)
+        """MoE layers and experts per layer (of the largest layer)."""
         dtype = find.expert_tensors(self._layers[0].experts, 0)["down_proj"].dtype
         self._is_apart = adapter is not None or wide_dtype(dtype) != dtype
         digests = base_digests(model)
@@ -155,11 +157,6 @@ class ExpertStore:
         self.frozen_digest = frozen_digest(model)
         self._arrays: dict[ExpertKey, dict[str, Array]] = {}
         self._deltas: dict[int, Delta] = {}
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """MoE layers and experts per layer (of the largest layer)."""
-        return len(self._layers), max(layer.num_experts for layer in self._layers)
 
     @property
     def digest(self) -> str:

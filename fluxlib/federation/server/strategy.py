@@ -148,13 +148,11 @@ class FluxStrategy:
                 self._again.append(sender)
             elif reason := self._accept(number, reply, sender, mean, utilities):
                 extra.append((sender, reason))
-        changes = mean.result()
+        changed = moved(mean.result())
         epsilon = self.epsilon(number) if self.method.explores else math.nan
-        self.last = result = RoundResult(number, epsilon, tuple(self.current.values()), tuple(extra), len(changes))
+        self.last = result = RoundResult(number, epsilon, tuple(self.current.values()), tuple(extra), len(changed))
         result.require(self.config.federation.min_replies_frac)
-        changed = moved(changes)
         self.store.apply(changed)
-        self.last = result = replace(result, num_tuned=len(changed))
         self._remember_utilities(result, utilities)
         return result
 
