@@ -46,19 +46,6 @@ class ParticipantSeconds:
         """Seconds by phase, both profiles together."""
         return {name: value + (self.first or {}).get(name, 0.0) for name, value in self.main.items()}
 
-    def uploaded_s(self) -> float:
-        """When the upload is there: one phase after another, but a hidden profile is in nobody's way."""
-        return sum(self.all().values()) - self.hidden_s
-
-    def done_s(self) -> float:
-        """When everything is done: a hidden profile begins with the upload."""
-        return self.uploaded_s() + max(0.0, self.hidden_s - self.main["upload"])
-
-    @property
-    def hidden_s(self) -> float:
-        """Of quantising and profiling for the next round."""
-        return sum(self.main[name] for name in PROFILE) if self.hidden_profile else 0.0
-
 
 def participant_seconds(
     work: Work,
@@ -153,8 +140,15 @@ def server_seconds(works: Sequence[Work], shapes: Shapes, device: Device = SERVE
 
 
 def round_seconds(participants: Sequence[ParticipantSeconds], server_s: float) -> float:
-    """When the round is over: the server has aggregated and every profile is done; ValueError: nobody took part."""
+    """When the round is over: the server has aggregated and every profile is done; ValueError: nobody took part.
+
+    One phase follows another, but a hidden profile begins with the upload and is in nobody's way.
+    """
     if not participants:
         raise ValueError("participants is empty: a round needs at least one")
-    uploaded = max(one.uploaded_s() for one in participants)
-    return max(uploaded + server_s, *(one.done_s() for one in participants))
+    ends = []
+    for one in participants:
+        hidden_s = sum(one.main[name] for name in PROFILE) if one.hidden_profile else 0.0
+        uploaded_s = sum(one.all().values()) - hidden_s
+        ends += [uploaded_s + server_s, uploaded_s + max(0.0, hidden_s - one.main["upload"])]
+    return max(ends)

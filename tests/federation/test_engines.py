@@ -414,7 +414,7 @@ def test_rows_are_followed_as_they_come_and_a_run_can_be_stopped(tmp_path: Path)
     assert follower.new() == [{"round": 1}]
     follower.ask_to_stop()
     assert server.add({"round": 2}) is True
-    server.end("too few")
+    server.add({"over": "too few"})
     assert follower.new() == [{"round": 2}, {"over": "too few"}]
     follower.clear()
     assert not list(tmp_path.iterdir())
