@@ -232,7 +232,7 @@ def scored(model: nn.Module, tokenizer: Any, config: RunConfig) -> dict[str, flo
 
 def measure(config: RunConfig) -> Iterator[Row]:
     """What the server of one run learns of each participant, and the scores of the model before and after."""
-    local_copy.forget_workspace()
+    local_copy.workspace.cache_clear()
     model, tokenizer = models.load(config.model)
     before = scored(model, tokenizer, config)
     server = Curious(config, ExpertStore(model, config.wire.downlink), tokenizer)

@@ -81,7 +81,7 @@ def main() -> None:
     os.environ["FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"] = str(CHUNK)
     rates = dict(list(RATES.items())[: given.rates])
     start = pd.Timestamp.now("UTC").to_pydatetime()
-    device, shapes = scale.this_machine(), clock.shapes_of(MODEL, models.load(MODEL)[0])
+    device, shapes = scale.this_machine(), clock.shapes_of(models.load(MODEL)[0])
 
     def place(config: RunConfig, link: str) -> race_clock.Place:
         return race_clock.Place(shapes, device, catalogue.link(link), config.wire.uplink)

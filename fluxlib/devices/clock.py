@@ -1,14 +1,7 @@
 """The device clock: how long a participant's work would take on its device, for the shapes of a given model.
 
-``docs/clock.md`` has one table, method by phase: what is charged, from what, with the formula. In short, per
-participant and phase of :data:`fluxlib.records.PHASES`:
-
-- training, and what offloading adds to it: :mod:`fluxlib.devices.step`;
-- merging and quantising: reading the full model from where the participant keeps it (host memory, or its own
-  memory where that is unified and large enough), and writing the result;
-- profiles and probes: forward passes, as a roofline;
-- down- and upload: bytes of the experts that changed over the link, plus its latency;
-- the server: reading every upload and writing the mean, in its host memory.
+``docs/clock.md`` has one table, method by phase: what is charged, from what, with the formula. Training, and what
+offloading adds to it, is in :mod:`fluxlib.devices.step`.
 
 One rule for all methods: everything follows one another, except a profile for the next round of which nothing is in
 the reply (``Work.hidden_profile``): it runs beside upload and server (:class:`ParticipantSeconds`).
@@ -33,7 +26,7 @@ from fluxlib.devices.memory import RESERVE_FRAC
 from fluxlib.devices.shapes import Shapes as Shapes
 from fluxlib.devices.shapes import shapes as shapes
 from fluxlib.devices.shapes import shapes_of as shapes_of
-from fluxlib.devices.step import WEIGHT_BYTES, Load, step_seconds
+from fluxlib.devices.step import WEIGHT_BYTES, Load, placed, step_seconds
 from fluxlib.devices.step import device_bytes as device_bytes
 from fluxlib.methods.base import Work
 from fluxlib.records import PHASES
@@ -52,19 +45,6 @@ class ParticipantSeconds:
     def all(self) -> dict[str, float]:
         """Seconds by phase, both profiles together."""
         return {name: value + (self.first or {}).get(name, 0.0) for name, value in self.main.items()}
-
-    def uploaded_s(self) -> float:
-        """When the upload is there: one phase after another, but a hidden profile is in nobody's way."""
-        return sum(self.all().values()) - self.hidden_s
-
-    def done_s(self) -> float:
-        """When everything is done: a hidden profile begins with the upload."""
-        return self.uploaded_s() + max(0.0, self.hidden_s - self.main["upload"])
-
-    @property
-    def hidden_s(self) -> float:
-        """Of quantising and profiling for the next round."""
-        return sum(self.main[name] for name in PROFILE) if self.hidden_profile else 0.0
 
 
 def participant_seconds(
@@ -102,7 +82,7 @@ def phase_seconds(
     on_link = shapes.learned_parameters(work.adapter_rank) / 8  # bytes per bit of what travels of an expert
     merged = load.experts(work.num_merge_sources) * shapes.expert_parameters * WEIGHT_BYTES
     quantized = load.experts(work.num_quantized) * shapes.expert_parameters
-    step, offload = step_seconds(load, device, offloading)
+    step, offload = step_seconds(load, device, placed(load, device, offloading), offloading)
     down, up = (load.experts(n) for n in (work.num_downloaded, work.num_uploaded))
     probed = work.probe_samples + load.experts(work.expert_probe_samples)
     probed_tokens = work.probe_tokens + load.experts(work.expert_probe_tokens)
@@ -160,8 +140,15 @@ def server_seconds(works: Sequence[Work], shapes: Shapes, device: Device = SERVE
 
 
 def round_seconds(participants: Sequence[ParticipantSeconds], server_s: float) -> float:
-    """When the round is over: the server has aggregated and every profile is done; ValueError: nobody took part."""
+    """When the round is over: the server has aggregated and every profile is done; ValueError: nobody took part.
+
+    One phase follows another, but a hidden profile begins with the upload and is in nobody's way.
+    """
     if not participants:
         raise ValueError("participants is empty: a round needs at least one")
-    uploaded = max(one.uploaded_s() for one in participants)
-    return max(uploaded + server_s, *(one.done_s() for one in participants))
+    ends = []
+    for one in participants:
+        hidden_s = sum(one.main[name] for name in PROFILE) if one.hidden_profile else 0.0
+        uploaded_s = sum(one.all().values()) - hidden_s
+        ends += [uploaded_s + server_s, uploaded_s + max(0.0, hidden_s - one.main["upload"])]
+    return max(ends)

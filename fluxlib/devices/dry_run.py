@@ -1,13 +1,9 @@
 """A training step without weights: what would be in memory, and when, from a configuration alone.
 
-The model is built on the meta device, where a tensor has a shape and a size but no contents, and one real forward and
-backward pass is run there: the model's own code, autograd's own decisions about what to keep, the pass of
-:mod:`fluxlib.moe.dispatch`, while :mod:`fluxlib.devices.memory_tracker` adds up what is alive. Only two things are made
-up, because they depend on contents: tokens are spread evenly over the slots, and attention keeps what a fused kernel
-keeps.
-
-Decoder layers of one make and one plan do the same, so one of them is run and counted as often as it occurs
-(:func:`_peak_of_all`).
+One real forward and backward pass is run on the meta device, where a tensor has a shape and a size but no contents,
+while :mod:`fluxlib.devices.memory_tracker` adds up what is alive. Two things depend on contents and are made up: tokens
+are spread evenly over the slots, and attention keeps what a fused kernel keeps. Decoder layers of one make and one plan
+do the same, so one of them is run and counted as often as it occurs.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -24,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from fluxlib.devices.memory_tracker import MemoryTracker, Stretch
+from fluxlib.devices.memory_tracker import MemoryTracker
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter, sides
 from fluxlib.moe.compact import CompactExperts, LayerPlan
@@ -132,13 +128,6 @@ class _UnpackedOnMeta(SlotExperts):
         self.one = {name: getattr(layer.experts, name)[0].detach() for name in self.layout.names}
         self.collected: list[Tensor] = []
 
-    def packed_bytes(self) -> int:
-        if self.slots.offloaded:
-            return 0
-        values = sum(tensor.numel() for tensor in self.one.values())
-        num_bytes = (self.slots.bits + SCALE_BITS) / 8
-        return int((self.slots.num_tuned + self.slots.num_frozen) * values * num_bytes)
-
     def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         return dispatch(hidden, _pairs(self, hidden, weights), self)
 
@@ -218,10 +207,11 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
     """Bytes by kind at the peak of one training step in which only the tuned slots learn.
 
     Args:
-        model: from :func:`meta_model`; left as it was found.
+        model: from :func:`meta_model`; a copy of it is changed and run.
         slots: one per MoE layer; else ValueError.
         learns: False: of a forward pass without gradients (profiling, probing).
     """
+    model = copy.deepcopy(model)
     found = find.layers(model)
     if len(slots) != len(found):
         raise ValueError(f"slots: expected one per MoE layer, {len(found)}, got {len(slots)}")
@@ -237,30 +227,22 @@ def peak(model: Any, slots: Sequence[Slots], step: Step, learns: bool = True) ->
     chosen = [number for number, kind in enumerate(kinds) if kind not in kinds[:number]]
     stands_for = [chosen.index(kinds.index(kind)) for kind in kinds]
     tracker, held, repeated = MemoryTracker(), list[Tensor](), Counter[str]()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inside = {id(tensor) for layer in found for tensor in layer.experts.parameters()}
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) not in inside:
             tracker.mark(tensor, "others")
     model.requires_grad_(False)
-    try:
-        for number in (number for number in chosen if number in planned):
-            before = tracker.by_kind.copy()
-            held += _replace(*planned[number], step, tracker)
-            for kind, num_bytes in tracker.by_kind.items():
-                times = stands_for.count(chosen.index(number)) - 1
-                repeated[kind] += times * (num_bytes - before[kind])
-        decoder.layers = nn.ModuleList([every[number] for number in chosen])
-        _run(model, step, tracker, learns, list(decoder.layers))
-    finally:
-        decoder.layers = nn.ModuleList(every)
-        for layer in found:
-            setattr(layer.block, layer.name.rpartition(".")[2], layer.experts)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    for number in (number for number in chosen if number in planned):
+        before = tracker.by_kind.copy()
+        held += _replace(*planned[number], step, tracker)
+        for kind, num_bytes in tracker.by_kind.items():
+            times = stands_for.count(chosen.index(number)) - 1
+            repeated[kind] += times * (num_bytes - before[kind])
+    decoder.layers = nn.ModuleList([every[number] for number in chosen])
+    _run(model, step, tracker, learns, list(decoder.layers))
     forward = [0, *(1 + place for place in stands_for), 1 + len(chosen)]
     backward = [1 + 2 * len(chosen) - place for place in reversed(stands_for[first:])] if learns else []
-    return _peak_of_all([tracker.stretches[index] for index in forward + backward], repeated)
+    return _peak_of_all((tracker.stretches[index] for index in forward + backward), repeated)
 
 
 def _make(layer: nn.Module) -> tuple[Any, ...]:
@@ -285,7 +267,9 @@ def _replace(layer: find.MoELayer, slots: Slots, step: Step, tracker: MemoryTrac
     if slots.offloaded or slots.bits < 16:
         collects = not (slots.offloaded or step.rank)
         experts = _UnpackedOnMeta(layer, slots, (lambda grad: tracker.mark(grad, "gradients")) if collects else None)
-        hold(experts.packed_bytes(), "frozen")
+        if not slots.offloaded:
+            values = (slots.num_tuned + slots.num_frozen) * sum(tensor.numel() for tensor in experts.one.values())
+            hold(int(values * ((slots.bits + SCALE_BITS) / 8)), "frozen")
     else:
         experts = _CompactOnMeta(layer, slots, step)
         for stack in experts.merged_stacks().values():
@@ -313,14 +297,13 @@ def _run(model: Any, step: Step, tracker: MemoryTracker, learns: bool, decoder: 
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: tracker.cut())
 
-    hooks = [layer.register_forward_pre_hook(lambda _, inputs: cut(inputs)) for layer in decoder]
-    hooks.append(decoder[-1].register_forward_hook(lambda _, inputs, output: cut(output)))
+    for layer in decoder:
+        layer.register_forward_pre_hook(lambda _, inputs: cut(inputs))
+    decoder[-1].register_forward_hook(lambda _, inputs, output: cut(output))
     model.train(learns)
     with tracker, torch.set_grad_enabled(learns):
         ids = torch.zeros((step.batch, step.tokens), dtype=torch.long, device="meta")
         out = model(input_ids=ids, labels=ids if learns else None)
-        for hook in hooks:
-            hook.remove()
         if learns:
             loss = out.loss
             del out
@@ -328,15 +311,15 @@ def _run(model: Any, step: Step, tracker: MemoryTracker, learns: bool, decoder: 
         tracker.cut()
 
 
-def _peak_of_all(stretches: Sequence[Stretch], start: Counter[str]) -> Counter[str]:
+def _peak_of_all(stretches: Iterable[tuple[Counter[str], ...]], start: Counter[str]) -> Counter[str]:
     """The peak of stretches that follow one another, each as it was measured but for what is alive at its start."""
     state, highest = start.copy(), start
-    for stretch in stretches:
+    for before, peak, after in stretches:
         at_peak = state.copy()
-        at_peak.update(stretch.peak)
-        at_peak.subtract(stretch.start)
+        at_peak.update(peak)
+        at_peak.subtract(before)
         if at_peak.total() > highest.total():
             highest = at_peak
-        state.update(stretch.end)
-        state.subtract(stretch.start)
+        state.update(after)
+        state.subtract(before)
     return highest

@@ -10,10 +10,10 @@ rule; here both follow from bytes, as many merged experts as tuned ones.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from threading import Lock
 from typing import Any
 
 import torch
@@ -204,8 +204,6 @@ def _planned(run: RunConfig) -> tuple[str, str, Step]:
 
 
 _META_MODELS: dict[tuple[str, torch.dtype], Any] = {}
-_ONE_AT_A_TIME = Lock()
-"""A dry run puts other layers into its model for a moment: two threads may not share one meanwhile."""
 
 
 def _meta_model(config: Any, dtype: torch.dtype) -> Any:
@@ -216,11 +214,8 @@ def _meta_model(config: Any, dtype: torch.dtype) -> Any:
     return _META_MODELS[key]
 
 
-@lru_cache(maxsize=1024)
-def _peak(model: Any, slots: tuple[Slots, ...], step: Step, learns: bool = True) -> Counter[str]:
-    """:func:`fluxlib.devices.dry_run.peak`, once for each question; nobody may change the answer."""
-    with _ONE_AT_A_TIME:
-        return dry_run.peak(model, slots, step, learns)
+_peak = lru_cache(maxsize=1024)(dry_run.peak)
+"""Once for each question; nobody may change the answer."""
 
 
 class _Planner:
@@ -228,11 +223,11 @@ class _Planner:
 
     def __init__(self, config: Any, method: str, step: Step) -> None:
         self.method, self.step = "flux" if method == "flux_plus" else method, step
-        with _ONE_AT_A_TIME:
-            self.model = _meta_model(config, step.dtype)
-            self.parameters = count_parameters(self.model)
-            found = find.layers(self.model)
-            self.learned = dry_run.learned_parameters(found[0], step.rank)
+        self.model = _meta_model(config, step.dtype)
+        self.parameters = count_parameters(self.model)
+        found = find.layers(self.model)
+        self.resident_bytes = self.parameters.per_expert * step.dtype.itemsize
+        """An offloaded expert's copy on the device, in the type that it computes in."""
         self.per_layer = [layer.num_experts for layer in found]
         self.total = sum(self.per_layer)
         self.smallest = max(layer.top_k for layer in found) * len(found) if method == "fmes" else 1
@@ -250,33 +245,19 @@ class _Planner:
         return min(max(num_tuned, sum(rest > 0 for rest in left)), sum(left)) if self.method == "flux" else 0
 
     def largest(self, usable: int) -> int:
-        """The most tuned experts whose peak stays within ``usable`` bytes.
-
-        The peak is nearly a straight line in their number, so a few dry runs close in on the answer. Each further one
-        costs at least its state, and its weight beyond that of the merged one that it may replace.
-        """
-        low, high = self.smallest, self.total
+        """The most tuned experts whose peak, which grows with each of them, stays within ``usable`` bytes."""
         if self.method == "fmd":
-            needed = self._offloaded().total() + MIN_RESIDENT * self._resident_bytes
-            if needed > usable and self.peak(high, 0).total() > usable:
+            needed = self._offloaded().total() + MIN_RESIDENT * self.resident_bytes
+            if needed > usable and self.peak(self.total, 0).total() > usable:
                 raise self._too_small(usable, needed)
-            return high
-        bottom, top = (self.peak(n, self.num_merged(n)).total() for n in (low, high))
-        if bottom > usable:
-            raise self._too_small(usable, bottom)
-        if top <= usable:
-            return high
-        weight_bytes = 0 if self.method == "fmq" else max(0, TUNED_DTYPE.itemsize - self.step.dtype.itemsize)
-        cost = self.learned * (MOMENT_BYTES + weight_bytes)
-        while high - low > 1 and usable - bottom >= cost:
-            guess = low + int((usable - bottom) / (top - bottom) * (high - low))
-            middle = min(max(guess, low + 1), high - 1)
-            found = self.peak(middle, self.num_merged(middle)).total()
-            if found <= usable:
-                low, bottom = middle, found
-            else:
-                high, top = middle, found
-        return low
+            return self.total
+
+        def needed_by(count: int) -> int:
+            return self.peak(count, self.num_merged(count)).total()
+
+        if (needed := needed_by(self.smallest)) > usable:
+            raise self._too_small(usable, needed)
+        return bisect_right(range(self.total + 1), usable, lo=self.smallest + 1, key=needed_by) - 1
 
     def plan(self, num_tuned: int, num_merged: int, memory_bytes: int | None, usable: int | None) -> MemoryPlan:
         """The plan for given numbers of experts."""
@@ -284,9 +265,9 @@ class _Planner:
         by_kind = self.peak(num_tuned, num_merged).copy()
         if self.method == "fmd" and usable is not None and by_kind.total() > usable:
             by_kind = self._offloaded().copy()
-            fitting = (usable - by_kind.total()) // self._resident_bytes
+            fitting = (usable - by_kind.total()) // self.resident_bytes
             num_resident = min(self.total, max(MIN_RESIDENT, fitting))
-            by_kind["tuned"] += num_resident * self._resident_bytes
+            by_kind["tuned"] += num_resident * self.resident_bytes
             state = 0 if self.step.rank else 2 * TUNED_DTYPE.itemsize + MOMENT_BYTES
             host = self.total * size * (state + self.step.dtype.itemsize)
         if self.method in ("flux", "fmes"):
@@ -325,11 +306,6 @@ class _Planner:
         slots = tuple(Slots(0, n, n, bits=self.step.bits) for n in self.per_layer)
         return _peak(self.model, slots, self.on_device, learns=False).total()
 
-    @property
-    def _resident_bytes(self) -> int:
-        """An offloaded expert's copy on the device, in the type that it computes in."""
-        return self.parameters.per_expert * self.step.dtype.itemsize
-
     def _rows(self, by_kind: Counter[str], num_tuned: int, num_merged: int, host: int) -> list[Row]:
         size, rest, rows = self.parameters.per_expert, by_kind["others"], []
         for kind in KINDS:
@@ -337,15 +313,13 @@ class _Planner:
             if number and kind != "routed experts":
                 rows.append(Row(kind, number * self.step.dtype.itemsize, number))
                 rest -= rows[-1].num_bytes
-        frozen = (
-            ("merged experts", num_merged)
-            if self.method == "flux"
-            else (f"experts in {self.step.bits} bit", self.total)
-        )
+        frozen, num_frozen = f"experts in {self.step.bits} bit", self.total
+        if self.method == "flux":
+            frozen, num_frozen = "merged experts", num_merged
         rows += [
             Row("buffers", rest),
             Row("tuned experts", by_kind["tuned"], num_tuned * size),
-            Row(frozen[0], by_kind["frozen"], frozen[1] * size),
+            Row(frozen, by_kind["frozen"], num_frozen * size),
             Row("gradients", by_kind["gradients"]),
             Row("optimizer state", by_kind["optimizer"]),
             Row("activations", by_kind["activations"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self.by_kind: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
-        self.stretches: list[Stretch] = []
+        self.stretches: list[tuple[Counter[str], Counter[str], Counter[str]]] = []
         self._known: dict[int, tuple[str, int]] = {}
-        self.peak_bytes = self._now = 0
+        self.peak_bytes = 0
         self._start: Counter[str] = Counter()
 
     @classmethod
@@ -41,17 +40,16 @@ class MemoryTracker(TorchDispatchMode):
         if key in self._known:
             self.by_kind[self._known[key][0]] -= num_bytes
         else:
-            self._now += num_bytes
             weakref.finalize(storage, self._drop, key)
         self._known[key] = (kind, num_bytes)
         self.by_kind[kind] += num_bytes
-        if self._now > self.peak_bytes:
-            self.peak_bytes, self.at_peak = self._now, self.by_kind.copy()
+        if (now := self.by_kind.total()) > self.peak_bytes:
+            self.peak_bytes, self.at_peak = now, self.by_kind.copy()
 
     def cut(self) -> None:
         """End a stretch of the run: what was alive at its start, at its peak and now is appended to ``stretches``."""
-        self.stretches.append(Stretch(self._start, self.at_peak, self.by_kind.copy()))
-        self._start, self.at_peak, self.peak_bytes = self.by_kind.copy(), self.by_kind.copy(), self._now
+        self.stretches.append((self._start, self.at_peak, self.by_kind.copy()))
+        self._start, self.at_peak, self.peak_bytes = self.by_kind.copy(), self.by_kind.copy(), self.by_kind.total()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, then count what it made."""
@@ -66,13 +64,3 @@ class MemoryTracker(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         kind, num_bytes = self._known.pop(key)
         self.by_kind[kind] -= num_bytes
-        self._now -= num_bytes
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Bytes by kind at the start, the peak and the end of a part of a run."""
-
-    start: Counter[str]
-    peak: Counter[str]
-    end: Counter[str]

@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fluxlib import models
+from fluxlib.devices.dry_run import meta_model
+from fluxlib.models.parameters import count_parameters
 from fluxlib.moe import find
 from fluxlib.moe.adapter import sides
 
@@ -17,7 +19,6 @@ from fluxlib.moe.adapter import sides
 class Shapes:
     """Sizes of a model. Parameters are counts, per expert or over the whole model."""
 
-    name: str
     num_layers: int
     num_experts: int
     """Routed experts over all layers."""
@@ -55,29 +56,21 @@ class Shapes:
 @lru_cache(maxsize=8)
 def shapes(name: str) -> Shapes:
     """Shapes of a model by name (see :func:`fluxlib.models.known`), from its configuration alone."""
-    from transformers import AutoModelForCausalLM
-
-    settings = models.config(name)
-    with torch.device("meta"):
-        return shapes_of(name, AutoModelForCausalLM.from_config(settings, dtype=torch.float32))
+    return shapes_of(meta_model(models.config(name), torch.float32))
 
 
-def shapes_of(name: str, model: PreTrainedModel) -> Shapes:
+def shapes_of(model: PreTrainedModel) -> Shapes:
     """Shapes of a model in memory; its weights may be on the meta device."""
-    moe = find.layers(model)
-    experts = sum(layer.num_experts for layer in moe)
-    in_experts = sum(p.numel() for layer in moe for p in layer.experts.parameters())
-    total = sum(p.numel() for p in model.parameters())
+    moe, counted = find.layers(model), count_parameters(model)
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
     return Shapes(
-        name=name,
         num_layers=model.config.num_hidden_layers,
-        num_experts=experts,
+        num_experts=counted.num_experts,
         top_k_sum=sum(layer.top_k for layer in moe),
         hidden_size=moe[0].hidden_size,
-        expert_parameters=in_experts // experts,
-        other_parameters=total - in_experts,
+        expert_parameters=counted.per_expert,
+        other_parameters=counted.total - counted.by_kind["routed experts"],
         embedding_parameters=0 if tied else embedding.numel(),
         expert_sides=sides(moe[0].experts),
     )

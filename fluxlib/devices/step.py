@@ -1,19 +1,12 @@
 """One training step on a device: arithmetic, memory traffic, and what it costs when the experts do not fit.
 
 Arithmetic and memory traffic are a roofline: the longer of the two, at the achieved rates of the device. Experts that
-do not fit wait on the host in 32 bit, with gradients and AdamW's moments there. They are offloaded in one of two forms,
-both of which :class:`fluxlib.moe.offloaded.OffloadedExperts` has:
+do not fit wait on the host in 32 bit, with gradients and AdamW's moments there; over the bus go 16 bit, or codes.
 
-``on_demand``
-    The paper's: an expert is copied when its layer needs it, for the forward and again for the backward pass; its
-    gradient is copied back and the host's AdamW follows. Nothing overlaps, every second is added to the step.
-``overlapped``
-    The best engineering known (ZeRO-Offload, Ren et al. 2021). Deviation: the paper does not have it. A pipeline over
-    layers: while one computes, the next one's experts come over the bus, gradients of the one before go back (the other
-    direction), and AdamW updates the one before that, as fast as the host's memory lets it. Each pass takes its longest
-    stage, and one layer's share of the others.
-
-Over the bus goes what the device computes with, 16 bit (or codes), in both directions.
+``on_demand`` is the paper's offloading: an expert is copied for the forward and again for the backward pass, its
+gradient is copied back, the host's AdamW follows, and nothing overlaps. Deviation: ``overlapped`` is a pipeline over
+layers (ZeRO-Offload, Ren et al. 2021): while one computes, the next one's experts come, gradients of the one before go
+back, and AdamW updates the one before that. Each pass takes its longest stage, and one layer's share of the others.
 """
 
 from __future__ import annotations
@@ -44,11 +37,21 @@ class Load:
         self.tokens_per_sample = float(tokens_per_sample or counted)
         self._given = tokens_per_sample
         self.batch_size = work.train_samples / work.train_steps if work.train_steps else 0.0
-        rank, size = work.adapter_rank, shapes.expert_parameters
+        rank, size, routed = work.adapter_rank, shapes.expert_parameters, work.routed_tokens
         self.learned_share = shapes.learned_parameters(rank) / size
         """Parameters that learn, per parameter of a tuned expert: all, or those of an adapter's B."""
         self.gradient_share = rank * sum(shapes.expert_sides) / size if rank else 1.0
         """Arithmetic of what learns' gradient, as a share of the weight's: ``g.T @ (x @ A.T)`` for ``g.T @ x``."""
+        self.step_tokens = self.batch_size * self.tokens_per_sample
+        """Tokens of one batch."""
+        self.tuned_share = work.tuned_tokens / routed if routed else work.num_tuned / work.num_experts
+        """Share of the routed tokens that went to tuned experts; their share of the experts where none were counted."""
+        self.slot_share = work.slot_tokens / routed if routed else 1.0
+        """(token, slot) pairs computed, as a share of the (token, expert) choices."""
+        self.updated_parameters = self.experts(work.num_updated) * size
+        """Of the tuned experts that got a token: the others have no gradient and no step."""
+        self.state_bits = 8 * WEIGHT_BYTES if rank else work.weight_bits
+        """Bits of what learns, by which its gradient and its step are counted; an adapter's B's are not quantised."""
 
     def experts(self, count: float) -> float:
         """``count`` of the run's experts, or of anything counted per expert, as that share of the clock model's."""
@@ -57,32 +60,6 @@ class Load:
     def tokens(self, samples: float, counted: float) -> float:
         """Tokens of ``samples``: as many each as the clock was told, else those that were ``counted``."""
         return float(samples * self._given) if self._given else float(counted)
-
-    @property
-    def step_tokens(self) -> float:
-        """Tokens of one batch."""
-        return self.batch_size * self.tokens_per_sample
-
-    @property
-    def tuned_share(self) -> float:
-        """Share of the routed tokens that went to tuned experts; their share of the experts where none were counted."""
-        work = self.work
-        return work.tuned_tokens / work.routed_tokens if work.routed_tokens else work.num_tuned / work.num_experts
-
-    @property
-    def slot_share(self) -> float:
-        """(token, slot) pairs computed, as a share of the (token, expert) choices."""
-        return self.work.slot_tokens / self.work.routed_tokens if self.work.routed_tokens else 1.0
-
-    @property
-    def updated_parameters(self) -> float:
-        """Of the tuned experts that got a token: the others have no gradient and no step."""
-        return self.experts(self.work.num_updated) * self.shapes.expert_parameters
-
-    @property
-    def state_bits(self) -> int:
-        """Bits of what learns, by which its gradient and its step are counted; an adapter's B's are not quantised."""
-        return 8 * WEIGHT_BYTES if self.work.adapter_rank else self.work.weight_bits
 
     def frozen_slot_bytes(self, bits: int) -> float:
         """Traffic of reading one frozen expert once; below 16 bit it is unpacked: written and read again in 16 bit."""
@@ -108,18 +85,13 @@ class Placement:
     """On the host altogether."""
 
 
-def step_seconds(load: Load, device: Device, offloading: Offloading = "overlapped") -> tuple[float, float]:
-    """One optimizer step on the device, and what offloading adds to it, in the fastest placement."""
-    return _step(load, device, placed(load, device, offloading), offloading)
-
-
 def placed(load: Load, device: Device, offloading: Offloading = "overlapped") -> Placement:
     """The fastest of :func:`placements`. More memory only adds to the choice, so it never makes a step longer."""
-    return min(placements(load, device), key=lambda option: sum(_step(load, device, option, offloading)))
+    return min(placements(load, device), key=lambda option: sum(step_seconds(load, device, option, offloading)))
 
 
 def placements(load: Load, device: Device) -> list[Placement]:
-    """The ways in which tuned experts can lie in the memory that a reserve, other weights and activations leave.
+    """The ways in which tuned experts can lie in the memory that is left.
 
     With their training state: none, or as many parts as fit; of the others as many as fit with their weights alone.
     A method that does not offload has everything on the device, whether it fits or not.
@@ -136,17 +108,17 @@ def placements(load: Load, device: Device) -> list[Placement]:
     return found
 
 
-def _step(load: Load, device: Device, option: Placement, offloading: Offloading) -> tuple[float, float]:
-    """:func:`step_seconds` for one placement.
+def step_seconds(load: Load, device: Device, option: Placement, offloading: Offloading) -> tuple[float, float]:
+    """One optimizer step on the device, and what offloading adds to it, in one placement.
 
     Arithmetic: forward, activation gradients (the same again), and weight gradients for the routed tokens that went to
     tuned experts. Memory: every kept weight read twice, weight gradients written, activations written and read. The
     optimizer of what is trained on the device follows and overlaps with nothing. With an adapter every tuned weight is
     formed in both passes, and gradients and optimizer are B's; weights that are on the device stay there.
     """
-    shapes, bits, tokens, learned = load.shapes, load.work.weight_bits, load.step_tokens, load.learned_share
-    routed = shapes.expert_flops(tokens)
-    formed = 2.0 * load.work.adapter_rank * load.updated_parameters
+    work, shapes, bits, tokens = load.work, load.shapes, load.work.weight_bits, load.step_tokens
+    learned, routed = load.learned_share, shapes.expert_flops(tokens)
+    formed = 2.0 * work.adapter_rank * load.updated_parameters
     ahead = shapes.dense_flops(tokens, load.tokens_per_sample) + load.slot_share * routed + formed
     flops = 2 * ahead + load.tuned_share * routed * load.gradient_share
     weights = shapes.other_parameters * WEIGHT_BYTES + load.kept_traffic(bits)

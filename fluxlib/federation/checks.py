@@ -11,6 +11,7 @@ import torch
 from fluxlib import methods, models, tasks
 from fluxlib.config import RunConfig
 from fluxlib.devices import catalogue
+from fluxlib.devices.dry_run import meta_model
 from fluxlib.devices.memory import METHODS as PLANNED
 from fluxlib.devices.memory import share_that_fits
 from fluxlib.io import ConfigError, check_writable
@@ -37,20 +38,12 @@ def check(config: RunConfig, out: Path | None = None) -> None:
                 models.config(config.clock.model)
             except (ValueError, OSError) as error:
                 raise ValueError(f"clock.model: {error}") from None
-        make_budgets(config, *_moe_shape(config.model))
+        layers = find.layers(meta_model(models.config(config.model), torch.float32))
+        make_budgets(config, len(layers), max(layer.num_experts for layer in layers))
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     if out is not None:
         check_writable(out)
-
-
-def _moe_shape(name: str) -> tuple[int, int]:
-    """MoE layers and experts per layer of a model, from its configuration alone."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        found = find.layers(AutoModelForCausalLM.from_config(models.config(name), dtype=torch.float32))
-    return len(found), max(layer.num_experts for layer in found)
 
 
 def make_budgets(

@@ -71,10 +71,9 @@ class Participation:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What happened in a round, participant by participant.
+    """What happened in a round; ``num_tuned`` counts the experts that changed.
 
-    ``extra`` are replies that nobody asked for (duplicates, strangers) with the reason why they were refused;
-    ``num_tuned`` counts the experts that changed.
+    ``extra`` are replies that nobody asked for (duplicates, strangers) with the reason why they were refused.
     """
 
     round: int
@@ -128,10 +127,9 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run's results go; its numbers do not depend on it.
+    """Where a run's results go; ``out`` and ``on_round`` are those of :func:`fluxlib.federation.run.run`.
 
-    ``out`` is the folder of tables and checkpoints, ``None`` to write nothing. ``on_round`` is called with each new row
-    of ``rounds``; returning True ends the run after that round. ``keep_experts`` also writes the tuned experts.
+    ``keep_experts`` also writes the tuned experts.
     """
 
     out: Path | None = None

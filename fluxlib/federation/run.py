@@ -50,12 +50,9 @@ def run(
         return run_deployment(config, output, superlink)
     if superlink is not None:
         raise ConfigError(f"superlink is {superlink!r}, which engine {config.engine!r} does not use")
-    return (run_simulation if config.engine == "simulation" else run_local)(config, output)
-
-
-def run_local(config: RunConfig, output: Output) -> RunResult:
-    """The in-process engine: the server against a :class:`LocalGrid` of the client app."""
-    local_copy.forget_workspace()  # the base model on disk may be another by now
+    if config.engine == "simulation":
+        return run_simulation(config, output)
+    local_copy.workspace.cache_clear()  # the base model on disk may be another by now
     return serve(LocalGrid(client_app.app, config.federation.participants), config, output)
 
 

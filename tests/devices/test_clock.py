@@ -15,7 +15,6 @@ from fluxlib.methods.base import Work
 from fluxlib.records import PHASES
 
 SHAPES = Shapes(
-    name="round",
     num_layers=1,
     num_experts=10,
     top_k_sum=2,
@@ -175,7 +174,7 @@ def test_what_stays_on_the_device_is_what_the_planner_says():
     device = replace(DEVICE, memory_bytes=4_000_000)
     plan = memory.plan_memory(config, "fmd", device.memory_bytes, step=memory.Step(1, 4))
     with torch.device("meta"):
-        shapes = clock.shapes_of("tiny", models.LlamaMoeForCausalLM(config))
+        shapes = clock.shapes_of(models.LlamaMoeForCausalLM(config))
     work = tuning(Work(num_experts=100, train_steps=1, train_samples=1, train_tokens=4, offloaded=True), 100)
     found = step.placements(step.Load(work, shapes, None), device)[0]
     assert 2 < plan.num_resident < plan.num_experts

@@ -99,7 +99,7 @@ def fake_methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for method in (FAKE, FAKE_PROFILING):
         monkeypatch.setitem(methods.METHODS, method.name, method)
     yield
-    local_copy.forget_workspace()
+    local_copy.workspace.cache_clear()
 
 
 @pytest.fixture

@@ -13,13 +13,14 @@ from flwr.app import RecordDict
 
 from fluxlib import federation, models
 from fluxlib.config import RunConfig
-from fluxlib.federation import RunFailed
+from fluxlib.federation import LocalGrid, RunFailed
+from fluxlib.federation.client import client_app
 from fluxlib.federation.client.local_copy import LocalCopy, Workspace
 from fluxlib.federation.engines.deployment import engine
 from fluxlib.federation.protocol import wire
 from fluxlib.federation.protocol.sync import ExpertStore
 from fluxlib.federation.results import Output
-from fluxlib.federation.run import run_local
+from fluxlib.federation.server.rounds import serve
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 
@@ -119,7 +120,8 @@ def test_a_reply_with_whole_experts_is_refused(make_config: Make) -> None:
 
 def test_what_is_kept_and_what_is_exported_is_the_tuned_model(make_config: Make, tmp_path: Path) -> None:
     config = make_config({"method": "fmd"} | SMALL | LORA)
-    result = run_local(config, Output(tmp_path / "out", keep_experts=True))
+    grid = LocalGrid(client_app.app, config.federation.participants)
+    result = serve(grid, config, Output(tmp_path / "out", keep_experts=True))
     assert same(engine._read(config, tmp_path / "out", keep=True).model, result.model)
     models.export(result.model, tmp_path / "model", models.load(config.model)[1])
     assert same(models.load(str(tmp_path / "model"))[0], result.model)

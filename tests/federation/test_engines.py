@@ -228,7 +228,7 @@ def test_a_participant_trains_on_the_samples_of_its_folder(make_config: Make, tm
     settings = folders.node_config(made[1])
     assert (settings["partition-id"], settings["device"], settings["torch-device"]) == (1, "l20", "cpu")
     assert settings["data"] == str(made[1] / "train.jsonl") and settings["state-dir"] == str(made[1] / "state")
-    assert 'partition-id=1 device="l20"' in folders.as_argument(settings)
+    assert 'partition-id=1 device="l20"' in processes.supernode_command(made[1], "here:1", 2)[-1]
 
 
 @pytest.mark.parametrize(
@@ -350,9 +350,10 @@ def test_a_superlink_that_nobody_answers_is_refused_at_once(
             f'[superlink.there]\naddress = "127.0.0.1:{there}"\n[superlink.gone]\naddress = "127.0.0.1:{gone}"\n'
             '[superlink.local]\naddress = ":local:"\n[superlink.odd]\naddress = 5\n'
         )
-        assert [processes.silence(None, name) for name in ("there", "local", "odd", "unknown")] == [""] * 4
+        for name in ("there", "local", "odd", "unknown"):
+            processes.reach(None, name)
     config, start = make_config({"engine": "deployment"}), time.monotonic()
-    monkeypatch.setattr(deployment, "submit", lambda *_: pytest.fail("a run was submitted"))
+    monkeypatch.setattr(deployment, "flwr", lambda *_: pytest.fail("a run was submitted"))
     with pytest.raises(ConfigError, match=f"superlink is 'gone', nobody answers at 127.0.0.1:{gone}"):
         federation.run(config, out=tmp_path / "out", superlink="gone")
     assert deployment.run_status("1", None, "gone")[0] == "unknown" and time.monotonic() - start < 60
@@ -413,7 +414,7 @@ def test_rows_are_followed_as_they_come_and_a_run_can_be_stopped(tmp_path: Path)
     assert follower.new() == [{"round": 1}]
     follower.ask_to_stop()
     assert server.add({"round": 2}) is True
-    server.end("too few")
+    server.add({"over": "too few"})
     assert follower.new() == [{"round": 2}, {"over": "too few"}]
     follower.clear()
     assert not list(tmp_path.iterdir())
@@ -448,7 +449,7 @@ def test_who_ends_the_caller_ends_the_run(make_config: Make, tmp_path: Path, mon
     def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
-    replies = {"silence": lambda *_: "", "submit": lambda *_: "7", "flwr": lambda *w: said.append(w)}
+    replies = {"submit": lambda *_: "7", "flwr": lambda *w: said.append(w)}
     for name, reply in (replies | {"_follow": interrupted}).items():
         monkeypatch.setattr(deployment, name, reply)
     with pytest.raises(KeyboardInterrupt):
@@ -468,7 +469,7 @@ def test_status_says_who_is_there_and_what_is_late(
         federation.run(config, on_round=interrupt, out=tmp_path)
     nodes = [{"node-id": "7", "status": "online"}, {"node-id": "8", "status": "offline", "offline-at": "noon"}]
     known = {"nodes": nodes, "runs": [{"run-id": "5", "status": "running"}]}
-    monkeypatch.setattr(deployment, "listed", lambda home, superlink, what, *_: known[what])
+    monkeypatch.setattr(deployment, "answer", lambda home, superlink, what, *_: known[what])
     (kept,) = (tmp_path / "checkpoints").iterdir()
     os.utime(kept, (time.time() - 1e6,) * 2)
     Progress(tmp_path, "another").add({"round": 0, "over": ""})

@@ -107,7 +107,7 @@ def test_a_full_disk_costs_a_warning(
 
 
 def run(config: RunConfig, app: ClientApp | None = None, **node: Any) -> RunResult:
-    local_copy.forget_workspace()
+    local_copy.workspace.cache_clear()
     grid = LocalGrid(app or client_app.app, config.federation.participants, node_config=lambda _: node)
     return serve(grid, config, Output())
 

@@ -86,7 +86,7 @@ def test_a_participant_that_hangs_costs_its_reply_and_nothing_else(
         return plain(model, *rest)
 
     calls.clear()
-    local_copy.forget_workspace()
+    local_copy.workspace.cache_clear()
     monkeypatch.setitem(methods.METHODS, "fake", dataclasses.replace(methods.METHODS["fake"], train=lost))
     other = federation.run(config)
     for a, b in zip(result.model.parameters(), other.model.parameters(), strict=True):

@@ -142,7 +142,7 @@ def check_clock(cases: Iterable[Case], repeats: int, device: catalogue.Device) -
     """
     for case in cases:
         rows = list(own_share_measured([case], repeats, STEPS, PROBES))
-        shapes = clock.shapes_of(case.bench.model_name, case.bench.model)  # type: ignore[arg-type]
+        shapes = clock.shapes_of(case.bench.model)  # type: ignore[arg-type]
         predicted = clock.phase_seconds(_work(case), shapes, device, catalogue.LINKS["1gbps"])
         for block, phases in BLOCKS.items():
             found = [r["value"] for r in rows if r["study"] == "phase_wall_s" and r["setting"] == block]

@@ -86,7 +86,7 @@ def status(
     """
     from fluxlib.federation.engines.deployment import engine
 
-    nodes, runs = (engine.listed(None, superlink, *how) for how in (("nodes", "supernode", "list"), ("runs", "list")))
+    nodes, runs = (engine.answer(None, superlink, *how) for how in (("nodes", "supernode", "list"), ("runs", "list")))
     work = _at_work(out)
     late = [f"node {node['node-id']} is offline since {node['offline-at']}"
             for node in nodes if node["status"] == "offline"]  # fmt: skip

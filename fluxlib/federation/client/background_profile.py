@@ -40,11 +40,11 @@ RESULT, LOCK, LOG = "profile.safetensors", "profile.lock", "profile.log"
 _started: list[subprocess.Popen[bytes]] = []
 
 
-def note(state: RecordDict, instruction: Instruction, device: str, samples: Path | None) -> None:
+def note(state: RecordDict, instruction: Instruction, device: str, samples: str) -> None:
     """Write down that the model held now is to be profiled, and all that is needed for it."""
     state[PENDING] = ConfigRecord({
         "run": instruction.config.model_dump_json(), "round": instruction.round,
-        "participant": instruction.participant, "device": device, "samples": str(samples or ""),
+        "participant": instruction.participant, "device": device, "samples": samples,
     })  # fmt: skip
 
 
@@ -77,11 +77,9 @@ def _make(state: RecordDict) -> RecordDict:
     """The pending profile of ``state``, of the model and the samples of that round."""
     pending: Any = state[PENDING]
     number, config = pending["round"], messages.parse_config(pending["run"])
-    device = pending["device"]
-    space = workspace(config.model, config.wire.downlink, device, Adapter.of(config), config.torch_dtype)
+    space = workspace(config.model, config.wire.downlink, pending["device"], Adapter.of(config), config.torch_dtype)
     space.load(LocalCopy.load(state, space.base_digest))
-    samples = Path(pending["samples"]) if pending["samples"] else None
-    data = local_data(config, space.tokenizer, pending["participant"], number, samples)
+    data = local_data(config, space.tokenizer, pending["participant"], number, pending["samples"])
     result = RecordDict()
     node_state.save_state(result, ParticipantState(profile(space.model, data, config), number))
     return result

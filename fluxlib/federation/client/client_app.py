@@ -82,7 +82,7 @@ def _work(kind: str, instruction: Instruction, context: Context) -> RecordDict:
         local_copy.LocalCopy.forget(state)
         content = messages.resync_request()
     except BaseException:
-        local_copy.forget_workspace()  # the model may be half customised, or a call that hangs still at work there
+        local_copy.workspace.cache_clear()  # the model may be half customised, or a call that hangs still at work there
         raise
     context.state = state
     return content

@@ -58,8 +58,7 @@ class LocalCopy:
     def updated(self, delta: Delta, base: Mapping[ExpertKey, bytes]) -> LocalCopy:
         """What is held after ``delta``; ``base`` are the digests of the base model's experts.
 
-        Raises:
-            ResyncNeeded: ``delta`` starts later than, or ends before, what is held, or the result's digest is wrong.
+        ResyncNeeded: ``delta`` starts later than, or ends before, what is held, or the result's digest is wrong.
         """
         number, wanted = self.version.number, delta.after
         if delta.since != NOTHING and not delta.since <= number <= wanted.number:
@@ -82,8 +81,7 @@ class LocalCopy:
 class Workspace:
     """A model in memory that stands for whichever participant is at work.
 
-    The base is loaded once. :meth:`load` writes the experts that differ between what the model holds and what the
-    participant holds; participants at the same version cost no write at all.
+    The base is loaded once; :meth:`load` writes the experts in which the model and the participant differ.
     """
 
     def __init__(
@@ -142,8 +140,3 @@ def workspace(
 ) -> Workspace:
     """The process's one model in memory, shared by all participants that run in it."""
     return Workspace(*models.load(model, getattr(torch, dtype), torch_device(device)), wire, adapter)
-
-
-def forget_workspace() -> None:
-    """Drop the model in memory; the next message loads the base anew."""
-    workspace.cache_clear()

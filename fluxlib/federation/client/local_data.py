@@ -23,15 +23,13 @@ class DataError(ValueError):
     """A participant's own samples cannot be read; the message names file and line, and quotes nothing."""
 
 
-def local_data(
-    config: RunConfig, tokenizer: Any, participant: int, round_number: int, own: Path | None = None
-) -> LocalData:
+def local_data(config: RunConfig, tokenizer: Any, participant: int, round_number: int, samples: str = "") -> LocalData:
     """This round's batches of ``participant``; they depend on its samples, seed, round and participant alone.
 
-    ``own`` is a file of samples that this node's operator gave it; None: its part of the run's task.
+    ``samples`` is a file that this node's operator gave it; empty: its part of the run's task.
     """
-    if own is not None:
-        examples = read_examples(own)
+    if samples:
+        examples = read_examples(Path(samples))
     else:
         task, parts = load_task(config)
         examples = [task.train[index] for index in parts[participant]]

@@ -1,7 +1,6 @@
 """What stays on a node from message to message: records in its Flower context, and the same in a file.
 
-The copy of the global model is :class:`~fluxlib.federation.client.local_copy.LocalCopy`; the method's own state is
-written here. Tensors go into an ``ArrayRecord``, everything else into a JSON text, so that any engine can carry it.
+Tensors go into an ``ArrayRecord``, everything else into a JSON text, so that any engine can carry it.
 
 A node whose configuration names a ``state-dir`` goes on after a restart: it loads from there what its context lacks
 and writes there after every message. A file that is not as it was written is dropped: the participant then holds
@@ -13,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +48,18 @@ OTHERS = "others"
 
 def save_state(state: RecordDict, value: ParticipantState) -> None:
     """Write ``value`` into a node's ``state``, in place of what was there."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {}
-    for item in fields(Profile) if value.profile is not None else ():
-        found = getattr(value.profile, item.name)
-        (tensors if isinstance(found, Tensor) else rest)[item.name] = found
-    arrays = {name: Array(tensor.cpu().contiguous().numpy()) for name, tensor in tensors.items()}
-    state["profile"] = wires.make_record(arrays)
-    slots = value.slots
-    state["participant"] = ConfigRecord({
-        "profile_round": value.profile_round, "profile": json.dumps(rest), "slots_made": slots.made if slots else 0
-    })  # fmt: skip
-    kept: dict[str, Tensor] = {}
-    if slots is not None:
-        kept = {"place": slots.place, "weight": slots.weight, "total": slots.total}
-        kept |= {STACK + name: stack.float() for name, stack in slots.stacks.items()}
-    state["slots"] = wires.make_record({name: Array(tensor.contiguous().numpy()) for name, tensor in kept.items()})
+    profile, slots = vars(value.profile) if value.profile else {}, value.slots
+    state["profile"] = _record({name: found for name, found in profile.items() if isinstance(found, Tensor)})
+    rest = json.dumps({name: found for name, found in profile.items() if not isinstance(found, Tensor)})
+    made = slots.made if slots else 0
+    state["participant"] = ConfigRecord({"profile_round": value.profile_round, "profile": rest, "slots_made": made})
+    kept = {"place": slots.place, "weight": slots.weight, "total": slots.total} if slots else {}
+    stacks = {STACK + name: stack.float() for name, stack in slots.stacks.items()} if slots else {}
+    state["slots"] = _record(kept | stacks)
+
+
+def _record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    return wires.make_record({name: Array(tensor.cpu().contiguous().numpy()) for name, tensor in tensors.items()})
 
 
 @reading("a participant's state", WireError)
@@ -76,17 +70,12 @@ def load_state(state: RecordDict) -> ParticipantState:
     about: Any = state["participant"]
     values: dict[str, Any] = {name: wires.read_array(array, *KEPT) for name, array in state["profile"].items()}
     values |= {name: _tuples(value) for name, value in json.loads(about["profile"]).items()}
-    number = checked("profile_round", about["profile_round"], int)
-    slots = {name: wires.read_array(array, *KEPT) for name, array in state.get("slots", {}).items()}
-    return ParticipantState(Profile(**values) if values else None, number, _slots(slots, about.get("slots_made", 0)))
-
-
-def _slots(tensors: Mapping[str, Tensor], made: Any) -> Slots | None:
-    if not tensors:
-        return None
-    stacks = {name.removeprefix(STACK): stack for name, stack in tensors.items() if name.startswith(STACK)}
-    number = checked("slots_made", made, int)
-    return Slots(number, tensors["place"], tensors["weight"], tensors["total"], stacks)
+    number, slots = checked("profile_round", about["profile_round"], int), None
+    if found := {name: wires.read_array(array, *KEPT) for name, array in state.get("slots", {}).items()}:
+        stacks = {name.removeprefix(STACK): stack for name, stack in found.items() if name.startswith(STACK)}
+        made = checked("slots_made", about["slots_made"], int)
+        slots = Slots(made, found["place"], found["weight"], found["total"], stacks)
+    return ParticipantState(Profile(**values) if values else None, number, slots)
 
 
 def keep(path: Path, state: RecordDict) -> None:
@@ -103,11 +92,11 @@ def restore(path: Path, state: RecordDict) -> bool:
         return False
     try:
         state.update(from_tensors(read_tensors(path)[0]))
-        return True
     except ValueError as error:
         log.warning("the participant's state cannot be used, it starts anew: %s", error)
         path.unlink()
         return False
+    return True
 
 
 def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -133,8 +122,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> RecordDict:
     for name, value in others.items():
         if value == "arrays":
             keys = [key for key in tensors if key.startswith(f"{name}/")]
-            arrays = {key.removeprefix(f"{name}/"): Array(tensors[key].numpy()) for key in keys}
-            state[name] = wires.make_record(arrays)
+            state[name] = _record({key.removeprefix(f"{name}/"): tensors[key] for key in keys})
         else:
             state[name] = (MetricRecord if value[0] else ConfigRecord)(value[1])
     return state

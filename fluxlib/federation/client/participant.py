@@ -24,8 +24,8 @@ from fluxlib.federation.client.node_state import STATE_DIR, load_state, save_sta
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.messages import Instruction
-from fluxlib.federation.protocol.sync import NOTHING
-from fluxlib.methods.base import LocalRound, ParticipantState, Work
+from fluxlib.federation.protocol.sync import NOTHING, ModelVersion
+from fluxlib.methods.base import LocalData, LocalRound, ParticipantState, Work
 from fluxlib.methods.local import profile as make_profile
 from fluxlib.methods.local import profile_account
 from fluxlib.moe.adapter import Adapter
@@ -53,8 +53,7 @@ def join(instruction: Instruction, context: Context) -> RecordDict:
 def profile(instruction: Instruction, context: Context) -> RecordDict:
     """Catch up, profile the model that is held now, keep the profile, reply with the frequencies."""
     config = instruction.config
-    space, held = _catch_up(instruction, context)
-    data = local_data(config, space.tokenizer, instruction.participant, instruction.round, _own_samples(context))
+    space, held, data = _catch_up(instruction, context)
     start = time.perf_counter()
     found = make_profile(space.model, data, config)
     phases_s = {"profile": time.perf_counter() - start}
@@ -70,8 +69,7 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
     if instruction.roles is None or instruction.budget is None:
         raise ParticipantError("a training message needs roles and a budget")
     config, number, participant = instruction.config, instruction.round, instruction.participant
-    space, held = _catch_up(instruction, context)
-    data = local_data(config, space.tokenizer, participant, number, _own_samples(context))
+    space, held, data = _catch_up(instruction, context)
     method = methods.get(config.method)
     local = LocalRound(
         load_state(context.state), instruction.roles, instruction.budget, data, config, number,
@@ -81,7 +79,7 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
     if method.afterwards and config.profiling.stale:
         wanted = str(context.node_config.get(background_profile.BACKGROUND, "")).lower() in ("true", "1")
         if wanted and state_folder(context) is not None:
-            background_profile.note(context.state, instruction, _torch_device(config, context), _own_samples(context))
+            background_profile.note(context.state, instruction, _torch_device(config, context), _samples(context))
         else:
             start = time.perf_counter()
             state = ParticipantState(make_profile(space.model, data, config), number)
@@ -114,8 +112,8 @@ def state_folder(context: Context) -> Path | None:
     return Path(str(folder)) / f"participant-{number_of(context)}" if folder else None
 
 
-def _catch_up(instruction: Instruction, context: Context) -> tuple[Workspace, messages.ModelVersion]:
-    """Finish the last round's profile, apply the delta, and make the model in memory that of this participant."""
+def _catch_up(instruction: Instruction, context: Context) -> tuple[Workspace, ModelVersion, LocalData]:
+    """Finish the last round's profile, apply the delta, make the model in memory this participant's, draw its data."""
     state, numbers = context.state, instruction.config.numbers
     space = _workspace(instruction.config, context)
     before = LocalCopy.load(state, space.base_digest)
@@ -129,12 +127,13 @@ def _catch_up(instruction: Instruction, context: Context) -> tuple[Workspace, me
     held = before.updated(instruction.delta, space.base)
     held.save(state)
     space.load(held)
-    return space, held.version
+    samples = _samples(context)
+    data = local_data(instruction.config, space.tokenizer, instruction.participant, instruction.round, samples)
+    return space, held.version, data
 
 
-def _own_samples(context: Context) -> Path | None:
-    path = context.node_config.get(DATA)
-    return Path(str(path)) if path else None
+def _samples(context: Context) -> str:
+    return str(context.node_config.get(DATA, ""))
 
 
 def _workspace(config: RunConfig, context: Context) -> Workspace:

@@ -1,13 +1,9 @@
 """How messages reach participants and replies come back: in this process, or through a SuperLink.
 
 :class:`LocalGrid` is an in-process :class:`flwr.serverapp.Grid`: the same apps, no Ray, no sockets, no start-up.
-Participants run one after another, in the order in which messages are sent, so a run is deterministic. It keeps what
-a Flower engine guarantees:
-
-* each node has its own :class:`flwr.app.Context`, whose ``state`` lasts from message to message;
-* an exception in the client app becomes an error reply, and that node's state stays as it was;
-* records are copied on their way, so that neither side changes those of the other;
-* the reply of a participant that takes too long is lost.
+Participants run one after another, in the order in which messages are sent, so a run is deterministic. As on a Flower
+engine each node has a :class:`flwr.app.Context`, whose ``state`` lasts from message to message; records are copied on
+their way; after an exception, which becomes an error reply, the node's state is as it was; a late reply is lost.
 """
 
 from __future__ import annotations
@@ -50,16 +46,14 @@ def send_and_receive(grid: Grid, messages: Iterable[Message], timeout_s: float |
     when it is asked for. On a SuperLink all participants work at once, and a reply waits there until it is fetched.
     Either way the server has one reply in memory, however many participants there are.
     """
-    sent = [(name, m.metadata.dst_node_id) for m in messages for name in _push(grid, m) if name]
+    sent = []
+    for message in messages:
+        if not isinstance(grid, LocalGrid):
+            message.content = parcels.pack(message.content)
+        sent += [(name, message.metadata.dst_node_id) for name in grid.push_messages([message]) if name]
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     for name, node_id in sent:
         yield from _fetch(grid, name, node_id, deadline)
-
-
-def _push(grid: Grid, message: Message) -> Iterable[str]:
-    if not isinstance(grid, LocalGrid):
-        message.content = parcels.pack(message.content)
-    return grid.push_messages([message])
 
 
 def _fetch(grid: Grid, name: str, node_id: int, deadline: float | None) -> Iterator[Message]:
@@ -67,7 +61,10 @@ def _fetch(grid: Grid, name: str, node_id: int, deadline: float | None) -> Itera
     while True:
         for reply in _pull(grid, name):
             if reply.metadata.src_node_id == node_id:
-                yield _opened(reply)
+                if reply.has_content():
+                    with suppress(WireError):  # what is no parcel is left as it is, and refused for what is in it
+                        reply.content = parcels.unpack(reply.content)
+                yield reply
             else:  # the SuperLink answers for a node that is gone, or did not answer in time
                 log.warning("no reply of node %d: %s", node_id, reply.error.reason)
             return
@@ -86,14 +83,6 @@ def _pull(grid: Grid, name: str) -> list[Message]:
             log.warning("the SuperLink failed, it is asked again: %s", error)
             time.sleep(POLL_S)
     return list(grid.pull_messages([name]))
-
-
-def _opened(reply: Message) -> Message:
-    """With its parcels unpacked; one that cannot be is left as it is, and refused for what is in it."""
-    if reply.has_content():
-        with suppress(WireError):
-            reply.content = parcels.unpack(reply.content)
-    return reply
 
 
 class LocalGrid(Grid):

@@ -38,10 +38,8 @@ MOST = 1e15
 _WORK = TypeAdapter(Work)
 
 
-@lru_cache(maxsize=64)
-def parse_config(text: str) -> RunConfig:
-    """The run configuration in a message."""
-    return RunConfig.model_validate_json(text)
+parse_config = lru_cache(maxsize=64)(RunConfig.model_validate_json)
+"""The run configuration in a message."""
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,19 @@
 """Who holds which version of which expert, and the smallest message that brings a participant up to date.
 
-The server's model has a version number, raised once per aggregated round; version 0 is the base model, which every
-participant loads by itself. What changed since then travels as whole experts, so applying a delta twice, or one that
-starts earlier than needed, gives the same model. ``float32`` carries weights, all other forms differences from the
-base: they are small, so rounding costs little and does not add up over rounds.
+The model's version is raised once per aggregated round; version 0 is the base model, which every participant loads by
+itself. What changed since then travels as whole experts, so applying a delta twice, or one that starts earlier than
+needed, gives the same model. ``float32`` carries weights, all other forms differences from the base: they are small, so
+rounding costs little and does not add up over rounds.
 
 Experts that a participant will only merge need not be the newest (``wire.max_staleness``): they are sent when it is to
-tune them, or when its copy is too many rounds old. Which copies are older stands in its :class:`ModelVersion`.
+tune them, or when its copy is too many rounds old.
 
-With an adapter (:mod:`fluxlib.moe.adapter`) an expert that changed is its B's: they travel, are kept and are added up;
-both sides form the same weights from them and the base. Likewise an expert of a 16-bit model that changed is its
-weights in 32 bits, on the host: they are added up, and both sides round them to compute, so that small changes count.
+With an adapter (:mod:`fluxlib.moe.adapter`) what travels, is kept and added up of an expert is its B's; both sides form
+the same weights from them and the base. Of a 16-bit model it is the weights in 32 bits, on the host: both sides round
+them to compute, so that small changes count.
 
-A version is named by its digest: SHA-256 over the SHA-256 of each expert as it travels. Where the server's
-(:class:`ExpertStore`) and a participant's (:class:`~fluxlib.federation.client.local_copy.LocalCopy`) differ, every
-expert is sent anew.
+A version is named by its digest: SHA-256 over the SHA-256 of each expert as it travels. Where the server's and a
+participant's differ, every expert is sent anew.
 """
 
 from __future__ import annotations
@@ -144,6 +143,8 @@ class ExpertStore:
         self._learned: dict[ExpertKey, dict[str, Tensor]] = {}
         self._keeps_base = wire != "float32" or adapter is not None
         self._layers = find.layers(model)
+        self.shape = len(self._layers), max(layer.num_experts for layer in self._layers)
+        """MoE layers and experts per layer (of the largest layer)."""
         dtype = find.expert_tensors(self._layers[0].experts, 0)["down_proj"].dtype
         self._is_apart = adapter is not None or wide_dtype(dtype) != dtype
         digests = base_digests(model)
@@ -156,11 +157,6 @@ class ExpertStore:
         self.frozen_digest = frozen_digest(model)
         self._arrays: dict[ExpertKey, dict[str, Array]] = {}
         self._deltas: dict[int, Delta] = {}
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """MoE layers and experts per layer (of the largest layer)."""
-        return len(self._layers), max(layer.num_experts for layer in self._layers)
 
     @property
     def digest(self) -> str:
@@ -213,10 +209,9 @@ class ExpertStore:
 
     @torch.no_grad()
     def set(self, experts: Experts, history: History, digests: list[str]) -> None:
-        """Put a saved state in place of the base: ``digests`` are those of versions 0 to the saved one.
+        """Put a saved state in place of the base; ``digests`` are those of versions 0 to the saved one.
 
-        Raises:
-            WireError: the base model is another one, or the result's digest is not the last of ``digests``.
+        WireError: the base model is another one, or the result's digest is not the last of ``digests``.
         """
         if digests[0] != self.digest_of_version[0]:
             raise WireError("it belongs to another base model (digests of version 0 differ)")

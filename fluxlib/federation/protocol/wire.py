@@ -97,10 +97,9 @@ def decode(array: Array, wire: Form = "float32", shape: Sequence[int] = ()) -> T
 
 
 def read_array(array: Array, *allowed: str) -> Tensor:
-    """The values of ``array``, of one of the ``allowed`` types; its header is compared, never interpreted.
+    """The values of ``array``; its header is compared, never interpreted.
 
-    Raises:
-        WireError: another type, or bytes that do not fit the stated shape.
+    WireError: a type that is not ``allowed``, or bytes that do not fit the stated shape.
     """
     name, stated, data = array.dtype, tuple(array.shape), array.data
     if name not in allowed or array.stype != _STYPE:
@@ -189,11 +188,7 @@ def digest(tensors: Mapping[str, Array]) -> bytes:
 
 
 def array_digest(array: Array) -> bytes:
-    """SHA-256 of an array's bytes.
-
-    Bytes are immutable, so it stays right as long as the array has the same ones. It is kept on the array, because in
-    process the same array reaches every participant; it never travels.
-    """
+    """SHA-256 of an array's bytes, kept on it as long as they are the same: in process it reaches every participant."""
     known = vars(array).get("_sha256")
     if known is None or known[0] is not array.data:
         known = vars(array)["_sha256"] = (array.data, hashlib.sha256(array.data).digest())

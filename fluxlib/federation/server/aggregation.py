@@ -4,11 +4,9 @@ Paper: FedAvg per expert over the participants that tuned it. Deviation: weights
 sizes of data sets.
 
 Robust rules are for operators who do not know who takes part: one participant that lies moves a mean as far as it
-likes. No profile uses them; without them nothing would stand between a federation of strangers and its worst member.
-What one participant does to all experts together is bounded by :func:`clip`.
-Each expert is aggregated over those who tuned it, so what a rule can bear depends on how many that were: with one
-tuner no rule can tell a lie from the truth, with two medians and trimmed means are the mean. Flower's robust
-strategies (``FedMedian``, ``FedTrimmedAvg``, ``Krum``, ``Bulyan``) refuse replies with different arrays, as these are.
+likes. What a rule can bear depends on how many tuned an expert: with one tuner no rule can tell a lie from the truth,
+with two medians and trimmed means are the mean. Flower's robust strategies (``FedMedian``, ``FedTrimmedAvg``, ``Krum``,
+``Bulyan``) refuse replies with different arrays, as these are.
 """
 
 from __future__ import annotations
@@ -19,18 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxlib.config import RunConfig
 from fluxlib.federation.protocol.wire import Experts
 from fluxlib.methods.base import ExpertKey
 
 NO_TOKENS = 1e-6
 """Weight of a reply without tokens: nothing beside a real weight, everything alike among themselves."""
-
-
-def make_aggregate(config: RunConfig) -> ExpertMean | RobustAggregate:
-    """What combines a round's changes, as ``config.aggregation`` says."""
-    rule = config.aggregation.rule
-    return ExpertMean() if rule == "mean" else RobustAggregate(rule, config.aggregation.trim_frac)
 
 
 @dataclass
@@ -77,11 +68,10 @@ class ExpertMean:
 
 
 class RobustAggregate:
-    """Changes of each expert, combined by a rule that some bad ones cannot move far.
+    """Changes of each expert, combined by a rule that a share ``trim_frac`` of bad ones cannot move far.
 
     Every reply counts alike: a weight that a participant reports of itself would be the first thing to lie about.
-    All replies of a round are kept until it is over: unlike the mean, memory grows with the participants of a round.
-    ``trim_frac`` is the share of an expert's tuners that may be bad.
+    Unlike with the mean, memory grows with the participants of a round.
     """
 
     def __init__(self, rule: str, trim_frac: float) -> None:

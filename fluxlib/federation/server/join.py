@@ -71,11 +71,10 @@ def join(grid: Grid, config: RunConfig, store: ExpertStore) -> dict[int, Member]
             break
         time.sleep(POLL_S)
     if len(found) < wanted:
-        missing = [str(number) for number in range(wanted) if number not in found]
-        listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        missing = brief(", ".join(str(number) for number in range(wanted) if number not in found), 60)
         reason = f"; {problems[0]}" if problems else ""
         raise RunFailed(
-            f"{len(found)} of federation.participants={wanted} joined within {limit_s:g} s; missing: {listed}{reason}"
+            f"{len(found)} of federation.participants={wanted} joined within {limit_s:g} s; missing: {missing}{reason}"
         )
     return found
 

@@ -19,12 +19,12 @@ from fluxlib.devices import catalogue
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.federation.client.local_data import load_task
 from fluxlib.federation.protocol.sync import ExpertStore
-from fluxlib.federation.results import Output, RunFailed, RunResult, experts_path
+from fluxlib.federation.results import Output, Row, RunFailed, RunResult, experts_path
 from fluxlib.federation.server.join import join
 from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store import lock
 from fluxlib.federation.store.checkpoint import Checkpoint, changed_tensors
-from fluxlib.federation.store.tables import Evaluation, Tables
+from fluxlib.federation.store.tables import NOT_SCORED, Tables
 from fluxlib.federation.store.tensor_file import write_tensors
 from fluxlib.io import ConfigError
 from fluxlib.models.loading import torch_device
@@ -38,10 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def serve(grid: Grid, config: RunConfig, output: Output) -> RunResult:
-    """Run all rounds on ``grid``, from the first or from where a checkpoint of the same configuration ends.
-
-    Errors are those of :func:`fluxlib.federation.run.run`.
-    """
+    """All rounds on ``grid``, or those after a checkpoint; errors are those of :func:`fluxlib.federation.run.run`."""
     check(config, output.out)
     with lock.hold(output.out, config.run_id) if output.out else nullcontext():
         return _Run(grid, config, output).go()
@@ -104,7 +101,7 @@ class _Run:
     def _is_last(self, number: int, more_s: float = 0.0) -> bool:
         """Whether the run ends with round ``number``, if that takes it ``more_s`` further on the device clock."""
         rounds, seconds = self.config.federation.rounds, self.config.federation.device_seconds
-        return number >= rounds or (seconds is not None and self.tables.totals.device_s + more_s >= seconds)
+        return number >= rounds or (seconds is not None and self.tables.device_s + more_s >= seconds)
 
     def _notice_lost_states(self, done: int) -> None:
         """Say who does not hold any more what it had when the run was interrupted, in the log and beside the tables.
@@ -136,12 +133,12 @@ class _Run:
         wall_s = time.perf_counter() - start
         is_last = self._is_last(number, self.tables.round_seconds(result)[0])
         due = number % config.evaluation.every == 0 or is_last
-        self.tables.add_round(result, self._evaluate() if due else Evaluation(), wall_s)
+        self.tables.add_round(result, self._evaluate() if due else NOT_SCORED, wall_s)
         if self.checkpoint and not is_last:
             self.checkpoint.save(number, self.strategy, self.tables)
         return self._tell()
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self) -> Row:
         """Score the full global model on the test split, and on a quarter as many samples of its other groups."""
         start, samples = time.perf_counter(), self.config.evaluation.samples
         score, quarter = self._score(self.task.test[:samples]), samples and max(1, samples // 4)
@@ -149,7 +146,8 @@ class _Run:
             self._score(group[:quarter]).metric if group else math.nan
             for group in (self.task.recall, self.task.untaught)
         )
-        return Evaluation(score.metric, score.loss, recall, untaught, time.perf_counter() - start)
+        found = {"metric": score.metric, "loss": score.loss, "recall": recall, "untaught": untaught}
+        return found | {"evaluate_wall_s": time.perf_counter() - start}
 
     def _score(self, examples: Sequence[Example]) -> Score:
         return evaluate(self.model, self.tokenizer, self.task.metric, examples, self.config.training.max_tokens)

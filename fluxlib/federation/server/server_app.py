@@ -50,9 +50,9 @@ def serve_alone(grid: Grid, config: RunConfig, out: Path | None) -> None:
     except lock.RunInUse:
         raise  # whoever follows the run that is there must not take this for its end
     except Exception as error:
-        progress.end(str(error) or type(error).__name__)
+        progress.add({"over": str(error) or type(error).__name__})
         raise
-    progress.end()
+    progress.add({"over": ""})
 
 
 def _end_after(parent: int, patience_s: float = 3.0) -> None:

@@ -28,7 +28,7 @@ from fluxlib.federation.protocol.messages import Instruction, ProfileReport
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.protocol.wire import WireError, moved, whole
 from fluxlib.federation.results import Participation, RoundResult
-from fluxlib.federation.server.aggregation import ExpertMean, RobustAggregate, clip, make_aggregate
+from fluxlib.federation.server.aggregation import ExpertMean, RobustAggregate, clip
 from fluxlib.federation.server.join import Member
 from fluxlib.federation.server.validation import Expected, Rejected, check_work, most_counts, read_reply
 from fluxlib.io import brief, reading
@@ -41,10 +41,7 @@ NOBODY = -1
 
 
 class FluxStrategy:
-    """Per-expert federated averaging with role assignment and delta synchronisation.
-
-    ``members`` must name every participant before the first round.
-    """
+    """Per-expert federated averaging; ``members`` must name every participant before the first round."""
 
     def __init__(self, grid: Grid, config: RunConfig, store: ExpertStore) -> None:
         self.grid, self.config, self.store = grid, config, store
@@ -63,11 +60,7 @@ class FluxStrategy:
         self._again: list[int] = []
 
     def run_round(self, number: int) -> RoundResult:
-        """One round, counted from 1.
-
-        Raises:
-            RunFailed: fewer good replies than ``min_replies_frac`` of those asked; nothing is applied.
-        """
+        """One round, counted from 1; RunFailed: fewer good replies than ``min_replies_frac``, nothing is applied."""
         participants = self.sample(number)
         self.profile(number, [one for one in participants if one not in self.profiled])
         self.assign(number, participants)
@@ -88,10 +81,7 @@ class FluxStrategy:
         return roles.epsilon_schedule(number - 1, self.config.federation.rounds, self.config.roles.epsilon)
 
     def profile(self, number: int, participants: Sequence[int]) -> None:
-        """Ask for profiles, if the method uses them, and take first utilities from them.
-
-        A participant that fails here keeps uniform ones for now.
-        """
+        """Take first utilities from profiles, if the method uses them; who fails here keeps uniform ones for now."""
         if not self.method.profiles:
             return
         first = self.role_state.first.clone()
@@ -144,7 +134,9 @@ class FluxStrategy:
 
     def aggregate(self, number: int, replies: Iterable[Message]) -> RoundResult:
         """Take replies in, refuse bad ones by name, apply each expert's combined change to the global model."""
-        mean, asked_again = make_aggregate(self.config), set[int]()
+        how, asked_again = self.config.aggregation, set[int]()
+        mean: ExpertMean | RobustAggregate
+        mean = ExpertMean() if how.rule == "mean" else RobustAggregate(how.rule, how.trim_frac)
         utilities = torch.full_like(self.role_state.measured, math.nan)
         extra: list[tuple[int, str]] = []
         for reply in replies:
@@ -156,13 +148,11 @@ class FluxStrategy:
                 self._again.append(sender)
             elif reason := self._accept(number, reply, sender, mean, utilities):
                 extra.append((sender, reason))
-        changes = mean.result()
+        changed = moved(mean.result())
         epsilon = self.epsilon(number) if self.method.explores else math.nan
-        self.last = result = RoundResult(number, epsilon, tuple(self.current.values()), tuple(extra), len(changes))
+        self.last = result = RoundResult(number, epsilon, tuple(self.current.values()), tuple(extra), len(changed))
         result.require(self.config.federation.min_replies_frac)
-        changed = moved(changes)
         self.store.apply(changed)
-        self.last = result = replace(result, num_tuned=len(changed))
         self._remember_utilities(result, utilities)
         return result
 

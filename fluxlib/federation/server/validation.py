@@ -40,8 +40,6 @@ class Rejected(ValueError):
     """A reply that must not be aggregated; ``reason`` is one of :data:`REASONS`."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        if reason not in REASONS:
-            raise ValueError(f"reason is {reason!r}, allowed are {', '.join(REASONS)}")
         self.reason = reason
         self.detail = detail
         super().__init__(f"{reason}: {detail}")
@@ -106,8 +104,7 @@ def check_numbers(update: Update, expected: Expected) -> None:
 def most_counts(config: RunConfig, num_experts: int) -> dict[str, float]:
     """What a round can ask for at most: bounds of :class:`~fluxlib.methods.base.Work`, by field or a part of its name.
 
-    Experts are looked at in passes of their own, so everything that is counted for each has a bound as many times as
-    large.
+    What is counted for each expert, which is looked at in passes of its own, has a bound as many times as large.
     """
     training, looks = config.training, config.profiling.batches
     steps, batch, tokens = training.local_steps, training.batch_size, training.max_tokens

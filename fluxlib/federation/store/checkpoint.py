@@ -1,12 +1,10 @@
 """The server's state on disk after each round, so that a killed run goes on where it was.
 
-A checkpoint is one safetensors file that is replaced at once, so at any moment it is whole: the new one or the one
-before. Its tensors are the experts that differ from the base, the role state and, on the local engine, what each
-participant keeps. Beside them stands a JSON text: round, configuration, clocks, digest of every version, tables so far.
+A checkpoint is one safetensors file, replaced at once. Its tensors are the experts that differ from the base, the role
+state and, on the local engine, what each participant keeps; the rest is a JSON text beside them.
 
-What a participant holds is not stored a second time: it gets the server's experts. Those that have changed since
-its version are part of its next delta, so they are replaced before they are used; where they need not be
-(``wire.max_staleness``), older ones are stored once for all who hold them.
+What a participant holds is not stored a second time: it gets the server's experts. Those that have changed since its
+version come with its next delta; where they need not (``wire.max_staleness``), older ones are stored once for all.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
 from fluxlib.federation.server.strategy import FluxStrategy
-from fluxlib.federation.store.tables import Tables, Totals
+from fluxlib.federation.store.tables import Tables
 from fluxlib.federation.store.tensor_file import read_tensors, write_tensors
 from fluxlib.io import checked, reading
 from fluxlib.roles import RoleState
@@ -62,7 +59,7 @@ class Checkpoint:
             "round": number,
             "roles_round": state.round,
             "config": strategy.config.model_dump(mode="json"),  # for people who look at unfinished runs
-            "totals": asdict(tables.totals),
+            "totals": {"wall_s": tables.wall_s, "device_s": tables.device_s},
             "rows": tables.rows,
             "digests": store.digest_of_version,
             "history": [[*key, [[at, digest.hex()] for at, digest in store.history[key]]] for key in store.changed()],
@@ -112,7 +109,9 @@ class Checkpoint:
         number = checked("roles_round", about["roles_round"], int)
         strategy.role_state = RoleState(measured, first, measured_round, number)
         strategy.profiled = {checked("profiled", one, int) for one in about["profiled"]}
-        tables.totals = Totals(**{name: checked(name, value, float) for name, value in about["totals"].items()})
+        tables.wall_s, tables.device_s = (
+            checked(name, about["totals"][name], float) for name in ("wall_s", "device_s")
+        )
         tables.rows = checked("rows", about["rows"], dict)
         tables.frames()  # rows that fit no table would be noticed at the end
         copies = {name: Array(tensor.numpy()) for name, tensor in saved.get("copies", {}).items()}

@@ -21,14 +21,10 @@ class Progress:
         self._seen = 0
 
     def add(self, row: Row) -> bool:
-        """Show ``row``; whether the run is to stop."""
+        """Show ``row``, or the end; whether the run is to stop."""
         with writing(self._rows), self._rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         return self.stopping
-
-    def end(self, failure: str = "") -> None:
-        """The server is done; ``failure`` says why where it failed."""
-        self.add({"over": failure})
 
     def new(self) -> list[Row]:
         """What was added since the last question; a line that is still being written comes with the next."""

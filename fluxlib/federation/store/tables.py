@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,30 +23,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Both clocks since the start of the run, seconds; evaluation is in neither."""
-
-    wall_s: float = 0.0
-    device_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The columns of ``rounds`` that scoring the global model fills; by default it was not scored.
-
-    ``recall`` and ``untaught`` are metrics of the two other groups of a generated task's test samples; NaN: none.
-    """
-
-    metric: float = math.nan
-    loss: float = math.nan
-    recall: float = math.nan
-    untaught: float = math.nan
-    evaluate_wall_s: float = 0.0
+NOT_SCORED: Row = dict.fromkeys(("metric", "loss", "recall", "untaught"), math.nan) | {"evaluate_wall_s": 0.0}
+"""The columns of ``rounds`` that scoring the global model fills, of a round in which it was not scored."""
 
 
 class Tables:
     """The rows of one run; ``model`` gives the shapes when the clock is to use the run's own.
+
+    ``wall_s`` and ``device_s`` are both clocks since the start of the run; evaluation is in neither.
 
     On the link the clock charges 16 bits per weight for what travels exactly, since that is the real models' own type,
     and what they take for the coded types.
@@ -55,11 +39,11 @@ class Tables:
     def __init__(self, config: RunConfig, model: torch.nn.Module, metric_name: str, num_experts: int) -> None:
         self.config, self.metric_name, self.num_experts = config, metric_name, num_experts
         self.rows: dict[str, list[Row]] = {table: [] for table in TABLES}
-        self.totals = Totals()
+        self.wall_s = self.device_s = 0.0
         self.fleet = catalogue.fleet(config.clock.fleet, config.federation.participants)
         self.link = catalogue.link(config.clock.link)
         own = config.clock.model in ("self", config.model)
-        self.shapes = clock.shapes_of(config.model, model) if own else clock.shapes(config.clock.model)
+        self.shapes = clock.shapes_of(model) if own else clock.shapes(config.clock.model)
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """The rows so far, checked against the schema, as they will be read back."""
@@ -74,10 +58,9 @@ class Tables:
         for table, frame in self.frames().items():
             records.write(table, frame, table_path(out, table, self.config.run_id), about)
 
-    def add_base(self, evaluation: Evaluation) -> None:
+    def add_base(self, scores: Row) -> None:
         """Round 0: the base model."""
-        nothing = RoundResult(0, math.nan, (), (), 0)
-        self.rows["rounds"].append(self._round_row(nothing, evaluation, Totals(), 0.0))
+        self.rows["rounds"].append(self._round_row(RoundResult(0, math.nan, (), (), 0), scores))
 
     def round_seconds(self, result: RoundResult) -> tuple[float, float]:
         """What a round takes on the device clock, and the server's part of it."""
@@ -85,31 +68,34 @@ class Tables:
         server_s = clock.server_seconds(works, self.shapes)
         return clock.round_seconds([self._seconds(one) for one in result.accepted], server_s), server_s
 
-    def add_round(self, result: RoundResult, evaluation: Evaluation, wall_s: float) -> None:
+    def add_round(self, result: RoundResult, scores: Row, wall_s: float) -> None:
         """A round that took ``wall_s`` here, evaluation left out."""
         device_s, server_s = self.round_seconds(result)
-        self.totals = Totals(self.totals.wall_s + wall_s, self.totals.device_s + device_s)
-        self.rows["rounds"].append(self._round_row(result, evaluation, Totals(wall_s, device_s), server_s))
+        self.wall_s += wall_s
+        self.device_s += device_s
+        self.rows["rounds"].append(self._round_row(result, scores, wall_s, device_s, server_s))
         self.add_participants(result)
 
     def add_participants(self, result: RoundResult) -> None:
         """One row per participant that was asked, refused ones with the reason."""
         self.rows["participants"] += [self._participant_row(result.round, one) for one in result.participants]
 
-    def _round_row(self, result: RoundResult, evaluation: Evaluation, here: Totals, server_s: float) -> Row:
+    def _round_row(
+        self, result: RoundResult, scores: Row, wall_s: float = 0.0, device_s: float = 0.0, server_s: float = 0.0
+    ) -> Row:
         config = self.config
         return {
             "run_id": config.run_id,
             **{name: getattr(config, name) for name in ("method", "model", "task", "seed", "variant", "engine")},
             "round": result.round,
             "metric_name": self.metric_name,
-            **vars(evaluation),
+            **scores,
             "train_loss": result.train_loss,
             "epsilon": result.epsilon,
-            "wall_s": self.totals.wall_s,
-            "device_s": self.totals.device_s,
-            "round_wall_s": here.wall_s,
-            "round_device_s": here.device_s,
+            "wall_s": self.wall_s,
+            "device_s": self.device_s,
+            "round_wall_s": wall_s,
+            "round_device_s": device_s,
             "server_device_s": server_s,
             "clock_model": config.clock.model,
             "link": config.clock.link,

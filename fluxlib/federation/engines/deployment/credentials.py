@@ -32,8 +32,7 @@ NODE_KEY, NODE_PUBLIC_KEY = "node.key", "node.pub"
 def make_certificates(folder: Path, hosts: Sequence[str]) -> None:
     """Write a certificate authority and the SuperLink's certificate for ``hosts`` (names or addresses) into ``folder``.
 
-    Raises:
-        ConfigError: no host, or there is an authority already: a new one would lock out every node that trusts it.
+    ConfigError: no host, or there is an authority already: a new one would lock out every node that trusts it.
     """
     if not hosts:
         raise ConfigError("hosts is empty, allowed is at least one name or address under which nodes reach the server")

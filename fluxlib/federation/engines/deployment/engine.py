@@ -21,7 +21,7 @@ import torch
 from fluxlib import models, records
 from fluxlib.config import REPO_ROOT, RunConfig
 from fluxlib.federation.checks import check
-from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation, flwr, silence
+from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation, flwr, reach
 from fluxlib.federation.protocol.wire import by_expert
 from fluxlib.federation.results import TABLES, Output, RunFailed, RunResult, experts_path, table_path
 from fluxlib.federation.store import lock
@@ -39,8 +39,6 @@ STATUS_EVERY_S = 15.0
 
 SILENCE_S = 60.0
 """Seconds without a word from the SuperLink after which a run is given up."""
-
-AGAIN = "the same command goes on after the last complete round"
 
 LETTING_GO_S, STOPPING_S = 5.0, 60.0
 """Seconds that a server app may still run: one that was killed, one that Flower stops at its next heartbeat."""
@@ -67,8 +65,6 @@ def run_deployment(config: RunConfig, output: Output, superlink: str | None) -> 
         if superlink is None:
             federation = stack.enter_context(LocalFederation(out / "federation" / config.run_id, config))
             home, superlink = federation.home, CONNECTION
-        elif nobody := silence(home, superlink):
-            raise ConfigError(f"superlink is {superlink!r}, {nobody}")
         number = submit(config, out, home, superlink)
         try:
             failure = _follow(progress, number, output, home, superlink)
@@ -79,12 +75,13 @@ def run_deployment(config: RunConfig, output: Output, superlink: str | None) -> 
             raise
         progress.clear()
         if failure:
-            raise RunFailed(f"run {number} on {superlink}: {failure}; {AGAIN}")
+            again = "the same command goes on after the last complete round"
+            raise RunFailed(f"run {number} on {superlink}: {failure}; {again}")
         return _read(config, out, keep=output.out is not None)
 
 
 def submit(config: RunConfig, out: Path, home: Path | None, superlink: str) -> str:
-    """Start the run on ``superlink``; the number Flower gives it. ConfigError: Flower refuses, with what it says."""
+    """Start the run on ``superlink``; the number Flower gives it. ConfigError as in :func:`answer`."""
     with tempfile.TemporaryDirectory(prefix="flux-") as temporary:
         path = Path(temporary) / "run.toml"
         # A JSON text without its escapes for other alphabets is a TOML text too.
@@ -93,12 +90,7 @@ def submit(config: RunConfig, out: Path, home: Path | None, superlink: str) -> s
         app = Path(temporary) / "fluxlib"  # Flower looks through all files of an app's folder, a checkout has many
         app.mkdir()
         shutil.copy(REPO_ROOT / "pyproject.toml", app)
-        done = flwr(home, "run", str(app), superlink, "--run-config", str(path), "--format", "json")
-    try:
-        return str(json.loads(done.stdout)["run-id"])
-    except (ValueError, KeyError, TypeError):
-        said = done.stdout + done.stderr
-        raise ConfigError(f"superlink is {superlink!r}, it did not take the run: {brief(said, 1000)}") from None
+        return str(answer(home, superlink, "run-id", "run", str(app), "--run-config", str(path)))
 
 
 def _follow(progress: Progress, number: str, output: Output, home: Path | None, superlink: str) -> str:
@@ -132,21 +124,20 @@ def _follow(progress: Progress, number: str, output: Output, home: Path | None, 
 def run_status(number: str, home: Path | None, superlink: str) -> tuple[str, str]:
     """Status of a run (``running``, ``finished:completed`` ...) and what is said about it."""
     try:
-        found = listed(home, superlink, "runs", "list", "--run-id", number)[0]
+        found = answer(home, superlink, "runs", "list", "--run-id", number)[0]
         return str(found["status"]), str(found["status-details"])
     except (ConfigError, KeyError, IndexError, TypeError) as error:
         return "unknown", str(error)
 
 
-def listed(home: Path | None, superlink: str, what: str, *command: str) -> list[dict[str, Any]]:
-    """What Flower's command line lists: ``runs`` with ``list``, ``nodes`` with ``supernode list``; else ConfigError."""
-    if nobody := silence(home, superlink):
-        raise ConfigError(f"superlink is {superlink!r}, {nobody}")
+def answer(home: Path | None, superlink: str, what: str, *command: str) -> Any:
+    """The entry ``what`` of what one of Flower's commands answers; ConfigError: nobody does, or with something else."""
+    reach(home, superlink)
     done = flwr(home, *command, superlink, "--format", "json")
     try:
-        return list(json.loads(done.stdout)[what])
+        return json.loads(done.stdout)[what]
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"superlink is {superlink!r}, it says: {brief(done.stdout + done.stderr)}") from None
+        raise ConfigError(f"superlink is {superlink!r}, it says: {brief(done.stdout + done.stderr, 1000)}") from None
 
 
 def _read(config: RunConfig, out: Path, keep: bool) -> RunResult:

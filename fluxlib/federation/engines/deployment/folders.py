@@ -1,18 +1,11 @@
 """A participant's folder: its own samples, what its device is, its key, and what it keeps between rounds.
 
-    node-0/
-      participant.yaml    its number, its device in the catalogue, where torch computes
-      train.jsonl         its samples, one JSON object a line: prompt, response, label
-      node.key node.pub   its key pair (fluxlib.federation.engines.deployment.credentials)
-      ca.crt              whom it trusts to sign the SuperLink's certificate
-      state/              what it holds between rounds
-
-Nothing in this folder is ever sent. The SuperNode gets paths and names as its node configuration, which stays with it.
+``docs/deployment.md`` shows its files. Nothing in it is ever sent: the SuperNode gets paths and names as its node
+configuration, which stays with it.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,11 +62,6 @@ def node_config(folder: Path) -> dict[str, str | int | bool]:
         **({"background-profile": True} if about.background_profile else {}),
         **({"data": str(samples.resolve())} if samples.is_file() else {}),
     }
-
-
-def as_argument(values: dict[str, str | int | bool]) -> str:
-    """``values`` in the form of ``flower-supernode --node-config``."""
-    return " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
 
 
 def make_folders(root: Path, config: RunConfig, background_profile: bool = False) -> list[Path]:

@@ -7,6 +7,7 @@ group of its own, so that what it started ends with it.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from pathlib import Path
 from fluxlib.config import RunConfig
 from fluxlib.federation.engines.deployment import credentials, folders
 from fluxlib.federation.results import RunFailed
+from fluxlib.io import ConfigError
 
 HOST = "127.0.0.1"
 CONNECTION = "federation"
@@ -83,13 +85,14 @@ def superlink_command(folder: Path, host: str, port: int) -> list[str]:
 
 def supernode_command(folder: Path, superlink: str, port: int) -> list[str]:
     """A SuperNode for the participant of ``folder``; ``port`` is between it and the process of each message."""
+    settings = " ".join(f"{name}={json.dumps(value)}" for name, value in folders.node_config(folder).items())
     return [
         "flower-supernode",
         "--superlink", superlink,
         "--root-certificates", str(folder / credentials.CA_CERTIFICATE),
         "--auth-supernode-private-key", str(folder / credentials.NODE_KEY),
         "--host", HOST, "--port", str(port),
-        "--node-config", folders.as_argument(folders.node_config(folder)),
+        "--node-config", settings,
     ]  # fmt: skip
 
 
@@ -102,8 +105,8 @@ def flwr(home: Path | None, *arguments: str) -> subprocess.CompletedProcess[str]
         return subprocess.CompletedProcess(command, 1, "", f"flwr {arguments[0]} did not answer within {COMMAND_S:g} s")
 
 
-def silence(home: Path | None, superlink: str) -> str:
-    """Why nobody answers at the address that Flower's configuration has for ``superlink``; empty: somebody does.
+def reach(home: Path | None, superlink: str) -> None:
+    """ConfigError: nobody answers at the address that Flower's configuration has for ``superlink``.
 
     Flower's own commands try for a minute. What they would say of a wrong configuration is left to them.
     """
@@ -112,12 +115,11 @@ def silence(home: Path | None, superlink: str) -> str:
         host, text = tomllib.loads(path.read_text())["superlink"][superlink]["address"].rsplit(":", 1)
         port = int(text)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ""
+        return
     try:
         socket.create_connection((host.strip("[]"), port), ANSWER_S).close()
     except OSError as error:
-        return f"nobody answers at {host}:{port} ({error})"
-    return ""
+        raise ConfigError(f"superlink is {superlink!r}, nobody answers at {host}:{port} ({error})") from None
 
 
 def free_ports(count: int) -> list[int]:
