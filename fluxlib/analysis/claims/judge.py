@@ -63,11 +63,6 @@ class Claim:
         return self.source != "modelled"
 
     @property
-    def whose(self) -> str:
-        """Whose number :attr:`size` is."""
-        return "the aim" if self.own else "the paper's"
-
-    @property
     def bar(self) -> str:
         """The number to reach, in words."""
         sign = "≤" if self.better == "smaller" else "≥"
@@ -115,13 +110,9 @@ def judge(
     ratio: bool = False,
     seeded: bool = True,
 ) -> str:
-    """The rule above for one value per seed.
+    """The rule above for one value per seed, or for one value where they are not ``seeded``.
 
-    Args:
-        size: the paper's value.
-        none: no effect, one for all or one per value; None: see :func:`no_effect`.
-        ratio: average geometrically.
-        seeded: whether values differ by seed; if not, one is enough.
+    ``none``: no effect, one for all or one per value; None: see :func:`no_effect`. ``ratio``: average geometrically.
     """
     values, sign = np.asarray(values, dtype=float), -1.0 if better == "smaller" else 1.0
     size_is_none = better == "smaller" if none is None else bool(np.all(none == size))
@@ -181,12 +172,12 @@ def _miss(
     claim: Claim, values: np.ndarray, value: float, low: float, none: float | np.ndarray | None, found: str
 ) -> str:
     """By how much a number misses the paper's, and whether it may be nothing."""
-    size = float(claim.size or 0.0)
+    size, whose = float(claim.size or 0.0), "the aim" if claim.own else "the paper's"
     if claim.better == "smaller":
         unclear = "not clear of no effect in every seed and the interval" if found == DIRECTION else ""
-        return f"{value / size:.2g} times {claim.whose}" if value > size else unclear
+        return f"{value / size:.2g} times {whose}" if value > size else unclear
     base = no_effect(size) if none is None else float(none)
-    share = f"{shown(value / size, '%')} of {claim.whose}" if base < value < size or value < base == none else ""
+    share = f"{shown(value / size, '%')} of {whose}" if base < value < size or value < base == none else ""
     if base == none == size:
         return share
     against = int((values <= base).sum())

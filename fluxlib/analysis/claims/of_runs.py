@@ -26,6 +26,7 @@ from fluxlib.analysis.claims.judge import (
 )
 from fluxlib.analysis.claims.tables import Tables, of_model
 from fluxlib.analysis.runs import EQUAL_SECONDS, OWN_PHASES, WHOLE, breakdown, quality_over_seeds
+from fluxlib.analysis.runs import final_quality as beside_reference
 from fluxlib.analysis.speedups import OURS, REFERENCE, against_all, describe, speed_ups
 from fluxlib.analysis.statistics import geometric
 from fluxlib.analysis.wording import (
@@ -175,8 +176,10 @@ def final_quality(claim: Claim, tables: Tables) -> Iterator[Reading]:
     assert claim.size is not None
     if tables.rounds is None:
         return
-    compared, ours = claim.ours["compared"], claim.ours.get("run", (OURS, ""))
-    table = tables.quality(ours, claim.ours.get("reference", (REFERENCE, "")))
+    compared = claim.ours["compared"]
+    ours, reference = (tuple(claim.ours.get(*kind)) for kind in (("run", (OURS, "")), ("reference", (REFERENCE, ""))))
+    asked = pd.MultiIndex.from_frame(tables.rounds[["method", "variant"]]).isin([ours, reference])
+    table = beside_reference(tables.rounds[asked], reference[0])
     for name, rounds in tables.runs(ours[1]):
         rows = of_model(table[(table["method"] == ours[0]) & (table["compared"] == compared)], name)
         rows = rows[rows["task"].str.endswith(claim.ours.get("only", ""))]

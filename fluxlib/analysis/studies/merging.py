@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fluxlib import gradients, merging, profiling, seeding
 from fluxlib.analysis.runs import OWN_PHASES
-from fluxlib.analysis.studies.bench import Bench, Row, at_random, interleaved, most_used, row, typical_round
+from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row, tuned_experts, typical_round
 from fluxlib.config import MergingConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.methods import fmes
@@ -75,8 +75,8 @@ def cases(
     found = []
     for bench in benches:
         known = bench.profile(num_samples)
-        chance = seeding.generator(bench.seed, "tuned")
-        tuned = most_used(known, tune_fraction) if tuned_by == "frequency" else at_random(known, tune_fraction, chance)
+        chance = seeding.generator(bench.seed, "tuned") if tuned_by == "random" else None
+        tuned = tuned_experts(known, tune_fraction, chance)
         slots = max(len(known.frequency), round(merge_fraction * known.frequency.numel()))
         found.append(Case(bench, known, tuned, slots, bench.local(num_samples)))
     return found
