@@ -76,10 +76,10 @@ def read(file: Path, table: str = "rounds") -> pd.DataFrame:
     """The ``table`` of the run whose ``rounds`` are in ``file``; TableError: there is none that fits the schema."""
     with reading(f"no {table!r} table of {file}", records.TableError):
         if is_checkpoint(file):
-            rows, columns = _mapping(_beside(file).get("rows")).get(table), records.columns(table)
+            rows = _mapping(_beside(file).get("rows")).get(table)
             if rows is None:
                 raise records.TableError("its checkpoint cannot be read")
-            frame = pd.DataFrame(rows, columns=[column.name for column in columns])
+            frame = pd.DataFrame(rows, columns=[column.name for column in records.columns(table)])
             found = records.validate(table, frame).to_pandas()
         else:
             found = records.read(table, file if table == "rounds" else place_of(file) / table / file.name)
@@ -148,21 +148,18 @@ def find(name: str, places: Sequence[Path] | None = None) -> Path:
         return matching[0]
     if not known:
         raise ConfigError(f"{shown(name)} is no run; {HOW}. There are none: `fluxlib run` makes some")
-    nearest = sorted(known.values(), key=lambda file: -SequenceMatcher(None, name, file.stem).ratio())
-    files = matching or nearest
+    files = matching or sorted(known.values(), key=lambda file: -SequenceMatcher(None, name, file.stem).ratio())
     listed = "".join(f"\n  {_shown(file)}" for file in files[:LISTED])
     listed += f"\n  and {len(files) - LISTED} more: `fluxlib list`" if len(files) > LISTED else ""
-    if matching:
-        raise ConfigError(f"{shown(name)} means {len(matching)} runs; {HOW}. They are:{listed}")
-    raise ConfigError(f"{shown(name)} is no run; {HOW}. Nearest to it:{listed}")
+    said = f"means {len(matching)} runs; {HOW}. They are" if matching else f"is no run; {HOW}. Nearest to it"
+    raise ConfigError(f"{shown(name)} {said}:{listed}")
 
 
 def load(names: Sequence[str], places: Sequence[Path] | None = None) -> dict[str, pd.DataFrame]:
     """The ``rounds`` of ``names``, by run id, with the folder where two are the same; ConfigError as :func:`find`."""
     files = [find(name, places) for name in names]
-    for file in files:
-        if files.count(file) > 1:
-            raise ConfigError(f"{file} is named twice")
+    if twice := [file for file in files if files.count(file) > 1]:
+        raise ConfigError(f"{twice[0]} is named twice")
     labels = tell_apart([file.stem for file in files], files)
     try:
         return {label: read(file) for label, file in zip(labels, files, strict=True)}
@@ -175,10 +172,8 @@ def tell_apart(labels: Iterable[str], files: Sequence[Path]) -> list[str]:
     places, labels = list(dict.fromkeys(map(place_of, files))), list(labels)
     named = dict(zip(places, _place_names(places), strict=True))
     for tells in (lambda file: named[place_of(file)], _shown):
-        labels = [
-            label if labels.count(label) == 1 else f"{label} ({tells(file)})"
-            for label, file in zip(labels, files, strict=True)
-        ]
+        both = zip(labels, files, strict=True)
+        labels = [label if labels.count(label) == 1 else f"{label} ({tells(file)})" for label, file in both]
     return labels
 
 

@@ -10,9 +10,9 @@ from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.style import context
 
 from fluxlib.analysis.wording import clock_shapes
 from fluxlib.figures import style
@@ -41,7 +41,7 @@ def drawn(function: Callable[P, Picture]) -> Callable[P, Picture]:
 
     @wraps(function)
     def draw(*args: P.args, **kwargs: P.kwargs) -> Picture:
-        with mpl.rc_context(style.RC):
+        with context(style.SHEET):
             return function(*args, **kwargs)
 
     return draw
@@ -83,7 +83,7 @@ def save(figure: Picture, slug: str, folder: Path | str, numbers: pd.DataFrame |
 def _render(figure: Figure, kind: str) -> bytes:
     metadata = {"CreationDate": None} if kind == "pdf" else {}
     buffer = io.BytesIO()
-    with mpl.rc_context(style.RC):
+    with context(style.SHEET):
         figure.savefig(buffer, format=kind, metadata=metadata)
     return buffer.getvalue()
 

@@ -44,7 +44,7 @@ class Claim:
     ours: Mapping[str, Any]
     place: str = ""
     paper: str = ""
-    size: float | None = None
+    size: float = math.nan
     better: str = "larger"
     none: float | None = None
     reach: float | None = None
@@ -156,7 +156,6 @@ def read_size(
     none: np.ndarray | None = None,
 ) -> Reading:
     """A number per seed held against the claim's size; ``why`` is told whatever the verdict, ``none`` as in judge."""
-    assert claim.size is not None
     values, ratio = np.asarray(values, dtype=float), claim.unit == "x"
     without = claim.none if none is None else none
     value, low, high = geometric(values) if ratio else interval(values)
@@ -172,7 +171,7 @@ def _miss(
     claim: Claim, values: np.ndarray, value: float, low: float, none: float | np.ndarray | None, found: str
 ) -> str:
     """By how much a number misses the paper's, and whether it may be nothing."""
-    size, whose = float(claim.size or 0.0), "the aim" if claim.own else "the paper's"
+    size, whose = claim.size, "the aim" if claim.own else "the paper's"
     if claim.better == "smaller":
         unclear = "not clear of no effect in every seed and the interval" if found == DIRECTION else ""
         return f"{value / size:.2g} times {whose}" if value > size else unclear

@@ -51,7 +51,6 @@ def up_to(claim: Claim, tables: Tables) -> Iterator[Reading]:
     one in which both begin at the target does not count. The best of several is a choice made after seeing them: the
     number of tasks is told, and fewer seeds than on another task.
     """
-    assert claim.size is not None
     for name, rounds, rows in _compared(tables, REFERENCE):
         every = (rows["compared"] > 0) & (rows["num_both"] == rows["compared"]) & (rows["ahead"] == rows["compared"])
         # Enough seeds before a large number: one lucky seed must not stand for a model.
@@ -173,7 +172,6 @@ def final_quality(claim: Claim, tables: Tables) -> Iterator[Reading]:
     before nine tenths of FMD's run is told, but is no evidence on final quality: with other tasks beside it the claim
     is agreed with in direction at most, alone it counts as not attempted.
     """
-    assert claim.size is not None
     if tables.rounds is None:
         return
     compared = claim.ours["compared"]
@@ -269,7 +267,6 @@ def plus_sooner(claim: Claim, tables: Tables) -> Iterator[Reading]:
 
     FMD's plain run sets the target. Everybody takes the fastest of his runs (:mod:`fluxlib.analysis.where`).
     """
-    assert claim.size is not None
     if tables.rounds is None or tables.participants is None or tables.folder is None:
         return
     every = tables.rounds

@@ -70,13 +70,9 @@ def benches(
 ) -> Iterator[Bench]:
     """One bench per task and seed, of eight participants with a Dirichlet (0.5) mix of labels; one model is loaded.
 
-    Args:
-        data_path: files of the public data sets; ``None``: they come from the hub.
-        device: see :func:`~fluxlib.models.loading.torch_device`.
-        max_tokens: of a prompt with its response; longer prompts are cut.
-
-    Raises:
-        ConfigError: an unknown task, no seed, or no such device, before anything is loaded.
+    ``data_path``: files of the public data sets; None: the hub's. ``device``: see
+    :func:`~fluxlib.models.loading.torch_device`. A prompt with its response is cut to ``max_tokens``. ConfigError: an
+    unknown task, no seed, or no such device, before anything is loaded.
     """
     names, seeds = list(task_names), list(seeds)
     unknown = [name for name in names if name not in tasks.TASKS]

@@ -71,8 +71,7 @@ class Preview:
     def summary(self) -> list[str]:
         """The picture in three sentences."""
         plan, seconds = self.memory.get(self.config.method), self.seconds[self.config.method]
-        total = self.profile.frequency.numel()
-        tuned = sum(len(plan.tuned) for plan in self.plans)
+        total, tuned = self.profile.frequency.numel(), sum(len(plan.tuned) for plan in self.plans)
         explored, dropped = int(self.explored.sum()), sum(len(plan.dropped) for plan in self.plans)
         merged = [group for plan in self.plans for group in plan.groups if len(group) > 1]
         others = f", {explored} explored" * bool(explored)
@@ -103,11 +102,10 @@ def _gib_by_kind(plan: MemoryPlan) -> dict[str, float]:
     """Memory on the device at the peak, with what is no expert in one."""
     kept = ("tuned experts", "gradients", "optimizer state", "activations")
     found: dict[str, float] = {}
-    for row in plan.rows:
-        if row.where == "device":
-            frozen = row.kind.startswith(("merged experts", "experts in"))
-            kind = row.kind if row.kind in kept else "frozen experts" if frozen else "other weights"
-            found[kind] = found.get(kind, 0.0) + row.num_bytes / 2**30
+    for row in (row for row in plan.rows if row.where == "device"):
+        frozen = row.kind.startswith(("merged experts", "experts in"))
+        kind = row.kind if row.kind in kept else "frozen experts" if frozen else "other weights"
+        found[kind] = found.get(kind, 0.0) + row.num_bytes / 2**30
     return found
 
 
