@@ -98,8 +98,7 @@ def _draw_sums(ax: Any, sums: Mapping[str, Mapping[str, float]], colors: Mapping
     rows = pd.DataFrame(sums).rename_axis("kind").reset_index().melt("kind", var_name="method", value_name="size")
     largest = rows.groupby("kind", sort=False)["size"].max()
     seen = set(largest.index[largest > 0.001 * largest.max()])
-    known = {**colors, **dict.fromkeys(seen - set(colors), "#009E73")}
-    looks = style.colored({kind: color for kind, color in known.items() if kind in seen})
+    looks = style.colored({kind: color for kind, color in colors.items() if kind in seen})
     methods = {name: style.method(name) for name in sums}
     marks.stacked(ax, rows.dropna(), "method", "kind", "size", looks, methods, total="{:.3g}", horizontal=True)
     marks.legend(ax, looks, True, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, fontsize=7)
