@@ -58,11 +58,6 @@ class Claim:
     own: bool = False
 
     @property
-    def is_measured(self) -> bool:
-        """Whether seeds differ: not where all is modelled."""
-        return self.source != "modelled"
-
-    @property
     def bar(self) -> str:
         """The number to reach, in words."""
         sign = "≤" if self.better == "smaller" else "≥"
@@ -156,11 +151,11 @@ def read_size(
     none: np.ndarray | None = None,
 ) -> Reading:
     """A number per seed held against the claim's size; ``why`` is told whatever the verdict, ``none`` as in judge."""
-    values, ratio = np.asarray(values, dtype=float), claim.unit == "x"
+    values, ratio, seeded = np.asarray(values, dtype=float), claim.unit == "x", claim.source != "modelled"
     without = claim.none if none is None else none
     value, low, high = geometric(values) if ratio else interval(values)
-    found = judge(values, claim.size, claim.better, without, ratio, claim.is_measured)
-    parts = [few(len(values)) if claim.is_measured else "", _miss(claim, values, value, low, without, found), why]
+    found = judge(values, claim.size, claim.better, without, ratio, seeded)
+    parts = [few(len(values)) if seeded else "", _miss(claim, values, value, low, without, found), why]
     return Reading(
         label, found, shown_interval(value, low, high, claim.unit), value, low, high, len(values), None, tuple(tasks),
         claim.clock, claim.reached(value), sentence(parts),
