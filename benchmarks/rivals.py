@@ -44,7 +44,7 @@ from torch import Tensor
 from fluxlib import merging, profiling, records
 from fluxlib.analysis import studies
 from fluxlib.analysis.statistics import geometric
-from fluxlib.analysis.studies.bench import most_used
+from fluxlib.analysis.studies.bench import tuned_experts
 from fluxlib.config import REPO_ROOT, MergingConfig
 from fluxlib.merging.features import gram_of
 from fluxlib.methods.flux_plus import MERGING
@@ -181,7 +181,7 @@ def losses(case: Case) -> Iterator[Row]:
         kept = num_experts // one_in
         if halved:
             kept //= 2
-            case = replace(case, tuned=most_used(case.known, kept / num_experts))
+            case = replace(case, tuned=tuned_experts(case.known, kept / num_experts))
         else:
             case = replace(case, tuned=torch.zeros_like(case.tuned))
         with in_force(bench.model, RULES[name](case, kept)):

@@ -78,10 +78,9 @@ def slowest(participants: pd.DataFrame) -> pd.DataFrame:
 
 
 def breakdown(rounds: pd.DataFrame, participants: pd.DataFrame) -> pd.DataFrame:
-    """Mean device seconds of each phase over rounds, of each round's slowest participant.
+    """Mean device ``seconds`` over rounds of each round's slowest participant, and ``share`` of the mean round.
 
-    Returns:
-        One row per model, task, method and phase: ``seconds``, and ``share`` of the mean round.
+    One row per model, task, method and phase.
     """
     kept = rounds[["run_id", "round", "model", "task", "method", "round_device_s", "server_device_s"]]
     found = slowest(participants)[["run_id", "round", *PHASES]].merge(kept, on=["run_id", "round"])
@@ -98,7 +97,7 @@ def phase_shares(participants: pd.DataFrame) -> pd.DataFrame:
     ``device``: without the first round, whose download is another. ``wall``: what is measured, so without links.
     """
     kept = participants[(participants["rejected"] == "") & (participants["round"] > 1)]
-    seconds = {(clock, phase): kept[f"{phase}_{clock}_s"].fillna(0.0).mean()
-               for clock, phase in itertools.product(("device", "wall"), PHASES)}  # fmt: skip
+    every = itertools.product(("device", "wall"), PHASES)
+    seconds = {(clock, phase): kept[f"{phase}_{clock}_s"].fillna(0.0).mean() for clock, phase in every}
     table = pd.Series(seconds).rename_axis(["clock", "phase"])
     return (table / table.groupby("clock").transform("sum")).rename("share").reset_index()

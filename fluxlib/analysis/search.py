@@ -27,13 +27,8 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
     ``is_chosen`` marks one setting per method, since nobody tunes a method per task: that of the highest mean, among
     equals the lowest learning rate and then the fewest steps. A method with adapters is another method here.
 
-    Args:
-        rounds: the ``rounds`` table of all trials.
-        runs: their configurations, by run id (:func:`fluxlib.analysis.store.configs`).
-
-    Raises:
-        ValueError: methods with unequal numbers of trials, since that would not be the same search; a run without a
-            score.
+    ``runs``: configurations by run id. ValueError: methods with unequal numbers of trials, since that would not be the
+    same search; a run without a score.
     """
     rounds = rounds.assign(rank=[runs[name].adapter.used_rank for name in rounds["run_id"]])
     ends: Any = rounds.groupby([*PANEL, "run_id"])["device_s"].max().groupby(PANEL).min()
@@ -53,7 +48,7 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
     counts = frame.groupby(PANEL).size()
     if counts.groupby("rank").nunique().max() > 1:
         listed = ", ".join(
-            f"{method}{f' (rank {rank})' if rank else ''} {_span(numbers)}"
+            f"{method}{f' (rank {rank})' if rank else ''} {' to '.join(map(str, sorted({min(numbers), max(numbers)})))}"
             for (method, rank), numbers in counts.groupby(METHOD, sort=False)
         )
         raise ValueError(f"methods must have equally many trials on each model and task; there are: {listed}")
@@ -63,8 +58,3 @@ def trials(rounds: pd.DataFrame, runs: Mapping[str, RunConfig]) -> pd.DataFrame:
     chosen = order.drop_duplicates(METHOD).set_index([*METHOD, *SETTINGS]).index
     frame["is_chosen"] = frame.set_index([*METHOD, *SETTINGS]).index.isin(chosen)
     return frame[list(COLUMNS)]
-
-
-def _span(numbers: pd.Series) -> str:
-    low, high = int(numbers.min()), int(numbers.max())
-    return str(low) if low == high else f"{low} to {high}"

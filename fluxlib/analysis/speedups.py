@@ -12,13 +12,7 @@ from fluxlib import records
 from fluxlib.analysis import store
 from fluxlib.analysis.statistics import geometric
 from fluxlib.analysis.time_to_target import PAIR, TARGET_FRACTION, times_to_target, without_reference
-from fluxlib.analysis.wording import (
-    in_order,
-    markdown_table,
-    methods_in_order,
-    shown_interval,
-    title,
-)
+from fluxlib.analysis.wording import in_order, markdown_table, methods_in_order, shown_interval, title
 from fluxlib.io import ConfigError
 
 OURS, REFERENCE = "flux", "fmd"

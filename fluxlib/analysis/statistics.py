@@ -7,8 +7,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-CONFIDENCE = 0.95
-
 
 def interval(values: Iterable[float]) -> tuple[float, float, float]:
     """Mean, low and high of ``values`` over seeds; NaN are left out.
@@ -24,7 +22,7 @@ def interval(values: Iterable[float]) -> tuple[float, float, float]:
         return mean, float(found.min()), float(found.max())
     from scipy import stats
 
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found)))
+    half = float(stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found)))
     return mean, mean - half, mean + half
 
 

@@ -40,7 +40,8 @@ def folders(trials: bool = True) -> list[Path]:
 def runs(places: Sequence[Path] | None = None) -> dict[str, Path]:
     """Tables of ``rounds`` in ``places``, by a label that says which run it is, where it lies, whether it may go on.
 
-    Of an unfinished run it is the newer table: the one in its checkpoint, or the one written when it ended.
+    A file is called as its run is. Of an unfinished run it is the newer of the table in its checkpoint and the one
+    written when it ended.
     """
     places = list({place.resolve(): place for place in (folders() if places is None else places)}.values())
     found: dict[str, Path] = {}
@@ -51,11 +52,6 @@ def runs(places: Sequence[Path] | None = None) -> dict[str, Path]:
             files = [files[name] for files in (written, kept) if name in files]
             found[f"{name}  ({title}{', unfinished' if name in kept else ''})"] = max(files, key=modified)
     return found
-
-
-def run_id(file: Path) -> str:
-    """The run that a table of :func:`runs` belongs to."""
-    return file.stem
 
 
 def place_of(file: Path) -> Path:
@@ -80,10 +76,10 @@ def read(file: Path, table: str = "rounds") -> pd.DataFrame:
     """The ``table`` of the run whose ``rounds`` are in ``file``; TableError: there is none that fits the schema."""
     with reading(f"no {table!r} table of {file}", records.TableError):
         if is_checkpoint(file):
-            rows, columns = _mapping(_beside(file).get("rows")).get(table), records.columns(table)
+            rows = _mapping(_beside(file).get("rows")).get(table)
             if rows is None:
                 raise records.TableError("its checkpoint cannot be read")
-            frame = pd.DataFrame(rows, columns=[column.name for column in columns])
+            frame = pd.DataFrame(rows, columns=[column.name for column in records.columns(table)])
             found = records.validate(table, frame).to_pandas()
         else:
             found = records.read(table, file if table == "rounds" else place_of(file) / table / file.name)
@@ -146,29 +142,27 @@ def find(name: str, places: Sequence[Path] | None = None) -> Path:
     if path.suffix in (".parquet", ".safetensors") and os.path.isfile(path):
         return path
     known = runs([path]) if is_folder else runs(places)
-    exact = [file for file in known.values() if run_id(file) == name]
+    exact = [file for file in known.values() if file.stem == name]
     matching = list(known.values()) if is_folder else exact or [file for label, file in known.items() if name in label]
     if len(matching) == 1:
         return matching[0]
     if not known:
         raise ConfigError(f"{shown(name)} is no run; {HOW}. There are none: `fluxlib run` makes some")
-    nearest = sorted(known.values(), key=lambda file: -SequenceMatcher(None, name, run_id(file)).ratio())
-    files = matching or nearest
+    files = matching or sorted(known.values(), key=lambda file: -SequenceMatcher(None, name, file.stem).ratio())
     listed = "".join(f"\n  {_shown(file)}" for file in files[:LISTED])
     listed += f"\n  and {len(files) - LISTED} more: `fluxlib list`" if len(files) > LISTED else ""
-    if matching:
-        raise ConfigError(f"{shown(name)} means {len(matching)} runs; {HOW}. They are:{listed}")
-    raise ConfigError(f"{shown(name)} is no run; {HOW}. Nearest to it:{listed}")
+    said = f"means {len(matching)} runs; {HOW}. They are" if matching else f"is no run; {HOW}. Nearest to it"
+    raise ConfigError(f"{shown(name)} {said}:{listed}")
 
 
 def load(names: Sequence[str], places: Sequence[Path] | None = None) -> dict[str, pd.DataFrame]:
     """The ``rounds`` of ``names``, by run id, with the folder where two are the same; ConfigError as :func:`find`."""
     files = [find(name, places) for name in names]
-    for file in files:
-        if files.count(file) > 1:
-            raise ConfigError(f"{file} is named twice")
+    if twice := [file for file in files if files.count(file) > 1]:
+        raise ConfigError(f"{twice[0]} is named twice")
+    labels = tell_apart([file.stem for file in files], files)
     try:
-        return {label: read(file) for label, file in zip(tell_apart(map(run_id, files), files), files, strict=True)}
+        return {label: read(file) for label, file in zip(labels, files, strict=True)}
     except records.TableError as error:
         raise ConfigError(str(error)) from None
 
@@ -178,10 +172,8 @@ def tell_apart(labels: Iterable[str], files: Sequence[Path]) -> list[str]:
     places, labels = list(dict.fromkeys(map(place_of, files))), list(labels)
     named = dict(zip(places, _place_names(places), strict=True))
     for tells in (lambda file: named[place_of(file)], _shown):
-        labels = [
-            label if labels.count(label) == 1 else f"{label} ({tells(file)})"
-            for label, file in zip(labels, files, strict=True)
-        ]
+        both = zip(labels, files, strict=True)
+        labels = [label if labels.count(label) == 1 else f"{label} ({tells(file)})" for label, file in both]
     return labels
 
 

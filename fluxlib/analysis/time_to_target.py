@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,20 +74,20 @@ def reach(
     rounds: pd.DataFrame, target: float, final_rounds: int = FINAL_ROUNDS, keep: Sequence[str] = ()
 ) -> pd.DataFrame:
     """Time to a given ``target`` of every run: the columns above up to ``<clock>_at_least``, and those to ``keep``."""
-    return pd.DataFrame([_run(run, target, final_rounds, keep) for _, run in rounds.groupby("run_id", sort=False)])
-
-
-def _run(run: pd.DataFrame, target: float, final_rounds: int, keep: Sequence[str]) -> dict[str, Any]:
-    run = run.sort_values("round", kind="stable")
-    row = {name: run[name].iloc[0] for name in dict.fromkeys((*IDENTITY, *keep)) if name in run}
-    row |= {"rounds": run["round"].max(), "final_metric": final_score(run["metric"].tolist(), final_rounds)}
-    row |= {"best_metric": run["metric"].max(), "end_s": run["device_s"].max()}
-    row |= {"round_s": run.loc[run["round"] > 0, "round_device_s"].mean(), "target": target}
-    row |= {f"{clock}_to_target": crossing(run[clock].tolist(), run["metric"].tolist(), target) for clock in CLOCKS}
-    for clock in CLOCKS:
-        time = row[f"{clock}_to_target"]
-        row[f"{clock}_at_least"] = run[clock].max() if time != time else time
-    return row
+    rows = []
+    for _, unsorted in rounds.groupby("run_id", sort=False):
+        run = unsorted.sort_values("round", kind="stable")
+        scores = run["metric"].tolist()
+        times = {clock: crossing(run[clock].tolist(), scores, target) for clock in CLOCKS}
+        rows.append({
+            **{name: run[name].iloc[0] for name in dict.fromkeys((*IDENTITY, *keep)) if name in run},
+            "rounds": run["round"].max(), "final_metric": final_score(scores, final_rounds),
+            "best_metric": run["metric"].max(), "end_s": run["device_s"].max(),
+            "round_s": run.loc[run["round"] > 0, "round_device_s"].mean(), "target": target,
+            **{f"{clock}_to_target": time for clock, time in times.items()},
+            **{f"{clock}_at_least": run[clock].max() if time != time else time for clock, time in times.items()},
+        })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def times_to_target(
@@ -102,15 +101,10 @@ def times_to_target(
     """Time to target of every run in ``rounds`` that has a partner, one row per run; columns above.
 
     Args:
-        rounds: the ``rounds`` table of any number of runs.
-        fraction: share of the reference's final score with the same seed.
-        reference: the method (or whatever ``by`` names) whose final score sets the target and whose time the speed-ups
-            refer to: the mean of its runs where a pair has several of them.
-        by: the column that ``reference`` is in, ``method`` or e.g. ``setting``; kept in the table.
-        pairs: what runs that are compared have in common; kept in the table.
-
-    Raises:
-        ValueError: the reference has no run for a model and task, or ``fraction`` is not within (0, 1].
+        fraction: share of the reference's final score with the same seed; else than within (0, 1] ValueError.
+        reference: the method (or whatever is in the column ``by``) whose final score sets the target and whose time the
+            speed-ups refer to: the mean of its runs where a pair has several. ValueError: a model and task lack it.
+        pairs: what runs that are compared have in common; kept in the table, as is ``by``.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}, allowed is above 0 and at most 1")

@@ -49,8 +49,7 @@ def races(
     A task that a model ran with some of the variants only is left out: everybody would race there with those.
 
     Args:
-        rounds, participants: tables of runs with one or more budgets per method.
-        runs: their configurations, of :func:`fluxlib.analysis.store.configs`.
+        rounds, participants, runs: tables of runs with one or more budgets per method, and their configurations.
         fraction: share of FMD's final score that is the target.
         offloading: how experts come to FMD's devices that do not fit; None: as in the run.
 

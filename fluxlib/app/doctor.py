@@ -48,8 +48,7 @@ class Check:
 
 def examine() -> list[Check]:
     """All checks, in the order in which problems are best solved."""
-    groups = (_python(), _packages(), _memory(), _disk(), _devices(), _folders(), _models())
-    return [check for group in groups for check in group]
+    return [*_python(), *_packages(), *_memory(), *_disk(), *_devices(), *_folders(), *_models()]
 
 
 def _python() -> Iterator[Check]:
@@ -116,10 +115,9 @@ def _devices() -> Iterator[Check]:
             yield Check(f"cuda:{index}", "ok", f"{properties.name}, {properties.total_memory / GIB:.0f} GiB")
     elif torch.version.cuda:
         yield Check("gpu", "warning", "torch is built for CUDA but sees no GPU", "check the driver with `nvidia-smi`")
-    elif torch.backends.mps.is_available():
-        yield Check("gpu", "ok", "Apple MPS")
     else:
-        yield Check("gpu", "ok", "none (smoke, mini and full need none; paper does)")
+        none = "none (smoke, mini and full need none; paper does)"
+        yield Check("gpu", "ok", "Apple MPS" if torch.backends.mps.is_available() else none)
 
 
 def _folders() -> Iterator[Check]:
@@ -135,7 +133,6 @@ def _models() -> Iterator[Check]:
     from fluxlib.models import checkpoints
     from fluxlib.models.loading import MINI
 
-    advice = "get the files again: `git checkout -- data/models`"
     for name in MINI:
         folder = data_dir() / "models" / name
         try:
@@ -143,4 +140,4 @@ def _models() -> Iterator[Check]:
             checkpoints.verify_checksums(folder)
             yield Check(name, "ok", str(folder))
         except OSError as error:
-            yield Check(name, "problem", str(error), advice)
+            yield Check(name, "problem", str(error), "get the files again: `git checkout -- data/models`")

@@ -24,9 +24,8 @@ ROUNDING = 1e-5
 """Of a weight in 32 bit, relative to the largest, and some."""
 
 
-def save_tuned(result: federation.RunResult, config: RunConfig, path: Path | str) -> Path:
+def save_tuned(result: federation.RunResult, config: RunConfig, path: Path) -> Path:
     """Write the tuned model of ``result`` to a new folder, in its public format, with card; else ConfigError."""
-    path = Path(path)
     tokenizer = models.load_tokenizer(models.resolve(config.model))
     try:
         models.export(result.model, path, tokenizer)
@@ -54,17 +53,15 @@ def model_card(config: RunConfig, rounds: pd.DataFrame, versions: Mapping[str, s
     )
 
 
-def save_adapter(source: Path | str, path: Path | str) -> Path:
+def save_adapter(source: Path, path: Path) -> None:
     """Write what a run with ``adapter.kind: lora`` learned as an adapter of its base, in PEFT's format.
 
     A is drawn anew from the run's seed, and B solves ``B A = W_tuned - W_base``, which has an exact solution. PEFT puts
     the product on the stacks of experts (``target_parameters``); an expert that nobody tuned has zeros for B.
 
-    Raises:
-        ConfigError: no folder of :func:`save_tuned`, a run that tuned whole experts, weights that are not the base's
-            with a product on them, or experts that PEFT would read the wrong way round.
+    ConfigError: no folder of :func:`save_tuned`, a run that tuned whole experts, weights that are not the base's with a
+    product on them, or experts that PEFT would read the wrong way round.
     """
-    source, path = Path(source), Path(path)
     config = _config(source)
     adapter = Adapter.of(config)
     if adapter is None:
@@ -97,7 +94,6 @@ def save_adapter(source: Path | str, path: Path | str) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    return path
 
 
 def _load(folder: Path | str) -> tuple[Any, Any]:
@@ -108,8 +104,5 @@ def _load(folder: Path | str) -> tuple[Any, Any]:
 def _config(source: Path) -> RunConfig:
     if not (source / RUN).is_file():
         raise ConfigError(f"{source} has no {RUN}: give a folder that `fluxlib run --save` wrote")
-    try:
-        found = dict(json.loads((source / RUN).read_text())["config"])
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{source / RUN} does not hold the settings of a run: was it changed, or cut off?") from None
-    return make_config(found)
+    with reading(f"{source / RUN} does not hold the settings of a run"):
+        return make_config(json.loads((source / RUN).read_text())["config"])

@@ -21,19 +21,15 @@ PLACES = ("results", "figures_folder", "data_path")
 
 @dataclass(frozen=True)
 class Kept:
-    """Where the tables and pictures of one notebook go.
-
-    Attributes:
-        notebook: its name, e.g. ``01_profiling``.
-        name: the last name of the model that it studies; empty where it reads the runs of all.
-        tables, folder: of results, and of figures.
-        parameters, start: recorded beside a table.
-    """
+    """Where the tables and pictures of one notebook go; ``parameters`` and ``start`` are recorded beside a table."""
 
     notebook: str
+    """Its name, e.g. ``01_profiling``."""
     name: str
+    """The last name of the model that it studies; empty where it reads the runs of all."""
     tables: Path
     folder: Path
+    """Of figures."""
     parameters: Mapping[str, Any]
     start: datetime.datetime
 

@@ -81,11 +81,8 @@ class Pipeline:
 def load(path: Path, overlay: Path | None = None) -> Pipeline:
     """Read ``config/<profile>.yaml``: a grid, common parameters, what differs per model, task or method, variants.
 
-    Args:
-        overlay: a file of the same form, which may lack anything: what it says wins over what ``path`` says there.
-
-    Raises:
-        ConfigError: an unknown section, a bad value or a name that no run has, by section; a bad parameter, by run.
+    ``overlay``: a file of the same form, which may lack anything; what it says wins. ConfigError: an unknown section, a
+    bad value or a name that no run has, by section; a bad parameter, by run.
     """
     text, where = _read(path), str(path)
     if overlay is not None:
@@ -104,7 +101,8 @@ def load(path: Path, overlay: Path | None = None) -> Pipeline:
                 given = flatten(content.run)
                 for axis in AXES:
                     given |= flatten(getattr(content, f"per_{axis}").get(point[axis], {}))
-                placed = point | {"model": _from_anywhere(point["model"])}
+                folder = Path(point["model"]).expanduser()  # named by its whole path: right from anywhere
+                placed = point | ({"model": str(folder.resolve())} if folder.is_dir() else {})
                 try:
                     run = make_config(_with_data(given) | flatten(part.run) | placed)
                 except ConfigError as error:
@@ -146,12 +144,6 @@ def _with_data(parameters: dict[str, Any], name: str = "data.path") -> dict[str,
     if not parameters.get(name):
         return parameters
     return parameters | {name: str(Path(parameters[name]).expanduser().resolve())}
-
-
-def _from_anywhere(model: str) -> str:
-    """The name of a model; a folder is named by its whole path."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
 
 
 def runs_read(profile: Pipeline, model: str, variants: Iterable[str]) -> list[str]:

@@ -20,9 +20,8 @@ LIMITS = (0.01, 100.0)
 def agreement(readings: pd.DataFrame) -> pd.DataFrame:
     """Ours over the paper's (``ratio``), turned so that 1 and more means the paper's size is reached; and its interval.
 
-    Args:
-        readings: of :func:`fluxlib.analysis.claims.readings`. Rows without a number to compare (directions alone) are
-            left out; a value on the other side of no effect has a ratio of about 0.
+    Of :func:`fluxlib.analysis.claims.readings`, without rows that have no number to compare (directions alone). A value
+    on the other side of no effect has a ratio of about 0.
     """
     rows = readings[readings["value"].notna() & readings["size"].gt(0) & readings["size"].ne(1)]
     ours, size = rows[["value", "low", "high"]].clip(lower=1e-12).to_numpy(), rows[["size"]].to_numpy()

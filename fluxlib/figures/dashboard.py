@@ -66,12 +66,8 @@ def overview(
 ) -> Picture:
     """A configuration on one page: activation, the merge plan, predicted memory and predicted time of a round.
 
-    Args:
-        frequency, explored: ``[layers, experts]``: shares of tokens; experts kept as they are, and probed.
-        plans: one per MoE layer.
-        memory, seconds: GiB by kind, and device seconds by phase, for each method that is compared.
-        limit_gib: memory of the device.
-        notes: for the caption.
+    ``frequency`` and ``explored`` are ``[layers, experts]``: shares of tokens; experts kept as they are, and probed.
+    ``memory`` and ``seconds``: GiB by kind, device seconds by phase, for each method. ``notes`` go to the caption.
     """
     shares = np.asarray(frequency, dtype=float)
     num_layers, num_experts = shares.shape
@@ -102,8 +98,7 @@ def _draw_sums(ax: Any, sums: Mapping[str, Mapping[str, float]], colors: Mapping
     rows = pd.DataFrame(sums).rename_axis("kind").reset_index().melt("kind", var_name="method", value_name="size")
     largest = rows.groupby("kind", sort=False)["size"].max()
     seen = set(largest.index[largest > 0.001 * largest.max()])
-    known = {**colors, **dict.fromkeys(seen - set(colors), "#009E73")}
-    looks = style.colored({kind: color for kind, color in known.items() if kind in seen})
+    looks = style.colored({kind: color for kind, color in colors.items() if kind in seen})
     methods = {name: style.method(name) for name in sums}
     marks.stacked(ax, rows.dropna(), "method", "kind", "size", looks, methods, total="{:.3g}", horizontal=True)
     marks.legend(ax, looks, True, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, fontsize=7)
@@ -115,10 +110,9 @@ def slots(plans: Sequence[Any], explored: Any = None) -> Picture:
 
     ``plans`` one per MoE layer; ``explored`` bool ``[layers, experts]``, or None: nobody is.
     """
-    num_experts = len(plans[0].experts)
-    marked = np.zeros((len(plans), num_experts), dtype=bool) if explored is None else np.asarray(explored, dtype=bool)
-    size = min(11.0, 1.5 + 0.28 * num_experts), 0.9 + 0.42 * len(plans)
-    figure, ax = panels(pd.DataFrame(marked), size)
+    shape = len(plans), len(plans[0].experts)
+    marked = np.zeros(shape, dtype=bool) if explored is None else np.asarray(explored, dtype=bool)
+    figure, ax = panels(pd.DataFrame(marked), (min(11.0, 1.5 + 0.28 * shape[1]), 0.9 + 0.42 * shape[0]))
     _draw_slots(ax, plans, marked)
     return figure
 
@@ -173,12 +167,10 @@ def curves(runs: Mapping[str, pd.DataFrame], target: float) -> Picture:
 
 def _looks(runs: Mapping[str, pd.DataFrame]) -> dict[str, style.Style]:
     """A method's own look for its first run, spare ones for its others."""
-    found: dict[str, style.Style] = {}
     methods = [str(run["method"].iloc[0]) for run in runs.values()]
-    for place, (label, method) in enumerate(zip(runs, methods, strict=True)):
-        look = style.SETTINGS[2 + place % 5] if method in methods[:place] else style.method(method)
-        found[label] = replace(look, title=label)
-    return found
+    spare = [style.SETTINGS[2 + place % 5] for place in range(len(methods))]
+    looks = [spare[i] if method in methods[:i] else style.method(method) for i, method in enumerate(methods)]
+    return {label: replace(look, title=label) for label, look in zip(runs, looks, strict=True)}
 
 
 @drawn

@@ -64,9 +64,7 @@ def bars(
 ) -> None:
     """One bar per level of ``place`` (and of ``by``): mean over seeds with its interval.
 
-    Args:
-        looks: of the levels of ``by``, or of ``place``.
-        fmt: of the numbers that are written beside bars; empty: none.
+    ``looks`` are those of the levels of ``by``, or of ``place``; ``fmt``: of the numbers beside bars, empty: none.
     """
     by, (across, along) = by or place, "yx" if horizontal else "xy"
     table = _shown(rows, value, looks, place, by)
@@ -99,9 +97,7 @@ def stacked(
 ) -> None:
     """One bar per level of ``place``, stacked from the parts in ``looks``.
 
-    Args:
-        order: the levels of ``place`` in order, with their titles; None: as they come.
-        total: format of the sum at its end; empty: none.
+    ``order``: the levels of ``place``, with their titles; None: as they come. ``total``: format of the sum at the end.
     """
     if order:
         titles = pd.Categorical([order[name].title for name in rows[place]], [look.title for look in order.values()])
@@ -129,10 +125,8 @@ def _finish_bars(ax: Any, looks: Mapping[Any, Style], across: str) -> None:
 
 def _write(ax: Any, text: str, middle: float, end: float, across: str) -> None:
     """A number at the end of a bar: above it, or beside it where bars stand along y."""
-    if across == "y":
-        ax.annotate(text, (end, middle), (3, 0), va="center", textcoords="offset points", fontsize=7)
-    else:
-        ax.annotate(text, (middle, end), (0, 2), ha="center", textcoords="offset points", fontsize=7)
+    spot, offset, how = ((end, middle), (3, 0), "va") if across == "y" else ((middle, end), (0, 2), "ha")
+    ax.annotate(text, spot, offset, textcoords="offset points", fontsize=7, **{how: "center"})
 
 
 def missed(ax: Any, place: float, text: str) -> None:

@@ -28,10 +28,9 @@ FACTORS = LogNorm(0.25, 4.0, clip=True)
 def clock_table(table: pd.DataFrame) -> pd.DataFrame:
     """Measured beside predicted seconds of each block of a round, and of all together, from the study ``clock_check``.
 
-    Returns:
-        One row per model, task and block, means over seeds: ``predicted_s``, ``measured_s``, ``factor`` (measured over
-        predicted, between ``low`` and ``high``), and each block's share of the whole by both. Where all factors are
-        alike the clock is wrong in seconds and right in shares; where they differ, shares are wrong as well.
+    One row per model, task and block, means over seeds: ``predicted_s``, ``measured_s``, ``factor`` (measured over
+    predicted, between ``low`` and ``high``), and each block's share of the whole by both. Where all factors are alike
+    the clock is wrong in seconds and right in shares; where they differ, shares are wrong as well.
     """
     rows, place = split(study(table, "clock_check"), "block", "kind"), ["model", "task", "block"]
     every = pd.concat([rows, rows.assign(block="together")])

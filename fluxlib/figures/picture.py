@@ -10,9 +10,9 @@ from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.style import context
 
 from fluxlib.analysis.wording import clock_shapes
 from fluxlib.figures import style
@@ -41,7 +41,7 @@ def drawn(function: Callable[P, Picture]) -> Callable[P, Picture]:
 
     @wraps(function)
     def draw(*args: P.args, **kwargs: P.kwargs) -> Picture:
-        with mpl.rc_context(style.RC):
+        with context(style.SHEET):
             return function(*args, **kwargs)
 
     return draw
@@ -66,36 +66,24 @@ def notice(text: str, numbers: pd.DataFrame) -> Picture:
 def save(figure: Picture, slug: str, folder: Path | str, numbers: pd.DataFrame | None = None) -> dict[str, Path]:
     """Write ``<folder>/<slug>.{pdf,png,csv}``: the figure twice, and the numbers it shows (or those given).
 
-    The same figure gives the same bytes: no date is stored. Files appear whole or not at all.
-
-    Raises:
-        ValueError: ``slug`` is not made of letters, digits, ``_``, ``-`` and ``.`` only.
+    The same figure gives the same bytes: no date is stored. Files appear whole or not at all. ValueError: ``slug`` has
+    other characters, on which a link in a text would break.
     """
-    check_slug(slug)
-    folder = Path(folder)
-    table = figure.numbers if numbers is None else numbers
-    contents = {
-        "pdf": _render(figure, "pdf"),
-        "png": figure.png,
-        "csv": table.to_csv(index=False, lineterminator="\n").encode(),
-    }
-    paths = {kind: folder / f"{slug}.{kind}" for kind in contents}
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
+        raise ValueError(f"slug is {slug!r}, allowed are letters, digits, '_', '-' and '.'")
+    csv = (figure.numbers if numbers is None else numbers).to_csv(index=False, lineterminator="\n").encode()
+    contents = {"pdf": _render(figure, "pdf"), "png": figure.png, "csv": csv}
+    paths = {kind: Path(folder) / f"{slug}.{kind}" for kind in contents}
     for kind, content in contents.items():
         with replacing(paths[kind]) as temporary:
             temporary.write_bytes(content)
     return paths
 
 
-def check_slug(slug: str) -> None:
-    """ValueError for a name that a link in a text would break on, see :func:`save`."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
-        raise ValueError(f"slug is {slug!r}, allowed are letters, digits, '_', '-' and '.'")
-
-
 def _render(figure: Figure, kind: str) -> bytes:
     metadata = {"CreationDate": None} if kind == "pdf" else {}
     buffer = io.BytesIO()
-    with mpl.rc_context(style.RC):
+    with context(style.SHEET):
         figure.savefig(buffer, format=kind, metadata=metadata)
     return buffer.getvalue()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -63,11 +62,9 @@ def load(roles: pd.DataFrame, num_experts: int) -> pd.DataFrame:
 def outcomes(
     rounds: pd.DataFrame, participants: pd.DataFrame, reference: str, fraction: float = TARGET_FRACTION
 ) -> pd.DataFrame:
-    """Every run in one row: quality, time to target, coverage and load.
+    """Every run of one model and task in one row: quality, time to target, coverage and load.
 
-    Args:
-        rounds, participants: tables of some runs of one model and task, with the column ``setting``.
-        reference: the setting whose final score, mean over seeds, sets the target.
+    ``reference``: the setting whose final score, mean over seeds, sets the target.
 
     Returns:
         :func:`fluxlib.analysis.time_to_target.times_to_target` by setting, and ``final_loss``, ``mean_metric`` (over
@@ -172,9 +169,9 @@ def role_seconds(measured: pd.DataFrame, participants: pd.DataFrame) -> Picture:
 
 
 @drawn
-def role_map(roles: pd.DataFrame, num_experts: int, participants: Sequence[int] = (0, 1, 2, 3)) -> Picture:
-    """Which experts (``num_experts`` a layer) some participants of a run tuned and explored, round by round."""
-    shown = [p for p in participants if p in set(roles["participant"])]
+def role_map(roles: pd.DataFrame, num_experts: int) -> Picture:
+    """Which experts (``num_experts`` a layer) the first four participants of a run tuned and explored, by round."""
+    shown = [p for p in range(4) if p in set(roles["participant"])]
     num_layers, num_rounds = int(roles["layer"].max()) + 1, int(roles["round"].max())
     columns = min(2, len(shown))
     rows = -(-len(shown) // columns)
@@ -202,14 +199,12 @@ def role_map(roles: pd.DataFrame, num_experts: int, participants: Sequence[int] 
 
 
 @drawn
-def role_convergence(
-    rounds: pd.DataFrame, clocks: Sequence[str] = ("round", "device_s"), varied: str = "assignment"
-) -> Picture:
+def role_convergence(rounds: pd.DataFrame, varied: str = "assignment") -> Picture:
     """Score and test loss of runs that differ in one setting (``varied``), over rounds and over the device clock."""
-    figure, axes = panels(rounds, (3.7 * len(clocks), 4.6), 2, len(clocks), sharex="col", sharey="row", squeeze=False)
+    figure, axes = panels(rounds, (7.4, 4.6), 2, 2, sharex="col", sharey="row")
     looks, seeds = style.of_settings(rounds["setting"].unique()), rounds["seed"].nunique()
     titles = {"metric": METRICS.get(unique(rounds, "metric_name"), "score"), "loss": "test loss"}
-    for ax, (column, clock) in zip(axes.flat, itertools.product(titles, clocks), strict=True):
+    for ax, (column, clock) in zip(axes.flat, itertools.product(titles, ("round", "device_s")), strict=True):
         marks.curves(ax, rounds, clock, "setting", looks, column, errorbar=None, markevery=2)
         if seeds > 1:
             thin = marks.hues("setting", looks) | {"units": "seed", "estimator": None, "linewidth": 0.6, "alpha": 0.45}
@@ -230,8 +225,8 @@ def role_ablation(outcome: pd.DataFrame) -> Picture:
         "device_s_to_target": "device seconds to target",
     }
     figure, axes = panels(outcome, (8.2, 2.8), 1, len(measures))
-    looks, seeds = style.of_settings(outcome["setting"].unique()), outcome["seed"].nunique()
-    names = list(looks)
+    names, seeds = list(outcome["setting"].unique()), outcome["seed"].nunique()
+    looks = style.of_settings(names)
     for ax, (column, title) in zip(axes, measures.items(), strict=True):
         missed = outcome[column].isna().groupby(outcome["setting"]).sum()
         whole = outcome[outcome["setting"].map(missed) == 0]

@@ -34,9 +34,8 @@ def outcomes(
 ) -> pd.DataFrame:
     """Every run of every question in one row.
 
-    Args:
-        rounds: of :func:`fluxlib.analysis.studies.scale.with_settings`.
-        questions: by the setting that is varied (of :data:`AXES`), the variants of the runs that answer it.
+    ``rounds`` are those of :func:`fluxlib.analysis.studies.scale.with_settings`; ``questions``: by the setting that is
+    varied (of :data:`AXES`), the variants of the runs that answer it.
 
     Returns:
         Time to target (:func:`fluxlib.analysis.time_to_target.times_to_target`) for FMD's final score with the same

@@ -1,13 +1,14 @@
 """How figures look: one colour and one marker per method, everywhere; nothing global is touched.
 
 Colours are Okabe and Ito's, chosen so that they also differ in lightness; markers, dashes and hatches differ too, so a
-figure can be read in black and white. Use :data:`RC` in ``matplotlib.rc_context``.
+figure can be read in black and white. Sizes and lines are those of :data:`SHEET`, a style sheet of matplotlib.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ PHASES: dict[str, Style] = {
 }
 """A round's phases, and the server's, which is none; several colours have one lightness, so hatches differ."""
 
+SHEET = Path(__file__).with_name("style.mplstyle")
 DIVERGING = "PuOr"
 """Of factors around 1: orange below, purple above."""
 SEQUENTIAL = "cividis"
@@ -68,33 +70,7 @@ SEQUENTIAL = "cividis"
 GREY = "#444444"
 """Reference lines and small print."""
 
-CLOCKS = {
-    "device_s": "device clock (s)",
-    "wall_s": "measured here (s)",
-    "round": "round",
-}
-
-RC: dict[Any, Any] = {
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 110,
-    "savefig.dpi": 150,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "hatch.linewidth": 0.6,
-    "pdf.fonttype": 42,
-    "ps.fonttype": 42,
-    "svg.hashsalt": "fluxlib",
-}
+CLOCKS = {"device_s": "device clock (s)", "wall_s": "measured here (s)", "round": "round"}
 
 
 def method(name: str) -> Style:

@@ -80,8 +80,8 @@ def test_who_is_tuned_has_two_rules(bench: studies.Bench) -> None:
     with pytest.raises(ValueError, match="'frequency' or 'random', got 'luck'"):
         merging.cases([bench], 4, "luck", 0.25, 0.25)
     known = bench.profile(4)
-    busiest = known.frequency[common.most_used(known, 0.25)]
-    assert busiest.min() >= known.frequency[~common.most_used(known, 0.25)].max()
+    busiest = known.frequency[common.tuned_experts(known, 0.25)]
+    assert busiest.min() >= known.frequency[~common.tuned_experts(known, 0.25)].max()
 
 
 def test_own_share_counts_what_only_flux_does() -> None:

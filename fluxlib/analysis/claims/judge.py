@@ -44,7 +44,7 @@ class Claim:
     ours: Mapping[str, Any]
     place: str = ""
     paper: str = ""
-    size: float | None = None
+    size: float = math.nan
     better: str = "larger"
     none: float | None = None
     reach: float | None = None
@@ -56,16 +56,6 @@ class Claim:
     needs: str = ""
     beyond: bool = False
     own: bool = False
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether seeds differ: not where all is modelled."""
-        return self.source != "modelled"
-
-    @property
-    def whose(self) -> str:
-        """Whose number :attr:`size` is."""
-        return "the aim" if self.own else "the paper's"
 
     @property
     def bar(self) -> str:
@@ -115,13 +105,9 @@ def judge(
     ratio: bool = False,
     seeded: bool = True,
 ) -> str:
-    """The rule above for one value per seed.
+    """The rule above for one value per seed, or for one value where they are not ``seeded``.
 
-    Args:
-        size: the paper's value.
-        none: no effect, one for all or one per value; None: see :func:`no_effect`.
-        ratio: average geometrically.
-        seeded: whether values differ by seed; if not, one is enough.
+    ``none``: no effect, one for all or one per value; None: see :func:`no_effect`. ``ratio``: average geometrically.
     """
     values, sign = np.asarray(values, dtype=float), -1.0 if better == "smaller" else 1.0
     size_is_none = better == "smaller" if none is None else bool(np.all(none == size))
@@ -165,12 +151,11 @@ def read_size(
     none: np.ndarray | None = None,
 ) -> Reading:
     """A number per seed held against the claim's size; ``why`` is told whatever the verdict, ``none`` as in judge."""
-    assert claim.size is not None
-    values, ratio = np.asarray(values, dtype=float), claim.unit == "x"
+    values, ratio, seeded = np.asarray(values, dtype=float), claim.unit == "x", claim.source != "modelled"
     without = claim.none if none is None else none
     value, low, high = geometric(values) if ratio else interval(values)
-    found = judge(values, claim.size, claim.better, without, ratio, claim.is_measured)
-    parts = [few(len(values)) if claim.is_measured else "", _miss(claim, values, value, low, without, found), why]
+    found = judge(values, claim.size, claim.better, without, ratio, seeded)
+    parts = [few(len(values)) if seeded else "", _miss(claim, values, value, low, without, found), why]
     return Reading(
         label, found, shown_interval(value, low, high, claim.unit), value, low, high, len(values), None, tuple(tasks),
         claim.clock, claim.reached(value), sentence(parts),
@@ -181,12 +166,12 @@ def _miss(
     claim: Claim, values: np.ndarray, value: float, low: float, none: float | np.ndarray | None, found: str
 ) -> str:
     """By how much a number misses the paper's, and whether it may be nothing."""
-    size = float(claim.size or 0.0)
+    size, whose = claim.size, "the aim" if claim.own else "the paper's"
     if claim.better == "smaller":
         unclear = "not clear of no effect in every seed and the interval" if found == DIRECTION else ""
-        return f"{value / size:.2g} times {claim.whose}" if value > size else unclear
+        return f"{value / size:.2g} times {whose}" if value > size else unclear
     base = no_effect(size) if none is None else float(none)
-    share = f"{shown(value / size, '%')} of {claim.whose}" if base < value < size or value < base == none else ""
+    share = f"{shown(value / size, '%')} of {whose}" if base < value < size or value < base == none else ""
     if base == none == size:
         return share
     against = int((values <= base).sum())

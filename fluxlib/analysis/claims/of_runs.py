@@ -26,6 +26,7 @@ from fluxlib.analysis.claims.judge import (
 )
 from fluxlib.analysis.claims.tables import Tables, of_model
 from fluxlib.analysis.runs import EQUAL_SECONDS, OWN_PHASES, WHOLE, breakdown, quality_over_seeds
+from fluxlib.analysis.runs import final_quality as beside_reference
 from fluxlib.analysis.speedups import OURS, REFERENCE, against_all, describe, speed_ups
 from fluxlib.analysis.statistics import geometric
 from fluxlib.analysis.wording import (
@@ -50,7 +51,6 @@ def up_to(claim: Claim, tables: Tables) -> Iterator[Reading]:
     one in which both begin at the target does not count. The best of several is a choice made after seeing them: the
     number of tasks is told, and fewer seeds than on another task.
     """
-    assert claim.size is not None
     for name, rounds, rows in _compared(tables, REFERENCE):
         every = (rows["compared"] > 0) & (rows["num_both"] == rows["compared"]) & (rows["ahead"] == rows["compared"])
         # Enough seeds before a large number: one lucky seed must not stand for a model.
@@ -172,11 +172,12 @@ def final_quality(claim: Claim, tables: Tables) -> Iterator[Reading]:
     before nine tenths of FMD's run is told, but is no evidence on final quality: with other tasks beside it the claim
     is agreed with in direction at most, alone it counts as not attempted.
     """
-    assert claim.size is not None
     if tables.rounds is None:
         return
-    compared, ours = claim.ours["compared"], claim.ours.get("run", (OURS, ""))
-    table = tables.quality(ours, claim.ours.get("reference", (REFERENCE, "")))
+    compared = claim.ours["compared"]
+    ours, reference = (tuple(claim.ours.get(*kind)) for kind in (("run", (OURS, "")), ("reference", (REFERENCE, ""))))
+    asked = pd.MultiIndex.from_frame(tables.rounds[["method", "variant"]]).isin([ours, reference])
+    table = beside_reference(tables.rounds[asked], reference[0])
     for name, rounds in tables.runs(ours[1]):
         rows = of_model(table[(table["method"] == ours[0]) & (table["compared"] == compared)], name)
         rows = rows[rows["task"].str.endswith(claim.ours.get("only", ""))]
@@ -266,7 +267,6 @@ def plus_sooner(claim: Claim, tables: Tables) -> Iterator[Reading]:
 
     FMD's plain run sets the target. Everybody takes the fastest of his runs (:mod:`fluxlib.analysis.where`).
     """
-    assert claim.size is not None
     if tables.rounds is None or tables.participants is None or tables.folder is None:
         return
     every = tables.rounds

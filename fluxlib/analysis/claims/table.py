@@ -82,7 +82,7 @@ def _scale(claim: Claim, found: list[Reading]) -> str:
     tasks = max(len(r.tasks) for r in found)
     seeds = sorted({r.seeds for r in found} | {r.fewest for r in found if r.fewest})
     parts = [f"{tasks} task{'s' * (tasks > 1)}"] if tasks else []
-    if claim.is_measured or max(seeds) > 1:
+    if claim.source != "modelled" or max(seeds) > 1:
         parts.append(f"{'–'.join(map(str, seeds))} seed{'s' * (max(seeds) > 1)}")
     parts.append(SOURCES.get(claim.source, claim.source))
     clocks = dict.fromkeys(tuple(r.clock.split(", ", 1)) for r in found if r.clock)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,6 @@ import pandas as pd
 
 from fluxlib import records
 from fluxlib.analysis import store
-from fluxlib.analysis.runs import final_quality
 from fluxlib.analysis.speedups import against_all
 from fluxlib.analysis.wording import models_in_order
 
@@ -44,15 +43,6 @@ class Tables:
         assert self.rounds is not None
         return against_all(self.rounds)
 
-    def quality(self, ours: Sequence[str], reference: Sequence[str]) -> pd.DataFrame:
-        """:func:`fluxlib.analysis.runs.final_quality` of two kinds of runs, each a method and its variant."""
-        assert self.rounds is not None
-        kinds = [
-            (self.rounds["method"] == method) & (self.rounds["variant"] == variant)
-            for method, variant in (ours, reference)
-        ]
-        return final_quality(self.rounds[kinds[0] | kinds[1]], reference[0])
-
     def runs(self, variant: str = "") -> Iterator[tuple[str, pd.DataFrame]]:
         """Model by model: its name, and the ``rounds`` of its runs of one variant, or its plain ones."""
         if self.rounds is not None:
@@ -80,24 +70,22 @@ def load(results: Path) -> Tables:
 def values(table: pd.DataFrame, spec: Mapping[str, Any]) -> pd.Series:
     """One value per seed: the mean per task, then over tasks; empty where the table lacks what it needs.
 
-    Two settings meet by seed and task, of the seeds and tasks that both have.
-
-    Args:
-        spec: ``study``, and if given ``setting``, ``x`` and ``layer``; ``reduce``, of a task's rows, in place of the
-            mean; one of :data:`JOINS` with the other setting, or the other ``x`` where that is ``first`` or ``last``.
+    ``spec``: ``study``, and if given ``setting``, ``x`` and ``layer``; ``reduce``, of a task's rows, in place of the
+    mean; one of :data:`JOINS` with the other setting, or the other ``x`` where that is ``first`` or ``last``. The two
+    meet by seed and task, of those that both have.
     """
     rows = table[table["study"] == spec["study"]]
     if spec.get("layer") == "last":
         rows = rows[rows["layer"] == rows["layer"].max()]
     ends = {"first": rows["x"].min(), "last": rows["x"].max()}
-    join = next((name for name in JOINS if name in spec), None)
+    join, setting = next((name for name in JOINS if name in spec), None), spec.get("setting")
 
     def cells(setting: str | None, x: Any) -> pd.Series:
         kept = rows if setting is None else rows[rows["setting"] == setting]
         kept = kept if x is None else kept[kept["x"] == ends.get(x, x)]
         return kept.groupby(["seed", "task"])["value"].agg(spec.get("reduce", "mean"))
 
-    one, setting = cells(spec.get("setting"), spec.get("x")), spec.get("setting")
+    one = cells(setting, spec.get("x"))
     if join is None:
         return one.groupby("seed").mean()
     other = cells(setting, spec[join]) if spec[join] in ends else cells(spec[join], spec.get("x"))

@@ -27,12 +27,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Bench:
-    """A model and the samples of one participant of a federation.
-
-    Attributes:
-        parts: training samples of each participant; those of the first are ``local``'s.
-        held_out: ``[B, T]`` batches of its samples that nothing else here has seen; errors are measured on them.
-    """
+    """A model and the samples of one participant of a federation."""
 
     model: nn.Module
     tokenizer: Any
@@ -40,7 +35,9 @@ class Bench:
     task: str
     seed: int
     parts: Sequence[Sequence[tasks.Example]]
+    """Training samples of each participant."""
     held_out: Sequence[dict[str, Tensor]]
+    """``[B, T]`` batches of the first's samples that nothing else here has seen; errors are measured on them."""
     max_tokens: int = 128
 
     def local(self, num_samples: int, participant: int = 0) -> list[dict[str, Tensor]]:
@@ -73,13 +70,9 @@ def benches(
 ) -> Iterator[Bench]:
     """One bench per task and seed, of eight participants with a Dirichlet (0.5) mix of labels; one model is loaded.
 
-    Args:
-        data_path: files of the public data sets; ``None``: they come from the hub.
-        device: see :func:`~fluxlib.models.loading.torch_device`.
-        max_tokens: of a prompt with its response; longer prompts are cut.
-
-    Raises:
-        ConfigError: an unknown task, no seed, or no such device, before anything is loaded.
+    ``data_path``: files of the public data sets; None: the hub's. ``device``: see
+    :func:`~fluxlib.models.loading.torch_device`. A prompt with its response is cut to ``max_tokens``. ConfigError: an
+    unknown task, no seed, or no such device, before anything is loaded.
     """
     names, seeds = list(task_names), list(seeds)
     unknown = [name for name in names if name not in tasks.TASKS]
@@ -147,22 +140,12 @@ def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int) -> dict[st
     return times
 
 
-def most_used(known: profiling.Profile, fraction: float) -> Tensor:
-    """bool ``[L, E]``: the most used experts, FLUX's first choice (utilities start as ``f / max f``)."""
-    count = max(1, round(fraction * known.frequency.numel()))
-    return _mask(known, known.frequency.flatten().topk(count).indices)
-
-
-def at_random(known: profiling.Profile, fraction: float, generator: torch.Generator) -> Tensor:
-    """bool ``[L, E]``: as many experts drawn at random."""
-    count = max(1, round(fraction * known.frequency.numel()))
-    return _mask(known, torch.randperm(known.frequency.numel(), generator=generator)[:count])
-
-
-def _mask(known: profiling.Profile, chosen: Tensor) -> Tensor:
-    mask = torch.zeros(known.frequency.numel(), dtype=torch.bool)
-    mask[chosen] = True
-    return mask.view_as(known.frequency)
+def tuned_experts(known: profiling.Profile, fraction: float, chance: torch.Generator | None = None) -> Tensor:
+    """bool ``[L, E]``: the most used experts, FLUX's first choice; with ``chance`` as many drawn at random."""
+    uses = known.frequency.flatten()
+    count = max(1, round(fraction * len(uses)))
+    chosen = uses.topk(count).indices if chance is None else torch.randperm(len(uses), generator=chance)[:count]
+    return torch.zeros(len(uses), dtype=torch.bool).index_fill(0, chosen, True).view_as(known.frequency)
 
 
 def typical_round(num_experts: int, samples: int, tokens_per_sample: int, profiled: int) -> Work:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fluxlib import gradients, merging, profiling, seeding
 from fluxlib.analysis.runs import OWN_PHASES
-from fluxlib.analysis.studies.bench import Bench, Row, at_random, interleaved, most_used, row, typical_round
+from fluxlib.analysis.studies.bench import Bench, Row, interleaved, row, tuned_experts, typical_round
 from fluxlib.config import MergingConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.methods import fmes
@@ -23,6 +23,8 @@ from fluxlib.profiling import Profile
 
 SHAPES = {"32 x 16 experts": (32, 16, 4), "27 x 64 experts": (27, 64, 16)}
 """Layers, experts per layer and slots per layer of LLaMA-MoE and DeepSeek-MoE."""
+STEPS, PROBES, PROBED_SAMPLES = 4, 8, 8
+"""Of the round that is measured here."""
 JOINT: dict[str, Any] = {"budgets": "joint", "weights": "gate"}
 VARIANTS: dict[str, dict[str, Any]] = {
     **{kind: {"budgets": kind} for kind in ("single", "uniform", "adaptive", "joint")},
@@ -75,8 +77,8 @@ def cases(
     found = []
     for bench in benches:
         known = bench.profile(num_samples)
-        chance = seeding.generator(bench.seed, "tuned")
-        tuned = most_used(known, tune_fraction) if tuned_by == "frequency" else at_random(known, tune_fraction, chance)
+        chance = seeding.generator(bench.seed, "tuned") if tuned_by == "random" else None
+        tuned = tuned_experts(known, tune_fraction, chance)
         slots = max(len(known.frequency), round(merge_fraction * known.frequency.numel()))
         found.append(Case(bench, known, tuned, slots, bench.local(num_samples)))
     return found
@@ -178,14 +180,14 @@ def own_share_on_the_clock(model: str, clock_model: str) -> Iterator[Row]:
             yield row("own_share_device", f"{link.title}, {name}", share, model=model, x=samples)
 
 
-def own_share_measured(cases: Iterable[Case], repeats: int, steps: int = 4, probes: int = 8) -> Iterator[Row]:
+def own_share_measured(cases: Iterable[Case], repeats: int) -> Iterator[Row]:
     """Measured seconds of the parts of a round here, in turns (``phase_wall_s``), and their share without any transfer.
 
-    One round: one profile of the case's samples, one merge, ``probes`` probes, ``steps`` training steps of 16 samples.
+    One round: a profile of the case's samples, a merge, :data:`PROBES` probes, :data:`STEPS` steps of 16 samples.
     """
     for case in cases:
-        times = interleaved(_phases(case, probes), repeats)
-        times["train"] = [steps * seconds for seconds in times["train"]]
+        times = interleaved(_phases(case), repeats)
+        times["train"] = [STEPS * seconds for seconds in times["train"]]
         for repeat in range(repeats):
             seconds = {name: taken[repeat] for name, taken in times.items()}
             for name, value in seconds.items():
@@ -194,12 +196,12 @@ def own_share_measured(cases: Iterable[Case], repeats: int, steps: int = 4, prob
             yield case.bench.row("own_share_wall", "no transfer", own / (own + seconds["train"]), x=repeat)
 
 
-def _phases(case: Case, probes: int) -> dict[str, Callable[[], Any]]:
+def _phases(case: Case) -> dict[str, Callable[[], Any]]:
     """What a participant does in a round, phase by phase; ``train`` is one step."""
     model, plans = case.bench.model, case.plan()
     unseen = (~case.tuned).nonzero().tolist()
-    experts = [(layer, expert) for layer, expert in unseen[:: max(1, len(unseen) // probes)][:probes]]
-    eight = {name: rows[:8] for name, rows in case.data[0].items()}
+    experts = [(layer, expert) for layer, expert in unseen[:: max(1, len(unseen) // PROBES)][:PROBES]]
+    eight = {name: rows[:PROBED_SAMPLES] for name, rows in case.data[0].items()}
 
     def merge() -> None:
         with customized(model, case.plan(**JOINT)):

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import islice
 
 from fluxlib import merging, profiling, seeding
-from fluxlib.analysis.studies.bench import BATCH, Bench, Row, interleaved, most_used, row, typical_round
+from fluxlib.analysis.studies.bench import BATCH, Bench, Row, interleaved, row, tuned_experts, typical_round
 from fluxlib.config import make_config
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.server.aggregation import ExpertMean
@@ -120,7 +120,7 @@ def _train(bench: Bench, fraction: float, participants: int, num_samples: int, l
             plans = [LayerPlan(tuned=tuple(range(layer.num_experts))) for layer in moe]
             if fraction < 1:
                 known = profiling.profile(bench.model, bench.local(num_samples, participant), 4)
-                tuned = most_used(known, fraction)
+                tuned = tuned_experts(known, fraction)
                 plans = merging.plan(bench.model, known, tuned, int(tuned.sum()))
             with customized(bench.model, plans) as compact:
                 done = tune(bench.model, compact, list(islice(own, config.training.local_steps)), config)
@@ -133,7 +133,7 @@ def _train(bench: Bench, fraction: float, participants: int, num_samples: int, l
 
 def _merge_error(bench: Bench, known: Profile, truth: Profile, fraction: float) -> float:
     """Error of the model merged by a profile, the experts that are truly the most used ones left as they are."""
-    tuned = most_used(truth, fraction)
+    tuned = tuned_experts(truth, fraction)
     plans = merging.plan(bench.model, known, tuned, int(tuned.sum()))
     return float(merging.output_error(bench.model, plans, bench.held_out, accumulated=True)[-1])
 

@@ -98,29 +98,28 @@ def resident(model: str, devices: Iterable[str], samples: int = 64, tokens_per_s
         yield row("real_resident", device, share, model=model)
 
 
-def memory(model: str, batch: int = 16, tokens: int = 256) -> Iterator[Row]:
+def memory(model: str, tokens: int = 256) -> Iterator[Row]:
     """Rows ``real_memory`` (bytes, ``method, kind``): the planner's peak of a training step, nothing offloaded.
 
     A quarter of the experts tuned by FLUX and FMES, as many merged by FLUX; all of them tuned by FMD and FMQ.
     """
     config = models.config(model)
     for method in METHODS:
-        plan = plan_memory(config, method, step=Step(batch, tokens))
+        plan = plan_memory(config, method, step=Step(tokens=tokens))
         for kind in plan.rows:
             if kind.where == "device":
                 yield row("real_memory", f"{method}, {kind.kind}", kind.num_bytes, model=model, unit="B")
         yield row("real_peak", method, plan.peak_bytes, model=model, unit="B")
 
 
-def fitting(model: str, devices: Iterable[str], batch: int = 16, tokens: int = 256) -> Iterator[Row]:
+def fitting(model: str, devices: Iterable[str], tokens: int = 256) -> Iterator[Row]:
     """Rows ``real_fits`` (``device, B_tune`` and ``device, B_non``): what FLUX may hold there; 0 where not one fits."""
     config = models.config(model)
     for device in devices:
         try:
-            memory_bytes = int(catalogue.DEVICES[device].memory_bytes)
-            plan = plan_memory(config, "flux", memory_bytes, step=Step(batch, tokens))
-            found = (plan.num_tuned, plan.num_merged)
+            plan = plan_memory(config, "flux", int(catalogue.DEVICES[device].memory_bytes), step=Step(tokens=tokens))
+            found = {"B_tune": plan.num_tuned, "B_non": plan.num_merged}
         except ValueError:
-            found = (0, 0)
-        for kind, count in zip(("B_tune", "B_non"), found, strict=True):
+            found = {"B_tune": 0, "B_non": 0}
+        for kind, count in found.items():
             yield row("real_fits", f"{device}, {kind}", count, model=model)

@@ -14,13 +14,13 @@ import torch
 
 from fluxlib.analysis import store
 from fluxlib.analysis.studies.bench import Row, interleaved
-from fluxlib.analysis.studies.merging import Case, own_share_measured
+from fluxlib.analysis.studies.merging import PROBED_SAMPLES, PROBES, STEPS, Case, own_share_measured
 from fluxlib.analysis.time_to_target import TARGET_FRACTION, crossing, final_score
 from fluxlib.config import Offloading, RunConfig
 from fluxlib.devices import catalogue, clock
 from fluxlib.federation.store.tables import read_work
 from fluxlib.methods.base import Work
-from fluxlib.moe import find
+from fluxlib.methods.local import size
 
 SETTINGS = {
     "participants": "federation.participants",
@@ -32,7 +32,6 @@ SETTINGS = {
 """Settings that the runs of a sweep differ in, by the column that they become."""
 BLOCKS = {"train": ("train",), "profile": ("quantize", "profile"), "merge": ("merge",), "probe": ("probe",)}
 """Measured block: phases of the clock that it consists of."""
-STEPS, PROBES, PROBED_SAMPLES = 4, 8, 8
 RACE_FINAL = 2
 """The final score of a measured race is the mean of this many last rounds: a run has few."""
 Reply = tuple[Any, Work, Work | None]
@@ -79,45 +78,32 @@ def recounts(
     """Every run of ``rounds``, for every fleet and link, as the device clock counts it there, one below the other.
 
     What a participant did does not depend on its device: ``participants.work`` holds it, and the clock reads it anew.
-    Nothing is trained again; scores and budgets stay what they were.
-
-    Args:
-        runs: of :func:`fluxlib.analysis.store.configs`, of runs with works (:func:`with_works`).
-        fleets, links, offloading: of the catalogue; None: the run's own.
+    Nothing is trained again; scores and budgets stay what they were. The runs have works (:func:`with_works`);
+    ``fleets``, ``links`` and ``offloading`` are the catalogue's, None: the run's own.
 
     Returns:
         ``rounds`` with other ``round_device_s``, ``server_device_s``, ``device_s`` and ``link``, and with ``fleet``.
     """
     by_run = {str(name): run.sort_values("round", kind="stable") for name, run in rounds.groupby("run_id", sort=False)}
     replied = {run_id: replies(participants[participants["run_id"] == run_id]) for run_id in by_run}
-    every = itertools.product(fleets, links, by_run)
-    found = [_recount(replied[one], by_run[one], runs[one], fleet, link, offloading) for fleet, link, one in every]
+    found = []
+    for fleet, link, run_id in itertools.product(fleets, links, by_run):
+        run, counted = runs[run_id], []
+        over, shapes = catalogue.link(link or run.clock.link), clock.shapes(run.sized_as)
+        devices = catalogue.fleet(fleet, run.federation.participants) if fleet else None
+        tokens, how = run.clock.tokens_per_sample, offloading or run.clock.offloading
+        for number in by_run[run_id]["round"]:
+            answers = replied[run_id].get(number, ())
+            server_s, seconds = clock.server_seconds([work for _, work, _ in answers], shapes), []
+            for row, work, first in answers:
+                device = devices[row.participant] if devices else catalogue.DEVICES[row.device]
+                seconds.append(clock.participant_seconds(work, first, shapes, device, over, tokens, how))
+            counted.append((clock.round_seconds(seconds, server_s) if seconds else 0.0, server_s))
+        totals, servers = zip(*counted, strict=True)
+        since_start = list(itertools.accumulate(totals))
+        table = by_run[run_id].assign(round_device_s=totals, server_device_s=servers, device_s=since_start)
+        found.append(table.assign(link=over.name, fleet=fleet or run.clock.fleet))
     return pd.concat(found, ignore_index=True) if found else rounds.assign(fleet="")
-
-
-def _recount(
-    replied: Mapping[int, list[Reply]],
-    rounds: pd.DataFrame,
-    run: RunConfig,
-    fleet: str | None,
-    link: str | None,
-    offloading: Offloading | None,
-) -> pd.DataFrame:
-    over, shapes = catalogue.link(link or run.clock.link), clock.shapes(run.sized_as)
-    devices = catalogue.fleet(fleet, run.federation.participants) if fleet else None
-    tokens, how = run.clock.tokens_per_sample, offloading or run.clock.offloading
-    counted = []
-    for number in rounds["round"]:
-        answers = replied.get(number, ())
-        server_s, seconds = clock.server_seconds([work for _, work, _ in answers], shapes), []
-        for row, work, first in answers:
-            device = devices[row.participant] if devices else catalogue.DEVICES[row.device]
-            seconds.append(clock.participant_seconds(work, first, shapes, device, over, tokens, how))
-        counted.append((clock.round_seconds(seconds, server_s) if seconds else 0.0, server_s))
-    totals, servers = zip(*counted, strict=True)
-    since_start = list(itertools.accumulate(totals))
-    table = rounds.assign(round_device_s=totals, server_device_s=servers, device_s=since_start)
-    return table.assign(link=over.name, fleet=fleet or run.clock.fleet)
 
 
 def this_machine(size: int = 768, repeats: int = 5) -> catalogue.Device:
@@ -141,7 +127,7 @@ def check_clock(cases: Iterable[Case], repeats: int, device: catalogue.Device) -
     ``device`` is :func:`this_machine`; all else is the clock as it stands, 16-bit weights included.
     """
     for case in cases:
-        rows = list(own_share_measured([case], repeats, STEPS, PROBES))
+        rows = list(own_share_measured([case], repeats))
         shapes = clock.shapes_of(case.bench.model)  # type: ignore[arg-type]
         predicted = clock.phase_seconds(_work(case), shapes, device, catalogue.LINKS["1gbps"])
         for block, phases in BLOCKS.items():
@@ -153,29 +139,24 @@ def check_clock(cases: Iterable[Case], repeats: int, device: catalogue.Device) -
 
 def _work(case: Case) -> Work:
     """The account of what :func:`fluxlib.analysis.studies.merging.own_share_measured` does."""
-    num_experts, num_tuned = case.bench.num_experts, int(case.tuned.sum())
-    batch, probed = case.data[0], case.data[0]["attention_mask"][:PROBED_SAMPLES]
-    profiled = case.data[:2]
-    num_layers = len(find.layers(case.bench.model))
+    (num_layers, _), num_experts, num_tuned = case.tuned.shape, case.tuned.numel(), int(case.tuned.sum())
+    eight = {name: rows[:PROBED_SAMPLES] for name, rows in case.data[0].items()}
+    trained, profiled, probed = (size(batches) for batches in ([case.data[0]] * STEPS, case.data[:2], [eight]))
     each = PROBES * (num_layers + 1) / num_layers
     return Work(
         num_experts=num_experts, num_tuned=num_tuned, num_updated=num_tuned, num_frozen=case.num_merged,
-        num_merge_sources=num_experts - num_tuned, train_steps=STEPS, train_samples=STEPS * len(batch["input_ids"]),
-        train_tokens=STEPS * int(batch["attention_mask"].sum()),
-        profile_samples=sum(len(b["input_ids"]) for b in profiled), profile_bits=4, num_quantized=num_experts,
-        profile_tokens=sum(int(b["attention_mask"].sum()) for b in profiled),
-        probe_samples=len(probed), probe_tokens=int(probed.sum()),
-        expert_probe_samples=round(each * len(probed)), expert_probe_tokens=round(each * int(probed.sum())),
+        num_merge_sources=num_experts - num_tuned, train_steps=STEPS, train_samples=trained[0], train_tokens=trained[1],
+        profile_samples=profiled[0], profile_tokens=profiled[1], profile_bits=4, num_quantized=num_experts,
+        probe_samples=probed[0], probe_tokens=probed[1],
+        expert_probe_samples=round(each * probed[0]), expert_probe_tokens=round(each * probed[1]),
     )  # fmt: skip
 
 
 def race_summary(table: pd.DataFrame, fraction: float = TARGET_FRACTION) -> pd.DataFrame:
     """A measured race, as ``benchmarks/race.py`` leaves it: who arrives when, and how far the device clock was off.
 
-    Returns:
-        One row per link and method: ``link``, ``method``, ``rounds``, ``final`` score, ``to_target_s`` to ``fraction``
-        of FMD's final score on that link (NaN: not reached), ``clock_error``: median over rounds of how far the
-        predicted seconds are off.
+    One row per link and method: ``rounds``, ``final`` score, ``to_target_s`` to ``fraction`` of FMD's final score on
+    that link (NaN: not reached), ``clock_error``: median over rounds of how far the predicted seconds are off.
     """
     table = table.join(table["setting"].str.split(", ", expand=True).set_axis(["method", "link", "kind"], axis=1))
     scores, seconds = (table[table["study"] == f"race_{name}"] for name in ("score", "seconds"))

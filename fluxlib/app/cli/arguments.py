@@ -51,8 +51,7 @@ class Command(TyperCommand):
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     """``["federation.rounds=3", "roles.epsilon=dynamic"]`` by name; a value is YAML where it can be, else text.
 
-    Raises:
-        ConfigError: an item without ``=``, or a name given twice.
+    ConfigError: an item without ``=``, or a name given twice.
     """
     import yaml
 

@@ -117,23 +117,18 @@ def _at_work(out: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     files = [*out.glob(f"{store.CHECKPOINTS}/*.safetensors"), *out.glob("progress/*.jsonl")]
     for name in sorted({file.stem for file in files}):
-        kept = out / store.CHECKPOINTS / f"{name}.safetensors"
-        rounds: list[Any] = []
-        replies: list[tuple[int, int, str]] = []
+        kept, replies = out / store.CHECKPOINTS / f"{name}.safetensors", []
         if kept.is_file():
-            rounds = store.read(kept).to_dict("records")
+            rounds: list[Any] = store.read(kept).to_dict("records")
             last = store.read(kept, "participants").groupby("participant").tail(1).sort_values("participant")
-            columns = zip(last["participant"], last["round"], last["rejected"], strict=True)
-            replies = [(int(one), int(number), reason or "good") for one, number, reason in columns]
+            replies = last[["participant", "round", "rejected"]].replace({"rejected": {"": "good"}}).values.tolist()
         else:  # in its first round
             rounds = Progress(out, name).new()
         if rounds and "over" not in rounds[-1]:
-            latest: Any = rounds[-1]
             written = max(store.modified(file) for file in files if file.stem == name)
+            walls = [row["round_wall_s"] + row["evaluate_wall_s"] for row in rounds if row["round"]]
             found[name] = {
-                "last": records.describe_round(latest), "ago_s": time.time() - written, "replies": replies,
-                "longest_s": max(
-                    (row["round_wall_s"] + row["evaluate_wall_s"] for row in rounds if row["round"]), default=0.0
-                ),
+                "last": records.describe_round(rounds[-1]), "ago_s": time.time() - written, "replies": replies,
+                "longest_s": max(walls, default=0.0),
             }  # fmt: skip
     return found

@@ -11,13 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fluxlib import records
-from fluxlib.app.cli.arguments import (
-    JsonOption,
-    OutOption,
-    SetOption,
-    new_folder,
-    parse_settings,
-)
+from fluxlib.app.cli.arguments import JsonOption, OutOption, SetOption, new_folder, parse_settings
 from fluxlib.config import RunConfig, flatten, make_config
 from fluxlib.io import ConfigError, brief, check_writable, reading
 
@@ -113,10 +107,7 @@ def _last(rounds: Any) -> dict[str, Any]:
     return dict(json.loads(rounds.tail(1).to_json(orient="records"))[0])
 
 
-def list_runs(
-    out: OutOption = None,
-    as_json: JsonOption = False,
-) -> None:
+def list_runs(out: OutOption = None, as_json: JsonOption = False) -> None:
     """List the runs in the store: last round, score, both clocks; exit code 1 if one cannot be read.
 
     \b
@@ -174,8 +165,7 @@ def compare(
     finals = final_scores(store.as_one(references), final_rounds=1).dropna()
     if finals.empty:
         raise ConfigError("no run with a score sets a target: they were stopped before the first evaluation")
-    best, score = finals.idxmax(), finals.max()
-    every = store.as_one(found)
+    best, score, every = finals.idxmax(), finals.max(), store.as_one(found)
     times = reach(every, target * score, final_rounds=1)
     times = times[["run_id", "rounds", "best_metric", "final_metric", *times.filter(like="_to_target")]]
     drawn = figures.dashboard.curves(found, target * score)
@@ -185,8 +175,7 @@ def compare(
         raise ConfigError(f"--picture {picture}: {error}") from None
     if as_json:
         rows = json.loads(times.to_json(orient="records"))
-        answer = {"target": target * score, "reference": best, "runs": rows, "picture": str(files["png"])}
-        print(json.dumps(answer))
+        print(json.dumps({"target": target * score, "reference": best, "runs": rows, "picture": str(files["png"])}))
         return
     print(f"target {target * score:.3f}: {target:.0%} of the last score of {best}")
     print(times.round(3).to_string(index=False, na_rep="not reached"))

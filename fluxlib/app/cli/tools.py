@@ -13,12 +13,7 @@ from typing import Annotated
 import typer
 
 from fluxlib import records
-from fluxlib.app.cli.arguments import (
-    JsonOption,
-    OutOption,
-    SetOption,
-    parse_settings,
-)
+from fluxlib.app.cli.arguments import JsonOption, OutOption, SetOption, parse_settings
 from fluxlib.config import results_dir
 from fluxlib.io import ConfigError
 
@@ -84,18 +79,12 @@ def notebook(
     try:
         pipeline.execute(source, output, values | parse_settings(settings))
     except PapermillExecutionError as error:
-        print(
-            f"error: {source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}",
-            file=sys.stderr,
-        )
-        print(f"the executed copy, with the traceback, is {output}", file=sys.stderr)
+        said = f"error: {source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}"
+        print(said, f"the executed copy, with the traceback, is {output}", sep="\n", file=sys.stderr)
         raise SystemExit(1) from None
 
 
-def trials(
-    out: OutOption = None,
-    as_json: JsonOption = False,
-) -> None:
+def trials(out: OutOption = None, as_json: JsonOption = False) -> None:
     """Print the trials of `make reproduce PROFILE=tune`: every setting of every method, and the best of each.
 
     \b

@@ -30,13 +30,11 @@ RUNNING, STOPPING, STOPPED, COMPLETE, FAILED = "running", "stopping", "stopped",
 class BackgroundRun(threading.Thread):
     """One run of ``config`` into the folder ``out``, in a thread of its own.
 
-    Every complete round is on disk before the next one begins. The same configuration and folder go on from there,
-    whether the run was stopped, its kernel was closed, or the machine was switched off.
+    Every complete round is on disk before the next one begins; the same configuration and folder go on from there.
 
     Attributes:
-        state: running, stopping (after the round in progress), stopped, complete or failed.
+        state: running, stopping (after the round in progress), stopped, complete or failed (``error`` says why).
         rows: rows of ``rounds`` so far, those of an earlier part of the run included.
-        error: why it failed; empty otherwise.
     """
 
     def __init__(self, config: RunConfig, out: Path, on_change: Callable[[BackgroundRun], None] | None = None) -> None:
@@ -96,11 +94,9 @@ def going_on(out: Path) -> BackgroundRun | None:
 
 
 class RunMonitor:
-    """Give it to :func:`fluxlib.federation.run` as ``on_round``: a line per round, and the curve as it grows.
+    """Give it to :func:`fluxlib.federation.run` as ``on_round``: a line per round, in a notebook the curve as it grows.
 
-    In a notebook that somebody watches the curve is drawn in place as rounds come; headlessly only the last one is, so
-    the executed notebook has it too. Outside a notebook there are lines only. The picture is a PNG: nothing of it
-    depends on a widget's state, which no saved notebook keeps.
+    Headlessly only the last curve is drawn. It is a PNG: a saved notebook keeps no widget's state.
     """
 
     def __init__(self, config: RunConfig) -> None:

@@ -20,10 +20,7 @@ class Controls:
     Attributes:
         widgets: by the full name of the setting; ``participant`` is the one whose plan is shown.
         view: the widgets in the order in which a reader needs them, under four headings.
-        base: what is not on the dashboard stays as it is here.
-
-    Raises:
-        ConfigError: a name in ``base`` that its menu does not have.
+        base: what is not on the dashboard stays as it is here; ConfigError: a name that its menu does not have.
     """
 
     def __init__(self, base: RunConfig) -> None:
@@ -37,7 +34,9 @@ class Controls:
             self.view.append(ipywidgets.HTML(f"<b>{text}</b>"))
 
         def show(name: str, label: str, widget: Any, tooltip: str = "") -> None:
-            widget.description, widget.tooltip = label, tooltip or _meaning(name)
+            group, _, own = name.rpartition(".")
+            fields = (GROUPS[group] if group else RunConfig).model_fields
+            widget.description, widget.tooltip = label, tooltip or fields[own].description
             widget.style.description_width, widget.layout.width = "92px", "300px"
             self.widgets[name] = widget
             self.view.append(widget)
@@ -54,8 +53,7 @@ class Controls:
             show(name, label, ipywidgets.IntSlider(start[name], 1, most, continuous_update=False))
 
         def share(name: str, label: str) -> None:
-            slider = ipywidgets.FloatSlider(start[name], min=0.0, max=1.0, step=0.05, continuous_update=False)
-            show(name, label, slider)
+            show(name, label, ipywidgets.FloatSlider(start[name], min=0, max=1, step=0.05, continuous_update=False))
 
         fleets = {name: f"fleet: {name} ({len(kinds)} kinds)" if len(kinds) > 1 else f"fleet: {name}"
                   for name, kinds in catalogue.FLEETS.items()}  # fmt: skip
@@ -122,22 +120,12 @@ class Controls:
     def mark(self, message: str) -> None:
         """Frame the controls that ``message`` names."""
         for name, widget in self.widgets.items():
-            named = re.search(_mention(name), message) is not None
-            widget.layout.border = "2px solid #b00020" if named else "none"
+            # A name without a group is also a word: what is meant is the setting, not a model, a method, a participant.
+            mention = rf"\b{re.escape(name)}\b" if "." in name else rf"(?<![\w.]){name}(?= is |:)"
+            widget.layout.border = "2px solid #b00020" if re.search(mention, message) else "none"
 
     def follow_participants(self) -> None:
         """Keep the shown participant within their number."""
         most = self.widgets["federation.participants"].value - 1
         self.widgets["participant"].value = min(self.participant, most)
         self.widgets["participant"].max = most
-
-
-def _meaning(name: str) -> str:
-    """What the setting ``name`` says of itself."""
-    group, _, own = name.rpartition(".")
-    return str((GROUPS[group] if group else RunConfig).model_fields[own].description)
-
-
-def _mention(name: str) -> str:
-    """Where a message speaks of the setting ``name``, not of a model, a method or a participant."""
-    return rf"\b{re.escape(name)}\b" if "." in name else rf"(?<![\w.]){name}(?= is |:)"

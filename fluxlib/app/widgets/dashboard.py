@@ -19,7 +19,7 @@ import pandas as pd
 
 from fluxlib import figures
 from fluxlib.analysis import store as stored
-from fluxlib.analysis.store import folders, place_of, run_id
+from fluxlib.analysis.store import folders, place_of
 from fluxlib.analysis.time_to_target import reach
 from fluxlib.app.widgets.background import HEADLESS, BackgroundRun, going_on
 from fluxlib.app.widgets.controls import Controls
@@ -42,15 +42,12 @@ class Dashboard:
     """Controls on the left; on the right what they mean, a run that can be watched and stopped, and earlier runs.
 
     A run into ``out`` that this process still computes (its page was closed, its cell was run again) is watched again.
-    What is pressed or turned while something else is computed is remembered, and done in its turn.
+    What is pressed or turned while something else is computed is done in its turn.
 
     Args:
-        config: where the controls start, and everything that has no control.
+        config: where the controls start, and everything that has no control; ConfigError: a name that no menu has.
         out: folder of the tables and checkpoints of runs that are started here.
         store: more folders of runs to compare with; None: all of :func:`fluxlib.analysis.store.folders` but trials.
-
-    Raises:
-        ConfigError: a name in ``config`` that no menu has.
     """
 
     def __init__(self, config: RunConfig, out: Path | str = "", store: list[Path] | None = None) -> None:
@@ -84,11 +81,7 @@ class Dashboard:
         self.refresh()
 
     def press_run(self) -> BackgroundRun:
-        """Do what the button does, and wait for the end of the run.
-
-        Raises:
-            ConfigError: what the dashboard would say in red; another run that goes on.
-        """
+        """Do what the button does, and wait for the end of the run; ConfigError: it cannot be begun."""
         self.in_turn(self.refresh)
         self.wait()
         if self.preview is None:
@@ -108,14 +101,15 @@ class Dashboard:
         JupyterLab and its kernel handle the messages of a page's widgets in several threads. A handler that computed
         would hold up the messages of its own thread and be overtaken by those of another.
         """
-        self._thread.submit(self._do, action, *arguments)
 
-    def _do(self, action: Callable[..., object], *arguments: Any) -> None:
-        try:
-            action(*arguments)
-        except Exception as error:
-            log.exception("a press or a turn failed")
-            self._say(f"{type(error).__name__}: {error}")
+        def done() -> None:
+            try:
+                action(*arguments)
+            except Exception as error:
+                log.exception("a press or a turn failed")
+                self._say(f"{type(error).__name__}: {error}")
+
+        self._thread.submit(done)
 
     def wait(self) -> None:
         """Until everything that was pressed and turned has been done."""
@@ -130,7 +124,7 @@ class Dashboard:
             self.preview, self._problem, self.summary.value = None, str(error), ""
             self._say(f"{error}\nNothing can be run until this is changed.")
         else:
-            self.plan.value = self.preview.picture()._repr_png_()
+            self.plan.value = self.preview.picture().png
             self.summary.value = paragraphs(self.preview.summary())
             self.map.show(self.preview.config)
             self._say("", self.preview.warning)
@@ -148,9 +142,7 @@ class Dashboard:
         shown: dict[str, Any] = {"text/plain": f"Dashboard of {self.controls.base.model}", "image/png": self.picture()}
         if os.environ.get(HEADLESS):
             return shown
-        found = self.view._repr_mimebundle_()
-        data = found[0] if isinstance(found, tuple) else found
-        return {**shown, **{name: value for name, value in data.items() if name != "text/plain"}}
+        return self.view._repr_mimebundle_() | shown
 
     def _arrange(self, ipywidgets: Any) -> Any:
         layout, column = ipywidgets.Layout, ipywidgets.VBox
@@ -220,9 +212,8 @@ class Dashboard:
         self.message.value = note(problem, RED) or note(warning, BROWN)
 
     def _set_buttons(self) -> None:
-        busy = self.run is not None and self.run.busy
-        self.start.disabled = busy or self.preview is None
-        self.halt.disabled = not (self.run is not None and self.run.state == "running")
+        self.start.disabled = self.preview is None or (self.run is not None and self.run.busy)
+        self.halt.disabled = self.run is None or self.run.state != "running"
 
     def _list_earlier(self) -> None:
         """Runs of the same model and task in the store."""
@@ -232,13 +223,12 @@ class Dashboard:
         shown = self._shown()
         scores = [run["metric"].max() for run in shown.values() if run["metric"].notna().any()]
         self.curve.layout.display = "" if scores else "none"
-        if not scores:
+        if scores:
+            target = TARGET_FRAC * float(max(scores))
+            self.curve.value = figures.dashboard.curves(shown, target).png
+            self.table.value = compared(reach(stored.as_one(shown), target, final_rounds=1), TARGET_FRAC)
+        else:
             self.table.value = ""
-            return
-        target = TARGET_FRAC * float(max(scores))
-        self.curve.value = figures.dashboard.curves(shown, target)._repr_png_()
-        times = reach(stored.as_one(shown), target, final_rounds=1)
-        self.table.value = compared(times, TARGET_FRAC)
 
     def _shown(self) -> dict[str, pd.DataFrame]:
         """The run of this dashboard first, then those that were chosen."""
@@ -247,7 +237,7 @@ class Dashboard:
         if self.run is not None and own is not None:
             shown[f"this run: {style.method(own.method).title} {own.variant}"] = pd.DataFrame(self.run.rows)
         for label, file in self.history.chosen().items():
-            mine = own is not None and place_of(file) == self.out and run_id(file) == own.run_id
+            mine = own is not None and place_of(file) == self.out and file.stem == own.run_id
             with suppress(TableError):  # it may be gone by now
                 if not mine:
                     shown[label] = stored.read(file)

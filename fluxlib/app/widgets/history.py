@@ -21,15 +21,10 @@ from fluxlib.records import seconds
 
 
 class History:
-    """Stored runs of one model and task; those that are chosen stay chosen while the list grows.
+    """Stored runs of one model and task in the folders ``places``; what is chosen stays so while the list grows.
 
-    Args:
-        places: folders of runs.
-        in_turn: does what a press or a choice asks for; at once where nothing else is given.
-
-    Attributes:
-        choice: the list itself, newest first; every stored copy of a run is an entry of its own.
-        take_over: the button beside it; ``on_take_over`` gets the configuration of the run that is chosen.
+    The list has the newest first; every stored copy of a run is an entry of its own. The button ``take_over`` gives
+    ``on_take_over`` the configuration of the one that is chosen. ``in_turn`` does what a press or a choice asks for.
     """
 
     def __init__(
@@ -54,19 +49,19 @@ class History:
     def show(self, model: str, task: str) -> None:
         """Show the runs of ``model`` and ``task``, the newest first."""
         part = f"-{Path(model).name}-{task}-seed"
-        found = [file for file in store.runs(self._places).values() if part in f"-{store.run_id(file)}"]
+        found = [file for file in store.runs(self._places).values() if part in f"-{file.stem}"]
         found.sort(key=store.modified, reverse=True)
         labels = store.tell_apart([describe(file, store.modified(file)) for file in found], found)
         options = list(zip(labels, found, strict=True))
         if list(self.choice.options) != options:
             # A run that goes on replaces its table: what was chosen is the run, not the file.
-            kept = {_identity(file) for file in self.choice.value}
+            kept = {(store.place_of(file), file.stem) for file in self.choice.value}
             self.choice.options = options
-            self.choice.value = tuple(file for file in found if _identity(file) in kept)
+            self.choice.value = tuple(file for file in found if (store.place_of(file), file.stem) in kept)
 
     def unfinished(self, place: Path) -> list[str]:
         """Names of the runs in ``place`` that were interrupted, of any model and task."""
-        return [store.run_id(file) for label, file in store.runs([place]).items() if label.endswith("unfinished)")]
+        return [file.stem for label, file in store.runs([place]).items() if label.endswith("unfinished)")]
 
     def chosen(self) -> dict[str, Path]:
         """Short labels of the chosen runs, in the order of the list."""
@@ -109,18 +104,12 @@ def short_name(file: Path) -> str:
     """Method, what was changed, and seed: what sets runs of one model and task apart."""
     found = store.parameters(file)
     if not {"method", "seed"} <= set(found):
-        return store.run_id(file)
+        return file.stem
     title = style.method(str(found["method"])).title
     return " ".join(part for part in (title, str(found.get("variant", "")), f"seed {found['seed']}") if part)
 
 
-def _identity(file: Path) -> tuple[Path, str]:
-    """The run, wherever its newest table lies."""
-    return store.place_of(file), store.run_id(file)
-
-
 RED, BROWN = "#b00020", "#8a5a00"
-
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "run_id": ("run", str),

@@ -94,10 +94,7 @@ def _cell(cell: Mapping[Any, Any]) -> Any:
 
 
 class OwnModel:
-    """A name is typed, and what that model would need on the device and link of the controls is said.
-
-    ``in_turn`` does what is asked for (the answer takes seconds); ``chosen`` gives what the controls say.
-    """
+    """A name is typed, and what that model would need on the device and link of the controls (``chosen``) is said."""
 
     def __init__(
         self, in_turn: Callable[..., object], chosen: Callable[[], tuple[RunConfig, catalogue.Device]]
@@ -123,14 +120,10 @@ class OwnModel:
 
 
 def needs(config: RunConfig, device: catalogue.Device, name: str) -> str:
-    """What a model would need on a device, method by method, who is soonest at the target, and whether FLUX pays.
+    """What the model ``name`` would need on a device, by method, who is soonest at the target, and whether FLUX pays.
 
-    Args:
-        config: steps and adapters as they stand there; the base whose tracked runs say what is learned; the link.
-        name: of any model, see :func:`fluxlib.models.config`.
-
-    Raises:
-        OSError, ValueError: an unknown name, or a model without experts.
+    ``config`` gives steps, adapters, the link, and the base whose tracked runs say what is learned. OSError or
+    ValueError: an unknown name, or a model without experts.
     """
     shapes, link, batch = clock.shapes(name), catalogue.link(config.clock.link), config.training.batch_size
     raced = tracked_races(config.model, name, device.name, config.clock.link)
@@ -204,7 +197,7 @@ def tracked_races(base: str, name: str, device: str, link: str) -> pd.DataFrame:
     files = [file for run in ids if (file := folder / "rounds" / f"{run}.parquet").is_file()]
     if not files:
         return pd.DataFrame()
-    runs = store.configs(folder, [store.run_id(file) for file in files])
+    runs = store.configs(folder, [file.stem for file in files])
     rounds, participants = (
         pd.concat([store.read(file, table) for file in files]) for table in ("rounds", "participants")
     )

@@ -71,13 +71,11 @@ class Preview:
     def summary(self) -> list[str]:
         """The picture in three sentences."""
         plan, seconds = self.memory.get(self.config.method), self.seconds[self.config.method]
-        total = self.profile.frequency.numel()
-        tuned = sum(len(plan.tuned) for plan in self.plans)
-        explored = int(self.explored.sum())
+        total, tuned = self.profile.frequency.numel(), sum(len(plan.tuned) for plan in self.plans)
+        explored, dropped = int(self.explored.sum()), sum(len(plan.dropped) for plan in self.plans)
         merged = [group for plan in self.plans for group in plan.groups if len(group) > 1]
-        shared = f", {sum(map(len, merged))} share {len(merged)} merged slots" if merged else ""
-        others = f", {explored} explored" * bool(explored) + shared
-        dropped = sum(len(plan.dropped) for plan in self.plans)
+        others = f", {explored} explored" * bool(explored)
+        others += f", {sum(map(len, merged))} share {len(merged)} merged slots" * bool(merged)
         others += f", {dropped} dropped" * bool(dropped)
         said = [f"Participant {self.participant} in round 1: {tuned} of {total} experts tuned{others}."]
         if plan is not None and plan.usable_bytes:
@@ -92,13 +90,11 @@ class Preview:
 
     def picture(self) -> Picture:
         """Activation, plan, memory and time on one page."""
+        config, device = self.config, self.device
         space = {name: _gib_by_kind(plan) for name, plan in self.memory.items()}
-        notes = (
-            f"{Path(self.config.model).name}, {self.config.task}, participant {self.participant}, plan of round 1",
-            f"memory and time: sized as {Path(self.config.sized_as).name} on {self.device.title} over "
-            f"{self.config.clock.link}, last round",
-        )
-        limit = self.device.memory_bytes / 2**30
+        whose = f"{Path(config.model).name}, {config.task}, participant {self.participant}, plan of round 1"
+        sized = f"{Path(config.sized_as).name} on {device.title} over {config.clock.link}, last round"
+        notes, limit = (whose, f"memory and time: sized as {sized}"), device.memory_bytes / 2**30
         return dashboard.overview(self.profile.frequency, self.plans, self.explored, space, limit, self.seconds, notes)
 
 
@@ -106,11 +102,10 @@ def _gib_by_kind(plan: MemoryPlan) -> dict[str, float]:
     """Memory on the device at the peak, with what is no expert in one."""
     kept = ("tuned experts", "gradients", "optimizer state", "activations")
     found: dict[str, float] = {}
-    for row in plan.rows:
-        if row.where == "device":
-            frozen = row.kind.startswith(("merged experts", "experts in"))
-            kind = row.kind if row.kind in kept else "frozen experts" if frozen else "other weights"
-            found[kind] = found.get(kind, 0.0) + row.num_bytes / 2**30
+    for row in (row for row in plan.rows if row.where == "device"):
+        frozen = row.kind.startswith(("merged experts", "experts in"))
+        kind = row.kind if row.kind in kept else "frozen experts" if frozen else "other weights"
+        found[kind] = found.get(kind, 0.0) + row.num_bytes / 2**30
     return found
 
 
@@ -220,14 +215,11 @@ def expected_work(
 ) -> Work:
     """What one participant does in a round, by count; the account that :class:`Work` gives afterwards.
 
-    Four numbers are estimates: tokens are those of mean samples, routed as the profile says; an expert that got no
-    token there gets none; each choice of a token is computed by itself (``slot_tokens``); what others changed is taken
-    to be spread evenly over the experts, so downloads are rather too many where participants tune the same ones.
+    Four numbers are estimates: tokens are those of mean samples, routed as the profile (``frequency``, ``[L, E]``)
+    says; an expert that got no token there gets none; each choice of a token is computed by itself (``slot_tokens``);
+    what others changed is spread evenly over the experts: too many downloads where participants tune the same ones.
 
-    Args:
-        method: the one of ``config``, whose roles and plans these are, or one that tunes every expert.
-        frequency: ``[L, E]`` of its profile.
-        tokens_per_sample: mean of its data.
+    ``method`` is the one of ``config``, whose roles and plans these are, or one that tunes every expert.
     """
     exploit, explore = assigned.exploit, assigned.explore
     if method != config.method:
@@ -241,7 +233,7 @@ def expected_work(
         row[list(plan.dropped)] = 0.0
     routed = round(samples * tokens_per_sample) * sum(layer.top_k for layer in find.layers(_model(config.model)[0]))
     with_gradient = exploit | explore if method == "flux_plus" else exploit
-    keys = [(int(layer), int(expert)) for layer, expert in explore.nonzero()]
+    keys = explore.nonzero().tolist()
     once, each = flux.forward_passes(keys, len(frequency), config) if method == "flux" else (0.0, 0.0)
     probed = batch_size * once, batch_size * each * roles.num_probed(config.roles, len(keys)) / max(1, len(keys))
     num_tuned, num_updated = int(exploit.sum()), int((exploit & (frequency > 0)).sum())
