@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from fluxlib.config import Offloading
 
-from .adapted import AdaptedExperts
 from .adapter import Adapter
 from .dispatch import SlotExperts
 from .find import ExpertKey, MoELayer, check_expert
@@ -170,29 +169,31 @@ class OffloadedExperts(SlotExperts):
     the original's (pinned) memory: training writes into the original. ``model.to(device)`` leaves them on the host.
 
     Args:
-        index: Number of the layer, part of the key in the set.
+        layer: Number of the layer, part of the key in the set.
         optimizer: Makes the optimizer that steps as soon as the layer's gradients are on the host; None: the caller's
             does, when it likes. Gradients are gone afterwards.
         worker: What it steps in; the layer's next use waits for it. None: it steps at once.
+        adapter: Experts stay as they are, and its B's, on the device, learn: nothing travels back.
     """
 
     def __init__(
         self,
         original: nn.Module,
         device_set: DeviceSet,
-        index: int,
+        layer: int,
         optimizer: MakeOptimizer | None = None,
         worker: ThreadPoolExecutor | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
-        super().__init__(original)
-        self.device_set, self.index = device_set, index
+        super().__init__(original, adapter, layer)
+        self.device_set = device_set
         stacks = {name: getattr(original, name) for name in self.layout.names}
         for stack in stacks.values():
             stack.data = stack.data.cpu().pin_memory() if torch.cuda.is_available() else stack.data.cpu()
         # .data gives each view a version counter of its own: an update of one expert leaves the others current.
         self.host = _HostParameters(
             {f"{n}_{e}": nn.Parameter(s.data[e].data) for n, s in stacks.items() for e in range(self.num_experts)}
-        )
+        ).requires_grad_(adapter is None)
         self._versions = self._now()
         self._finish_return: Callable[[], None] = lambda: None
         self._optimizer = optimizer(self.host.parameters()) if optimizer else None
@@ -204,14 +205,15 @@ class OffloadedExperts(SlotExperts):
         check_expert(expert, self.num_experts)
         return {name: self.host.get_parameter(f"{name}_{expert}") for name in self.layout.names}
 
-    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
+    def at_rest(self, expert: int) -> dict[str, Tensor]:
         """Tensors of an expert, on the host."""
         self.wait()
         return {name: parameter.detach() for name, parameter in self.parameters_of(expert).items()}
 
     def write_back(self) -> None:
-        """Nothing but to wait: what was learned is in the original's memory."""
+        """What weights learned is in the original's memory already, once the last step is done."""
         self.wait()
+        super().write_back()
 
     def discard(self) -> None:
         """Refuse to forget what was trained, for the original's memory was written to."""
@@ -223,9 +225,9 @@ class OffloadedExperts(SlotExperts):
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of an expert on the device, in ``dtype``; that of the next one starts to travel."""
         self.wait()
-        there, key = self.device_set, (self.index, slot)
+        there, key = self.device_set, (self.layer, slot)
         tensors = there.get(key, self.parameters_of(slot), self.device, dtype)
-        following = (self.index, upcoming[0]) if upcoming else there.next_layer.get(key)
+        following = (self.layer, upcoming[0]) if upcoming else there.next_layer.get(key)
         if following is not None and (layer := there.layers.get(following[0])) is not None:
             there.ahead(following, layer.parameters_of(following[1]), self.device, dtype)
         return tensors
@@ -286,14 +288,6 @@ class OffloadedExperts(SlotExperts):
         return [_version(self.parameters_of(expert)) for expert in range(self.num_experts)]
 
 
-class AdaptedOffloadedExperts(AdaptedExperts, OffloadedExperts):
-    """Offloaded experts that stay as they are, and B's on the device that learn: nothing travels back."""
-
-    def __init__(self, *place: Any, adapter: Adapter, layer: int) -> None:
-        super().__init__(*place, adapter=adapter, layer=layer)
-        self.host.requires_grad_(False)
-
-
 def offload(
     model: nn.Module,
     capacity: int,
@@ -307,7 +301,7 @@ def offload(
         capacity: Experts that may be on the device at once, of all layers together.
         optimizer: Makes a layer's optimizer from its parameters; it steps by itself after every backward pass, behind
             that of earlier layers where ``offloading`` overlaps. None: the caller's optimizer steps.
-        adapter: See :class:`AdaptedOffloadedExperts`; the caller's optimizer steps. None: whole experts learn.
+        adapter: Its B's learn, and the caller's optimizer steps; None: whole experts learn.
 
     Raises:
         ValueError: No capacity, or experts that were replaced before.
@@ -316,11 +310,7 @@ def offload(
     worker = ThreadPoolExecutor(1) if optimizer and device_set.overlaps else None
 
     def make(layer: MoELayer) -> OffloadedExperts:
-        if adapter is not None:
-            place = (layer.experts, device_set, layer.index)
-            made: OffloadedExperts = AdaptedOffloadedExperts(*place, adapter=adapter, layer=layer.index)
-        else:
-            made = OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker)
+        made = OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker, adapter)
         device_set.layers[layer.index] = made
         return made
 
