@@ -170,7 +170,7 @@ def _count(
     """Attention and squared gate weights ``[L, E]`` over the tokens, tokens ``[S, L, E]``, number of tokens."""
     sizes = [layer.num_experts for layer in find.layers(model)]
     received = torch.zeros(len(sizes), max(sizes), dtype=torch.float64)
-    gate, counts, num_tokens, num_samples = received.clone(), [], 0, 0
+    gate, counts, num_tokens = received.clone(), [], 0
     # The head's logits are not needed, nor what the last layer's experts put out.
     body = getattr(model, "base_model", model)
     with capture(body, attention=attention) as seen, with_forward([find.layers(body)[-1].experts], _zeros):
@@ -181,11 +181,10 @@ def _count(
             received += attended
             gate += squares
             counts.append(hits)
-            num_tokens += int(mask.sum())
-            num_samples += len(mask)
             seen.clear()
+            num_tokens += int(mask.sum())
     if num_tokens == 0:
-        raise ValueError(f"batches must hold at least one token, got {num_samples} samples of padding only")
+        raise ValueError(f"batches must hold at least one token, got {sum(map(len, counts))} samples of padding only")
     return received, gate, torch.cat(counts), num_tokens
 
 
@@ -214,7 +213,7 @@ def _count_layer(layer: LayerCapture, mask: Tensor, num_experts: int) -> tuple[T
     attended = torch.zeros(num_experts, device=index.device)
     if layer.attention:
         attended = torch.einsum("bte,bt->e", hits, layer.attention[-1].to(hits))
-    weights = layer.top_k_weights[-1].detach().view(index.shape).float()
+    weights = layer.top_k_weights[-1].view(index.shape).float()
     squares = torch.zeros_like(hits).scatter_(2, index, weights.square())
     return hits.sum(dim=1).long(), attended, (squares * mask[:, :, None]).sum(dim=(0, 1))
 
