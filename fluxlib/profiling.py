@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fluxlib.moe import find
 from fluxlib.moe.capture import Capture, LayerCapture, capture
 from fluxlib.moe.quantized import QuantizedExperts, quantized
-from fluxlib.moe.replace import with_forward
+from fluxlib.moe.replace import quiet, with_forward
 
 BITS = (2, 3, 4, 8, 16)
 
@@ -77,15 +77,10 @@ def profile(model: nn.Module, batches: Iterable[dict[str, Tensor]], bits: int = 
     """
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
-    training = model.training
     num_read = len(find.layers(model)) - 1  # nothing is routed by what the last layer's experts put out
-    with quantized(model, bits, num_layers=num_read) if bits < 16 else nullcontext():
-        try:
-            model.eval()
-            _check_finite(model)
-            received, gate, counts, num_tokens = _count(model, batches, attention)
-        finally:
-            model.train(training)
+    with quantized(model, bits, num_layers=num_read) if bits < 16 else nullcontext(), quiet(model):
+        _check_finite(model)
+        received, gate, counts, num_tokens = _count(model, batches, attention)
     return of_counts(model, counts, gate, num_tokens, received)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -155,21 +155,6 @@ def real_tokens(batch: dict[str, Tensor]) -> Tensor:
     """``[B, T]`` bool: what is no padding."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["labels"], dtype=torch.bool) if mask is None else mask.bool()
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter asks for a gradient; both as before afterwards."""
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def _siblings(model: nn.Module, layer: find.MoELayer) -> Iterator[nn.Module]:

@@ -52,7 +52,7 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     file: str
-    dtype: str = "F32"
+    dtype: str
     """As safetensors names it, or as torch does."""
 
 
@@ -173,15 +173,12 @@ def check(folder: Path, config: Any) -> None:
         stored.pop("lm_head.weight", None)
     missing = [key for key in expected if key not in stored]
     extra = [key for key in stored if key not in expected]
-    misshapen = [
-        f"{key} is {list(stored[key].shape)} instead of {list(shape)} in {stored[key].file}"
-        for key, shape in expected.items()
-        if key in stored and stored[key].shape != shape
-    ]
-    held = [(key, stored[key]) for key in expected if key in stored]
-    other = [f"{key} is {tensor.dtype} in {tensor.file}" for key, tensor in held if tensor.dtype not in FLOATS]
+    held = [(key, stored[key], list(shape)) for key, shape in expected.items() if key in stored]
+    misshapen = [f"{k} is {list(t.shape)} instead of {shape} in {t.file}" for k, t, shape in held if [*t.shape] != shape]
     problems = {"missing keys": missing, "extra keys": extra, "misshapen": misshapen}
-    problems["no floating-point numbers of 16 bit or more"] = other
+    problems["no floating-point numbers of 16 bit or more"] = [
+        f"{key} is {tensor.dtype} in {tensor.file}" for key, tensor, _ in held if tensor.dtype not in FLOATS
+    ]
     problems["not the frequencies of rope_theta"] = _other_frequencies(folder, found.keys() - stored.keys(), config)
     refuse(folder, problems)
 

@@ -321,11 +321,11 @@ class SlotExperts(ReplacedExperts, Slots):
 
     def add_products(self, run: Run, up: Product, down: Product) -> None:
         """See :class:`Slots`."""
-        (self._adapters or super()).add_products(run, up, down)
+        (self._adapters.add_products if self._adapters else super().add_products)(run, up, down)
 
     def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
         """See :class:`Slots`."""
-        return (self._adapters or super()).end_gradients(counts)
+        return (self._adapters.end_gradients if self._adapters else super().end_gradients)(counts)
 
 
 def dispatch(hidden: Tensor, pairs: Pairs, slots: Slots) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .dispatch import SlotExperts
 from .find import MoELayer, check_expert
-from .packing import Packed, check_bits, quantize_tensor
+from .packing import Packed, quantize_tensor
 from .product import wide_dtype
 from .replace import replace_all, restore
 
@@ -97,7 +97,6 @@ def quantize(
     Raises:
         ValueError: Experts were replaced before, or ``bits`` is none of 2, 3, 4, 8.
     """
-    check_bits(bits)
 
     def make(layer: MoELayer) -> QuantizedExperts | None:
         if num_layers is not None and layer.index >= num_layers:

@@ -1,4 +1,4 @@
-"""Another module at the experts' place, and the model's own back again; all layers or none."""
+"""Another module at the experts' place, or another mode of the model, and what was there before back again."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from .product import freeze_linears, thaw_linears
 
 
 def replace_all(model: nn.Module, make: Callable[[MoELayer], ReplacedExperts | None]) -> None:
-    """Put what ``make`` gives, if any, at the experts' place of every layer and freeze the rest.
-
-    An error leaves all as it was.
+    """Put what ``make`` gives, if any, at the experts' place of every layer and freeze the rest, or change nothing.
 
     What does not learn, routers apart, is multiplied by :func:`fluxlib.moe.product.matmul` meanwhile.
 
@@ -100,6 +98,21 @@ def with_forward(
                 del module.__dict__["forward"]
             else:
                 module.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter asks for a gradient; both as before afterwards."""
+    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _refuse_saving(model: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fluxlib.moe.replace import quiet
 from fluxlib.tasks.base import Example, Metric
 from fluxlib.tasks.batches import IGNORED, collate, encode, padded, to_device
 from fluxlib.tasks.metrics import exact_match, rouge_l
@@ -44,12 +45,9 @@ def evaluate(model: nn.Module, tokenizer: Any, metric: Metric, examples: Sequenc
     """
     if not examples:
         raise ValueError("examples is empty: there is nothing to score")
-    was_training, _ = model.training, model.eval()
-    try:
-        score = _choices if metric == "accuracy" else partial(_texts, score=_TEXT_SCORES[metric])
+    score = _choices if metric == "accuracy" else partial(_texts, score=_TEXT_SCORES[metric])
+    with quiet(model):
         return score(model, tokenizer, examples, max_tokens)
-    finally:
-        model.train(was_training)
 
 
 def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> Score:
