@@ -173,12 +173,14 @@ def check(folder: Path, config: Any) -> None:
         stored.pop("lm_head.weight", None)
     missing = [key for key in expected if key not in stored]
     extra = [key for key in stored if key not in expected]
-    held = [(key, stored[key], list(shape)) for key, shape in expected.items() if key in stored]
-    misshapen = [f"{k} is {list(t.shape)} instead of {shape} in {t.file}" for k, t, shape in held if [*t.shape] != shape]
+    misshapen, other = [], []
+    for key, tensor in ((key, stored[key]) for key in expected if key in stored):
+        if tensor.shape != expected[key]:
+            misshapen.append(f"{key} is {list(tensor.shape)} instead of {list(expected[key])} in {tensor.file}")
+        if tensor.dtype not in FLOATS:
+            other.append(f"{key} is {tensor.dtype} in {tensor.file}")
     problems = {"missing keys": missing, "extra keys": extra, "misshapen": misshapen}
-    problems["no floating-point numbers of 16 bit or more"] = [
-        f"{key} is {tensor.dtype} in {tensor.file}" for key, tensor, _ in held if tensor.dtype not in FLOATS
-    ]
+    problems["no floating-point numbers of 16 bit or more"] = other
     problems["not the frequencies of rope_theta"] = _other_frequencies(folder, found.keys() - stored.keys(), config)
     refuse(folder, problems)
 
