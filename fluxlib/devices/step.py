@@ -2,7 +2,7 @@
 
 Arithmetic and memory traffic are a roofline: the longer of the two, at the achieved rates of the device. Experts that
 do not fit wait on the host in 32 bit, with gradients and AdamW's moments there. They are offloaded in one of two forms,
-both of which :class:`fluxlib.moe.offloaded.OffloadedExperts` has:
+both of which :class:`fluxlib.moe.offloaded.OffloadedExperts` has, with an AdamW that is its caller's:
 
 ``on_demand``
     The paper's: an expert is copied when its layer needs it, for the forward and again for the backward pass; its
