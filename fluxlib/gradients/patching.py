@@ -115,16 +115,12 @@ class CachedForward:
             if layer.index not in self.arguments:
                 self._kept[layer.index].setdefault(module, []).append(output)
 
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.arguments[layer.index] = (*args, *kwargs.values())
-
-        def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            self.outputs[layer.index] = output
+        def at_experts(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            self.arguments[layer.index], self.outputs[layer.index] = (*args, *kwargs.values()), output
 
         for module in _siblings(self.model, layer):
             yield module.register_forward_hook(beside)
-        yield layer.experts.register_forward_pre_hook(before, with_kwargs=True)
-        yield layer.experts.register_forward_hook(after)
+        yield layer.experts.register_forward_hook(at_experts, with_kwargs=True)
 
 
 def depth(model: nn.Module, layer: find.MoELayer) -> float:

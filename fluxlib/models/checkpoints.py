@@ -231,7 +231,8 @@ def refuse(folder: Path, problems: dict[str, list[str]]) -> None:
 def write_checksums(folder: Path) -> Path:
     """Write the SHA-256 of every weight file of ``folder`` to ``checksums.json``; return its path."""
     path = folder / CHECKSUMS
-    path.write_text(json.dumps({file.name: _sha256(file) for file in weight_files(folder)}, indent=2) + "\n")
+    sums = {file.name: _sha256(file.resolve(), file.stat().st_mtime_ns) for file in weight_files(folder)}
+    path.write_text(json.dumps(sums, indent=2) + "\n")
     return path
 
 
@@ -241,19 +242,16 @@ def verify_checksums(folder: Path) -> None:
     blobs = {file.name: file.resolve().name for file in weight_files(folder)}
     sums = {name: blob for name, blob in blobs.items() if SHA256.fullmatch(blob)}
     for name, expected in (sums | (read_json(path) if path.is_file() else {})).items():
-        if not (folder / name).is_file():
+        file = folder / name
+        if not file.is_file():
             raise OSError(f"{folder} lacks {name}, which its {CHECKSUMS} lists")
-        if _sha256(folder / name) != expected:
+        if _sha256(file.resolve(), file.stat().st_mtime_ns) != expected:
             where = "the hub's" if name in sums else f"the one in {CHECKSUMS}"
-            raise OSError(f"{folder / name} is corrupted: its SHA-256 is not {where}")
-
-
-def _sha256(path: Path) -> str:
-    return _sum_at(path.resolve(), path.stat().st_mtime_ns)
+            raise OSError(f"{file} is corrupted: its SHA-256 is not {where}")
 
 
 @functools.cache
-def _sum_at(path: Path, _changed: int) -> str:
+def _sha256(path: Path, _changed: int) -> str:
     """Once per process for a file as it is: the participants of a run all load the same one."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -211,10 +211,7 @@ class CompactExperts(ReplacedExperts):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """``hidden_states [N, H]``, ``top_k_index [N, k]``, ``top_k_weights [N, k]`` -> ``[N, H]``.
-
-        Llama-4 gives ``hidden_states [E * N, H]`` alone, scaled by the gate, zero where an expert was not chosen.
-        """
+        """``hidden_states [N, H]``, ``top_k_index [N, k]``, ``top_k_weights [N, k]`` -> ``[N, H]``."""
         index, weights = choices(self, hidden_states, top_k_index, top_k_weights)
         slot = torch.where(index >= 0, self.slot_of[index.clamp(min=0)], -1)
         return self.compute(hidden_states, sort_pairs(slot, weights, self.num_tuned + self.num_merged, self._joins))

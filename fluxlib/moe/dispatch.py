@@ -76,12 +76,9 @@ def dense_choices(scaled: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def sort_pairs(slot: Tensor, weight: Tensor, num_slots: int, joins: bool = False) -> Pairs:
-    """Choices as pairs.
+    """Choices as pairs, from the ``slot [N, k]`` (-1 leaves one out) and the gate ``weight [N, k]`` of each.
 
-    Args:
-        slot: ``[N, k]`` long, the slot of each choice; -1 leaves it out.
-        weight: ``[N, k]`` gate weights.
-        joins: Whether two choices of a token may fall on one slot; their weights are then summed.
+    With ``joins`` two choices of a token may fall on one slot; their weights are then summed.
     """
     keep = slot >= 0
     weight = weight.to(wide_dtype(weight.dtype))
