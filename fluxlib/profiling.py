@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fluxlib.moe import find
 from fluxlib.moe.capture import Capture, LayerCapture, capture
 from fluxlib.moe.quantized import QuantizedExperts, quantized
-from fluxlib.moe.replace import quiet, with_forward
+from fluxlib.moe.replace import evaluating, with_forward
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def profile(model: nn.Module, batches: Iterable[dict[str, Tensor]], bits: int = 
         ValueError: other ``bits``, no token in any batch, NaN in an expert.
     """
     num_read = len(find.layers(model)) - 1  # nothing is routed by what the last layer's experts put out
-    with quantized(model, bits, num_layers=num_read) if bits < 16 else nullcontext(), quiet(model):
+    with quantized(model, bits, num_layers=num_read) if bits < 16 else nullcontext(), evaluating(model):
         _check_finite(model)
         received, gate, counts, num_tokens = _count(model, batches, attention)
     return of_counts(model, counts, gate, num_tokens, received)

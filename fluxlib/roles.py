@@ -153,7 +153,11 @@ def update(
         values = values.masked_fill(wrong, math.nan)
     if asked is not None:
         allowed = asked if optional is None else asked | optional
-        faults += _missing(utilities, asked, allowed & ~asked, at_least)
+        came = ~utilities.isnan()
+        missing = (asked & ~came).flatten(1).sum(dim=1)
+        if at_least is not None:
+            missing = missing + (at_least.to(missing) - (allowed & ~asked & came).flatten(1).sum(dim=1)).clamp(min=0)
+        faults += _faults("missing", missing)
         faults += _faults("unasked", ~allowed & ~values.isnan())
         values = values.masked_fill(~allowed, math.nan)
     cap = _cap(state, values, bound)
@@ -174,15 +178,6 @@ def _cap(state: RoleState, values: Tensor, bound: float) -> float:
     known = torch.fmax(state.measured, values).nan_to_num(nan=0.0).flatten(1).amax(dim=1)
     known = known[known > 0]
     return min(bound * float(known.median()), MOST_UTILITY) if len(known) else math.inf
-
-
-def _missing(utilities: Tensor, asked: Tensor, optional: Tensor, at_least: Tensor | None) -> list[Fault]:
-    """What did not come: each expert asked for, and as many optional ones as lack of those that are due."""
-    came = ~utilities.isnan()
-    count = (asked & ~came).flatten(1).sum(dim=1)
-    if at_least is not None:
-        count = count + (at_least.to(count) - (optional & came).flatten(1).sum(dim=1)).clamp(min=0)
-    return _faults("missing", count)
 
 
 def _faults(kind: str, wrong: Tensor) -> list[Fault]:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fluxlib.gradients.local import by_layer, calls, dot
-from fluxlib.gradients.patching import real_tokens, sample_losses, scored_tokens
+from fluxlib.gradients.patching import quiet, real_tokens, sample_losses, scored_tokens
 from fluxlib.moe import find
 from fluxlib.moe.find import ExpertKey
-from fluxlib.moe.replace import quiet
 
 
 def true_norms(model: nn.Module, batch: dict[str, Tensor], experts: Sequence[ExpertKey]) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fluxlib.moe import find
-from fluxlib.moe.replace import with_forward
+from fluxlib.moe.replace import evaluating, with_forward
 from fluxlib.tasks.batches import IGNORED
 
 
@@ -151,6 +151,20 @@ def real_tokens(batch: dict[str, Tensor]) -> Tensor:
     """``[B, T]`` bool: what is no padding."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["labels"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter asks for a gradient; both as before afterwards."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _siblings(model: nn.Module, layer: find.MoELayer) -> Iterator[nn.Module]:

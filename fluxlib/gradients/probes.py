@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from fluxlib import seeding
 from fluxlib.gradients.local import ExpertCall, by_layer, calls, combined, dot
-from fluxlib.gradients.patching import CachedForward, depth, scored_tokens
+from fluxlib.gradients.patching import CachedForward, depth, quiet, scored_tokens
 from fluxlib.moe.expert import Matrices
 from fluxlib.moe.find import ExpertKey, MoELayer
-from fluxlib.moe.replace import quiet
 
 SIGMA = 1e-3
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fluxlib.moe import compact, find
 from fluxlib.moe.compact import LayerPlan
-from fluxlib.moe.replace import quiet
+from fluxlib.moe.replace import evaluating
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def output_error(
     if accumulated:
         watched = [stack[place] for stack, place in (find.decoder_layers(model, layer) for layer in found)]
     wrong, total = torch.zeros(2, len(found), dtype=torch.float64)
-    with quiet(model):
+    with evaluating(model):
         kept = [_record(model, watched, batch) for batch in batches]
         compact.customize(model, plans)
         try:

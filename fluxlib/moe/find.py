@@ -131,7 +131,8 @@ def layers(model: nn.Module) -> list[MoELayer]:
         found.append(MoELayer(len(found), name, module, block, sizes[0], _top_k(model, block, name), *sizes[1:]))
     kind = type(model).__name__
     if not found and not unknown:
-        mixtures = [name for name, module in modules.items() if name and _is_mixture(module)]
+        named = ("MoE", "Moe", "MoeBlock", "Experts")  # by the class, or else it is dense
+        mixtures = [name for name, module in modules.items() if name and type(module).__name__.endswith(named)]
         if not mixtures:
             raise ValueError(
                 f"model: {kind} has no MoE layer (no fused 'experts' module); a dense model cannot be used"
@@ -248,11 +249,6 @@ def _gate_up_rows(size: int, layout: Layout, device: torch.device) -> list[Tenso
     if not layout.has_gate:
         return [one]
     return [one, one + size] if layout.is_concatenated else [2 * one, 2 * one + 1]
-
-
-def _is_mixture(module: nn.Module) -> bool:
-    """Whether a module calls itself a mixture of experts."""
-    return type(module).__name__.endswith(("MoE", "Moe", "MoeBlock", "Experts"))
 
 
 def _sizes(experts: Any, layout: Layout) -> tuple[int, int, int]:

@@ -99,18 +99,13 @@ def with_forward(
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter asks for a gradient; both as before afterwards."""
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; the one of before afterwards."""
+    training, _ = model.training, model.eval()
     try:
         yield
     finally:
         model.train(training)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def _refuse_saving(model: nn.Module, *args: Any, **kwargs: Any) -> None:

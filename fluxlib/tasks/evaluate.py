@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fluxlib.moe.replace import quiet
+from fluxlib.moe.replace import evaluating
 from fluxlib.tasks.base import Example, Metric
 from fluxlib.tasks.batches import IGNORED, collate, encode, padded, to_device
 from fluxlib.tasks.metrics import exact_match, rouge_l
@@ -40,7 +40,7 @@ def evaluate(model: nn.Module, tokenizer: Any, metric: Metric, examples: Sequenc
     """
     if not examples:
         raise ValueError("examples is empty: there is nothing to score")
-    with quiet(model):
+    with evaluating(model):
         if metric == "accuracy":
             return _choices(model, tokenizer, examples, max_tokens)
         return _texts(model, tokenizer, examples, max_tokens, _TEXT_SCORES[metric])
