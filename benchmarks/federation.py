@@ -126,7 +126,7 @@ def main() -> None:
     given = parser.parse_args()
     methods.METHODS["idle"] = Method("idle", "No work", assign, train, profiles=False)
     participant.local_data = no_data
-    rounds.evaluate = lambda *_: Score(0.0, 0.0, 1, (0.0,))
+    rounds.evaluate = lambda *_: Score(0.0, 0.0, (0.0,))
     transformers.utils.logging.disable_progress_bar()
     cases = [("an eighth tuned", 0.125, 10, 10), ("a quarter tuned", 0.25, 10, 10), ("all tuned", 1.0, 10, 10)]
     for count in (count for count in (10, 100, 1000, 10000) if count <= given.participants):

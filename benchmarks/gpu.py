@@ -39,8 +39,8 @@ from fluxlib.moe import find, mask
 from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.compact import CompactExperts, LayerPlan
 from fluxlib.moe.find import MoELayer
-from fluxlib.moe.offloaded import AdaptedOffloadedExperts, DeviceSet, OffloadedExperts
-from fluxlib.moe.quantized import AdaptedQuantizedExperts, QuantizedExperts
+from fluxlib.moe.offloaded import DeviceSet, OffloadedExperts
+from fluxlib.moe.quantized import QuantizedExperts
 
 METHODS = ("flux", "flux_plus", "fmd", "fmd_on_demand", "fmq", "fmes", "full")
 ADAPTED = METHODS[:-1]
@@ -113,15 +113,11 @@ class Trial:
         if self.method == "full":
             self.model.set_experts_implementation("grouped_mm")
             return layer.experts
-        adapted: dict[str, Any] = {"adapter": self.adapter, "layer": layer.index} if self.adapter else {}
         if self.method.startswith("fmd"):
-            place = (layer.experts, self.device_set, layer.index)
-            held: Any = AdaptedOffloadedExperts(*place, **adapted) if adapted else OffloadedExperts(*place)
+            held: Any = OffloadedExperts(layer.experts, self.device_set, layer.index, self.adapter)
         elif self.method == "fmq":
-            held = (
-                AdaptedQuantizedExperts(layer.experts, 4, **adapted) if adapted else QuantizedExperts(layer.experts, 4)
-            )
-            held.collects_gradients = not adapted
+            held = QuantizedExperts(layer.experts, 4, self.adapter, layer.index)
+            held.collects_gradients = self.adapter is None
         else:
             plan, watched = self._plan(layer)
             if plan.dropped:

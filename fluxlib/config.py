@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -259,27 +259,26 @@ class RunConfig(_Group):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if problem := next(self._problems(), ""):
-            raise ValueError(problem)
-        return self
-
-    def _problems(self) -> Iterator[str]:
-        """What cannot be together."""
+        """What cannot be together is refused."""
         roles = self.roles
         asked, present = self.federation.participants_per_round, self.federation.participants
         if asked is not None and asked > present:
-            yield f"federation.participants_per_round is {asked}, allowed is at most federation.participants={present}"
+            allowed = f"allowed is at most federation.participants={present}"
+            raise ValueError(f"federation.participants_per_round is {asked}, {allowed}")
         if isinstance(roles.epsilon, float) and not 0 < roles.epsilon <= 1:
-            yield f"roles.epsilon is {roles.epsilon}, allowed are 'dynamic', 'paper' and more than 0 up to 1"
+            allowed = "allowed are 'dynamic', 'paper' and more than 0 up to 1"
+            raise ValueError(f"roles.epsilon is {roles.epsilon}, {allowed}")
         total = self.budget.tune_frac + self.budget.merge_frac
         if total > 1 and self.budget.tune_frac < 1:
-            yield f"budget.tune_frac + budget.merge_frac is {total:g}, allowed is at most 1 (more slots than experts)"
+            sums = f"budget.tune_frac + budget.merge_frac is {total:g}"
+            raise ValueError(f"{sums}, allowed is at most 1 (more slots than experts)")
         probes = self.method == "flux" and roles.assignment == "flux" and roles.probe_limit != 0
         if probes and roles.explore_by != "backward" and self.torch_dtype != "float32":
-            yield (
+            raise ValueError(
                 f"roles.explore_by is {roles.explore_by!r}, allowed with torch_dtype {self.torch_dtype!r} is "
                 "'backward': 16 bits round away what so small a step changes"
             )
+        return self
 
     @property
     def numbers(self) -> str:

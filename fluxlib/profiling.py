@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from fluxlib.moe import find
 from fluxlib.moe.capture import Capture, LayerCapture, capture
 from fluxlib.moe.quantized import QuantizedExperts, quantized
-from fluxlib.moe.replace import with_forward
-
-BITS = (2, 3, 4, 8, 16)
+from fluxlib.moe.replace import evaluating, with_forward
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,10 @@ def profile(model: nn.Module, batches: Iterable[dict[str, Tensor]], bits: int = 
     Raises:
         ValueError: other ``bits``, no token in any batch, NaN in an expert.
     """
-    if bits not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, got {bits}")
-    training = model.training
     num_read = len(find.layers(model)) - 1  # nothing is routed by what the last layer's experts put out
-    with quantized(model, bits, num_layers=num_read) if bits < 16 else nullcontext():
-        try:
-            model.eval()
-            _check_finite(model)
-            received, gate, counts, num_tokens = _count(model, batches, attention)
-        finally:
-            model.train(training)
+    with quantized(model, bits, num_layers=num_read) if bits < 16 else nullcontext(), evaluating(model):
+        _check_finite(model)
+        received, gate, counts, num_tokens = _count(model, batches, attention)
     return of_counts(model, counts, gate, num_tokens, received)
 
 
@@ -170,7 +161,7 @@ def _count(
     """Attention and squared gate weights ``[L, E]`` over the tokens, tokens ``[S, L, E]``, number of tokens."""
     sizes = [layer.num_experts for layer in find.layers(model)]
     received = torch.zeros(len(sizes), max(sizes), dtype=torch.float64)
-    gate, counts, num_tokens, num_samples = received.clone(), [], 0, 0
+    gate, counts, num_tokens = received.clone(), [], 0
     # The head's logits are not needed, nor what the last layer's experts put out.
     body = getattr(model, "base_model", model)
     with capture(body, attention=attention) as seen, with_forward([find.layers(body)[-1].experts], _zeros):
@@ -181,11 +172,10 @@ def _count(
             received += attended
             gate += squares
             counts.append(hits)
-            num_tokens += int(mask.sum())
-            num_samples += len(mask)
             seen.clear()
+            num_tokens += int(mask.sum())
     if num_tokens == 0:
-        raise ValueError(f"batches must hold at least one token, got {num_samples} samples of padding only")
+        raise ValueError(f"batches must hold at least one token, got {sum(map(len, counts))} samples of padding only")
     return received, gate, torch.cat(counts), num_tokens
 
 
@@ -214,7 +204,7 @@ def _count_layer(layer: LayerCapture, mask: Tensor, num_experts: int) -> tuple[T
     attended = torch.zeros(num_experts, device=index.device)
     if layer.attention:
         attended = torch.einsum("bte,bt->e", hits, layer.attention[-1].to(hits))
-    weights = layer.top_k_weights[-1].detach().view(index.shape).float()
+    weights = layer.top_k_weights[-1].view(index.shape).float()
     squares = torch.zeros_like(hits).scatter_(2, index, weights.square())
     return hits.sum(dim=1).long(), attended, (squares * mask[:, :, None]).sum(dim=(0, 1))
 

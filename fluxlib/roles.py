@@ -153,7 +153,11 @@ def update(
         values = values.masked_fill(wrong, math.nan)
     if asked is not None:
         allowed = asked if optional is None else asked | optional
-        faults += _missing(utilities, asked, allowed & ~asked, at_least)
+        came = ~utilities.isnan()
+        missing = (asked & ~came).flatten(1).sum(dim=1)
+        if at_least is not None:
+            missing = missing + (at_least.to(missing) - (allowed & ~asked & came).flatten(1).sum(dim=1)).clamp(min=0)
+        faults += _faults("missing", missing)
         faults += _faults("unasked", ~allowed & ~values.isnan())
         values = values.masked_fill(~allowed, math.nan)
     cap = _cap(state, values, bound)
@@ -174,15 +178,6 @@ def _cap(state: RoleState, values: Tensor, bound: float) -> float:
     known = torch.fmax(state.measured, values).nan_to_num(nan=0.0).flatten(1).amax(dim=1)
     known = known[known > 0]
     return min(bound * float(known.median()), MOST_UTILITY) if len(known) else math.inf
-
-
-def _missing(utilities: Tensor, asked: Tensor, optional: Tensor, at_least: Tensor | None) -> list[Fault]:
-    """What did not come: each expert asked for, and as many optional ones as lack of those that are due."""
-    came = ~utilities.isnan()
-    count = (asked & ~came).flatten(1).sum(dim=1)
-    if at_least is not None:
-        count = count + (at_least.to(count) - (optional & came).flatten(1).sum(dim=1)).clamp(min=0)
-    return _faults("missing", count)
 
 
 def _faults(kind: str, wrong: Tensor) -> list[Fault]:
@@ -245,9 +240,6 @@ def assign(
     Raises:
         ValueError: naming the participant whose utilities or budget are not allowed.
     """
-    if utilities.dim() != 3 or len(budgets) != len(utilities):
-        shape = (len(budgets), "layers", "experts")
-        raise ValueError(f"utilities must be {shape}, got {tuple(utilities.shape)}")
     values, counts = utilities.flatten(1), torch.as_tensor(budgets, device=utilities.device).long()
     for participant in ((counts < 0) | (counts > values.shape[1])).nonzero().flatten().tolist():
         allowed = f"0..{values.shape[1]} (all experts)"
@@ -284,10 +276,8 @@ def epsilon_schedule(round_index: int, num_rounds: int, kind: str | float = "dyn
     Paper: epsilon is the EXPLOITATION share and rises; its constants are not given (0.3 and 0.7 are compared).
     Deviation: ``dynamic`` is at its end after a third of the rounds.
     """
-    if isinstance(kind, int | float) and 0 <= kind <= 1:
-        return float(kind)
     if kind == "dynamic":
         return 0.3 + 0.5 * min(1.0, round_index / max(num_rounds / 3, 1))
     if kind == "paper":
         return min(0.8, 0.3 + round_index / max(num_rounds, 1))
-    raise ValueError(f"epsilon must be 'dynamic', 'paper' or a number in 0..1, got {kind!r}")
+    return float(kind)

@@ -2,4 +2,4 @@
 
 from fluxlib.gradients.exact import true_norms
 from fluxlib.gradients.probes import probe_cost, probe_norms
-from fluxlib.gradients.quality import Quality, quality
+from fluxlib.gradients.quality import quality

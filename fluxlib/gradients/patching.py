@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fluxlib.moe import find
-from fluxlib.moe.replace import with_forward
+from fluxlib.moe.replace import evaluating, with_forward
 from fluxlib.tasks.batches import IGNORED
 
 
@@ -115,16 +115,12 @@ class CachedForward:
             if layer.index not in self.arguments:
                 self._kept[layer.index].setdefault(module, []).append(output)
 
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.arguments[layer.index] = (*args, *kwargs.values())
-
-        def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            self.outputs[layer.index] = output
+        def at_experts(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            self.arguments[layer.index], self.outputs[layer.index] = (*args, *kwargs.values()), output
 
         for module in _siblings(self.model, layer):
             yield module.register_forward_hook(beside)
-        yield layer.experts.register_forward_pre_hook(before, with_kwargs=True)
-        yield layer.experts.register_forward_hook(after)
+        yield layer.experts.register_forward_hook(at_experts, with_kwargs=True)
 
 
 def depth(model: nn.Module, layer: find.MoELayer) -> float:
@@ -160,14 +156,13 @@ def real_tokens(batch: dict[str, Tensor]) -> Tensor:
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no parameter asks for a gradient; both as before afterwards."""
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        model.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
 

@@ -38,7 +38,6 @@ def probe_norms(
     Args:
         model: original or customised; an expert must not be merged with others.
         batch: ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]``.
-        experts: ``(layer, expert)`` pairs.
         num_probes: random directions per expert.
         seed: directions are drawn from it, the layer, the expert and the number of the probe.
         guided: leave less to chance by a guess of the gradient, the one that comes straight down the residual stream

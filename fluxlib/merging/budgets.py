@@ -13,13 +13,9 @@ MIN_VARIANCE = 1e-8
 
 
 def layer_budgets(
-    frequency: Tensor,
-    num_tuned: Sequence[int] | Tensor,
-    num_merged: int,
-    kind: str = "adaptive",
-    rounding: str = "largest_remainder",
+    frequency: Tensor, num_tuned: Sequence[int] | Tensor, num_merged: int, kind: str = "adaptive"
 ) -> list[int]:
-    """Slots for merged experts, per layer.
+    """Slots for merged experts, per layer: all are spent, and a layer with experts to merge gets one to one for each.
 
     Args:
         frequency: ``[L, E]`` activation frequencies; rows are normalised here.
@@ -27,12 +23,10 @@ def layer_budgets(
         num_merged: ``B_non``, slots of all layers together.
         kind: ``adaptive`` (eq. 1: early layers and evenly used layers get more), ``uniform`` or ``single`` (one slot
             per layer, whatever ``num_merged``).
-        rounding: ``largest_remainder``: all slots are spent, a layer gets at least one and at most one for each of its
-            experts to merge; or ``floor``: the paper's bare floor, which leaves slots unspent and layers without any.
 
     Raises:
         ValueError: fewer slots than layers with an expert to merge; frequencies that are negative or not
-            finite; an unknown ``kind`` or ``rounding``.
+            finite; an unknown ``kind``.
 
     Paper: ``b_l = (L - l + 1) / v_l``, share ``floor(b_l / sum(b) * B_non)``. Deviation: minimum, maximum and
     largest remainders; v is the population variance over all experts of the layer, at least 1e-8.
@@ -44,10 +38,6 @@ def layer_budgets(
         raise ValueError(f"num_tuned must be {allowed}, got {list(num_tuned)}")
     if kind == "single":
         return np.minimum(available, 1).tolist()
-    if rounding == "floor":
-        return np.floor(shares * num_merged).astype(int).tolist()
-    if rounding != "largest_remainder":
-        raise ValueError(f"rounding must be 'largest_remainder' or 'floor', got {rounding!r}")
     return spread(shares, available, num_merged)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fluxlib.moe import compact, find
 from fluxlib.moe.compact import LayerPlan
+from fluxlib.moe.replace import evaluating
 
 
 @torch.no_grad()
@@ -31,14 +32,12 @@ def output_error(
     Raises:
         ValueError: no token in any batch, or plans that do not fit the model.
     """
-    found, batches, training = find.layers(model), list(batches), model.training
-    blocks = [layer.block for layer in found]
-    watched = blocks
+    found, batches = find.layers(model), list(batches)
+    blocks = watched = [layer.block for layer in found]
     if accumulated:
         watched = [stack[place] for stack, place in (find.decoder_layers(model, layer) for layer in found)]
     wrong, total = torch.zeros(2, len(found), dtype=torch.float64)
-    model.eval()
-    try:
+    with evaluating(model):
         kept = [_record(model, watched, batch) for batch in batches]
         compact.customize(model, plans)
         try:
@@ -54,8 +53,6 @@ def output_error(
                     total[layer] += theirs.square().sum().cpu()
         finally:
             compact.restore(model, write=False)
-    finally:
-        model.train(training)
     if not (total > 0).all():
         raise ValueError(f"batches must hold at least one token, got {len(batches)} batches of padding only")
     return (wrong / total).sqrt().float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +20,21 @@ PAPER = MergingConfig()
 """The paper's rules, which are the settings' defaults."""
 
 
-def merge_weights(profile: Profile, kind: str = "attention_frequency") -> Tensor:
+def merge_weights(profile: Profile, kind: MergeWeights = "attention_frequency") -> Tensor:
     """``[L, E]`` importance of each expert in its slot, not yet normalised; where all are 0 the slot is a plain mean.
 
     Args:
         kind: ``attention_frequency`` (eq. 2: ``f * a``), ``frequency``, ``uniform``; or ``gate`` (beyond the
             paper): squared gate weights. An expert that is chosen often, but always last, weighs little there.
     """
-    if kind == "attention_frequency":
-        return profile.frequency * profile.attention.nan_to_num()
-    if kind == "frequency":
-        return profile.frequency
-    if kind == "uniform":
-        return torch.ones_like(profile.frequency)
-    if kind == "gate":
-        if profile.gate.shape != profile.frequency.shape:
-            raise ValueError("weights 'gate' needs a profile that measured gate weights, this one has none")
-        return profile.gate
-    raise ValueError(f"weights must be one of {get_args(MergeWeights)}, got {kind!r}")
+    if kind == "gate" and not len(profile.gate):
+        raise ValueError("weights 'gate' needs a profile that measured gate weights, this one has none")
+    return {
+        "attention_frequency": profile.frequency * profile.attention.nan_to_num(),
+        "frequency": profile.frequency,
+        "uniform": torch.ones_like(profile.frequency),
+        "gate": profile.gate,
+    }[kind]
 
 
 def plan(

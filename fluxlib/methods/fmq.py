@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from fluxlib.config import RunConfig
 from fluxlib.methods import fmd
 from fluxlib.methods.base import ExpertKey, LocalRound, Method, ParticipantState, Update
-from fluxlib.methods.local import Stopwatch, make_optimizer, report, run_steps
+from fluxlib.methods.local import Stopwatch, make_optimizer, report, run_steps, tune
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.packing import SCALE_BITS
 from fluxlib.moe.product import wide_dtype
-from fluxlib.moe.quantized import AdaptedQuantizedExperts, QuantizedExperts, quantized
+from fluxlib.moe.quantized import QuantizedExperts, quantized
 
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
@@ -51,8 +51,10 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
             held.enter_context(quantized(model, bits, adapter))
         with watch.phase("train"):
             experts: list[Any] = [layer.experts for layer in find.layers(model)]
-            learner = (AdapterLearner if adapter else QuantizedLearner)(experts, local.config)
-            tuned = run_steps(model, learner, local.data.train, local.config)
+            if adapter:
+                tuned = tune(model, experts, local.data.train, local.config)
+            else:
+                tuned = run_steps(model, QuantizedLearner(experts, local.config), local.data.train, local.config)
     coded: dict[str, Any] = {} if adapter else {"download_bits": bits + SCALE_BITS, "upload_bits": bits + SCALE_BITS}
     update = report(
         local,
@@ -65,28 +67,6 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
         **coded,
     )
     return update, local.state
-
-
-class AdapterLearner:
-    """The adapters of all experts of quantised layers."""
-
-    def __init__(self, experts: Sequence[AdaptedQuantizedExperts], config: RunConfig) -> None:
-        self.experts = experts
-        self.optimizer = make_optimizer([up for layer in experts for up in layer.lora.values()], config)
-
-    def step(self) -> Tensor:
-        """One step on all B's; nobody asks for norms."""
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return torch.full((len(self.experts), self.experts[0].num_experts), float("nan"))
-
-    def changes(self) -> dict[ExpertKey, dict[str, Tensor]]:
-        """The B's, which began at zero."""
-        return {
-            (index, expert): {name: up.detach()[expert].cpu().clone() for name, up in layer.lora.items()}
-            for index, layer in enumerate(self.experts)
-            for expert in range(layer.num_experts)
-        }
 
 
 class QuantizedLearner:
@@ -123,7 +103,7 @@ class QuantizedLearner:
 
     def _step(self, index: int, experts: list[int]) -> None:
         layer = self.experts[index]
-        held, weights = [self.parameters[index, expert] for expert in experts], layer.expert_tensors(experts)
+        held, weights = [self.parameters[index, expert] for expert in experts], layer.at_rest(experts)
         for place, (expert, parameters) in enumerate(zip(experts, held, strict=True)):
             for name, gradient in layer.grads(expert).items():
                 weight = weights[name][place]

@@ -18,8 +18,11 @@ from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan, customize, restore
+from fluxlib.moe.dispatch import SlotExperts
 from fluxlib.moe.product import wide_dtype
 from fluxlib.tasks.batches import IGNORED, to_device
+
+LearningLayer = CompactExperts | SlotExperts
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,12 @@ def customized(
         restore(model, write=False)
 
 
-def tune(model: nn.Module, compact: Sequence[CompactExperts], batches: Sequence[Batch], config: RunConfig) -> Tuned:
-    """One optimizer step per batch on the tuned slots of a customised model, as :func:`run_steps`.
+def tune(model: nn.Module, layers: Sequence[LearningLayer], batches: Sequence[Batch], config: RunConfig) -> Tuned:
+    """:func:`run_steps` on what the layers of a model learn: tuned slots of a customised one, or adapters.
 
     The optimizer starts afresh: experts change roles from round to round.
     """
-    return run_steps(model, _CompactLearner(compact, config), batches, config)
+    return run_steps(model, _StackLearner(layers, config), batches, config)
 
 
 def run_steps(model: nn.Module, learner: Learner, batches: Sequence[Batch], config: RunConfig) -> Tuned:
@@ -133,27 +136,27 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float
         yield {name: tensor[rows] for name, tensor in batch.items()}, float(scored[rows].sum() / scored.sum())
 
 
-class _CompactLearner:
-    """Tuned slots of customised layers."""
+class _StackLearner:
+    """The learned stacks of layers."""
 
-    def __init__(self, compact: Sequence[CompactExperts], config: RunConfig) -> None:
-        self.compact = compact
-        parameters = [p for layer in compact for p in layer.learned_stacks().values() if p.shape[0]]
+    def __init__(self, layers: Sequence[LearningLayer], config: RunConfig) -> None:
+        self.layers = layers
+        parameters = [p for layer in layers for p in layer.learned_stacks().values() if p.shape[0]]
         self.optimizer = make_optimizer(parameters, config)
 
     def step(self) -> Tensor:
-        norms = squared_gradient_norms(self.compact)
+        norms = squared_gradient_norms(self.layers)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for layer in self.compact:
+        for layer in self.layers:
             layer.watched_norms.zero_()
         return norms
 
     def changes(self) -> dict[ExpertKey, dict[str, Tensor]]:
         """On the host, where the originals are: beside weights, gradients and moments a device has no room for more."""
         found: dict[ExpertKey, dict[str, Tensor]] = {}
-        for index, layer in enumerate(self.compact):
-            for slot, expert in enumerate(layer.plan.tuned):
+        for index, layer in enumerate(self.layers):
+            for slot, expert in enumerate(layer.tuned):
                 now = {name: p.detach()[slot].cpu() for name, p in layer.learned_stacks().items()}
                 before = find.expert_tensors(layer.original, expert) if layer.adapter is None else {}
                 found[index, expert] = {
@@ -162,16 +165,16 @@ class _CompactLearner:
         return found
 
 
-def squared_gradient_norms(compact: Sequence[CompactExperts]) -> Tensor:
+def squared_gradient_norms(layers: Sequence[LearningLayer]) -> Tensor:
     """``[L, E]`` squared norm of each tuned and each watched expert's gradient, NaN for the others."""
-    norms = torch.full((len(compact), compact[0].num_experts), float("nan"))
-    for row, experts in zip(norms, compact, strict=True):
+    norms = torch.full((len(layers), layers[0].num_experts), float("nan"))
+    for row, experts in zip(norms, layers, strict=True):
         stacks = [p for p in experts.learned_stacks().values() if p.shape[0]]
         for slot, expert in enumerate(experts.watched):
             row[expert] = experts.watched_norms[slot]
         if stacks:
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in stacks]
-            row[list(experts.plan.tuned)] = sum(g.flatten(1).float().square().sum(1) for g in grads).cpu()  # type: ignore[union-attr]
+            row[list(experts.tuned)] = sum(g.flatten(1).float().square().sum(1) for g in grads).cpu()  # type: ignore[union-attr]
     return norms
 
 

@@ -52,7 +52,7 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     file: str
-    dtype: str = "F32"
+    dtype: str
     """As safetensors names it, or as torch does."""
 
 
@@ -173,13 +173,12 @@ def check(folder: Path, config: Any) -> None:
         stored.pop("lm_head.weight", None)
     missing = [key for key in expected if key not in stored]
     extra = [key for key in stored if key not in expected]
-    misshapen = [
-        f"{key} is {list(stored[key].shape)} instead of {list(shape)} in {stored[key].file}"
-        for key, shape in expected.items()
-        if key in stored and stored[key].shape != shape
-    ]
-    held = [(key, stored[key]) for key in expected if key in stored]
-    other = [f"{key} is {tensor.dtype} in {tensor.file}" for key, tensor in held if tensor.dtype not in FLOATS]
+    misshapen, other = [], []
+    for key, tensor in ((key, stored[key]) for key in expected if key in stored):
+        if tensor.shape != expected[key]:
+            misshapen.append(f"{key} is {list(tensor.shape)} instead of {list(expected[key])} in {tensor.file}")
+        if tensor.dtype not in FLOATS:
+            other.append(f"{key} is {tensor.dtype} in {tensor.file}")
     problems = {"missing keys": missing, "extra keys": extra, "misshapen": misshapen}
     problems["no floating-point numbers of 16 bit or more"] = other
     problems["not the frequencies of rope_theta"] = _other_frequencies(folder, found.keys() - stored.keys(), config)
@@ -232,7 +231,8 @@ def refuse(folder: Path, problems: dict[str, list[str]]) -> None:
 def write_checksums(folder: Path) -> Path:
     """Write the SHA-256 of every weight file of ``folder`` to ``checksums.json``; return its path."""
     path = folder / CHECKSUMS
-    path.write_text(json.dumps({file.name: _sha256(file) for file in weight_files(folder)}, indent=2) + "\n")
+    sums = {file.name: _sha256(file.resolve(), file.stat().st_mtime_ns) for file in weight_files(folder)}
+    path.write_text(json.dumps(sums, indent=2) + "\n")
     return path
 
 
@@ -242,19 +242,16 @@ def verify_checksums(folder: Path) -> None:
     blobs = {file.name: file.resolve().name for file in weight_files(folder)}
     sums = {name: blob for name, blob in blobs.items() if SHA256.fullmatch(blob)}
     for name, expected in (sums | (read_json(path) if path.is_file() else {})).items():
-        if not (folder / name).is_file():
+        file = folder / name
+        if not file.is_file():
             raise OSError(f"{folder} lacks {name}, which its {CHECKSUMS} lists")
-        if _sha256(folder / name) != expected:
+        if _sha256(file.resolve(), file.stat().st_mtime_ns) != expected:
             where = "the hub's" if name in sums else f"the one in {CHECKSUMS}"
-            raise OSError(f"{folder / name} is corrupted: its SHA-256 is not {where}")
-
-
-def _sha256(path: Path) -> str:
-    return _sum_at(path.resolve(), path.stat().st_mtime_ns)
+            raise OSError(f"{file} is corrupted: its SHA-256 is not {where}")
 
 
 @functools.cache
-def _sum_at(path: Path, _changed: int) -> str:
+def _sha256(path: Path, _changed: int) -> str:
     """Once per process for a file as it is: the participants of a run all load the same one."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -102,11 +102,6 @@ class LlamaMoeConfig(OriginalRope, LlamaConfig):
         """Width of one expert's intermediate layer (I)."""
         return self.intermediate_size // self.num_experts
 
-    def score_scale(self, layer_idx: int) -> float:
-        """Return the factor on layer ``layer_idx``'s expert output."""
-        factor = self.score_scale_factor
-        return float(factor[layer_idx] if isinstance(factor, list) else factor)
-
 
 class GateNoise(nn.Linear):
     """Width of the noise of the original training: part of the public checkpoints, never computed with."""
@@ -125,9 +120,9 @@ class LlamaMoeGate(nn.Module):
 
     def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
         super().__init__()
-        hidden_size, num_experts = config.hidden_size, config.num_experts
+        hidden_size, num_experts, factor = config.hidden_size, config.num_experts, config.score_scale_factor
         self.top_k = config.num_selects
-        self.score_scale = config.score_scale(layer_idx)
+        self.score_scale = float(factor[layer_idx] if isinstance(factor, list) else factor)
         first = nn.Linear(hidden_size, num_experts, bias=False)
         if config.gate_network == "linear":
             self.gate_network: nn.Module = first

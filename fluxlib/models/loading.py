@@ -228,15 +228,10 @@ def torch_device(name: str) -> torch.device:
 
     ValueError: this machine has none of that name; the message lists what it has.
     """
-    there = _there()
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    there = [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]  # the best first
     if name == "auto":
         return torch.device(there[0])
     if name not in there and f"{name}:0" not in there:
         raise ValueError(f"torch_device is {name!r}, allowed on this machine are auto, {', '.join(there)}")
     return torch.device(name)
-
-
-def _there() -> list[str]:
-    """Names of this machine's devices, the best first."""
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]

@@ -43,7 +43,6 @@ def export(
     if model.config.model_type in checkpoints.FORMATS:
         _write_shards(model, path, dtype, max_shard_bytes)
         fields = original_config(model.config, dtype or model.dtype)
-        _write_json(path / "config.json", fields)
         model.generation_config.save_pretrained(path)
     else:
         state = model.state_dict()
@@ -53,7 +52,7 @@ def export(
         rope = fields.get("rope_parameters") or {}
         # Before version 5 transformers knew no rope_parameters, and took a default without a word.
         fields |= original_rope(rope) if "rope_theta" in rope else {}
-        _write_json(path / "config.json", fields)
+    _write_json(path / "config.json", fields)
     if tokenizer is not None:
         _save_tokenizer(tokenizer, path)
     return path

@@ -38,17 +38,14 @@ class LayerCapture:
 
 @dataclass
 class Capture:
-    """One :class:`LayerCapture` per MoE layer; ``attention_mask [B, T]`` bool per forward pass, True at tokens."""
+    """One :class:`LayerCapture` per MoE layer, first to last."""
 
     layers: list[LayerCapture]
-    attention_mask: list[Tensor] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget everything collected so far; call it between batches to keep memory flat."""
-        self.attention_mask.clear()
-        for layer in self.layers:
-            for part in vars(layer).values():
-                part.clear()
+        for part in (part for layer in self.layers for part in vars(layer).values()):
+            part.clear()
 
 
 @contextmanager
@@ -63,18 +60,18 @@ def capture(model: nn.Module, attention: bool = False) -> Iterator[Capture]:
         ValueError: The model has no MoE layer, or a layer's attention module cannot be found.
     """
     found = find.layers(model)
-    result = Capture([LayerCapture() for _ in found])
-    modules = [find_attention(model, layer) for layer in found] if attention else []
+    seen = Capture([LayerCapture() for _ in found])
     with ExitStack() as stack:
+        for layer, record in zip(found, seen.layers, strict=True):
+            stack.enter_context(_watch_experts(layer, record))
         if attention:
+            modules = [find_attention(model, layer) for layer in found]
             stack.enter_context(_eager(model))
-        handles = [model.register_forward_pre_hook(_record_mask(result), with_kwargs=True)]
-        handles += [_watch_experts(*pair) for pair in zip(found, result.layers, strict=True)]
-        for module, record in zip(modules, result.layers, strict=False):
-            handles += _watch_attention(module, record, result)
-        for handle in handles:
-            stack.enter_context(handle)
-        yield result
+            tokens: list[Tensor] = []
+            stack.enter_context(model.register_forward_pre_hook(_keep_mask(tokens), with_kwargs=True))
+            for module, record in zip(modules, seen.layers, strict=True):
+                stack.enter_context(_watch_attention(module, record, tokens))
+        yield seen
 
 
 def find_attention(model: nn.Module, layer: MoELayer) -> nn.Module:
@@ -107,13 +104,13 @@ def _eager(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _record_mask(result: Capture) -> Any:
+def _keep_mask(tokens: list[Tensor]) -> Any:
+    """Hook that keeps which of a pass are tokens and no padding, bool ``[B, T]``."""
+
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids: Any = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
         mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
-        result.attention_mask.append(mask.bool())
+        tokens[:] = [torch.ones(ids.shape[:2], device=ids.device).bool() if mask is None else mask.bool()]
 
     return hook
 
@@ -136,23 +133,19 @@ def _watch_experts(layer: MoELayer, record: LayerCapture) -> Any:
     return layer.experts.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _watch_attention(module: nn.Module, record: LayerCapture, result: Capture) -> list[Any]:
-    """Hooks on one attention module: the mask it is given, then its weights, reduced and let go."""
-    seen: list[Tensor | None] = []
+def _watch_attention(module: nn.Module, record: LayerCapture, tokens: list[Tensor]) -> Any:
+    """Hook on one attention module: its weights are reduced and let go."""
 
-    def before(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[:] = [kwargs.get("attention_mask")]
-
-    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+    def after(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        mask = kwargs.get("attention_mask")
         weights = next((o for o in output if isinstance(o, Tensor) and o.dim() == 4), None)
         # A layer of linear attention gives its state, and is given a mask of two dimensions.
-        if weights is None or (seen[0] is not None and seen[0].dim() != 4):
+        if weights is None or (mask is not None and mask.dim() != 4):
             raise ValueError(f"model: {type(_module).__name__} returns no attention weights with eager attention")
-        token = result.attention_mask[-1].to(weights.device)
-        record.attention.append(received(weights.detach(), _visible(seen[0], token, weights)))
+        record.attention.append(received(weights.detach(), _visible(mask, tokens[0].to(weights.device), weights)))
         return tuple(None if o is weights else o for o in output)
 
-    return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    return module.register_forward_hook(after, with_kwargs=True)
 
 
 def _visible(mask: Tensor | None, token: Tensor, weights: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Paper: sections 5 and 6; ``customized_moe(model, exps_config)`` there, :func:`cu
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +43,7 @@ class LayerPlan:
         dropped: Experts that are taken out of the routing (FMES) and have no slot.
 
     Raises:
-        ValueError: No whole numbers, an expert in two places, an empty group, or weights that do not fit the groups.
+        ValueError: An expert in two places, an empty group, or weights that do not fit the groups.
     """
 
     tuned: tuple[int, ...] = ()
@@ -54,9 +53,6 @@ class LayerPlan:
     dropped: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tuned", "dropped"):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
-        object.__setattr__(self, "groups", tuple(_numbers("groups", group) for group in self.groups))
         everyone = self.experts
         twice = sorted({e for e in everyone if everyone.count(e) > 1})
         if twice:
@@ -90,14 +86,6 @@ class LayerPlan:
             raise ValueError(
                 f"plan: must cover experts 0..{num_experts - 1}; left out {missing}, not in this layer {unknown}"
             )
-
-
-def _numbers(name: str, experts: Sequence[int]) -> tuple[int, ...]:
-    """Numbers of experts, of whatever type of whole numbers, as plain ones."""
-    try:
-        return tuple(operator.index(expert) for expert in experts)
-    except TypeError as error:
-        raise ValueError(f"{name}: expected whole numbers of experts, got {experts!r}") from error
 
 
 class CompactExperts(ReplacedExperts):
@@ -134,7 +122,7 @@ class CompactExperts(ReplacedExperts):
         super().__init__(original)
         plan.check(self.num_experts)
         self.adapter, self.layer = adapter, layer
-        self.plan, self.num_tuned, self.num_merged = plan, len(plan.tuned), len(plan.groups)
+        self.plan, self.tuned, self.num_tuned, self.num_merged = plan, plan.tuned, len(plan.tuned), len(plan.groups)
         self.activation = Activation(original)
         self.post_norm = self.activation.post_norm
         slot_of = torch.full((self.num_experts,), -1, dtype=torch.long, device=self.device)
@@ -223,10 +211,7 @@ class CompactExperts(ReplacedExperts):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """``hidden_states [N, H]``, ``top_k_index [N, k]``, ``top_k_weights [N, k]`` -> ``[N, H]``.
-
-        Llama-4 gives ``hidden_states [E * N, H]`` alone, scaled by the gate, zero where an expert was not chosen.
-        """
+        """``hidden_states [N, H]``, ``top_k_index [N, k]``, ``top_k_weights [N, k]`` -> ``[N, H]``."""
         index, weights = choices(self, hidden_states, top_k_index, top_k_weights)
         slot = torch.where(index >= 0, self.slot_of[index.clamp(min=0)], -1)
         return self.compute(hidden_states, sort_pairs(slot, weights, self.num_tuned + self.num_merged, self._joins))
@@ -282,9 +267,6 @@ def customize(
         ValueError: The plans are not for this model, or its experts were replaced before. The model is then as it was.
     """
     num_layers = len(layers(model))
-    if not isinstance(plans, Sequence) or not all(isinstance(plan, LayerPlan) for plan in plans):
-        kinds = [type(plan).__name__ for plan in plans] if isinstance(plans, Sequence) else type(plans).__name__
-        raise ValueError(f"plans: expected a list of LayerPlan, one per MoE layer, got {kinds}")
     if len(plans) != num_layers:
         raise ValueError(f"plans: expected one per MoE layer, {num_layers}, got {len(plans)}")
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapter import add_product
+from .adapter import Adapter, add_product
 from .expert import Activation, Matrices, to_matrices
-from .find import Layout, ReplacedExperts
+from .find import Layout, ReplacedExperts, expert_tensors, write_expert
 from .product import SMALLEST, is_wide, matmul, own_types, pad_pairs, takes_grouped, wide_dtype
 
 ALL = -1
@@ -76,12 +76,9 @@ def dense_choices(scaled: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def sort_pairs(slot: Tensor, weight: Tensor, num_slots: int, joins: bool = False) -> Pairs:
-    """Choices as pairs.
+    """Choices as pairs, from the ``slot [N, k]`` (-1 leaves one out) and the gate ``weight [N, k]`` of each.
 
-    Args:
-        slot: ``[N, k]`` long, the slot of each choice; -1 leaves it out.
-        weight: ``[N, k]`` gate weights.
-        joins: Whether two choices of a token may fall on one slot; their weights are then summed.
+    With ``joins`` two choices of a token may fall on one slot; their weights are then summed.
     """
     keep = slot >= 0
     weight = weight.to(wide_dtype(weight.dtype))
@@ -191,13 +188,15 @@ class StackedSlots(Slots):
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
         """Views (copies where the stacks have another type, or B's on top)."""
-        stacks = self._of(self.stacks, slot)
-        if self.fixed is not None and self.learned is not self.stacks:
-            learned, fixed = self._of(self.learned, slot), self._of(self.fixed, slot)
-            stacks |= {
-                name: add_product(stacks[name], up.detach(), fixed[name], self.layout) for name, up in learned.items()
-            }
-        return to_matrices(stacks, self.layout, dtype)
+        return to_matrices(self.formed(slot, self._of(self.stacks, slot)), self.layout, dtype)
+
+    def formed(self, slot: int, tensors: Stacks) -> Stacks:
+        """The weights of a slot with its B's, if there are any, on top."""
+        if self.fixed is None or self.learned is self.stacks:
+            return tensors
+        learned, fixed = self._of(self.learned, slot), self._of(self.fixed, slot)
+        made = {n: add_product(tensors[n], up.detach(), fixed[n], self.layout) for n, up in learned.items()}
+        return {**tensors, **made}
 
     @staticmethod
     def _of(stacks: Stacks, slot: int) -> dict[str, Tensor]:
@@ -253,12 +252,29 @@ class WatchedSlots(StackedSlots):
 
 
 class SlotExperts(ReplacedExperts, Slots):
-    """Base of experts that are a slot each and bring their weights one at a time."""
+    """Base of experts that are a slot each and bring their weights one at a time.
 
-    def __init__(self, original: nn.Module) -> None:
+    Args:
+        adapter: Weights stay as they are and its B's learn; None: the weights learn.
+        layer: Number of the layer, by which ``adapter`` knows its experts.
+
+    Attributes:
+        lora: B ``[E, out, rank]`` by stack name, where the layer computes; only with an adapter.
+    """
+
+    def __init__(self, original: nn.Module, adapter: Adapter | None = None, layer: int = 0) -> None:
         super().__init__(original)
         self.activation = Activation(original)
         self.post_norm = self.activation.post_norm
+        self.adapter, self.layer, self._adapters = adapter, layer, None
+        self.tuned, self.watched, self.watched_norms = range(self.num_experts), (), torch.zeros(0)
+        if adapter is not None:
+            start = adapter.start(expert_tensors(original, 0), self.layout)
+            stacks = {name: up.repeat(self.num_experts, 1, 1).to(self.device) for name, up in start.items()}
+            self.lora = nn.ParameterDict(stacks)
+            fixed = adapter.fixed_stacks(layer, original, range(self.num_experts))
+            self.fixed = {name: stack.to(self.device) for name, stack in fixed.items()}
+            self._adapters = StackedSlots(self.layout, self.activation, {}, "slots", self.fixed, dict(self.lora))
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -267,13 +283,46 @@ class SlotExperts(ReplacedExperts, Slots):
         pairs = sort_pairs(*choices(self, hidden_states, top_k_index, top_k_weights), self.num_experts)
         return dispatch(hidden_states, pairs, self)
 
+    def at_rest(self, expert: int) -> dict[str, Tensor]:
+        """Tensors of an expert where its weights are: the original's, by default."""
+        return super().expert_tensors(expert)
+
     @abstractmethod
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Mapping[str, Tensor]:
         """Tensors of one expert where the layer computes, in ``dtype``; ``upcoming`` will be asked for next."""
 
+    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
+        """Tensors of an expert, with what its B's learned on top, where its weights are."""
+        if self.adapter is None:
+            return self.at_rest(expert)
+        learned = {name: up.detach()[expert] for name, up in self.lora.items()}
+        return self.adapter.added((self.layer, expert), self.at_rest(expert), learned, self.layout)
+
+    def write_back(self) -> None:
+        """Write what B's learned into the original."""
+        for expert in range(self.num_experts) if self.adapter else ():
+            write_expert(self.original, expert, self.expert_tensors(expert))
+
+    def learned_stacks(self) -> dict[str, Tensor]:
+        """The adapter's B's ``[E, out, rank]`` by name."""
+        return dict(self.lora.items())
+
+    def learning(self) -> list[Tensor]:
+        """See :class:`Slots`."""
+        return self._adapters.learning() if self._adapters else super().learning()
+
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
         """See :class:`Slots`."""
-        return to_matrices(self.fetch(slot, upcoming, dtype), self.layout, dtype)
+        tensors = self.fetch(slot, upcoming, dtype)
+        return to_matrices(self._adapters.formed(slot, tensors) if self._adapters else tensors, self.layout, dtype)
+
+    def add_products(self, run: Run, up: Product, down: Product) -> None:
+        """See :class:`Slots`."""
+        (self._adapters.add_products if self._adapters else super().add_products)(run, up, down)
+
+    def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
+        """See :class:`Slots`."""
+        return (self._adapters.end_gradients if self._adapters else super().end_gradients)(counts)
 
 
 def dispatch(hidden: Tensor, pairs: Pairs, slots: Slots) -> Tensor:

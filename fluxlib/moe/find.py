@@ -109,9 +109,6 @@ class ReplacedExperts(nn.Module):
     def write_back(self) -> None:
         """Write what was learned into the original; nothing by default."""
 
-    def discard(self) -> None:
-        """Forget what was learned; nothing by default."""
-
 
 def layers(model: nn.Module) -> list[MoELayer]:
     """MoE layers of a model, first to last.
@@ -132,17 +129,17 @@ def layers(model: nn.Module) -> list[MoELayer]:
             continue
         block = modules[name.rpartition(".")[0]]
         found.append(MoELayer(len(found), name, module, block, sizes[0], _top_k(model, block, name), *sizes[1:]))
+    kind = type(model).__name__
     if not found and not unknown:
-        mixtures = [name for name, module in modules.items() if name and _is_mixture(module)]
+        named = ("MoE", "Moe", "MoeBlock", "Experts")  # by the class, or else it is dense
+        mixtures = [name for name, module in modules.items() if name and type(module).__name__.endswith(named)]
         if not mixtures:
-            kind = type(model).__name__
             raise ValueError(
                 f"model: {kind} has no MoE layer (no fused 'experts' module); a dense model cannot be used"
             )
         unknown[f"no fused 'experts' module: {type(modules[mixtures[0]]).__name__}"] = mixtures
     if unknown:
         what = "; ".join(f"{error}, at {', '.join(at[:2])} ({len(at)} in all)" for error, at in unknown.items())
-        kind = type(model).__name__
         raise ValueError(f"model: {kind} has experts in a form that is not handled ({len(found)} are): {what}")
     return found
 
@@ -252,11 +249,6 @@ def _gate_up_rows(size: int, layout: Layout, device: torch.device) -> list[Tenso
     if not layout.has_gate:
         return [one]
     return [one, one + size] if layout.is_concatenated else [2 * one, 2 * one + 1]
-
-
-def _is_mixture(module: nn.Module) -> bool:
-    """Whether a module calls itself a mixture of experts."""
-    return type(module).__name__.endswith(("MoE", "Moe", "MoeBlock", "Experts"))
 
 
 def _sizes(experts: Any, layout: Layout) -> tuple[int, int, int]:

@@ -1,19 +1,17 @@
 """Experts in host memory, the most recently used of them on the device: how FMD trains a model that does not fit.
 
 There are two forms, the setting ``offloading``. ``on_demand``, the paper's: an expert is copied when its layer needs
-it, its gradient when it is made, and everything waits for that; the optimizer steps after the backward pass.
-``overlapped``: on CUDA an expert is copied on a stream of its own while the one before it computes, the first of the
-next layer too, and gradients travel back the same way; a layer's optimizer may step on the host, in a thread, while
-earlier layers are still at their backward pass. Both forms move what is computed with (16 bit, if the model computes in
-that) between pinned memory and the device, and compute the same numbers. On a CPU nothing is copied and the accounting
-is the same. What either costs on a device is :mod:`fluxlib.devices.step`'s matter.
+it, its gradient when it is made, and everything waits for that. ``overlapped``: on CUDA an expert is copied on a stream
+of its own while the one before it computes, the first of the next layer too, and gradients travel back the same way.
+Both move what is computed with (16 bit, if the model computes in that) between pinned memory and the device, compute
+the same numbers, and leave the optimizer, on the host, to the caller. On a CPU nothing is copied and the accounting is
+the same. What either costs on a device is :mod:`fluxlib.devices.step`'s matter.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +20,10 @@ from torch import Tensor, nn
 
 from fluxlib.config import Offloading
 
-from .adapted import AdaptedExperts
 from .adapter import Adapter
 from .dispatch import SlotExperts
 from .find import ExpertKey, MoELayer, check_expert
 from .replace import replace_all
-
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass
@@ -170,62 +165,42 @@ class OffloadedExperts(SlotExperts):
     the original's (pinned) memory: training writes into the original. ``model.to(device)`` leaves them on the host.
 
     Args:
-        index: Number of the layer, part of the key in the set.
-        optimizer: Makes the optimizer that steps as soon as the layer's gradients are on the host; None: the caller's
-            does, when it likes. Gradients are gone afterwards.
-        worker: What it steps in; the layer's next use waits for it. None: it steps at once.
+        layer: Number of the layer, part of the key in the set.
+        adapter: Experts stay as they are, and its B's, on the device, learn: nothing travels back.
     """
 
     def __init__(
         self,
         original: nn.Module,
         device_set: DeviceSet,
-        index: int,
-        optimizer: MakeOptimizer | None = None,
-        worker: ThreadPoolExecutor | None = None,
+        layer: int,
+        adapter: Adapter | None = None,
     ) -> None:
-        super().__init__(original)
-        self.device_set, self.index = device_set, index
+        super().__init__(original, adapter, layer)
+        self.device_set = device_set
         stacks = {name: getattr(original, name) for name in self.layout.names}
         for stack in stacks.values():
             stack.data = stack.data.cpu().pin_memory() if torch.cuda.is_available() else stack.data.cpu()
         # .data gives each view a version counter of its own: an update of one expert leaves the others current.
         self.host = _HostParameters(
             {f"{n}_{e}": nn.Parameter(s.data[e].data) for n, s in stacks.items() for e in range(self.num_experts)}
-        )
-        self._versions = self._now()
+        ).requires_grad_(adapter is None)
         self._finish_return: Callable[[], None] = lambda: None
-        self._optimizer = optimizer(self.host.parameters()) if optimizer else None
-        self._worker = worker
-        self._update: Future[None] | None = None
 
     def parameters_of(self, expert: int) -> dict[str, nn.Parameter]:
         """Host parameters of one expert, by stack name."""
         check_expert(expert, self.num_experts)
         return {name: self.host.get_parameter(f"{name}_{expert}") for name in self.layout.names}
 
-    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
+    def at_rest(self, expert: int) -> dict[str, Tensor]:
         """Tensors of an expert, on the host."""
-        self.wait()
         return {name: parameter.detach() for name, parameter in self.parameters_of(expert).items()}
-
-    def write_back(self) -> None:
-        """Nothing but to wait: what was learned is in the original's memory."""
-        self.wait()
-
-    def discard(self) -> None:
-        """Refuse to forget what was trained, for the original's memory was written to."""
-        self.wait()
-        changed = [e for e, (now, before) in enumerate(zip(self._now(), self._versions, strict=True)) if now != before]
-        if changed:
-            raise ValueError(f"write: offloaded experts are trained in place, expected True; changed were {changed}")
 
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of an expert on the device, in ``dtype``; that of the next one starts to travel."""
-        self.wait()
-        there, key = self.device_set, (self.index, slot)
+        there, key = self.device_set, (self.layer, slot)
         tensors = there.get(key, self.parameters_of(slot), self.device, dtype)
-        following = (self.index, upcoming[0]) if upcoming else there.next_layer.get(key)
+        following = (self.layer, upcoming[0]) if upcoming else there.next_layer.get(key)
         if following is not None and (layer := there.layers.get(following[0])) is not None:
             there.ahead(following, layer.parameters_of(following[1]), self.device, dtype)
         return tensors
@@ -247,22 +222,7 @@ class OffloadedExperts(SlotExperts):
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
         self._finish_return()
         self._finish_return = lambda: None
-        if self._optimizer is not None:
-            self._update = self._worker.submit(self._step) if self._worker else None
-            if self._update is None:
-                self._step()
         return super().end_gradients(counts)
-
-    def wait(self) -> None:
-        """Until the layer's own optimizer, if it has one, is done with its last step."""
-        if self._update is not None:
-            self._update.result()
-            self._update = None
-
-    def _step(self) -> None:
-        assert self._optimizer is not None
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
 
     def _send_back(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Callable[[], None]:
         """Start copying gradients to the host; the function returned waits and adds them up."""
@@ -282,45 +242,26 @@ class OffloadedExperts(SlotExperts):
 
         return finish
 
-    def _now(self) -> list[int]:
-        return [_version(self.parameters_of(expert)) for expert in range(self.num_experts)]
-
-
-class AdaptedOffloadedExperts(AdaptedExperts, OffloadedExperts):
-    """Offloaded experts that stay as they are, and B's on the device that learn: nothing travels back."""
-
-    def __init__(self, *place: Any, adapter: Adapter, layer: int) -> None:
-        super().__init__(*place, adapter=adapter, layer=layer)
-        self.host.requires_grad_(False)
-
 
 def offload(
     model: nn.Module,
     capacity: int,
     offloading: Offloading = "overlapped",
-    optimizer: MakeOptimizer | None = None,
     adapter: Adapter | None = None,
 ) -> DeviceSet:
     """Put an :class:`OffloadedExperts` at every MoE layer, in place, and freeze everything but the experts.
 
     Args:
         capacity: Experts that may be on the device at once, of all layers together.
-        optimizer: Makes a layer's optimizer from its parameters; it steps by itself after every backward pass, behind
-            that of earlier layers where ``offloading`` overlaps. None: the caller's optimizer steps.
-        adapter: See :class:`AdaptedOffloadedExperts`; the caller's optimizer steps. None: whole experts learn.
+        adapter: Its B's learn; None: whole experts do.
 
     Raises:
         ValueError: No capacity, or experts that were replaced before.
     """
     device_set = DeviceSet(capacity, offloading)
-    worker = ThreadPoolExecutor(1) if optimizer and device_set.overlaps else None
 
     def make(layer: MoELayer) -> OffloadedExperts:
-        if adapter is not None:
-            place = (layer.experts, device_set, layer.index)
-            made: OffloadedExperts = AdaptedOffloadedExperts(*place, adapter=adapter, layer=layer.index)
-        else:
-            made = OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker)
+        made = OffloadedExperts(layer.experts, device_set, layer.index, adapter)
         device_set.layers[layer.index] = made
         return made
 

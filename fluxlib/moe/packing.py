@@ -46,7 +46,8 @@ class Packed(nn.Module):
 
     def __init__(self, stack: Tensor, bits: int) -> None:
         super().__init__()
-        check_bits(bits)
+        if bits not in BITS:
+            raise ValueError(f"bits: expected one of {BITS}, got {bits}")
         self.bits, self.dtype, self.shape = bits, stack.dtype, tuple(stack.shape[1:])
         blocks = -(-math.prod(self.shape) // BLOCK)
         num, place = len(stack), stack.device
@@ -157,12 +158,6 @@ def quantize_tensor(stack: Tensor, bits: int) -> Packed:
         warnings.warn("4-bit experts: bitsandbytes is not installed (pip install 'fluxlib[quantization]'), which is"
                       " faster on CUDA; the library's own code is used", stacklevel=2)  # fmt: skip
     return Packed(stack, bits)
-
-
-def check_bits(bits: int) -> None:
-    """Raise ValueError for a number of bits that there is no code for."""
-    if bits not in BITS:
-        raise ValueError(f"bits: expected one of {BITS}, got {bits}")
 
 
 @functools.cache

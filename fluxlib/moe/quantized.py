@@ -9,11 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedExperts
 from .adapter import Adapter
 from .dispatch import SlotExperts
 from .find import MoELayer, check_expert
-from .packing import Packed, check_bits, quantize_tensor
+from .packing import Packed, quantize_tensor
 from .product import wide_dtype
 from .replace import replace_all, restore
 
@@ -22,11 +21,12 @@ class QuantizedExperts(SlotExperts):
     """Experts at rest in few bits; the one that is computed is dequantized alone, small ones a few at a time.
 
     No weight gets a gradient unless :attr:`collects_gradients` is set: then :meth:`grads` holds those of the
-    dequantized weights (straight-through, for FMQ), per expert that saw tokens. Biases take 8 bits.
+    dequantized weights (straight-through, for FMQ), per expert that saw tokens. Biases take 8 bits. With an adapter the
+    experts stay as they are, and B's learn (QLoRA, Dettmers et al. 2023).
     """
 
-    def __init__(self, original: nn.Module, bits: int = 4) -> None:
-        super().__init__(original)
+    def __init__(self, original: nn.Module, bits: int = 4, adapter: Adapter | None = None, layer: int = 0) -> None:
+        super().__init__(original, adapter, layer)
         widths = {name: 8 if name.endswith("_bias") else bits for name in self.layout.names}
         packed = {name: quantize_tensor(getattr(original, name), widths[name]) for name in widths}
         self.packed = cast("dict[str, Packed]", nn.ModuleDict(packed))
@@ -44,7 +44,7 @@ class QuantizedExperts(SlotExperts):
         """Experts that are best read and written together; one where they are large."""
         return min(packed.at_once for packed in self.packed.values())
 
-    def expert_tensors(self, experts: int | Sequence[int]) -> dict[str, Tensor]:
+    def at_rest(self, experts: int | Sequence[int]) -> dict[str, Tensor]:
         """One expert dequantized, or the stacks of several; copies, in at least float32."""
         for expert in [experts] if isinstance(experts, int) else experts:
             check_expert(expert, self.num_experts)
@@ -68,7 +68,7 @@ class QuantizedExperts(SlotExperts):
 
     def learning(self) -> list[Tensor]:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
-        return super().learning() if self.collects_gradients else []
+        return super().learning() if self.adapter or self.collects_gradients else []
 
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of one expert, dequantized, with those that come next where they are small."""
@@ -85,10 +85,6 @@ class QuantizedExperts(SlotExperts):
             held[name] = held[name] + gradient if name in held else gradient
 
 
-class AdaptedQuantizedExperts(AdaptedExperts, QuantizedExperts):
-    """Experts in few bits that stay as they are, and B's that learn (QLoRA, Dettmers et al. 2023)."""
-
-
 def quantize(
     model: nn.Module, bits: int = 4, adapter: Adapter | None = None, num_layers: int | None = None
 ) -> nn.Module:
@@ -96,19 +92,16 @@ def quantize(
 
     Args:
         num_layers: only at the first so many.
-        adapter: See :class:`AdaptedQuantizedExperts`; None: nothing learns that is not asked for its gradients.
+        adapter: Its B's learn; None: nothing learns that is not asked for its gradients.
 
     Raises:
         ValueError: Experts were replaced before, or ``bits`` is none of 2, 3, 4, 8.
     """
-    check_bits(bits)
 
     def make(layer: MoELayer) -> QuantizedExperts | None:
         if num_layers is not None and layer.index >= num_layers:
             return None
-        if adapter is None:
-            return QuantizedExperts(layer.experts, bits)
-        return AdaptedQuantizedExperts(layer.experts, bits, adapter=adapter, layer=layer.index)
+        return QuantizedExperts(layer.experts, bits, adapter, layer.index)
 
     replace_all(model, make)
     return model

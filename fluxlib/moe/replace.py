@@ -1,4 +1,4 @@
-"""Another module at the experts' place, and the model's own back again; all layers or none."""
+"""Another module at the experts' place, or another mode of the model, and what was there before back again."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from .product import freeze_linears, thaw_linears
 
 
 def replace_all(model: nn.Module, make: Callable[[MoELayer], ReplacedExperts | None]) -> None:
-    """Put what ``make`` gives, if any, at the experts' place of every layer and freeze the rest.
-
-    An error leaves all as it was.
+    """Put what ``make`` gives, if any, at the experts' place of every layer and freeze the rest, or change nothing.
 
     What does not learn, routers apart, is multiplied by :func:`fluxlib.moe.product.matmul` meanwhile.
 
@@ -60,14 +58,12 @@ def replace(model: nn.Module, layer: MoELayer, new: nn.Module) -> None:
 def restore(model: nn.Module, write: bool = True) -> nn.Module:
     """Put the original experts, routing and ``requires_grad`` flags back; nothing happens to an original model.
 
-    With ``write`` what was learned is written into the originals first.
+    With ``write`` what was learned is written into the originals first; offloaded experts have learned there anyway.
     """
     for layer in layers(model):
         module = layer.experts
         if not isinstance(module, ReplacedExperts):
             continue
-        if not write:
-            module.discard()
         module.original.to(module.place.device)
         if expert_tensors(module.original, 0)["down_proj"].dtype != module.place.dtype:
             module.original.to(module.place.dtype)
@@ -100,6 +96,16 @@ def with_forward(
                 del module.__dict__["forward"]
             else:
                 module.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; the one of before afterwards."""
+    training, _ = model.training, model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _refuse_saving(model: nn.Module, *args: Any, **kwargs: Any) -> None:

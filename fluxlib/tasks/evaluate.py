@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fluxlib.moe.replace import evaluating
 from fluxlib.tasks.base import Example, Metric
 from fluxlib.tasks.batches import IGNORED, collate, encode, padded, to_device
 from fluxlib.tasks.metrics import exact_match, rouge_l
@@ -24,14 +24,10 @@ _TEXT_SCORES: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l, "exa
 
 @dataclass(frozen=True)
 class Score:
-    """``metric`` between 0 and 1 (higher is better), ``loss`` in nats per response token.
-
-    ``of_each`` is the metric of each sample.
-    """
+    """``metric`` between 0 and 1 (higher is better), also ``of_each`` sample; ``loss`` in nats per response token."""
 
     metric: float
     loss: float
-    num_samples: int
     of_each: tuple[float, ...]
 
 
@@ -44,12 +40,10 @@ def evaluate(model: nn.Module, tokenizer: Any, metric: Metric, examples: Sequenc
     """
     if not examples:
         raise ValueError("examples is empty: there is nothing to score")
-    was_training, _ = model.training, model.eval()
-    try:
-        score = _choices if metric == "accuracy" else partial(_texts, score=_TEXT_SCORES[metric])
-        return score(model, tokenizer, examples, max_tokens)
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        if metric == "accuracy":
+            return _choices(model, tokenizer, examples, max_tokens)
+        return _texts(model, tokenizer, examples, max_tokens, _TEXT_SCORES[metric])
 
 
 def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> Score:
@@ -70,7 +64,7 @@ def _choices(model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_
 
 
 def _score(of_each: Sequence[float], loss: float) -> Score:
-    return Score(sum(of_each) / len(of_each), loss, len(of_each), tuple(of_each))
+    return Score(sum(of_each) / len(of_each), loss, tuple(of_each))
 
 
 def _texts(

@@ -92,16 +92,10 @@ def fetch(name: str) -> Path:
     """The data set's folder in the hub's cache, downloaded where it is not there yet; OSError: it cannot be."""
     from huggingface_hub import snapshot_download
 
-    hub_id, pattern = HUB[name]
+    (hub_id, pattern), others = HUB[name], [f"*{part}*" for part in LEFT_OUT]
     try:
-        return Path(
-            snapshot_download(
-                hub_id,
-                repo_type="dataset",
-                revision=REVISION,
-                allow_patterns=pattern,
-                ignore_patterns=[f"*{part}*" for part in LEFT_OUT],
-            )  # fmt: skip
+        folder = snapshot_download(
+            hub_id, repo_type="dataset", revision=REVISION, allow_patterns=pattern, ignore_patterns=others
         )
     except Exception as error:  # the hub's client raises errors of several libraries
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -109,6 +103,7 @@ def fetch(name: str) -> Path:
             f"task {name}: {hub_id} could not be fetched from the hub ({reason}); "
             "with files of your own, name their folder by data.path (fluxlib run --data FOLDER)"
         ) from None
+    return Path(folder)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, object]]:

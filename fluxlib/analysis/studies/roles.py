@@ -27,7 +27,7 @@ PROBES: dict[str, dict[str, Any]] = {
 FREQUENCY = "frequency alone"
 """What is known of utilities before anything is measured: tokens, which cost nothing."""
 MEASURES = ("cosine_distance", "rank_correlation", "bias", "spread")
-"""Fields of :class:`fluxlib.gradients.Quality`; each is a study of its own, ``probe_<measure>``."""
+"""Of :func:`fluxlib.gradients.quality`; each is a study of its own, ``probe_<measure>``."""
 OUTCOMES = (
     "final_metric",
     "final_loss",
@@ -63,7 +63,7 @@ def probe_quality(
         yield from _utilities(bench, "true", keys, true, tokens)
         blind = gradients.quality(torch.ones(1, len(keys)), true, tokens)  # tokens alone: equal norms
         for measure in MEASURES[:2]:
-            yield bench.row(f"probe_{measure}", FREQUENCY, getattr(blind, measure), x=0)
+            yield bench.row(f"probe_{measure}", FREQUENCY, blind[measure], x=0)
         for name, how in PROBES.items():
             single = torch.stack([gradients.probe_norms(bench.model, batch, keys, seed=s, **how) for s in range(draws)])
             yield from _utilities(bench, name, keys, single[0], tokens)
@@ -71,7 +71,7 @@ def probe_quality(
                 mean = single[: draws // count * count].view(-1, count, len(keys)).mean(dim=1)
                 found = gradients.quality(mean, true, tokens)
                 for measure in (*MEASURES, "bias_error") if draws >= 2 * count else MEASURES:
-                    yield bench.row(f"probe_{measure}", name, getattr(found, measure), x=count)
+                    yield bench.row(f"probe_{measure}", name, found[measure], x=count)
                 passes = gradients.probe_cost(bench.model, keys, count, how["sides"]) / len(keys)
                 yield bench.row("probe_passes", name, passes, x=count, unit="forward passes per expert")
 
