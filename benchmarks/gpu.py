@@ -114,7 +114,7 @@ class Trial:
             self.model.set_experts_implementation("grouped_mm")
             return layer.experts
         if self.method.startswith("fmd"):
-            held: Any = OffloadedExperts(layer.experts, self.device_set, layer.index, self.adapter)
+            held: Any = OffloadedExperts(layer.experts, self.device_set, layer.index, adapter=self.adapter)
         elif self.method == "fmq":
             held = QuantizedExperts(layer.experts, 4, self.adapter, layer.index)
             held.collects_gradients = self.adapter is None

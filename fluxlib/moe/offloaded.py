@@ -1,17 +1,19 @@
 """Experts in host memory, the most recently used of them on the device: how FMD trains a model that does not fit.
 
 There are two forms, the setting ``offloading``. ``on_demand``, the paper's: an expert is copied when its layer needs
-it, its gradient when it is made, and everything waits for that. ``overlapped``: on CUDA an expert is copied on a stream
-of its own while the one before it computes, the first of the next layer too, and gradients travel back the same way.
-Both move what is computed with (16 bit, if the model computes in that) between pinned memory and the device, compute
-the same numbers, and leave the optimizer, on the host, to the caller. On a CPU nothing is copied and the accounting is
-the same. What either costs on a device is :mod:`fluxlib.devices.step`'s matter.
+it, its gradient when it is made, and everything waits for that; the optimizer steps after the backward pass.
+``overlapped``: on CUDA an expert is copied on a stream of its own while the one before it computes, the first of the
+next layer too, and gradients travel back the same way; a layer's optimizer may step on the host, in a thread, while
+earlier layers are still at their backward pass. Both forms move what is computed with (16 bit, if the model computes in
+that) between pinned memory and the device, and compute the same numbers. On a CPU nothing is copied and the accounting
+is the same. What either costs on a device is :mod:`fluxlib.devices.step`'s matter.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,8 @@ from .adapter import Adapter
 from .dispatch import SlotExperts
 from .find import ExpertKey, MoELayer, check_expert
 from .replace import replace_all
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass
@@ -166,6 +170,9 @@ class OffloadedExperts(SlotExperts):
 
     Args:
         layer: Number of the layer, part of the key in the set.
+        optimizer: Makes the optimizer that steps as soon as the layer's gradients are on the host; None: the caller's
+            does, when it likes. Gradients are gone afterwards.
+        worker: What it steps in; the layer's next use waits for it. None: it steps at once.
         adapter: Experts stay as they are, and its B's, on the device, learn: nothing travels back.
     """
 
@@ -174,6 +181,8 @@ class OffloadedExperts(SlotExperts):
         original: nn.Module,
         device_set: DeviceSet,
         layer: int,
+        optimizer: MakeOptimizer | None = None,
+        worker: ThreadPoolExecutor | None = None,
         adapter: Adapter | None = None,
     ) -> None:
         super().__init__(original, adapter, layer)
@@ -186,6 +195,9 @@ class OffloadedExperts(SlotExperts):
             {f"{n}_{e}": nn.Parameter(s.data[e].data) for n, s in stacks.items() for e in range(self.num_experts)}
         ).requires_grad_(adapter is None)
         self._finish_return: Callable[[], None] = lambda: None
+        self._optimizer = optimizer(self.host.parameters()) if optimizer else None
+        self._worker = worker
+        self._update: Future[None] | None = None
 
     def parameters_of(self, expert: int) -> dict[str, nn.Parameter]:
         """Host parameters of one expert, by stack name."""
@@ -194,10 +206,17 @@ class OffloadedExperts(SlotExperts):
 
     def at_rest(self, expert: int) -> dict[str, Tensor]:
         """Tensors of an expert, on the host."""
+        self.wait()
         return {name: parameter.detach() for name, parameter in self.parameters_of(expert).items()}
+
+    def write_back(self) -> None:
+        """What weights learned is in the original's memory already, once the last step is done."""
+        self.wait()
+        super().write_back()
 
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of an expert on the device, in ``dtype``; that of the next one starts to travel."""
+        self.wait()
         there, key = self.device_set, (self.layer, slot)
         tensors = there.get(key, self.parameters_of(slot), self.device, dtype)
         following = (self.layer, upcoming[0]) if upcoming else there.next_layer.get(key)
@@ -222,7 +241,22 @@ class OffloadedExperts(SlotExperts):
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
         self._finish_return()
         self._finish_return = lambda: None
+        if self._optimizer is not None:
+            self._update = self._worker.submit(self._step) if self._worker else None
+            if self._update is None:
+                self._step()
         return super().end_gradients(counts)
+
+    def wait(self) -> None:
+        """Until the layer's own optimizer, if it has one, is done with its last step."""
+        if self._update is not None:
+            self._update.result()
+            self._update = None
+
+    def _step(self) -> None:
+        assert self._optimizer is not None
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _send_back(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Callable[[], None]:
         """Start copying gradients to the host; the function returned waits and adds them up."""
@@ -247,21 +281,25 @@ def offload(
     model: nn.Module,
     capacity: int,
     offloading: Offloading = "overlapped",
+    optimizer: MakeOptimizer | None = None,
     adapter: Adapter | None = None,
 ) -> DeviceSet:
     """Put an :class:`OffloadedExperts` at every MoE layer, in place, and freeze everything but the experts.
 
     Args:
         capacity: Experts that may be on the device at once, of all layers together.
-        adapter: Its B's learn; None: whole experts do.
+        optimizer: Makes a layer's optimizer from its parameters; it steps by itself after every backward pass, behind
+            that of earlier layers where ``offloading`` overlaps. None: the caller's optimizer steps.
+        adapter: Its B's learn, and the caller's optimizer steps; None: whole experts learn.
 
     Raises:
         ValueError: No capacity, or experts that were replaced before.
     """
     device_set = DeviceSet(capacity, offloading)
+    worker = ThreadPoolExecutor(1) if optimizer and device_set.overlaps else None
 
     def make(layer: MoELayer) -> OffloadedExperts:
-        made = OffloadedExperts(layer.experts, device_set, layer.index, adapter)
+        made = OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker, adapter)
         device_set.layers[layer.index] = made
         return made
 

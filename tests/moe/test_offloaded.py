@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +51,14 @@ def test_training_equals_the_resident_model_bit_by_bit(tiny: SimpleNamespace, ar
         assert torch.equal(ours, theirs), name
 
 
+def _trained(model: nn.Module, step: Callable[[], None], batch: dict) -> dict[str, torch.Tensor]:
+    for _ in range(3):
+        model(**batch).loss.backward()
+        step()
+    compact.restore(model)
+    return model.state_dict()
+
+
 def test_adapters_learn_what_those_of_resident_experts_do_and_nothing_travels_back(
     tiny: SimpleNamespace, architecture: str
 ) -> None:
@@ -75,21 +86,24 @@ def test_adapters_learn_what_those_of_resident_experts_do_and_nothing_travels_ba
         assert torch.equal(ours, theirs), name
 
 
-def test_both_forms_train_the_same(tiny: SimpleNamespace) -> None:
-    """Bit for bit."""
+def test_both_forms_and_the_pipeline_train_the_same(tiny: SimpleNamespace) -> None:
+    """One optimizer after the backward pass, or one per layer behind it: bit for bit, in either form."""
     states = []
-    for offloading in ("on_demand", "overlapped"):
+    for offloading, pipelined in product(("on_demand", "overlapped"), (False, True)):
         model = tiny.build("olmoe")
-        there = offloaded.offload(model, 3, offloading)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        for _ in range(3):
-            model(**tiny.batch(seed=0)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        compact.restore(model)
-        states.append(model.state_dict())
+        make = partial(torch.optim.AdamW, lr=0.01)
+        there = offloaded.offload(model, 3, offloading, make if pipelined else None)
+        plain = None if pipelined else make(p for p in model.parameters() if p.requires_grad)
+
+        def step(plain: torch.optim.Optimizer | None = plain) -> None:
+            if plain is not None:
+                plain.step()
+                plain.zero_grad()
+
+        states.append(_trained(model, step, tiny.batch(seed=0)))
         assert there.traffic.misses > 0
-    assert all(torch.equal(tensor, states[0][name]) for name, tensor in states[1].items())
+    for state in states[1:]:
+        assert all(torch.equal(tensor, states[0][name]) for name, tensor in state.items())
 
 
 def test_on_demand_copies_nothing_ahead_and_overlapping_copies_the_next_layers_first(tiny: SimpleNamespace) -> None:
