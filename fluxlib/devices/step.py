@@ -3,8 +3,8 @@
 Arithmetic and memory traffic are a roofline: the longer of the two, at the achieved rates of the device. Experts that
 do not fit wait on the host in 32 bit, with gradients and AdamW's moments there; over the bus go 16 bit, or codes.
 
-Both forms are real in :class:`fluxlib.moe.offloaded.OffloadedExperts`. ``on_demand`` is the paper's: an expert is copied
-for the forward and again for the backward pass, its gradient is copied back, the host's AdamW follows, and nothing
+Both forms are real in :class:`fluxlib.moe.offloaded.OffloadedExperts`. ``on_demand`` is the paper's: an expert is
+copied for the forward and again for the backward pass, its gradient is copied back, the host's AdamW follows, nothing
 overlaps. Deviation: ``overlapped`` is a pipeline over layers (ZeRO-Offload, Ren et al. 2021): while one computes, the
 next one's experts come, gradients of the one before go back, and AdamW updates the one before that. Each pass takes its
 longest stage, and one layer's share of the others.
