@@ -10,7 +10,6 @@ rule; here both follow from bytes, as many merged experts as tuned ones.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -226,6 +225,7 @@ class _Planner:
         self.model = _meta_model(config, step.dtype)
         self.parameters = count_parameters(self.model)
         found = find.layers(self.model)
+        self.learned = dry_run.learned_parameters(found[0], step.rank)
         self.resident_bytes = self.parameters.per_expert * step.dtype.itemsize
         """An offloaded expert's copy on the device, in the type that it computes in."""
         self.per_layer = [layer.num_experts for layer in found]
@@ -245,19 +245,33 @@ class _Planner:
         return min(max(num_tuned, sum(rest > 0 for rest in left)), sum(left)) if self.method == "flux" else 0
 
     def largest(self, usable: int) -> int:
-        """The most tuned experts whose peak, which grows with each of them, stays within ``usable`` bytes."""
+        """The most tuned experts whose peak stays within ``usable`` bytes.
+
+        The peak is nearly a straight line in their number, so a few dry runs close in on the answer. Each further one
+        costs at least its state, and its weight beyond that of the merged one that it may replace.
+        """
+        low, high = self.smallest, self.total
         if self.method == "fmd":
             needed = self._offloaded().total() + MIN_RESIDENT * self.resident_bytes
-            if needed > usable and self.peak(self.total, 0).total() > usable:
+            if needed > usable and self.peak(high, 0).total() > usable:
                 raise self._too_small(usable, needed)
-            return self.total
-
-        def needed_by(count: int) -> int:
-            return self.peak(count, self.num_merged(count)).total()
-
-        if (needed := needed_by(self.smallest)) > usable:
-            raise self._too_small(usable, needed)
-        return bisect_right(range(self.total + 1), usable, lo=self.smallest + 1, key=needed_by) - 1
+            return high
+        bottom, top = (self.peak(n, self.num_merged(n)).total() for n in (low, high))
+        if bottom > usable:
+            raise self._too_small(usable, bottom)
+        if top <= usable:
+            return high
+        weight_bytes = 0 if self.method == "fmq" else max(0, TUNED_DTYPE.itemsize - self.step.dtype.itemsize)
+        cost = self.learned * (MOMENT_BYTES + weight_bytes)
+        while high - low > 1 and usable - bottom >= cost:
+            guess = low + int((usable - bottom) / (top - bottom) * (high - low))
+            middle = min(max(guess, low + 1), high - 1)
+            found = self.peak(middle, self.num_merged(middle)).total()
+            if found <= usable:
+                low, bottom = middle, found
+            else:
+                high, top = middle, found
+        return low
 
     def plan(self, num_tuned: int, num_merged: int, memory_bytes: int | None, usable: int | None) -> MemoryPlan:
         """The plan for given numbers of experts."""
@@ -313,13 +327,15 @@ class _Planner:
             if number and kind != "routed experts":
                 rows.append(Row(kind, number * self.step.dtype.itemsize, number))
                 rest -= rows[-1].num_bytes
-        frozen, num_frozen = f"experts in {self.step.bits} bit", self.total
-        if self.method == "flux":
-            frozen, num_frozen = "merged experts", num_merged
+        frozen = (
+            ("merged experts", num_merged)
+            if self.method == "flux"
+            else (f"experts in {self.step.bits} bit", self.total)
+        )
         rows += [
             Row("buffers", rest),
             Row("tuned experts", by_kind["tuned"], num_tuned * size),
-            Row(frozen, by_kind["frozen"], num_frozen * size),
+            Row(frozen[0], by_kind["frozen"], frozen[1] * size),
             Row("gradients", by_kind["gradients"]),
             Row("optimizer state", by_kind["optimizer"]),
             Row("activations", by_kind["activations"]),
