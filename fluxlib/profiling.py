@@ -19,6 +19,8 @@ from fluxlib.moe.capture import Capture, LayerCapture, capture
 from fluxlib.moe.quantized import QuantizedExperts, quantized
 from fluxlib.moe.replace import evaluating, with_forward
 
+BITS = (2, 3, 4, 8, 16)
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -73,6 +75,8 @@ def profile(model: nn.Module, batches: Iterable[dict[str, Tensor]], bits: int = 
     Raises:
         ValueError: other ``bits``, no token in any batch, NaN in an expert.
     """
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, got {bits}")
     num_read = len(find.layers(model)) - 1  # nothing is routed by what the last layer's experts put out
     with quantized(model, bits, num_layers=num_read) if bits < 16 else nullcontext(), evaluating(model):
         _check_finite(model)

@@ -240,6 +240,9 @@ def assign(
     Raises:
         ValueError: naming the participant whose utilities or budget are not allowed.
     """
+    if utilities.dim() != 3 or len(budgets) != len(utilities):
+        shape = (len(budgets), "layers", "experts")
+        raise ValueError(f"utilities must be {shape}, got {tuple(utilities.shape)}")
     values, counts = utilities.flatten(1), torch.as_tensor(budgets, device=utilities.device).long()
     for participant in ((counts < 0) | (counts > values.shape[1])).nonzero().flatten().tolist():
         allowed = f"0..{values.shape[1]} (all experts)"
@@ -276,8 +279,10 @@ def epsilon_schedule(round_index: int, num_rounds: int, kind: str | float = "dyn
     Paper: epsilon is the EXPLOITATION share and rises; its constants are not given (0.3 and 0.7 are compared).
     Deviation: ``dynamic`` is at its end after a third of the rounds.
     """
+    if isinstance(kind, int | float) and 0 <= kind <= 1:
+        return float(kind)
     if kind == "dynamic":
         return 0.3 + 0.5 * min(1.0, round_index / max(num_rounds / 3, 1))
     if kind == "paper":
         return min(0.8, 0.3 + round_index / max(num_rounds, 1))
-    return float(kind)
+    raise ValueError(f"epsilon must be 'dynamic', 'paper' or a number in 0..1, got {kind!r}")

@@ -51,6 +51,8 @@ def test_the_order_is_that_of_utilities_not_of_norms() -> None:
     assert found["rank_correlation"] == pytest.approx(1.0)
 
 
-def test_no_gradient_at_all_is_refused() -> None:
+def test_wrong_shapes_are_named() -> None:
+    with pytest.raises(ValueError, match=r"\[R, N\], \[N\] and \[N\], got \(2,\)"):
+        quality(torch.ones(2), torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match="no expert has a gradient"):
         quality(torch.ones(1, 2), torch.zeros(2), torch.ones(2))

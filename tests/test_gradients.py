@@ -256,7 +256,7 @@ def test_wrong_input_is_named(function) -> None:
     model, data = build(), batch()
     with pytest.raises(ValueError, match=r"MoE layers 0..2, got \(3, 0\)"):
         function(model, data, [(3, 0)])
-    with pytest.raises(ValueError, match=r"expected 0..7, got 8"):
+    with pytest.raises(ValueError, match=r"layer 1 has 0..7, got 8"):
         function(model, data, [(1, 8)])
     with pytest.raises(ValueError, match="at least one scored token, got 4 samples"):
         function(model, {**data, "labels": torch.full_like(data["labels"], -100)}, [(0, 0)])

@@ -140,6 +140,8 @@ def test_features_of_a_module_are_those_of_its_flattened_experts() -> None:
 def test_equal_experts_and_single_experts_have_no_features() -> None:
     assert (merging.features(torch.ones(4, 10)) == 0).all()
     assert (merging.features(torch.ones(1, 10)) == 0).all()
+    with pytest.raises(ValueError, match="dim is -1, allowed is at least 1"):
+        merging.features(torch.randn(4, 10), -1)
 
 
 # Clusters
@@ -203,9 +205,23 @@ def test_inertia_by_hand() -> None:
     assert merging.inertia([layer], [torch.tensor([0, 0, 1])]) == 2.0
 
 
-def test_cluster_names_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="layer 1, expert 1"):
-        merging.cluster([torch.zeros(4, 2), torch.tensor([[0.0, 1], [math.nan, 1], [0, 0], [0, 0]])], [2, 2])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budgets": [2]}, "one entry for each of 2 layers, got 1"),
+        ({"budgets": [0, 2]}, r"budgets\[0\] must be in 1..4"),
+        ({"budgets": [2, 5]}, r"budgets\[1\] must be in 1..4"),
+        ({"method": "slow"}, "'fused' or 'per_layer', got 'slow'"),
+        (
+            {"features": [torch.zeros(4, 2), torch.tensor([[0.0, 1], [math.nan, 1], [0, 0], [0, 0]])]},
+            "layer 1, expert 1",
+        ),
+    ],
+)
+def test_cluster_names_what_is_wrong(change: dict, message: str) -> None:
+    arguments = {"features": [torch.zeros(4, 2)] * 2, "budgets": [2, 2]} | change
+    with pytest.raises(ValueError, match=message):
+        merging.cluster(**arguments)
 
 
 # Budgets and clusters at once
@@ -300,6 +316,8 @@ def test_merge_weights_by_hand(profile: profiling.Profile) -> None:
     assert merging.merge_weights(known, "uniform")[0].tolist() == [1.0, 1.0, 1.0]
     gate = torch.tensor([[0.9, 0.1, 0.0]])
     assert merging.merge_weights(replace(known, gate=gate), "gate") is gate
+    with pytest.raises(ValueError, match="weights must be one of"):
+        merging.merge_weights(known, "loudest")
 
 
 def test_plan_covers_every_expert_within_the_budget(model: nn.Module, profile: profiling.Profile) -> None:

@@ -183,7 +183,7 @@ def test_experts_never_used_have_no_frequency_and_no_attention() -> None:
 
 def test_wrong_input_is_named() -> None:
     model = build()
-    with pytest.raises(ValueError, match=r"bits: expected one of \(2, 3, 4, 8\), got 5"):
+    with pytest.raises(ValueError, match=r"bits must be one of \(2, 3, 4, 8, 16\), got 5"):
         profiling.profile(model, [batch()], bits=5)
     empty = batch()
     empty["attention_mask"] = torch.zeros_like(empty["attention_mask"])

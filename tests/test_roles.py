@@ -50,6 +50,8 @@ def test_epsilon_rises_over_the_first_third_and_stays() -> None:
     assert schedule[10:] == pytest.approx([0.8] * 20)
     assert roles.epsilon_schedule(7, 30, 0.7) == 0.7
     assert roles.epsilon_schedule(3, 30, "paper") == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="'dynamic', 'paper' or a number"):
+        roles.epsilon_schedule(0, 30, "rising")
 
 
 def test_assign_exploits_the_best_and_explores_among_all_others() -> None:
@@ -105,6 +107,8 @@ def test_exploration_rotates_to_the_oldest() -> None:
 @pytest.mark.parametrize(
     ("utilities", "budgets", "message"),
     [
+        (torch.ones(2, 3), [1, 1], r"\(2, 'layers', 'experts'\), got \(2, 3\)"),
+        (torch.ones(2, 1, 3), [1], r"\(1, 'layers', 'experts'\), got \(2, 1, 3\)"),
         (torch.ones(2, 1, 3), [1, 4], r"budgets\[1\] must be in 0..3 \(all experts\), got 4"),
         (torch.ones(2, 1, 3), [1, -1], r"budgets\[1\]"),
         (torch.tensor([[[1.0, 2]], [[math.nan, 1]]]), [1, 1], r"participants \[1\] are not"),

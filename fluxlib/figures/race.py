@@ -18,8 +18,10 @@ from fluxlib.figures.picture import Picture, caption, drawn, facets, footer, pan
 def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wall_s")) -> Picture:
     """Score over time, one column per model and task, one row per clock (columns of ``rounds``), one line per method.
 
-    Round by round: mean score over seeds at the mean time of that round.
+    Round by round: mean score over seeds at the mean time of that round. ValueError: an unknown clock.
     """
+    if unknown := [clock for clock in clocks if clock not in style.CLOCKS]:
+        raise ValueError(f"clocks has {unknown}, allowed are {', '.join(style.CLOCKS)}")
     places, looks = list(rounds.groupby(["model", "task"])), style.of_methods(rounds["method"])
     size = max(4.0, 2.9 * len(places)), 2.2 * len(clocks) + 0.4
     figure, axes = panels(rounds, size, len(clocks), len(places), sharey="col", squeeze=False)

@@ -94,7 +94,8 @@ def by_layer(model: torch.nn.Module, experts: Sequence[ExpertKey]) -> list[tuple
         if not 0 <= index < len(found):
             raise ValueError(f"experts: the model has MoE layers 0..{len(found) - 1}, got {(index, expert)}")
         layer = found[index]
-        find.check_expert(expert, layer.num_experts)
+        if not 0 <= expert < layer.num_experts:
+            raise ValueError(f"experts: layer {index} has 0..{layer.num_experts - 1}, got {expert}")
         for group in layer.experts.plan.groups if isinstance(layer.experts, CompactExperts) else ():
             if expert in group and len(group) > 1:
                 raise ValueError(f"experts: {expert} of layer {index} is merged with others: {list(group)}")

@@ -26,8 +26,11 @@ def quality(estimated: Tensor, true: Tensor, tokens: Tensor, floor: float = 3e-8
         one unguided probe has ``sqrt(2)``, for p is normal.
 
     Raises:
-        ValueError: no expert with a gradient.
+        ValueError: shapes that do not fit, or no expert with a gradient.
     """
+    if estimated.dim() != 2 or true.shape != estimated.shape[1:] or tokens.shape != true.shape:
+        shapes = f"{tuple(estimated.shape)}, {tuple(true.shape)} and {tuple(tokens.shape)}"
+        raise ValueError(f"estimated, true and tokens must be [R, N], [N] and [N], got {shapes}")
     used = true > 0
     if not used.any():
         raise ValueError("true: no expert has a gradient")

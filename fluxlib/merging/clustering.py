@@ -26,12 +26,14 @@ def cluster(features: Sequence[Tensor], budgets: Sequence[int], method: str = "f
         Per layer labels ``[n_l]`` long: every label of 0..budget-1 occurs, in the order of its first expert.
 
     Raises:
-        ValueError: features that are not finite; the layer is named.
+        ValueError: a budget that is not allowed, features that are not finite (naming the layer), an unknown method.
     """
-    points, real = _padded(features)
+    if method not in ("fused", "per_layer"):
+        raise ValueError(f"method must be 'fused' or 'per_layer', got {method!r}")
+    points, real = _padded(features, budgets)
     if not real.any():
         return [torch.zeros(0, dtype=torch.long) for _ in features]
-    member = {"fused": _fused, "per_layer": _per_layer}[method](points, real, np.asarray(budgets), seed)
+    member = (_fused if method == "fused" else _per_layer)(points, real, np.asarray(budgets), seed)
     labels = torch.from_numpy(_in_order_of_appearance(member))
     return list(labels.unbind()) if real.all() else [row[: len(own)] for row, own in zip(labels, features, strict=True)]
 
@@ -47,9 +49,14 @@ def inertia(features: Sequence[Tensor], labels: Sequence[Tensor]) -> float:
     return total
 
 
-def _padded(features: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def _padded(features: Sequence[Tensor], budgets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Experts of all layers as ``[L, n, dim]``, 0 where a layer has fewer than n, and which are real, ``[L, n]``."""
+    if len(features) != len(budgets):
+        raise ValueError(f"budgets must have one entry for each of {len(features)} layers, got {len(budgets)}")
     counts = [len(rows) for rows in features]
+    for layer, (k, most) in enumerate(zip(budgets, counts, strict=True)):
+        if not min(most, 1) <= k <= most:
+            raise ValueError(f"budgets[{layer}] must be in {min(most, 1)}..{most} (experts to merge), got {k}")
     points = pad_sequence(list(features), batch_first=True).detach().float().cpu().numpy()
     real = np.arange(points.shape[1]) < np.array(counts)[:, None]
     if not np.isfinite(points.sum()):

@@ -44,6 +44,8 @@ def gram_of(experts: nn.Module) -> Tensor:
 
 def from_gram(gram: Tensor, dim: int = 32) -> Tensor:
     """Features ``[n, dim]`` from the experts' scalar products ``[n, n]``: centred, PCA, unit length."""
+    if dim < 1:
+        raise ValueError(f"dim is {dim}, allowed is at least 1")
     if len(gram) == 0:
         return torch.zeros(0, dim)
     centred = gram.double().cpu()

@@ -27,14 +27,17 @@ def merge_weights(profile: Profile, kind: MergeWeights = "attention_frequency") 
         kind: ``attention_frequency`` (eq. 2: ``f * a``), ``frequency``, ``uniform``; or ``gate`` (beyond the
             paper): squared gate weights. An expert that is chosen often, but always last, weighs little there.
     """
-    if kind == "gate" and not len(profile.gate):
+    if kind == "gate" and profile.gate.shape != profile.frequency.shape:
         raise ValueError("weights 'gate' needs a profile that measured gate weights, this one has none")
-    return {
+    weights = {
         "attention_frequency": profile.frequency * profile.attention.nan_to_num(),
         "frequency": profile.frequency,
         "uniform": torch.ones_like(profile.frequency),
         "gate": profile.gate,
-    }[kind]
+    }
+    if kind not in weights:
+        raise ValueError(f"weights must be one of {tuple(weights)}, got {kind!r}")
+    return weights[kind]
 
 
 def plan(

@@ -5,6 +5,7 @@ Paper: sections 5 and 6; ``customized_moe(model, exps_config)`` there, :func:`cu
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -43,7 +44,7 @@ class LayerPlan:
         dropped: Experts that are taken out of the routing (FMES) and have no slot.
 
     Raises:
-        ValueError: An expert in two places, an empty group, or weights that do not fit the groups.
+        ValueError: No whole numbers, an expert in two places, an empty group, or weights that do not fit the groups.
     """
 
     tuned: tuple[int, ...] = ()
@@ -53,6 +54,9 @@ class LayerPlan:
     dropped: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("tuned", "dropped"):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+        object.__setattr__(self, "groups", tuple(_numbers("groups", group) for group in self.groups))
         everyone = self.experts
         twice = sorted({e for e in everyone if everyone.count(e) > 1})
         if twice:
@@ -86,6 +90,14 @@ class LayerPlan:
             raise ValueError(
                 f"plan: must cover experts 0..{num_experts - 1}; left out {missing}, not in this layer {unknown}"
             )
+
+
+def _numbers(name: str, experts: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of experts, of whatever type of whole numbers, as plain ones."""
+    try:
+        return tuple(operator.index(expert) for expert in experts)
+    except TypeError as error:
+        raise ValueError(f"{name}: expected whole numbers of experts, got {experts!r}") from error
 
 
 class CompactExperts(ReplacedExperts):
@@ -267,6 +279,9 @@ def customize(
         ValueError: The plans are not for this model, or its experts were replaced before. The model is then as it was.
     """
     num_layers = len(layers(model))
+    if not isinstance(plans, Sequence) or not all(isinstance(plan, LayerPlan) for plan in plans):
+        kinds = [type(plan).__name__ for plan in plans] if isinstance(plans, Sequence) else type(plans).__name__
+        raise ValueError(f"plans: expected a list of LayerPlan, one per MoE layer, got {kinds}")
     if len(plans) != num_layers:
         raise ValueError(f"plans: expected one per MoE layer, {num_layers}, got {len(plans)}")
 

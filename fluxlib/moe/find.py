@@ -109,6 +109,9 @@ class ReplacedExperts(nn.Module):
     def write_back(self) -> None:
         """Write what was learned into the original; nothing by default."""
 
+    def discard(self) -> None:
+        """Forget what was learned; nothing by default."""
+
 
 def layers(model: nn.Module) -> list[MoELayer]:
     """MoE layers of a model, first to last.

@@ -194,6 +194,7 @@ class OffloadedExperts(SlotExperts):
         self.host = _HostParameters(
             {f"{n}_{e}": nn.Parameter(s.data[e].data) for n, s in stacks.items() for e in range(self.num_experts)}
         ).requires_grad_(adapter is None)
+        self._versions = self._now()
         self._finish_return: Callable[[], None] = lambda: None
         self._optimizer = optimizer(self.host.parameters()) if optimizer else None
         self._worker = worker
@@ -213,6 +214,13 @@ class OffloadedExperts(SlotExperts):
         """What weights learned is in the original's memory already, once the last step is done."""
         self.wait()
         super().write_back()
+
+    def discard(self) -> None:
+        """Refuse to forget what was trained, for the original's memory was written to."""
+        self.wait()
+        changed = [e for e, (now, before) in enumerate(zip(self._now(), self._versions, strict=True)) if now != before]
+        if changed:
+            raise ValueError(f"write: offloaded experts are trained in place, expected True; changed were {changed}")
 
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of an expert on the device, in ``dtype``; that of the next one starts to travel."""
@@ -275,6 +283,9 @@ class OffloadedExperts(SlotExperts):
             _accumulate(parameters, arrived)
 
         return finish
+
+    def _now(self) -> list[int]:
+        return [_version(self.parameters_of(expert)) for expert in range(self.num_experts)]
 
 
 def offload(

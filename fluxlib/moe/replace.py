@@ -58,12 +58,14 @@ def replace(model: nn.Module, layer: MoELayer, new: nn.Module) -> None:
 def restore(model: nn.Module, write: bool = True) -> nn.Module:
     """Put the original experts, routing and ``requires_grad`` flags back; nothing happens to an original model.
 
-    With ``write`` what was learned is written into the originals first; offloaded experts have learned there anyway.
+    With ``write`` what was learned is written into the originals first.
     """
     for layer in layers(model):
         module = layer.experts
         if not isinstance(module, ReplacedExperts):
             continue
+        if not write:
+            module.discard()
         module.original.to(module.place.device)
         if expert_tensors(module.original, 0)["down_proj"].dtype != module.place.dtype:
             module.original.to(module.place.dtype)

@@ -177,8 +177,10 @@ def test_numbers_beside_the_changes_are_checked_too(expected: Expected, changes:
     assert refused(content_of(expected, good(expected, **changes)), expected) == reason
 
 
-def test_reasons_have_a_description() -> None:
+def test_reasons_have_a_description_and_others_do_not_exist() -> None:
     assert all(REASONS.values())
+    with pytest.raises(ValueError, match="allowed are error"):
+        Rejected("bad luck", "")
 
 
 def test_what_is_no_believable_change() -> None:

@@ -60,6 +60,8 @@ def test_convergence_has_a_panel_per_task_and_clock_and_says_what_it_shows(round
     small_print = " ".join(figure.get_supxlabel().split())
     assert "llama-moe-3.5b over 1gbps" in small_print and "1 to 2 seeds: one, no band; two" in small_print
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [0.0, 3.0, 6.0])
+    with pytest.raises(ValueError, match="allowed are device_s, wall_s, round"):
+        race.convergence(rounds, clocks=("hours",))
 
 
 def test_a_clock_of_the_model_itself_is_named_after_it(rounds):

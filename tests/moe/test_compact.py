@@ -233,9 +233,16 @@ def test_plans_name_what_is_wrong(tiny: SimpleNamespace) -> None:
         LayerPlan((0,), ((1, 2),), ((1.0, -1.0),))
     with pytest.raises(ValueError, match=r"left out \[3\], not in this layer \[9\]"):
         LayerPlan((0, 1), ((2, 9),)).check(4)
+    for fields in ({"tuned": (0.0,)}, {"groups": ((1, 2.5),)}, {"groups": (1, 2)}, {"dropped": 3}):
+        with pytest.raises(ValueError, match=r"(tuned|groups|dropped): expected whole numbers of experts, got"):
+            LayerPlan(**fields)
     model = tiny.build("mixtral")
     with pytest.raises(ValueError, match="one per MoE layer, 2, got 1"):
         compact.customize(model, [_alone(6)])
+    with pytest.raises(ValueError, match="plans: expected a list of LayerPlan, one per MoE layer, got LayerPlan"):
+        compact.customize(model, _alone(6))
+    with pytest.raises(ValueError, match=r"plans: expected a list of LayerPlan.*\['LayerPlan', 'NoneType'\]"):
+        compact.customize(model, [_alone(6), None])
     with pytest.raises(ValueError, match=r"plans\[1\]: .* left out \[4, 5\]"):
         compact.customize(model, [_alone(6), _alone(4)])
     compact.customize(model, [_alone(6)] * 2)
@@ -275,7 +282,10 @@ def test_the_other_library_changes_no_number(
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
 
 
-def test_weights_are_shares() -> None:
+def test_weights_are_shares_and_numbers_of_any_kind_are_numbers() -> None:
     with pytest.raises(ValueError, match="expected finite numbers"):
         LayerPlan((), ((0, 1, 2),), ((1e308, 1e308, 0.0),))
     assert LayerPlan((), ((0, 1),), ((1.0, 3.0),)).shares(0) == (0.25, 0.75)
+    plan = LayerPlan(torch.tensor([2, 0]), ([torch.tensor(1), 3],))
+    assert plan == LayerPlan((2, 0), ((1, 3),))
+    assert all(type(expert) is int for expert in plan.experts)

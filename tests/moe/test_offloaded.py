@@ -212,3 +212,11 @@ def test_what_cannot_be_is_named(tiny: SimpleNamespace) -> None:
     model = tiny.build("mixtral")
     with pytest.raises(ValueError, match="room for at least 1 expert, got 0"):
         offloaded.offload(model, capacity=0)
+    offloaded.offload(model, capacity=2)
+    compact.restore(model, write=False)
+    offloaded.offload(model, capacity=2)
+    find.layers(model)[0].experts.expert_tensors(3)["down_proj"].zero_()
+    with pytest.raises(ValueError, match=r"trained in place, expected True; changed were \[3\]"):
+        compact.restore(model, write=False)
+    compact.restore(model)
+    assert not find.layers(model)[0].experts.down_proj[3].any()

@@ -40,6 +40,8 @@ class Rejected(ValueError):
     """A reply that must not be aggregated; ``reason`` is one of :data:`REASONS`."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        if reason not in REASONS:
+            raise ValueError(f"reason is {reason!r}, allowed are {', '.join(REASONS)}")
         self.reason = reason
         self.detail = detail
         super().__init__(f"{reason}: {detail}")
