@@ -8,20 +8,26 @@ twice. In process nothing is packed.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.serde import array_record_from_proto, array_record_to_proto
-from flwr.proto.recorddict_pb2 import ArrayRecord as Parcel
+from pydantic import NonNegativeInt, TypeAdapter
 
 from fluxlib.federation.protocol.wire import WireError, make_array, make_record
-from fluxlib.io import reading
+from fluxlib.io import brief, reading
 
 MARK = "parcels"
 """Name of the record that says that a message has parcels, and that the reply may have them too."""
 LARGE = 16 * 2**20
 _STYPE = "fluxlib.parcel"
+_LENGTH = 8
+"""Bytes of a parcel's first number: how long its list of contents is."""
+_CONTENTS = TypeAdapter(list[tuple[str, str, tuple[NonNegativeInt, ...], str, NonNegativeInt]])
+"""Name, type, shape and form of each array, and its bytes."""
 
 
 def pack(content: RecordDict) -> RecordDict:
@@ -35,7 +41,7 @@ def pack(content: RecordDict) -> RecordDict:
 
 @reading("parcels", WireError)
 def unpack(content: RecordDict) -> RecordDict:
-    """Inverse of :func:`pack`; content that was not packed as it is. WireError: bytes that are no parcel."""
+    """Inverse of :func:`pack`; content that was not packed as it is. WireError: bytes are not what a parcel lists."""
     if MARK not in content:
         return content
     records = {name: record for name, record in content.items() if name != MARK}
@@ -72,13 +78,23 @@ def _packed(record: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
 
 
 def _parcel(arrays: Mapping[str, Array]) -> Array:
-    data = array_record_to_proto(make_record(arrays)).SerializeToString()
+    listed = [[name, a.dtype, list(a.shape), a.stype, len(a.data)] for name, a in arrays.items()]
+    index = json.dumps(listed).encode()
+    data = b"".join([len(index).to_bytes(_LENGTH, "little"), index, *(array.data for array in arrays.values())])
     return make_array("uint8", (len(data),), _STYPE, data)
 
 
 def _unpacked(record: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
     for name, array in record.items():
-        if array.stype == _STYPE:
-            yield from array_record_from_proto(Parcel.FromString(array.data)).items()
-        else:
+        if array.stype != _STYPE:
             yield name, array
+            continue
+        data, start = array.data, _LENGTH + int.from_bytes(array.data[:_LENGTH], "little")
+        listed = _CONTENTS.validate_json(data[_LENGTH:start], strict=True)
+        if start + sum(size for *_, size in listed) != len(data):
+            raise WireError(f"{brief(name)} has {len(data)} bytes, its list of contents says otherwise")
+        for label, dtype, shape, stype, size in listed:
+            if stype == _STYPE or size < math.prod(shape) * np.dtype(dtype).itemsize:
+                raise ValueError(f"{label!r} of type {dtype!r} ({stype!r}) has shape {shape} in {size} bytes")
+            yield label, make_array(dtype, shape, stype, data[start : start + size])
+            start += size
