@@ -221,3 +221,13 @@ def test_tracked_files_are_small_and_no_pins_stand_elsewhere():
         assert not path.is_file() or path.stat().st_size <= 12_000_000, name
     assert "==" not in (REPO_ROOT / "environment.yml").read_text()
     assert "==" not in (REPO_ROOT / "pyproject.toml").read_text()
+
+
+def test_nothing_of_flower_but_its_public_modules_is_imported() -> None:
+    public = {"app", "clientapp", "serverapp", "simulation"}
+    found = {
+        (path.name, part)
+        for path in library_files()
+        for part in re.findall(r"\bflwr\.(\w+)[\w.]* import", path.read_text())
+    }
+    assert {part for _, part in found} <= public, found
