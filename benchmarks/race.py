@@ -15,6 +15,8 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +52,22 @@ CHUNK = 1 << 19
 again: two of its 5 MB would never be through a link this slow."""
 
 
-def over_relays(config: RunConfig, on_round: Callable[[Any], bool]) -> federation.RunResult:
-    """A run whose nodes have its link for real."""
-    with tempfile.TemporaryDirectory(prefix="flux-race-") as folder, ShapedFederation(Path(folder), config) as nodes:
-        os.environ["FLWR_HOME"] = str(nodes.home)
-        return federation.run(config, on_round, superlink=CONNECTION)
+def over_relays(config: RunConfig, on_round: Callable[[Any], bool], nodes: Callable[[], ShapedFederation]) -> Any:
+    """A run on ``nodes``, which have its link for real; they are started with the first run that needs them."""
+    os.environ["FLWR_HOME"] = str(nodes().home)
+    return federation.run(config, on_round, superlink=CONNECTION)
 
 
 def measured(
     config: RunConfig, limit_s: float, out: Path, run: Callable[..., federation.RunResult] = federation.run
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of a run that ends with the first round after ``limit_s``; those of ``out`` where it is over."""
+    """The tables of a run that ends with the first round after ``limit_s``; those of ``out`` where it is over.
+
+    The server has begun its next round when it is asked to stop, so it is asked when that one will be the last.
+    """
     paths = [out / f"{config.run_id}-{name}.parquet" for name in ("rounds", "participants")]
     if not all(path.exists() for path in paths):
-        found = run(config, on_round=lambda new: bool(new["wall_s"] >= limit_s))
+        found = run(config, on_round=lambda new: bool(new["wall_s"] + new["round_wall_s"] >= limit_s))
         for path, frame in zip(paths, (found.rounds, found.participants), strict=True):
             frame.to_parquet(path)
     rounds, participants = (pd.read_parquet(path) for path in paths)
@@ -100,16 +104,17 @@ def main() -> None:
     rows: list[Row] = []
     for label, times in rates.items():
         link = f"{8 * per_s * times / 1e3:.0f}kbps"
-        for name in METHODS:
-            shaped = {
-                "variant": label.lower().replace(" ", "-").replace("/", ""),
-                "clock.link": link,
-            }
-            config = make_config({**COMMON, **METHODS[name], "method": name, **shaped})
-            rounds, participants = measured(config, given.seconds, given.runs, over_relays)
-            said = race_clock.predicted(participants, place(config, link), speeds[name])
-            rows += race_clock.rows(rounds, said, f"{name}, {label}")
-            print(f"{name} {label}: {len(rounds) - 1} rounds, score {rounds['metric'].iloc[-1]:.3f}", flush=True)
+        shaped = {"variant": label.lower().replace(" ", "-").replace("/", ""), "clock.link": link}
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flux-race-")))
+            nodes = partial(stack.enter_context, ShapedFederation(folder, make_config({**COMMON, **shaped})))
+            run = partial(over_relays, nodes=cache(nodes))
+            for name in METHODS:
+                config = make_config({**COMMON, **METHODS[name], "method": name, **shaped})
+                rounds, participants = measured(config, given.seconds, given.runs, run)
+                said = race_clock.predicted(participants, place(config, link), speeds[name])
+                rows += race_clock.rows(rounds, said, f"{name}, {label}")
+                print(f"{name} {label}: {len(rounds) - 1} rounds, score {rounds['metric'].iloc[-1]:.3f}", flush=True)
     frame = measurements(rows, f"race-{MODEL}")
     parameters = {"link_mbps": 8 * per_s / 1e6, "seconds": given.seconds, "machine": machine(torch.device("cpu")),
                   "besides_s": {name: speed.besides_s for name, speed in speeds.items()},
