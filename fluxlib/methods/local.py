@@ -15,14 +15,11 @@ from fluxlib import profiling
 from fluxlib.config import RunConfig
 from fluxlib.methods.base import Batch, ExpertKey, LocalData, LocalRound, Update, Work
 from fluxlib.moe import find
-from fluxlib.moe.adapter import Adapter
+from fluxlib.moe.adapter import Adapter, LearningExperts
 from fluxlib.moe.capture import capture
 from fluxlib.moe.compact import CompactExperts, LayerPlan, customize, restore
-from fluxlib.moe.dispatch import SlotExperts
 from fluxlib.moe.product import wide_dtype
 from fluxlib.tasks.batches import IGNORED, to_device
-
-LearningLayer = CompactExperts | SlotExperts
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def customized(
         restore(model, write=False)
 
 
-def tune(model: nn.Module, layers: Sequence[LearningLayer], batches: Sequence[Batch], config: RunConfig) -> Tuned:
+def tune(model: nn.Module, layers: Sequence[LearningExperts], batches: Sequence[Batch], config: RunConfig) -> Tuned:
     """:func:`run_steps` on what the layers of a model learn: tuned slots of a customised one, or adapters.
 
     The optimizer starts afresh: experts change roles from round to round.
@@ -139,7 +136,7 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float
 class _StackLearner:
     """The learned stacks of layers."""
 
-    def __init__(self, layers: Sequence[LearningLayer], config: RunConfig) -> None:
+    def __init__(self, layers: Sequence[LearningExperts], config: RunConfig) -> None:
         self.layers = layers
         parameters = [p for layer in layers for p in layer.learned_stacks().values() if p.shape[0]]
         self.optimizer = make_optimizer(parameters, config)
@@ -165,7 +162,7 @@ class _StackLearner:
         return found
 
 
-def squared_gradient_norms(layers: Sequence[LearningLayer]) -> Tensor:
+def squared_gradient_norms(layers: Sequence[LearningExperts]) -> Tensor:
     """``[L, E]`` squared norm of each tuned and each watched expert's gradient, NaN for the others."""
     norms = torch.full((len(layers), layers[0].num_experts), float("nan"))
     for row, experts in zip(norms, layers, strict=True):

@@ -68,7 +68,7 @@ class QuantizedExperts(SlotExperts):
 
     def learning(self) -> list[Tensor]:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
-        return super().learning() if self.adapter or self.collects_gradients else []
+        return super().learning() if self.collects_gradients else []
 
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of one expert, dequantized, with those that come next where they are small."""
