@@ -83,7 +83,10 @@ class LearningExperts(ReplacedExperts):
         watched: Experts that do not learn, and whose gradients are measured.
         watched_norms: ``[W]`` squared norm of each watched expert's gradient, added up until it is set to zero.
         lora: B ``[T, out, rank]`` by stack name, where the layer computes; only with an adapter.
+        tuned_fixed: :meth:`fixed` of the tuned experts.
     """
+
+    tuned_fixed: dict[str, Tensor] | None
 
     def __init__(self, original: nn.Module, tuned: Sequence[int] | None, adapter: Adapter | None, layer: int) -> None:
         super().__init__(original)

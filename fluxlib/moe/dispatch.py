@@ -256,6 +256,7 @@ class SlotExperts(LearningExperts, Slots):
 
     def __init__(self, original: nn.Module, adapter: Adapter | None = None, layer: int = 0) -> None:
         super().__init__(original, None, adapter, layer)
+        self.tuned_fixed = self.fixed(self.tuned)
         self._adapted = None if adapter is None else _AdaptedSlots(self)
 
     def forward(
@@ -291,8 +292,8 @@ class _AdaptedSlots(StackedSlots):
     """Experts that bring their weights one at a time, with the B's of an adapter on top, which learn alone."""
 
     def __init__(self, experts: SlotExperts) -> None:
-        fixed, learned = experts.fixed(experts.tuned), experts.learned_stacks()
-        super().__init__(experts.layout, experts.activation, {}, "slots", fixed, learned)
+        kind = (experts.layout, experts.activation)
+        super().__init__(*kind, {}, "slots", experts.tuned_fixed, experts.learned_stacks())
         self.fetch = experts.fetch
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
