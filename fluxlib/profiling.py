@@ -6,7 +6,7 @@ L MoE layers, E experts per layer, N tokens (padding is never counted).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,7 +168,8 @@ def _count(
     gate, counts, num_tokens = received.clone(), [], 0
     # The head's logits are not needed, nor what the last layer's experts put out.
     body = getattr(model, "base_model", model)
-    with capture(body, attention=attention) as seen, with_forward([find.layers(body)[-1].experts], _zeros):
+    last = [find.layers(body)[-1].experts]
+    with capture(body, attention=attention) as seen, with_forward(last, lambda _module, _forward: _zeros):
         for batch in batches:
             body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             mask = batch["attention_mask"].bool()
@@ -183,9 +184,8 @@ def _count(
     return received, gate, torch.cat(counts), num_tokens
 
 
-def _zeros(_module: nn.Module, _forward: Callable[..., Any]) -> Callable[..., Tensor]:
-    """The forward of experts that are asked, and answer zeros without computing."""
-    return lambda hidden, *_args, **_kwargs: torch.zeros_like(hidden)
+def _zeros(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.zeros_like(hidden)
 
 
 def count(seen: Capture, mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
