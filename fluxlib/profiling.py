@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fluxlib.moe import find
 from fluxlib.moe.capture import Capture, LayerCapture, capture
-from fluxlib.moe.quantized import QuantizedExperts, quantized
-from fluxlib.moe.replace import evaluating, with_forward
+from fluxlib.moe.quantized import QuantizedExperts, quantize
+from fluxlib.moe.replace import evaluating, restoring, with_forward
 
 BITS = (2, 3, 4, 8, 16)
 
@@ -78,7 +78,8 @@ def profile(model: nn.Module, batches: Iterable[dict[str, Tensor]], bits: int = 
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
     num_read = len(find.layers(model)) - 1  # nothing is routed by what the last layer's experts put out
-    with quantized(model, bits, num_layers=num_read) if bits < 16 else nullcontext(), evaluating(model):
+    seen_through = restoring(quantize(model, bits, num_layers=num_read)) if bits < 16 else nullcontext()
+    with seen_through, evaluating(model):
         _check_finite(model)
         received, gate, counts, num_tokens = _count(model, batches, attention)
     return of_counts(model, counts, gate, num_tokens, received)

@@ -17,8 +17,9 @@ from fluxlib.methods.base import Batch, ExpertKey, LocalData, LocalRound, Update
 from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter, LearningExperts
 from fluxlib.moe.capture import capture
-from fluxlib.moe.compact import CompactExperts, LayerPlan, customize, restore
+from fluxlib.moe.compact import CompactExperts, LayerPlan, customize
 from fluxlib.moe.product import wide_dtype
+from fluxlib.moe.replace import restoring
 from fluxlib.tasks.batches import IGNORED, to_device
 
 
@@ -68,11 +69,8 @@ def customized(
     a model of 16: its own type would round most steps away. ``merged``: of :func:`fluxlib.moe.compact.customize`.
     """
     dtype = wide_dtype(next(model.parameters()).dtype)
-    customize(model, plans, dtype, None if config is None else Adapter.of(config), merged)
-    try:
+    with restoring(customize(model, plans, dtype, None if config is None else Adapter.of(config), merged)):
         yield [layer.experts for layer in find.layers(model)]  # type: ignore[misc]
-    finally:
-        restore(model, write=False)
 
 
 def tune(model: nn.Module, layers: Sequence[LearningExperts], batches: Sequence[Batch], config: RunConfig) -> Tuned:
@@ -210,10 +208,8 @@ class Stopwatch:
     def phase(self, name: str) -> Iterator[None]:
         """The block's wall-clock time is that of the phase ``name``."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.phases_s[name] = time.perf_counter() - start
+        yield
+        self.phases_s[name] = time.perf_counter() - start
 
 
 def report(

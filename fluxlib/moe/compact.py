@@ -19,8 +19,6 @@ from .find import MoELayer, check_expert, expert_tensors, layers, permute_neuron
 from .replace import replace_all
 from .replace import restore as restore
 
-Permutations = tuple[tuple[Tensor | None, ...], ...]
-
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -40,7 +38,7 @@ class LayerPlan:
     tuned: tuple[int, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     weights: tuple[tuple[float, ...], ...] | None = None
-    permutations: Permutations | None = field(default=None, compare=False)
+    permutations: tuple[tuple[Tensor | None, ...], ...] | None = field(default=None, compare=False)
     dropped: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
