@@ -6,7 +6,7 @@ L MoE layers, E experts per layer, N tokens (padding is never counted).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fluxlib.moe import find
 from fluxlib.moe.capture import Capture, LayerCapture, capture
-from fluxlib.moe.quantized import QuantizedExperts, quantized
-from fluxlib.moe.replace import evaluating, with_forward
+from fluxlib.moe.quantized import QuantizedExperts, quantize
+from fluxlib.moe.replace import evaluating, restoring, with_forward
 
 BITS = (2, 3, 4, 8, 16)
 
@@ -78,7 +78,8 @@ def profile(model: nn.Module, batches: Iterable[dict[str, Tensor]], bits: int = 
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
     num_read = len(find.layers(model)) - 1  # nothing is routed by what the last layer's experts put out
-    with quantized(model, bits, num_layers=num_read) if bits < 16 else nullcontext(), evaluating(model):
+    seen_through = restoring(quantize(model, bits, num_layers=num_read)) if bits < 16 else nullcontext()
+    with seen_through, evaluating(model):
         _check_finite(model)
         received, gate, counts, num_tokens = _count(model, batches, attention)
     return of_counts(model, counts, gate, num_tokens, received)
@@ -168,7 +169,8 @@ def _count(
     gate, counts, num_tokens = received.clone(), [], 0
     # The head's logits are not needed, nor what the last layer's experts put out.
     body = getattr(model, "base_model", model)
-    with capture(body, attention=attention) as seen, with_forward([find.layers(body)[-1].experts], _zeros):
+    last = [find.layers(body)[-1].experts]
+    with capture(body, attention=attention) as seen, with_forward(last, lambda _module, _forward: _zeros):
         for batch in batches:
             body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             mask = batch["attention_mask"].bool()
@@ -183,9 +185,8 @@ def _count(
     return received, gate, torch.cat(counts), num_tokens
 
 
-def _zeros(_module: nn.Module, _forward: Callable[..., Any]) -> Callable[..., Tensor]:
-    """The forward of experts that are asked, and answer zeros without computing."""
-    return lambda hidden, *_args, **_kwargs: torch.zeros_like(hidden)
+def _zeros(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.zeros_like(hidden)
 
 
 def count(seen: Capture, mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,6 @@ class Device:
     memory_bytes_per_s: Bytes
     bus_bytes_per_s: Bytes
     host_bytes_per_s: Bytes
-    host_memory_bytes: Bytes
     compute_frac: Fraction
     """Achieved share of ``peak_flops`` when fine-tuning with batches of a few thousand tokens."""
     bandwidth_frac: Fraction

@@ -315,11 +315,6 @@ def _peak_of_all(stretches: Iterable[tuple[Counter[str], ...]], start: Counter[s
     """The peak of stretches that follow one another, each as it was measured but for what is alive at its start."""
     state, highest = start.copy(), start
     for before, peak, after in stretches:
-        at_peak = state.copy()
-        at_peak.update(peak)
-        at_peak.subtract(before)
-        if at_peak.total() > highest.total():
-            highest = at_peak
-        state.update(after)
-        state.subtract(before)
+        highest = max(highest, state + peak - before, key=Counter.total)  # the earlier one, if they are equal
+        state = state + after - before
     return highest

@@ -123,12 +123,6 @@ class CachedForward:
         yield layer.experts.register_forward_hook(at_experts, with_kwargs=True)
 
 
-def depth(model: nn.Module, layer: find.MoELayer) -> float:
-    """Share of the decoder layers that is not above a MoE layer: 1 / n for the first of n, 1 for the last."""
-    stack, place = find.decoder_layers(model, layer)
-    return (place + 1) / len(stack)
-
-
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """``[B]`` float64: summed losses of each sample's scored tokens; their sum over the tokens is the model's loss."""
     scored = labels[:, 1:] != IGNORED

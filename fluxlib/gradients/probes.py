@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fluxlib import seeding
 from fluxlib.gradients.local import ExpertCall, by_layer, calls, combined, dot
-from fluxlib.gradients.patching import CachedForward, depth, quiet, scored_tokens
+from fluxlib.gradients.patching import CachedForward, quiet, scored_tokens
+from fluxlib.moe import find
 from fluxlib.moe.expert import Matrices
 from fluxlib.moe.find import ExpertKey, MoELayer
 
@@ -80,9 +81,10 @@ def probe_cost(model: nn.Module, experts: Sequence[ExpertKey], num_probes: int =
 
     One pass to begin with, then the layers above the expert's, for the samples that reach it.
     """
-    above = sum(
-        (1 - depth(model, layer)) * sum(map(len, places.values())) for layer, places in by_layer(model, experts)
-    )
+    above = 0.0
+    for layer, places in by_layer(model, experts):
+        stack, place = find.decoder_layers(model, layer)
+        above += (1 - (place + 1) / len(stack)) * sum(map(len, places.values()))
     return 1 + sides * num_probes * above if experts else 0.0
 
 

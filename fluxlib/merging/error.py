@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fluxlib.moe import compact, find
 from fluxlib.moe.compact import LayerPlan
-from fluxlib.moe.replace import evaluating
+from fluxlib.moe.replace import evaluating, restoring
 
 
 @torch.no_grad()
@@ -39,8 +39,7 @@ def output_error(
     wrong, total = torch.zeros(2, len(found), dtype=torch.float64)
     with evaluating(model):
         kept = [_record(model, watched, batch) for batch in batches]
-        compact.customize(model, plans)
-        try:
+        with restoring(compact.customize(model, plans)):
             for batch, (calls, truth) in zip(batches, kept, strict=True):
                 if accumulated:
                     _, outputs = _record(model, watched, batch)
@@ -51,8 +50,6 @@ def output_error(
                     ours, theirs = (states.flatten(0, -2)[mask.to(states.device)].double() for states in pair)
                     wrong[layer] += (ours - theirs).square().sum().cpu()
                     total[layer] += theirs.square().sum().cpu()
-        finally:
-            compact.restore(model, write=False)
     if not (total > 0).all():
         raise ValueError(f"batches must hold at least one token, got {len(batches)} batches of padding only")
     return (wrong / total).sqrt().float()

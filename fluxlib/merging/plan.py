@@ -63,7 +63,8 @@ def plan(
     if tuned.shape != profile.frequency.shape:
         raise ValueError(f"tuned must be {tuple(profile.frequency.shape)}, got {tuple(tuned.shape)}")
     found = find.layers(model)
-    rest = [(~row).nonzero().flatten() for row in tuned.cpu().bool()]
+    tuned = tuned.cpu().bool()
+    rest = [(~row).nonzero().flatten() for row in tuned]
     alpha = merge_weights(profile, rules.weights).cpu()
     grams = [gram_of(layer.experts) for layer in found]
     if rules.budgets == "joint":
@@ -73,7 +74,7 @@ def plan(
         slots = layer_budgets(profile.frequency, tuned.sum(dim=1), num_merged, rules.budgets)
         points = [from_gram(gram[members][:, members]) for gram, members in zip(grams, rest, strict=True)]
         labels = cluster(points, slots, seed=seed)
-    plans = [_layer_plan(*parts) for parts in zip(rest, labels, alpha, strict=True)]
+    plans = [_layer_plan(*parts) for parts in zip(tuned, rest, labels, alpha, strict=True)]
     return [align_neurons(*pair) for pair in zip(found, plans, strict=True)] if rules.align_neurons else plans
 
 
@@ -100,11 +101,9 @@ def _shares(gram: Tensor, alpha: Tensor, members: Tensor) -> Tensor:
     return gram[members][:, members] / (total if total > 0 else 1.0)
 
 
-def _layer_plan(members: Tensor, labels: Tensor, alpha: Tensor) -> LayerPlan:
-    """Members ``[n]`` of the slots that ``labels [n]`` name, weighted by ``alpha [E]``; all other experts tuned."""
+def _layer_plan(tuned: Tensor, members: Tensor, labels: Tensor, alpha: Tensor) -> LayerPlan:
+    """Members ``[n]`` of the slots that ``labels [n]`` name, weighted by ``alpha [E]``, beside the ``tuned [E]``."""
     groups = [_numbers(members[labels == slot]) for slot in range(int(labels.max()) + 1 if len(labels) else 0)]
-    tuned = torch.ones(len(alpha), dtype=torch.bool)
-    tuned[members] = False
     return LayerPlan(
         tuned=_numbers(tuned.nonzero()),
         groups=tuple(groups),

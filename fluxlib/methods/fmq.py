@@ -37,7 +37,8 @@ from fluxlib.moe import find
 from fluxlib.moe.adapter import Adapter
 from fluxlib.moe.packing import SCALE_BITS
 from fluxlib.moe.product import wide_dtype
-from fluxlib.moe.quantized import QuantizedExperts, quantized
+from fluxlib.moe.quantized import QuantizedExperts, quantize
+from fluxlib.moe.replace import restoring
 
 
 def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState]:
@@ -48,7 +49,7 @@ def train(model: nn.Module, local: LocalRound) -> tuple[Update, ParticipantState
     watch, adapter = Stopwatch(), Adapter.of(local.config)
     with ExitStack() as held:
         with watch.phase("quantize"):
-            held.enter_context(quantized(model, bits, adapter))
+            held.enter_context(restoring(quantize(model, bits, adapter)))
         with watch.phase("train"):
             experts: list[Any] = [layer.experts for layer in find.layers(model)]
             if adapter:

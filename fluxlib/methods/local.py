@@ -15,14 +15,12 @@ from fluxlib import profiling
 from fluxlib.config import RunConfig
 from fluxlib.methods.base import Batch, ExpertKey, LocalData, LocalRound, Update, Work
 from fluxlib.moe import find
-from fluxlib.moe.adapter import Adapter
+from fluxlib.moe.adapter import Adapter, LearningExperts
 from fluxlib.moe.capture import capture
-from fluxlib.moe.compact import CompactExperts, LayerPlan, customize, restore
-from fluxlib.moe.dispatch import SlotExperts
+from fluxlib.moe.compact import CompactExperts, LayerPlan, customize
 from fluxlib.moe.product import wide_dtype
+from fluxlib.moe.replace import restoring
 from fluxlib.tasks.batches import IGNORED, to_device
-
-LearningLayer = CompactExperts | SlotExperts
 
 
 @dataclass(frozen=True)
@@ -71,14 +69,11 @@ def customized(
     a model of 16: its own type would round most steps away. ``merged``: of :func:`fluxlib.moe.compact.customize`.
     """
     dtype = wide_dtype(next(model.parameters()).dtype)
-    customize(model, plans, dtype, None if config is None else Adapter.of(config), merged)
-    try:
+    with restoring(customize(model, plans, dtype, None if config is None else Adapter.of(config), merged)):
         yield [layer.experts for layer in find.layers(model)]  # type: ignore[misc]
-    finally:
-        restore(model, write=False)
 
 
-def tune(model: nn.Module, layers: Sequence[LearningLayer], batches: Sequence[Batch], config: RunConfig) -> Tuned:
+def tune(model: nn.Module, layers: Sequence[LearningExperts], batches: Sequence[Batch], config: RunConfig) -> Tuned:
     """:func:`run_steps` on what the layers of a model learn: tuned slots of a customised one, or adapters.
 
     The optimizer starts afresh: experts change roles from round to round.
@@ -139,7 +134,7 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float
 class _StackLearner:
     """The learned stacks of layers."""
 
-    def __init__(self, layers: Sequence[LearningLayer], config: RunConfig) -> None:
+    def __init__(self, layers: Sequence[LearningExperts], config: RunConfig) -> None:
         self.layers = layers
         parameters = [p for layer in layers for p in layer.learned_stacks().values() if p.shape[0]]
         self.optimizer = make_optimizer(parameters, config)
@@ -165,7 +160,7 @@ class _StackLearner:
         return found
 
 
-def squared_gradient_norms(layers: Sequence[LearningLayer]) -> Tensor:
+def squared_gradient_norms(layers: Sequence[LearningExperts]) -> Tensor:
     """``[L, E]`` squared norm of each tuned and each watched expert's gradient, NaN for the others."""
     norms = torch.full((len(layers), layers[0].num_experts), float("nan"))
     for row, experts in zip(norms, layers, strict=True):
@@ -213,10 +208,8 @@ class Stopwatch:
     def phase(self, name: str) -> Iterator[None]:
         """The block's wall-clock time is that of the phase ``name``."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.phases_s[name] = time.perf_counter() - start
+        yield
+        self.phases_s[name] = time.perf_counter() - start
 
 
 def report(

@@ -9,7 +9,7 @@ no adapter and stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fluxlib import seeding
 from fluxlib.config import RunConfig
 
-from .find import ExpertKey, Layout, expert_tensors, read_layout
+from .expert import Activation
+from .find import ExpertKey, Layout, ReplacedExperts, expert_tensors, read_layout, write_expert
 from .product import wide_dtype
 
 
@@ -68,6 +69,58 @@ class Adapter:
         for name, up in learned.items():
             made[name] = add_product(tensors[name], up.to(fixed[name]), fixed[name], layout)
         return made
+
+
+class LearningExperts(ReplacedExperts):
+    """Base of experts that are tuned: their weights learn, or with an adapter its B's.
+
+    Args:
+        tuned: Experts that learn, in the order of their stacks; None: all.
+        adapter: Weights stay as they are and its B's learn, in at least float32; None: the weights learn.
+        layer: Number of the layer, by which ``adapter`` knows its experts.
+
+    Attributes:
+        watched: Experts that do not learn, and whose gradients are measured.
+        watched_norms: ``[W]`` squared norm of each watched expert's gradient, added up until it is set to zero.
+        lora: B ``[T, out, rank]`` by stack name, where the layer computes; only with an adapter.
+        tuned_fixed: :meth:`fixed` of the tuned experts.
+    """
+
+    tuned_fixed: dict[str, Tensor] | None
+
+    def __init__(self, original: nn.Module, tuned: Sequence[int] | None, adapter: Adapter | None, layer: int) -> None:
+        super().__init__(original)
+        self.activation = Activation(original)
+        self.post_norm = self.activation.post_norm
+        self.tuned, self.adapter, self.layer = range(self.num_experts) if tuned is None else tuned, adapter, layer
+        self.watched, self.watched_norms = tuple[int, ...](), torch.zeros(0, device=self.device)
+        if adapter is not None:
+            start = adapter.start(expert_tensors(original, 0), self.layout).items()
+            stacks = {name: up.repeat(len(self.tuned), 1, 1).to(self.device) for name, up in start}
+            self.lora = nn.ParameterDict(stacks)
+
+    def fixed(self, experts: Sequence[int]) -> dict[str, Tensor] | None:
+        """The adapter's A of some experts ``[n, rank, in]``, by name; None without an adapter, or without experts."""
+        if self.adapter is None or not experts:
+            return None
+        found = self.adapter.fixed_stacks(self.layer, self.original, experts)
+        return {name: stack.to(self.device) for name, stack in found.items()}
+
+    def learned_stacks(self) -> dict[str, Tensor]:
+        """What is trainable, by name: the adapter's B's ``[T, out, rank]``."""
+        return dict(self.lora.items())
+
+    def with_learned(self, expert: int, slot: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A tuned expert's ``tensors`` with what the B's in its slot learned, if there are any, on top."""
+        if self.adapter is None:
+            return tensors
+        learned = {name: up.detach()[slot] for name, up in self.lora.items()}
+        return self.adapter.added((self.layer, expert), tensors, learned, self.layout)
+
+    def write_back(self) -> None:
+        """Write the tuned experts into the original."""
+        for expert in self.tuned:
+            write_expert(self.original, expert, self.expert_tensors(expert))
 
 
 def add_product(base: Tensor, up: Tensor, fixed: Tensor, layout: Layout) -> Tensor:

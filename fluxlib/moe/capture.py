@@ -66,7 +66,9 @@ def capture(model: nn.Module, attention: bool = False) -> Iterator[Capture]:
             stack.enter_context(_watch_experts(layer, record))
         if attention:
             modules = [find_attention(model, layer) for layer in found]
-            stack.enter_context(_eager(model))
+            of_model: Any = model
+            stack.callback(of_model.set_attn_implementation, of_model.config._attn_implementation)
+            of_model.set_attn_implementation("eager")
             tokens: list[Tensor] = []
             stack.enter_context(model.register_forward_pre_hook(_keep_mask(tokens), with_kwargs=True))
             for module, record in zip(modules, seen.layers, strict=True):
@@ -92,16 +94,6 @@ def received(weights: Tensor, visible: Tensor) -> Tensor:
     """
     total = torch.einsum("bhqt,bqt->bt", weights.float(), visible.float()) / weights.shape[1]
     return total / visible.sum(1).clamp(min=1)
-
-
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _keep_mask(tokens: list[Tensor]) -> Any:

@@ -13,23 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import mask
-from .adapter import Adapter
+from .adapter import Adapter, LearningExperts
 from .dispatch import Pairs, StackedSlots, WatchedSlots, choices, dispatch, sort_pairs
-from .expert import Activation
-from .find import (
-    MoELayer,
-    ReplacedExperts,
-    check_expert,
-    expert_tensors,
-    layers,
-    permute_neurons,
-    read_layout,
-    write_expert,
-)
+from .find import MoELayer, check_expert, expert_tensors, layers, permute_neurons, read_layout
 from .replace import replace_all
 from .replace import restore as restore
-
-Permutations = tuple[tuple[Tensor | None, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +38,7 @@ class LayerPlan:
     tuned: tuple[int, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     weights: tuple[tuple[float, ...], ...] | None = None
-    permutations: Permutations | None = field(default=None, compare=False)
+    permutations: tuple[tuple[Tensor | None, ...], ...] | None = field(default=None, compare=False)
     dropped: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -100,7 +88,7 @@ def _numbers(name: str, experts: Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"{name}: expected whole numbers of experts, got {experts!r}") from error
 
 
-class CompactExperts(ReplacedExperts):
+class CompactExperts(LearningExperts):
     """Experts of one layer as T tuned and M merged slots.
 
     A token's choices are mapped to slots; choices that fall on one slot are computed once with the sum of their gate
@@ -110,14 +98,12 @@ class CompactExperts(ReplacedExperts):
 
     Args:
         dtype: Type of the tuned parameters (float32 beside a 16-bit model); None takes the original's.
-        adapter: What is learned are its B's alone, in at least float32; tuned weights stay frozen.
-        layer: Number of the layer, by which ``adapter`` knows its experts.
+        adapter, layer: Of :class:`fluxlib.moe.adapter.LearningExperts`.
         merged: Stacks of the plan's last groups ``[n, ...]``, by name, which are then not merged anew.
 
     Attributes:
         slot_of: ``[E]`` long, the slot of each expert, -1 for dropped ones. Tuned slots come first.
         method: How slots are computed; see :class:`fluxlib.moe.dispatch.StackedSlots`.
-        watched_norms: ``[W]`` squared norm of each watched expert's gradient, added up until it is set to zero.
     """
 
     slot_of: Tensor
@@ -131,12 +117,9 @@ class CompactExperts(ReplacedExperts):
         layer: int = 0,
         merged: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__(original)
+        super().__init__(original, plan.tuned, adapter, layer)
         plan.check(self.num_experts)
-        self.adapter, self.layer = adapter, layer
-        self.plan, self.tuned, self.num_tuned, self.num_merged = plan, plan.tuned, len(plan.tuned), len(plan.groups)
-        self.activation = Activation(original)
-        self.post_norm = self.activation.post_norm
+        self.plan, self.num_tuned, self.num_merged = plan, len(plan.tuned), len(plan.groups)
         slot_of = torch.full((self.num_experts,), -1, dtype=torch.long, device=self.device)
         for slot, members in enumerate([*[(e,) for e in plan.tuned], *plan.groups]):
             slot_of[list(members)] = slot
@@ -158,9 +141,6 @@ class CompactExperts(ReplacedExperts):
             parts = [tensors[name][None] for tensors in new]
             frozen = torch.cat([*parts, given[name].to(stack)])
             self.register_buffer(f"merged_{name}", frozen, persistent=False)
-        if adapter is not None:
-            start = adapter.start(expert_tensors(original, 0), self.layout)
-            self.lora = nn.ParameterDict({name: up.repeat(self.num_tuned, 1, 1) for name, up in start.items()})
 
     def watch(self, count: int) -> None:
         """Measure the gradient norms of the experts in the first ``count`` frozen slots from now on.
@@ -183,14 +163,7 @@ class CompactExperts(ReplacedExperts):
 
     def learned_stacks(self) -> dict[str, Tensor]:
         """What is trainable, by name: the tuned stacks, or with an adapter its B's ``[T, out, rank]``."""
-        return self.tuned_stacks() if self.adapter is None else dict(self.lora.items())
-
-    def fixed(self, experts: Sequence[int]) -> dict[str, Tensor] | None:
-        """The adapter's A of some experts ``[n, rank, in]``, by name; None without an adapter, or without experts."""
-        if self.adapter is None or not experts:
-            return None
-        found = self.adapter.fixed_stacks(self.layer, self.original, experts)
-        return {name: stack.to(self.device) for name, stack in found.items()}
+        return self.tuned_stacks() if self.adapter is None else super().learned_stacks()
 
     def merged_stacks(self) -> dict[str, Tensor]:
         """Frozen stacks ``[M, ...]`` by name."""
@@ -202,23 +175,14 @@ class CompactExperts(ReplacedExperts):
         slot = int(self.slot_of[expert])
         if slot < 0:
             raise ValueError(f"expert: {expert} is dropped and has no slot")
-        stacks = self.tuned_stacks() if slot < self.num_tuned else self.merged_stacks()
-        place = slot if slot < self.num_tuned else slot - self.num_tuned
-        found = {name: stack.detach()[place] for name, stack in stacks.items()}
-        if self.adapter is None or slot >= self.num_tuned:
-            return found
-        learned = {name: up.detach()[slot] for name, up in self.learned_stacks().items()}
-        return self.adapter.added((self.layer, expert), found, learned, self.layout)
+        if slot >= self.num_tuned:
+            return {name: stack[slot - self.num_tuned] for name, stack in self.merged_stacks().items()}
+        return self.with_learned(expert, slot, {n: stack.detach()[slot] for n, stack in self.tuned_stacks().items()})
 
     def grads(self, expert: int) -> dict[str, Tensor]:
         """Gradients of what is learned of a tuned expert, by name, after a backward pass."""
         slot = self.plan.tuned.index(expert)
         return {name: stack.grad[slot] for name, stack in self.learned_stacks().items() if stack.grad is not None}
-
-    def write_back(self) -> None:
-        """Write the tuned experts into the original."""
-        for expert in self.plan.tuned:
-            write_expert(self.original, expert, self.expert_tensors(expert))
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapter import Adapter, add_product
+from .adapter import Adapter, LearningExperts, add_product
 from .expert import Activation, Matrices, to_matrices
-from .find import Layout, ReplacedExperts, expert_tensors, write_expert
+from .find import Layout, ReplacedExperts
 from .product import SMALLEST, is_wide, matmul, own_types, pad_pairs, takes_grouped, wide_dtype
 
 ALL = -1
@@ -251,37 +251,20 @@ class WatchedSlots(StackedSlots):
     learning, end_gradients = Slots.learning, Slots.end_gradients  # nothing learns, and no gradient is kept
 
 
-class SlotExperts(ReplacedExperts, Slots):
-    """Base of experts that are a slot each and bring their weights one at a time.
-
-    Args:
-        adapter: Weights stay as they are and its B's learn; None: the weights learn.
-        layer: Number of the layer, by which ``adapter`` knows its experts.
-
-    Attributes:
-        lora: B ``[E, out, rank]`` by stack name, where the layer computes; only with an adapter.
-    """
+class SlotExperts(LearningExperts, Slots):
+    """Base of experts that are a slot each and bring their weights one at a time."""
 
     def __init__(self, original: nn.Module, adapter: Adapter | None = None, layer: int = 0) -> None:
-        super().__init__(original)
-        self.activation = Activation(original)
-        self.post_norm = self.activation.post_norm
-        self.adapter, self.layer, self._adapters = adapter, layer, None
-        self.tuned, self.watched, self.watched_norms = range(self.num_experts), (), torch.zeros(0)
-        if adapter is not None:
-            start = adapter.start(expert_tensors(original, 0), self.layout)
-            stacks = {name: up.repeat(self.num_experts, 1, 1).to(self.device) for name, up in start.items()}
-            self.lora = nn.ParameterDict(stacks)
-            fixed = adapter.fixed_stacks(layer, original, range(self.num_experts))
-            self.fixed = {name: stack.to(self.device) for name, stack in fixed.items()}
-            self._adapters = StackedSlots(self.layout, self.activation, {}, "slots", self.fixed, dict(self.lora))
+        super().__init__(original, None, adapter, layer)
+        self.tuned_fixed = self.fixed(self.tuned)
+        self._adapted = None if adapter is None else _AdaptedSlots(self)
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
         """``hidden_states [N, H]``, ``top_k_index [N, k]``, ``top_k_weights [N, k]`` -> ``[N, H]``."""
         pairs = sort_pairs(*choices(self, hidden_states, top_k_index, top_k_weights), self.num_experts)
-        return dispatch(hidden_states, pairs, self)
+        return dispatch(hidden_states, pairs, self._adapted or self)
 
     def at_rest(self, expert: int) -> dict[str, Tensor]:
         """Tensors of an expert where its weights are: the original's, by default."""
@@ -293,36 +276,29 @@ class SlotExperts(ReplacedExperts, Slots):
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """Tensors of an expert, with what its B's learned on top, where its weights are."""
-        if self.adapter is None:
-            return self.at_rest(expert)
-        learned = {name: up.detach()[expert] for name, up in self.lora.items()}
-        return self.adapter.added((self.layer, expert), self.at_rest(expert), learned, self.layout)
+        return self.with_learned(expert, expert, self.at_rest(expert))
 
     def write_back(self) -> None:
         """Write what B's learned into the original."""
-        for expert in range(self.num_experts) if self.adapter else ():
-            write_expert(self.original, expert, self.expert_tensors(expert))
-
-    def learned_stacks(self) -> dict[str, Tensor]:
-        """The adapter's B's ``[E, out, rank]`` by name."""
-        return dict(self.lora.items())
-
-    def learning(self) -> list[Tensor]:
-        """See :class:`Slots`."""
-        return self._adapters.learning() if self._adapters else super().learning()
+        if self.adapter is not None:
+            super().write_back()
 
     def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
         """See :class:`Slots`."""
-        tensors = self.fetch(slot, upcoming, dtype)
-        return to_matrices(self._adapters.formed(slot, tensors) if self._adapters else tensors, self.layout, dtype)
+        return to_matrices(self.fetch(slot, upcoming, dtype), self.layout, dtype)
 
-    def add_products(self, run: Run, up: Product, down: Product) -> None:
-        """See :class:`Slots`."""
-        (self._adapters.add_products if self._adapters else super().add_products)(run, up, down)
 
-    def end_gradients(self, counts: Sequence[int]) -> list[Tensor | None]:
-        """See :class:`Slots`."""
-        return (self._adapters.end_gradients if self._adapters else super().end_gradients)(counts)
+class _AdaptedSlots(StackedSlots):
+    """Experts that bring their weights one at a time, with the B's of an adapter on top, which learn alone."""
+
+    def __init__(self, experts: SlotExperts) -> None:
+        kind = (experts.layout, experts.activation)
+        super().__init__(*kind, {}, "slots", experts.tuned_fixed, experts.learned_stacks())
+        self.fetch = experts.fetch
+
+    def matrices(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> Matrices:
+        """The weights that are fetched, with the slot's B's on top."""
+        return to_matrices(self.formed(slot, self.fetch(slot, upcoming, dtype)), self.layout, dtype)
 
 
 def dispatch(hidden: Tensor, pairs: Pairs, slots: Slots) -> Tensor:

@@ -76,11 +76,8 @@ def pad_pairs(hidden: Tensor, token: Tensor, weight: Tensor, counts: Sequence[in
     padded = [padded_rows(count) for count in counts]
     if padded == list(counts) or not is_wide(hidden):
         return token, weight, list(counts)
-    order = torch.full((sum(padded),), len(token), dtype=torch.long)
-    start = place = 0
-    for count, room in zip(counts, padded, strict=True):
-        order[place : place + count] = torch.arange(start, start + count)
-        start, place = start + count, place + room
+    own = torch.arange(len(token)).split(list(counts))
+    order = torch.cat([F.pad(rows, (0, n - len(rows)), value=len(token)) for rows, n in zip(own, padded, strict=True)])
     return F.pad(token, (0, 1))[order], F.pad(weight, (0, 1))[order], padded
 
 

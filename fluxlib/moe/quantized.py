@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -14,7 +13,7 @@ from .dispatch import SlotExperts
 from .find import MoELayer, check_expert
 from .packing import Packed, quantize_tensor
 from .product import wide_dtype
-from .replace import replace_all, restore
+from .replace import replace_all
 
 
 class QuantizedExperts(SlotExperts):
@@ -68,7 +67,7 @@ class QuantizedExperts(SlotExperts):
 
     def learning(self) -> list[Tensor]:
         """See :class:`~fluxlib.moe.dispatch.Slots`."""
-        return super().learning() if self.adapter or self.collects_gradients else []
+        return super().learning() if self.collects_gradients else []
 
     def fetch(self, slot: int, upcoming: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of one expert, dequantized, with those that come next where they are small."""
@@ -105,15 +104,3 @@ def quantize(
 
     replace_all(model, make)
     return model
-
-
-@contextmanager
-def quantized(
-    model: nn.Module, bits: int = 4, adapter: Adapter | None = None, num_layers: int | None = None
-) -> Iterator[nn.Module]:
-    """:func:`quantize` for the duration of a ``with`` block."""
-    quantize(model, bits, adapter, num_layers)
-    try:
-        yield model
-    finally:
-        restore(model, write=False)

@@ -83,6 +83,15 @@ def restore(model: nn.Module, write: bool = True) -> nn.Module:
 
 
 @contextmanager
+def restoring(model: nn.Module) -> Iterator[nn.Module]:
+    """A ``model`` whose experts were replaced, for the duration of a ``with`` block; then the one it was before."""
+    try:
+        yield model
+    finally:
+        restore(model, write=False)
+
+
+@contextmanager
 def with_forward(
     modules: Sequence[nn.Module], wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:

@@ -32,7 +32,6 @@ DEVICE = Device(
     memory_bytes_per_s=1e9,
     bus_bytes_per_s=1e9,
     host_bytes_per_s=1e9,
-    host_memory_bytes=10**12,
     compute_frac=1.0,
     bandwidth_frac=1.0,
 )

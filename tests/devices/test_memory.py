@@ -151,7 +151,7 @@ def test_the_peak_of_quantised_training_is_within_ten_percent(name, bits, rank):
     live = MemoryTracker()
     for layer in find.layers(model):
         layer.experts.collects_gradients = True
-        for tensor in layer.experts.fixed.values() if rank else ():
+        for tensor in layer.experts.tuned_fixed.values() if rank else ():
             live.mark(tensor, "weights")
     for tensor in [*model.parameters(), *model.buffers()]:
         live.mark(tensor, "weights")

@@ -12,7 +12,8 @@ from fluxlib.methods.fmq import QuantizedLearner
 from fluxlib.methods.local import run_steps
 from fluxlib.moe import find
 from fluxlib.moe.packing import quantize_tensor
-from fluxlib.moe.quantized import quantized
+from fluxlib.moe.quantized import quantize
+from fluxlib.moe.replace import restoring
 from fluxlib.roles import Roles
 
 from .conftest import CONFIG
@@ -51,7 +52,7 @@ def test_a_step_quantises_the_moved_weights_and_passes_through_the_quantised_one
 
 
 def test_experts_are_in_few_bits_after_every_step(model: nn.Module, data: LocalData) -> None:
-    with quantized(model, 4):
+    with restoring(quantize(model, 4)):
         experts = [layer.experts for layer in find.layers(model)]
         learner = QuantizedLearner(experts, CONFIG)
         for batch in data.train:

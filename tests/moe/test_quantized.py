@@ -11,6 +11,7 @@ from fluxlib.moe import compact, find, quantized
 from fluxlib.moe.compact import LayerPlan
 from fluxlib.moe.packing import BITS, Packed, PackedNF4, _decode, _pack, levels, quantize_tensor
 from fluxlib.moe.quantized import QuantizedExperts
+from fluxlib.moe.replace import restoring
 
 # Relative error on normally distributed values, at most.
 ERROR = {2: 0.345, 3: 0.185, 4: 0.09, 8: 0.0065}
@@ -63,7 +64,7 @@ def test_a_model_computes_with_either_code(tiny: SimpleNamespace, monkeypatch: p
     expected, made = model(**batch).logits, []
     for kind in (Packed, PackedNF4):
         monkeypatch.setattr(quantized, "quantize_tensor", kind)
-        with quantized.quantized(model, 4):
+        with restoring(quantized.quantize(model, 4)):
             made.append(model(**batch).logits)
         assert (made[-1] - expected).norm() < 0.3 * expected.norm()
     assert not torch.equal(*made)
@@ -123,7 +124,7 @@ def test_a_quantized_model_equals_one_with_dequantized_weights(tiny: SimpleNames
         for expert in range(layer.num_experts):
             find.write_expert(layer.experts, expert, module.expert_tensors(expert))
     expected = model(**batch).logits
-    with quantized.quantized(model, 4):
+    with restoring(quantized.quantize(model, 4)):
         output = model(**batch)
         assert all(isinstance(layer.experts, QuantizedExperts) for layer in find.layers(model))
         assert not any(p.requires_grad for p in model.parameters())

@@ -14,6 +14,7 @@ from torch import nn
 
 from fluxlib.moe import compact, find, offloaded, quantized
 from fluxlib.moe.compact import LayerPlan
+from fluxlib.moe.replace import restoring
 
 PLANS = [LayerPlan((0,), ((1, 2), (3, 4, 5)))] * 2
 DROPS = [LayerPlan((0, 1, 2), dropped=(3, 4, 5))] * 2
@@ -45,7 +46,7 @@ def _fail_at_the_second(monkeypatch: pytest.MonkeyPatch, owner: type) -> None:
     [
         (compact.CompactExperts, lambda model: compact.customize(model, DROPS)),
         (quantized.QuantizedExperts, lambda model: quantized.quantize(model)),
-        (quantized.QuantizedExperts, lambda model: quantized.quantized(model).__enter__()),
+        (quantized.QuantizedExperts, lambda model: restoring(quantized.quantize(model)).__enter__()),
         (offloaded.OffloadedExperts, lambda model: offloaded.offload(model, 2)),
     ],
 )

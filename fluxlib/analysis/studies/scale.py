@@ -116,7 +116,7 @@ def this_machine(size: int = 768, repeats: int = 5) -> catalogue.Device:
     return catalogue.Device(
         name="host", title="this machine, one thread", memory_bytes=2**40, unified=True,
         peak_flops=2 * size**3 / product_s, memory_bytes_per_s=bandwidth, bus_bytes_per_s=bandwidth,
-        host_bytes_per_s=bandwidth, host_memory_bytes=2**40, compute_frac=1.0, bandwidth_frac=1.0,
+        host_bytes_per_s=bandwidth, compute_frac=1.0, bandwidth_frac=1.0,
         sources={"all": "measured here"},
     )  # fmt: skip
 
