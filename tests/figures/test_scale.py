@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from fluxlib.figures import scale
+from fluxlib.figures import overhead
 
 
 def run(method: str, variant: str, scores: list[float], round_s: float, **settings: float) -> pd.DataFrame:
@@ -34,7 +34,7 @@ ROUNDS = pd.concat(
 
 
 def test_the_picture_has_a_row_per_method_and_says_when_there_is_nothing():
-    picture = scale.scale_participants(ROUNDS)
+    picture = overhead.scale_participants(ROUNDS)
     assert len(picture.axes) == 4
     assert [text.get_text() for text in picture.legends[0].get_texts()] == ["10", "20 of 60"]
-    assert "No runs of this model" in scale.scale_participants(ROUNDS[:0]).texts[0].get_text()
+    assert "No runs of this model" in overhead.scale_participants(ROUNDS[:0]).texts[0].get_text()
