@@ -78,19 +78,14 @@ def link_speed(table: pd.DataFrame) -> Picture:
     return figure
 
 
-def crowd(row: Any) -> str:
-    """``20``, or ``20 of 60`` where participants are sampled."""
-    asked, all_of_them = int(row["participants_per_round"]), int(row["participants"])
-    return str(asked) if asked == all_of_them else f"{asked} of {all_of_them}"
-
-
 @drawn
 def scale_participants(rounds: pd.DataFrame) -> Picture:
     """Score over rounds and over device seconds, one row of panels per method, one line per number of participants."""
     if rounds.empty:
         return notice("No runs of this model with other numbers of participants.", rounds)
     shown = rounds.sort_values(["participants", "round"], kind="stable")
-    shown = shown.assign(crowd=shown.apply(crowd, axis=1))
+    asked, known = shown["participants_per_round"].astype(str), shown["participants"].astype(str)
+    shown = shown.assign(crowd=asked.where(asked == known, asked + " of " + known))
     methods, looks = style.of_methods(shown["method"]), style.in_shades(shown["crowd"].unique())
     size = 6.4, 0.7 + 1.8 * len(methods)
     figure, axes = panels(rounds[CURVE], size, len(methods), 2, sharey=True, sharex="col", squeeze=False)

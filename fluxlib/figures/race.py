@@ -23,7 +23,8 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
     if unknown := [clock for clock in clocks if clock not in style.CLOCKS]:
         raise ValueError(f"clocks has {unknown}, allowed are {', '.join(style.CLOCKS)}")
     places, looks = list(rounds.groupby(["model", "task"])), style.of_methods(rounds["method"])
-    bands = {"errorbar": lambda scores: np.clip(marks.over_seeds(scores), 0, 1)}  # within what a score may be
+    # Within what a score may be.
+    bands: dict[str, Any] = {"errorbar": lambda scores: np.clip(marks.over_seeds(scores), 0, 1)}
     size = max(4.0, 2.9 * len(places)), 2.2 * len(clocks) + 0.4
     figure, axes = panels(rounds, size, len(clocks), len(places), sharey="col", squeeze=False)
     for column, ((model, task), runs) in zip(axes.T, places, strict=True):

@@ -44,8 +44,7 @@ def with_crowds(rounds: pd.DataFrame, folder: Path) -> pd.DataFrame:
 def with_works(participants: pd.DataFrame) -> set[str]:
     """Ids of the runs all of whose accepted replies have their work: older ones were stored without."""
     accepted = participants[participants["rejected"] == ""]
-    complete = accepted.groupby("run_id")["work"].agg(lambda works: bool(works.notna().all()))
-    return {str(run_id) for run_id, whole in complete.items() if whole}
+    return set(accepted["run_id"]) - set(accepted.loc[accepted["work"].isna(), "run_id"])
 
 
 def replies(participants: pd.DataFrame) -> dict[int, list[Reply]]:

@@ -84,7 +84,8 @@ class Dashboard:
         """Do what the button does, and wait for the end of the run; ConfigError: it cannot be begun."""
         self.in_turn(self.refresh)
         self.wait()
-        self._chosen()
+        if self.preview is None:
+            raise ConfigError(self._problem)
         if self.run is not None and self.run.busy:
             raise ConfigError(f"{self.run.name} still runs: wait for it, or stop it")
         self.start.click()
