@@ -58,7 +58,7 @@ STUDIES = {
     ],
     "06_scale_and_overhead": [
         "round_phases", "round_memory", "where_flux_pays", "where_flux_plus_pays", "where_lora_pays",
-        "who_is_first", "link_speed", "scale_participants", "scale_settings", "clock_check",
+        "who_is_first", "link_speed", "scale_participants", "clock_check",
     ],
     "07_real_models": ["real_memory", "real_phases", "real_links"],
 }
@@ -68,7 +68,7 @@ REPORT = ["claims", "speed_up"]
 # Studies that read the tables of federated runs as well, and which of their parameters name the variants they read.
 READS = {
     "03_role_assignment": ("assignments", "epsilons", "options"),
-    "06_scale_and_overhead": ("participants_runs", "alpha_runs", "budget_runs", "map_runs", "plus_runs", "lora_runs"),
+    "06_scale_and_overhead": ("participants_runs", "map_runs", "plus_runs", "lora_runs"),
 }
 # Those of them that read all plain runs too.
 READS_PLAIN = {"06_scale_and_overhead"}

@@ -156,15 +156,13 @@ def find(name: str, places: Sequence[Path] | None = None) -> Path:
 
 
 def load(names: Sequence[str], places: Sequence[Path] | None = None) -> dict[str, pd.DataFrame]:
-    """The ``rounds`` of ``names``, by run id, with the folder where two are the same; ConfigError as :func:`find`."""
+    """The ``rounds`` of ``names``, by run id, with the folder where two are the same; ConfigError as :func:`find`,
+    TableError as :func:`read`."""
     files = [find(name, places) for name in names]
     if twice := [file for file in files if files.count(file) > 1]:
         raise ConfigError(f"{twice[0]} is named twice")
     labels = tell_apart([file.stem for file in files], files)
-    try:
-        return {label: read(file) for label, file in zip(labels, files, strict=True)}
-    except records.TableError as error:
-        raise ConfigError(str(error)) from None
+    return {label: read(file) for label, file in zip(labels, files, strict=True)}
 
 
 def tell_apart(labels: Iterable[str], files: Sequence[Path]) -> list[str]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from safetensors.torch import save_file
 
@@ -33,15 +31,9 @@ def save_tuned(result: federation.RunResult, config: RunConfig, path: Path) -> P
         raise ConfigError(str(error)) from None
     versions = {name: records.metadata.version(name) for name in ("fluxlib", "torch", "transformers")}
     (path / RUN).write_text(json.dumps({"config": config.model_dump(mode="json"), "versions": versions}) + "\n")
-    (path / "README.md").write_text(model_card(config, result.rounds, versions))
-    return path
-
-
-def model_card(config: RunConfig, rounds: pd.DataFrame, versions: Mapping[str, str]) -> str:
-    """A model card in Markdown; every number in it is from ``rounds``."""
-    changed = config.settings(changed_only=True).items()
+    changed, rounds = config.settings(changed_only=True).items(), result.rounds
     up, down = (rounds[f"{way}_bytes"].sum() / 1e6 for way in ("uplink", "downlink"))
-    return CARD.read_text().format(
+    card = CARD.read_text().format(
         config=config,
         first=rounds.iloc[0],
         last=rounds.iloc[-1],
@@ -51,6 +43,8 @@ def model_card(config: RunConfig, rounds: pd.DataFrame, versions: Mapping[str, s
         settings="\n".join(f"| `{setting}` | `{value}` |" for setting, value in changed),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
     )
+    (path / "README.md").write_text(card)
+    return path
 
 
 def save_adapter(source: Path, path: Path) -> None:

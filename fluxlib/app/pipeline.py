@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from fluxlib.config import REPO_ROOT, RunConfig, data_dir, flatten, make_config
 from fluxlib.io import ConfigError, check_writable, reading
@@ -26,18 +26,14 @@ HEADLESS = "FLUXLIB_HEADLESS"
 """Environment variable that says nobody watches; :func:`execute` sets it for its kernels."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _Grid(_Strict):
+class _Grid(BaseModel, extra="forbid"):
     methods: list[str]
     models: list[str]
     tasks: list[str]
     seeds: list[int]
 
 
-class _Part(_Strict):
+class _Part(BaseModel, extra="forbid"):
     """Part of the grid, or all of it, with something changed."""
 
     methods: list[str] | None = None
@@ -50,7 +46,7 @@ class _Part(_Strict):
 _Parts = Annotated[list[_Part], BeforeValidator(lambda given: given if isinstance(given, list) else [given])]
 
 
-class _Profile(_Strict):
+class _Profile(BaseModel, extra="forbid"):
     """A file of ``config/``; of its settings a later section wins over an earlier one, and a variant's over all."""
 
     profile: str

@@ -1,7 +1,8 @@
-"""What a round costs, by phase, memory, link and device, and where FLUX pays (notebook 06)."""
+"""What a round costs, by phase, memory, link and device, where FLUX pays, and more participants (notebook 06)."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from fluxlib.analysis import where
 from fluxlib.analysis.statistics import interval
 from fluxlib.analysis.time_to_target import TARGET_FRACTION
-from fluxlib.analysis.wording import clock_shapes, methods_in_order, percent, title
+from fluxlib.analysis.wording import METRICS, clock_shapes, methods_in_order, percent, title
 from fluxlib.devices import catalogue
 from fluxlib.figures import marks, style
-from fluxlib.figures.picture import Picture, caption, drawn, facets, notice, panels, split, study, unique
+from fluxlib.figures.picture import Picture, caption, drawn, facets, footer, notice, panels, split, study, unique
 from fluxlib.records import seconds
 
 GIB = 2**30
 FACTORS = LogNorm(0.25, 4.0, clip=True)
 """How factors of the map become colours of :data:`fluxlib.figures.style.DIVERGING`."""
+CURVE = ["run_id", "method", "seed", "round", "metric", "device_s", "participants", "participants_per_round"]
 
 
 def clock_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -73,6 +75,27 @@ def link_speed(table: pd.DataFrame) -> Picture:
     share = percent(table["target_fraction"].iloc[0])
     told = f"time to {share} of FMD's final score, mean over seeds"
     caption(figure, told, f"shapes of {unique(table, 'clock_model')}")
+    return figure
+
+
+@drawn
+def scale_participants(rounds: pd.DataFrame) -> Picture:
+    """Score over rounds and over device seconds, one row of panels per method, one line per number of participants."""
+    if rounds.empty:
+        return notice("No runs of this model with other numbers of participants.", rounds)
+    shown = rounds.sort_values(["participants", "round"], kind="stable")
+    asked, known = shown["participants_per_round"].astype(str), shown["participants"].astype(str)
+    shown = shown.assign(crowd=asked.where(asked == known, asked + " of " + known))
+    methods, looks = style.of_methods(shown["method"]), style.in_shades(shown["crowd"].unique())
+    size = 6.4, 0.7 + 1.8 * len(methods)
+    figure, axes = panels(rounds[CURVE], size, len(methods), 2, sharey=True, sharex="col", squeeze=False)
+    score = METRICS.get(unique(shown, "metric_name"), "score")
+    for ax, (method, clock) in zip(axes.flat, itertools.product(methods, ("round", "device_s")), strict=True):
+        marks.curves(ax, shown[shown["method"] == method], clock, "crowd", looks, errorbar=None)
+        ax.set(ylabel=f"{methods[method].title}: {score}")
+        ax.label_outer()
+    marks.legend(figure, looks, loc="outside right upper", title="participants\nin a round")
+    footer(figure, shown)
     return figure
 
 
@@ -191,8 +214,7 @@ def memory_of(name: str) -> str:
 def _break_even(ax: Any, factors: np.ndarray) -> None:
     """A line between cells on different sides of 1."""
     above = np.where(np.isnan(factors), np.nan, factors > 1)
-    for (y, x), here in np.ndenumerate(above):
-        if x + 1 < above.shape[1] and {here, above[y, x + 1]} == {0.0, 1.0}:
-            ax.plot([x + 1, x + 1], [y, y + 1], color="black", linewidth=2)
-        if y + 1 < above.shape[0] and {here, above[y + 1, x]} == {0.0, 1.0}:
-            ax.plot([x, x + 1], [y + 1, y + 1], color="black", linewidth=2)
+    for y, x in np.argwhere(np.abs(np.diff(above, axis=1)) == 1):
+        ax.plot([x + 1, x + 1], [y, y + 1], color="black", linewidth=2)
+    for y, x in np.argwhere(np.abs(np.diff(above, axis=0)) == 1):
+        ax.plot([x, x + 1], [y + 1, y + 1], color="black", linewidth=2)

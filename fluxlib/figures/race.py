@@ -23,21 +23,18 @@ def convergence(rounds: pd.DataFrame, clocks: tuple[str, ...] = ("device_s", "wa
     if unknown := [clock for clock in clocks if clock not in style.CLOCKS]:
         raise ValueError(f"clocks has {unknown}, allowed are {', '.join(style.CLOCKS)}")
     places, looks = list(rounds.groupby(["model", "task"])), style.of_methods(rounds["method"])
+    # Within what a score may be.
+    bands: dict[str, Any] = {"errorbar": lambda scores: np.clip(marks.over_seeds(scores), 0, 1)}
     size = max(4.0, 2.9 * len(places)), 2.2 * len(clocks) + 0.4
     figure, axes = panels(rounds, size, len(clocks), len(places), sharey="col", squeeze=False)
     for column, ((model, task), runs) in zip(axes.T, places, strict=True):
         for ax, clock in zip(column, clocks, strict=True):
-            marks.curves(ax, runs, clock, "method", looks, errorbar=_within_scores, markevery=2)
+            marks.curves(ax, runs, clock, "method", looks, markevery=2, **bands)
             ax.set(ylabel=METRICS.get(unique(runs, "metric_name"), "score"))
         column[0].set_title(f"{Path(str(model)).name}\n{task}")
     marks.legend(figure, looks, loc="outside right upper")
     footer(figure, rounds)
     return figure
-
-
-def _within_scores(scores: pd.Series) -> tuple[float, ...]:
-    """An interval over seeds, within what a score may be."""
-    return tuple(np.clip(marks.over_seeds(scores), 0, 1))
 
 
 @drawn

@@ -27,7 +27,7 @@ def memory(table: pd.DataFrame) -> Picture:
     rows = split(study(table, "real_memory"), "method", "kind")
     kind = rows["kind"].replace("tuned experts", "weights, tuned")
     rows = rows.assign(kind=kind.where(kind.isin(list(KINDS)), "weights, frozen"), gib=rows["value"] / GIB)
-    figure, ax = panels(_real(table), (5.6, 3.4))
+    figure, ax = panels(table, (5.6, 3.4))
     looks = style.colored(KINDS)
     marks.stacked(ax, rows, "method", "kind", "gib", looks, style.of_methods(rows["method"]), total="{:.0f}")
     for name in ("l20", "rtx-4090", "rtx-3060"):
@@ -49,7 +49,7 @@ def phases(table: pd.DataFrame, link: str) -> Picture:
     rows = split(study(table, "real_phase"), "method", "device", "link", "wire", "phase")
     rows = rows[(rows["link"] == link) & (rows["wire"] == "16 bit")]
     methods, looks = style.of_methods(rows["method"]), style.of_phases(rows["phase"])
-    figure, places = facets(_real(table), rows, ["device"], 2.1, 2.9)
+    figure, places = facets(table, rows, ["device"], 2.1, 2.9)
     for ax, part in places:
         marks.stacked(ax, part, "method", "phase", "value", looks, methods, total="{:.0f}")
         ax.tick_params("x", rotation=45)
@@ -70,7 +70,7 @@ def links(table: pd.DataFrame) -> Picture:
     looks = style.of_methods(set(rows["method"]) - {"flux"})
     devices, wires = list(pd.unique(rows["device"])), list(pd.unique(rows["wire"]))
     size = 2.1 * len(devices) + 1.4, 2.0 * len(wires) + 0.5
-    figure, axes = panels(_real(table), size, len(wires), len(devices), sharey=True, squeeze=False)
+    figure, axes = panels(table, size, len(wires), len(devices), sharey=True, squeeze=False)
     for ax, (wire, device) in zip(axes.flat, itertools.product(wires, devices), strict=True):
         own = rows[(rows["device"] == device) & (rows["wire"] == wire)]
         marks.lines(ax, own, "mb_per_s", "ratio", "method", looks)
@@ -81,7 +81,3 @@ def links(table: pd.DataFrame) -> Picture:
     told = f"{unique(rows, 'model')}: device clock, not measured", "above 1: FLUX's round is shorter"
     caption(figure, *told, "16 bit on the link (FMQ: its 4-bit codes), or 4 bit for all")
     return figure
-
-
-def _real(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table["study"].str.startswith("real")]

@@ -51,12 +51,10 @@ def coverage(roles: pd.DataFrame, num_experts: int) -> pd.DataFrame:
 
 def load(roles: pd.DataFrame, num_experts: int) -> pd.DataFrame:
     """How often each expert was tuned, by setting and seed: ``share`` of all tunings, most tuned first (``rank``)."""
-    parts = []
-    for key, run in roles[roles["role"] == "exploited"].groupby(RUN, sort=False):
-        share = run[["layer", "expert"]].value_counts(normalize=True).to_numpy()
-        share = np.concatenate([share, np.zeros(num_experts - len(share))])
-        parts.append(pd.DataFrame(dict(zip(RUN, key, strict=True)) | {"rank": range(num_experts), "share": share}))
-    return pd.concat(parts, ignore_index=True)
+    runs = roles[roles["role"] == "exploited"].groupby(RUN, sort=False)[["layer", "expert"]]
+    ranked = {key: run.value_counts(normalize=True).reset_index(drop=True) for key, run in runs}
+    every = {key: share.reindex(range(num_experts), fill_value=0.0) for key, share in ranked.items()}
+    return pd.concat(every, names=[*RUN, "rank"]).rename("share").reset_index()
 
 
 def outcomes(

@@ -82,3 +82,11 @@ def test_an_unknown_place_is_refused_by_name(stored):
     for place, message in ((["moon", None], "clock.fleet is 'moon'"), ([None, "string"], "clock.link is")):
         with pytest.raises(ValueError, match=message):
             scale.recounts(*one(stored, "fmd"), *([name] for name in place))
+
+
+def test_participants_of_a_round_are_all_where_no_number_was_set(stored, tmp_path):
+    sampled = TINY | {"method": "fmd", "federation.participants_per_round": 2, "federation.rounds": 1}
+    federation.run(make_config(sampled), out=tmp_path)
+    for folder, asked in ((stored[0], 3), (tmp_path, 2)):
+        found = scale.with_crowds(records.read_all("rounds", folder), folder)
+        assert set(found["participants"]) == {3} and set(found["participants_per_round"]) == {asked}

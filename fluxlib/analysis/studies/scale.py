@@ -1,5 +1,5 @@
-"""Notebook 06: stored runs with their settings, stored runs on other devices and links, and the clock held against this
-machine and against measured races."""
+"""Notebook 06: stored runs with their participants, and on other devices and links; the clock held against this machine
+and against measured races."""
 
 from __future__ import annotations
 
@@ -22,14 +22,6 @@ from fluxlib.federation.store.tables import read_work
 from fluxlib.methods.base import Work
 from fluxlib.methods.local import size
 
-SETTINGS = {
-    "participants": "federation.participants",
-    "participants_per_round": "federation.participants_per_round",
-    "alpha": "data.alpha",
-    "tune_fraction": "budget.tune_frac",
-    "merge_fraction": "budget.merge_frac",
-}
-"""Settings that the runs of a sweep differ in, by the column that they become."""
 BLOCKS = {"train": ("train",), "profile": ("quantize", "profile"), "merge": ("merge",), "probe": ("probe",)}
 """Measured block: phases of the clock that it consists of."""
 RACE_FINAL = 2
@@ -38,24 +30,21 @@ Reply = tuple[Any, Work, Work | None]
 """An accepted reply: its row of ``participants``, its work, and that of a profile made before the round."""
 
 
-def with_settings(rounds: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """``rounds`` with the columns of :data:`SETTINGS`, from what is stored beside each run in ``folder``.
+def with_crowds(rounds: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """``rounds`` with the numbers ``participants``, and ``participants_per_round``: all of them where none was set.
 
-    ``participants_per_round`` is the number asked in a round, all participants where none was set.
+    Both are from what is stored beside each run in ``folder``.
     """
-    found = {run: config.settings() for run, config in store.configs(folder, rounds["run_id"].unique()).items()}
-    columns = {
-        name: rounds["run_id"].map({run: s[full] for run, s in found.items()}) for name, full in SETTINGS.items()
-    }
-    columns["participants_per_round"] = columns["participants_per_round"].fillna(columns["participants"]).astype(int)
-    return rounds.assign(**columns)
+    found = store.configs(folder, rounds["run_id"].unique())
+    runs = [found[run].federation for run in rounds["run_id"]]
+    asked = [run.participants_per_round or run.participants for run in runs]
+    return rounds.assign(participants=[run.participants for run in runs], participants_per_round=asked)
 
 
 def with_works(participants: pd.DataFrame) -> set[str]:
     """Ids of the runs all of whose accepted replies have their work: older ones were stored without."""
     accepted = participants[participants["rejected"] == ""]
-    complete = accepted.groupby("run_id")["work"].agg(lambda works: bool(works.notna().all()))
-    return {str(run_id) for run_id, whole in complete.items() if whole}
+    return set(accepted["run_id"]) - set(accepted.loc[accepted["work"].isna(), "run_id"])
 
 
 def replies(participants: pd.DataFrame) -> dict[int, list[Reply]]:
