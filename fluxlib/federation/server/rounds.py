@@ -19,7 +19,7 @@ from fluxlib.devices import catalogue
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.federation.client.local_data import load_task
 from fluxlib.federation.protocol.sync import ExpertStore
-from fluxlib.federation.results import Output, Row, RunFailed, RunResult, experts_path
+from fluxlib.federation.results import Output, RoundResult, Row, RunFailed, RunResult, experts_path
 from fluxlib.federation.server.join import join
 from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store import lock
@@ -56,31 +56,29 @@ class _Run:
         except (ValueError, OSError, SafetensorError) as error:
             raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
         self.task, self.parts = load_task(config)
-        self._check_lengths()
+        examples = sorted((*self.task.train, *self.task.test), key=lambda example: len(example.response))
+        try:
+            for example in examples[-20:]:  # the longest responses must fit into max_tokens
+                encode(example, self.tokenizer, config.training.max_tokens)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         store = ExpertStore(self.model, config.wire.downlink, Adapter.of(config))
         self.strategy = FluxStrategy(grid, config, store)
         self.tables = Tables(config, self.model, self.task.metric, len(store.keys))
         self.about: dict[str, object] = {}
         self.checkpoint = Checkpoint(output.out, config) if output.out else None
 
-    def _check_lengths(self) -> None:
-        """Refuse a ``max_tokens`` that the task's longest responses do not fit into."""
-        examples = sorted((*self.task.train, *self.task.test), key=lambda example: len(example.response))
-        try:
-            for example in examples[-20:]:
-                encode(example, self.tokenizer, self.config.training.max_tokens)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
     def go(self) -> RunResult:
         """All rounds; tables are written however the run ends, the checkpoint stays unless it is complete."""
         done = self.checkpoint.resume(self.strategy, self.tables) if self.checkpoint else 0
-        self.strategy.members = join(self.strategy.grid, self.config, self.strategy.store)
+        members = self.strategy.members = join(self.strategy.grid, self.config, self.strategy.store)
         self._notice_lost_states(done)
-        self._use_devices()
+        # A participant may have said what its device is; the others stand for the run's fleet.
+        fleet = [catalogue.DEVICES.get(members[one].device, device) for one, device in enumerate(self.tables.fleet)]
+        self.tables.fleet, self.strategy.budgets = fleet, make_budgets(self.config, *self.strategy.store.shape, fleet)
         stopped = False
         if done == 0:
-            self.tables.add_base(self._evaluate())
+            self.tables.add_round(RoundResult(0, math.nan, (), (), 0), self._evaluate(), 0.0)
             stopped = self._tell()
         while not (stopped or self._is_last(done)):
             done += 1
@@ -91,12 +89,6 @@ class _Run:
         if self.checkpoint and self._is_last(done):
             self.checkpoint.remove()
         return RunResult(self.config.run_id, **self.tables.frames(), path=self.output.out, model=self.model)
-
-    def _use_devices(self) -> None:
-        """A participant may have said what its device is; the others stand for the run's fleet."""
-        members, store = self.strategy.members, self.strategy.store
-        fleet = [catalogue.DEVICES.get(members[one].device, device) for one, device in enumerate(self.tables.fleet)]
-        self.tables.fleet, self.strategy.budgets = fleet, make_budgets(self.config, *store.shape, fleet)
 
     def _is_last(self, number: int, more_s: float = 0.0) -> bool:
         """Whether the run ends with round ``number``, if that takes it ``more_s`` further on the device clock."""
