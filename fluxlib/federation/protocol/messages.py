@@ -91,8 +91,7 @@ class _Report:
     held: ModelVersion
 
     def _record(self, **more: Any) -> ConfigRecord:
-        header = {"participant": self.participant, "round": self.round, **self.held.values()}
-        return ConfigRecord({**header, **more})
+        return ConfigRecord({"participant": self.participant, "round": self.round, **self.held.values(), **more})
 
 
 def _header(values: ConfigRecord) -> tuple[int, int, ModelVersion]:

@@ -260,17 +260,14 @@ class ExpertStore:
         return model_digest({key: self.last(key, held.of(key))[1] for key in self.keys}) if known else ""
 
     def arrays(self, key: ExpertKey) -> dict[str, Array]:
-        """One expert as it travels; kept until it changes, unless it is still the base's."""
+        """One expert as it travels; kept from one change to the next, made each time while it is the base's."""
         if key in self._arrays:
             return self._arrays[key]
         tensors = self.learned(key)
         if self.wire != "float32" and self.adapter is None:
             base = self._base.get(key, tensors)
             tensors = {name: tensor.float().cpu() - base[name].float().cpu() for name, tensor in tensors.items()}
-        made = {name: wires.encode(tensor, self.wire) for name, tensor in tensors.items()}
-        if self.last(key)[0] > 0:
-            self._arrays[key] = made
-        return made
+        return {name: wires.encode(tensor, self.wire) for name, tensor in tensors.items()}
 
     def record(self, keys: Iterable[ExpertKey]) -> dict[str, Array]:
         """Some experts as they travel, by the names of their arrays."""
@@ -290,6 +287,6 @@ class ExpertStore:
         self._deltas.clear()
         for key in keys:
             self._arrays.pop(key, None)
-            self.history[key].append((self.version, b""))  # from now on what is made of it is kept
-            self.history[key][-1] = self.version, wires.digest(self.arrays(key))
+            self._arrays[key] = self.arrays(key)
+            self.history[key].append((self.version, wires.digest(self._arrays[key])))
         self.digest_of_version.append(model_digest({key: self.last(key)[1] for key in self.keys}))

@@ -192,16 +192,14 @@ def record_bytes(record: Mapping[str, Array]) -> int:
 
 def digest(tensors: Mapping[str, Array]) -> bytes:
     """SHA-256 over an expert's tensors as they travel, in order of their names; 32 bytes."""
-    parts = (name.encode() + b"\0" + array_digest(array) for name, array in sorted(tensors.items()))
-    return hashlib.sha256(b"".join(parts)).digest()
-
-
-def array_digest(array: Array) -> bytes:
-    """SHA-256 of an array's bytes, kept on it as long as they are the same: in process it reaches every participant."""
-    known = vars(array).get("_sha256")
-    if known is None or known[0] is not array.data:
-        known = vars(array)["_sha256"] = (array.data, hashlib.sha256(array.data).digest())
-    return known[1]  # type: ignore[no-any-return]
+    total = hashlib.sha256()
+    for name, array in sorted(tensors.items()):
+        # Each array's is kept on it as long as its bytes are the same: in process it reaches every participant.
+        known = vars(array).get("_sha256")
+        if known is None or known[0] is not array.data:
+            known = vars(array)["_sha256"] = (array.data, hashlib.sha256(array.data).digest())
+        total.update(name.encode() + b"\0" + known[1])
+    return total.digest()
 
 
 @lru_cache(maxsize=4096)
