@@ -111,9 +111,7 @@ def reach(home: Path | None, superlink: str) -> None:
 def free_ports(count: int) -> list[int]:
     """Ports that nothing listens on at this moment."""
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for found in sockets:
-            found.bind((HOST, 0))
+        sockets = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
         return [int(found.getsockname()[1]) for found in sockets]
 
 
