@@ -6,8 +6,8 @@ import datetime
 import logging
 import math
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from flwr.serverapp import Grid
@@ -29,9 +29,8 @@ from fluxlib.federation.store.tensor_file import write_tensors
 from fluxlib.io import ConfigError
 from fluxlib.models.loading import torch_device
 from fluxlib.moe.adapter import Adapter
-from fluxlib.tasks.base import Example
 from fluxlib.tasks.batches import encode
-from fluxlib.tasks.evaluate import Score, evaluate
+from fluxlib.tasks.evaluate import evaluate
 from fluxlib.tasks.partition import histogram
 
 log = logging.getLogger(__name__)
@@ -132,17 +131,14 @@ class _Run:
 
     def _evaluate(self) -> Row:
         """Score the full global model on the test split, and on a quarter as many samples of its other groups."""
-        start, samples = time.perf_counter(), self.config.evaluation.samples
-        score, quarter = self._score(self.task.test[:samples]), samples and max(1, samples // 4)
+        start, samples, most = time.perf_counter(), self.config.evaluation.samples, self.config.training.max_tokens
+        scored = partial(evaluate, self.model, self.tokenizer, self.task.metric, max_tokens=most)
+        score, quarter = scored(self.task.test[:samples]), samples and max(1, samples // 4)
         recall, untaught = (
-            self._score(group[:quarter]).metric if group else math.nan
-            for group in (self.task.recall, self.task.untaught)
+            scored(group[:quarter]).metric if group else math.nan for group in (self.task.recall, self.task.untaught)
         )
         found = {"metric": score.metric, "loss": score.loss, "recall": recall, "untaught": untaught}
         return found | {"evaluate_wall_s": time.perf_counter() - start}
-
-    def _score(self, examples: Sequence[Example]) -> Score:
-        return evaluate(self.model, self.tokenizer, self.task.metric, examples, self.config.training.max_tokens)
 
     def _tell(self) -> bool:
         """Show the newest row to who asked for it; whether the run is to stop."""

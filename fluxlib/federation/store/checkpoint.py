@@ -104,7 +104,8 @@ class Checkpoint:
             if (found.dtype, found.shape) != (known.dtype, known.shape):
                 raise ValueError(f"{name} is {found.dtype} {[*found.shape]}, allowed is {known.dtype} {[*known.shape]}")
         number = checked("roles_round", about["roles_round"], int)
-        strategy.role_state = RoleState(*(saved["roles"][name] for name in ROLES), round=number)
+        measured, first, measured_round = (saved["roles"][name] for name in ROLES)
+        strategy.role_state = RoleState(measured, first, measured_round, number)
         strategy.profiled = {checked("profiled", one, int) for one in about["profiled"]}
         tables.wall_s, tables.device_s = (
             checked(name, about["totals"][name], float) for name in ("wall_s", "device_s")
