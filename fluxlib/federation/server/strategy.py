@@ -211,8 +211,7 @@ class FluxStrategy:
         for part in result.accepted:
             tuned[part.participant], explored[part.participant] = part.roles.exploit, part.roles.explore
             if self.method.explores and self.method.utilities:
-                count = int(part.roles.explore.sum())
-                due[part.participant] = roles.num_probed(self.config.roles, count)
+                due[part.participant] = roles.num_probed(self.config.roles, int(part.roles.explore.sum()))
         asked = tuned if self.method.utilities else torch.zeros_like(tuned)
         self.role_state = roles.update(self.role_state, utilities, asked, tuned | explored, due)
         for part in result.accepted:
