@@ -307,13 +307,14 @@ def test_nothing_of_a_participants_samples_is_in_any_message(
     """Its texts as bytes, its token numbers as integers of any width; arrays hold experts, and no integers."""
     seen: list[RecordDict] = []
 
-    def watched(grid: federation.LocalGrid, message: Message, stored: Context) -> tuple[Message, RecordDict]:
-        reply, state = work(grid, message, stored)
+    def watched(grid: federation.LocalGrid, message: Message) -> Message | None:
+        reply = deliver(grid, message)
+        assert reply is not None
         seen.extend([message.content, reply.content])
-        return reply, state
+        return reply
 
-    work = federation.LocalGrid._work
-    monkeypatch.setattr(federation.LocalGrid, "_work", watched)
+    deliver = federation.LocalGrid._deliver
+    monkeypatch.setattr(federation.LocalGrid, "_deliver", watched)
     config = make_config({"method": "flux", "federation.rounds": 2})
     federation.run(config)
     task, parts = local_data.load_task(config)

@@ -34,10 +34,6 @@ class TimeLimitExceeded(TimeoutError):
     """A participant took longer than it may; the message says how long that was."""
 
 
-class _Abandoned(BaseException):
-    """Raised in the thread whose time is over; no handler of ``Exception`` keeps it alive."""
-
-
 @app.query("join")
 @app.query("profile")
 @app.train()
@@ -115,7 +111,8 @@ def in_time(limit_s: float | None, function: Callable[..., Result], *arguments: 
         thread.join(limit_s)
     finally:  # also when who waits is interrupted
         if not outcome.done():
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Abandoned))
+            # Of all exceptions the one that ends a thread; no handler of ``Exception`` keeps it alive.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
     if not outcome.done():
         raise late
     return outcome.result()

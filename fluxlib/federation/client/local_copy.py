@@ -63,11 +63,8 @@ class LocalCopy:
         number, wanted = self.version.number, delta.after
         if delta.since != NOTHING and not delta.since <= number <= wanted.number:
             raise ResyncNeeded(f"holds version {number}, the delta is {delta.since} to {wanted.number}")
-        arrays = delta.arrays.copy()
-        for name, array in self.arrays.items() if delta.since != NOTHING else ():
-            if name not in delta.arrays:
-                arrays[name] = array
-        held = LocalCopy(wanted, arrays)
+        kept = self.arrays if delta.since != NOTHING else {}
+        held = LocalCopy(wanted, wires.make_record({**kept, **delta.arrays}))
         found = sync.model_digest({**base, **held.digests()})
         if found != wanted.digest:
             raise ResyncNeeded(f"digest is {found[:12]} after the delta, it should be {wanted.digest[:12]}")

@@ -8,7 +8,6 @@ their way; after an exception, which becomes an error reply, the node's state is
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -148,10 +147,15 @@ class LocalGrid(Grid):
         return self._contexts[node_id]
 
     def _deliver(self, message: Message) -> Message | None:
+        """The reply, if it is in time; what the node's state was is kept until it is there."""
         node_id = message.metadata.dst_node_id
         try:
             stored = self.context(node_id)
-            reply, stored.state = self._work(message, stored)
+            context = Context(1, node_id, dict(stored.node_config), copied(stored.state), {})
+            reply = self.client_app(make_message(message.metadata, copied(message.content)), context)
+            if reply.has_content():
+                reply.content = copied(reply.content)
+            stored.state = context.state
             return reply
         except TimeLimitExceeded as error:
             log.warning("participant at node %d is given up, its reply is lost: %s", node_id, error)
@@ -159,16 +163,6 @@ class LocalGrid(Grid):
         except Exception as error:  # a participant's fault costs its reply, never the run
             log.warning("participant at node %d failed: %s: %s", node_id, type(error).__name__, error)
             return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
-
-    def _work(self, message: Message, stored: Context) -> tuple[Message, RecordDict]:
-        """The client app's reply and the node's state after it; nothing that is kept is changed."""
-        request = copy.copy(message)
-        request.content = copied(message.content)
-        context = Context(1, stored.node_id, dict(stored.node_config), copied(stored.state), {})
-        reply = self.client_app(request, context)
-        if reply.has_content():
-            reply.content = copied(reply.content)
-        return reply, context.state
 
 
 def copied(records: RecordDict) -> RecordDict:

@@ -91,8 +91,7 @@ class _Report:
     held: ModelVersion
 
     def _record(self, **more: Any) -> ConfigRecord:
-        header = {"participant": self.participant, "round": self.round, **self.held.values()}
-        return ConfigRecord({**header, **more})
+        return ConfigRecord({"participant": self.participant, "round": self.round, **self.held.values(), **more})
 
 
 def _header(values: ConfigRecord) -> tuple[int, int, ModelVersion]:
@@ -142,7 +141,7 @@ class ProfileReport(_Report):
         """Inverse of :meth:`to_records`."""
         values: Any = content["config"]
         frequency = _from_floats(values["frequency"], values["shape"])
-        return cls(*_header(values), frequency, *_read_account(values))
+        return cls(*_header(values), frequency, **_read_account(values))
 
 
 @dataclass(frozen=True)
@@ -170,15 +169,13 @@ class TrainReport(_Report):
         """Inverse of :meth:`to_records`; ``shapes`` are those of the model's experts."""
         values: Any = content["config"]
         metrics, arrays = content["metrics"], content["arrays"]
-        work, phases_s = _read_account(values)
         update = Update(
             changes=wires.decode_changes(arrays, wire, shapes),
             utilities=_from_floats(values["utilities"], values["shape"]),
             tokens=_from_floats(values["tokens"], values["shape"]),
             loss=checked("loss", metrics["loss"], float),
             num_samples=checked("num-examples", metrics["num-examples"], int, -MOST, MOST),
-            work=work,
-            phases_s=phases_s,
+            **_read_account(values),
         )
         return cls(*_header(values), update, wires.record_bytes(arrays))
 
@@ -197,10 +194,10 @@ def _account(work: Work, phases_s: Mapping[str, float]) -> dict[str, str]:
     return {"work": json.dumps(vars(work)), "phases": json.dumps(dict(phases_s))}
 
 
-def _read_account(values: Any) -> tuple[Work, dict[str, float]]:
+def _read_account(values: Any) -> dict[str, Any]:
     phases = dict(json.loads(values["phases"])).items()
     phases_s = {name: checked("a phase", seconds, float, 0, MOST) for name, seconds in phases}
-    return _WORK.validate_json(values["work"], strict=True), phases_s
+    return {"work": _WORK.validate_json(values["work"], strict=True), "phases_s": phases_s}
 
 
 def _floats(values: Tensor) -> bytes:

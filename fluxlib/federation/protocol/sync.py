@@ -196,12 +196,8 @@ class ExpertStore:
                 self._put(key, target)
         self._raise_version(list(changes))
 
-    def changed_at(self, key: ExpertKey, version: int | None = None) -> int:
-        """Version of an expert's last change, up to ``version`` if that is given; 0: it was the base's."""
-        return self._last(key, version)[0]
-
-    def _last(self, key: ExpertKey, version: int | None = None) -> tuple[int, bytes]:
-        """An expert's last change up to a version, and its digest since."""
+    def last(self, key: ExpertKey, version: int | None = None) -> tuple[int, bytes]:
+        """Version of an expert's last change, up to ``version`` if that is given, and its digest since; 0: the base."""
         history = self.history[key]
         if version is None or history[-1][0] <= version:
             return history[-1]
@@ -241,7 +237,7 @@ class ExpertStore:
             held = ModelVersion()
         # A difference from another base would go unnoticed if unchanged experts were sent as well.
         floor = 0 if self._keeps_base else NOTHING
-        lacking = [key for key in self.keys if self.changed_at(key) > max(held.of(key), floor)]
+        lacking = [key for key in self.keys if self.last(key)[0] > max(held.of(key), floor)]
         stale = {
             key: held.of(key)
             for key in (lacking if known else ())
@@ -249,7 +245,7 @@ class ExpertStore:
         }
         digest = self.digest
         if stale:
-            digest = model_digest({key: self._last(key, stale.get(key))[1] for key in self.keys})
+            digest = model_digest({key: self.last(key, stale.get(key))[1] for key in self.keys})
         after = ModelVersion(self.version, digest, frozenset((*key, version) for key, version in stale.items()))
         found = Delta(wires.make_record(self.record(key for key in lacking if key not in stale)), since, after)
         if plain and since != NOTHING:  # that would be a second copy of the whole model, and is rarely asked for
@@ -261,20 +257,17 @@ class ExpertStore:
         if not held.stale:
             return self.digest_of_version[held.number]
         known = all((layer, expert) in self.history and version >= 0 for layer, expert, version in held.stale)
-        return model_digest({key: self._last(key, held.of(key))[1] for key in self.keys}) if known else ""
+        return model_digest({key: self.last(key, held.of(key))[1] for key in self.keys}) if known else ""
 
     def arrays(self, key: ExpertKey) -> dict[str, Array]:
-        """One expert as it travels; kept until it changes, unless it is still the base's."""
+        """One expert as it travels; kept from one change to the next, made each time while it is the base's."""
         if key in self._arrays:
             return self._arrays[key]
         tensors = self.learned(key)
         if self.wire != "float32" and self.adapter is None:
             base = self._base.get(key, tensors)
             tensors = {name: tensor.float().cpu() - base[name].float().cpu() for name, tensor in tensors.items()}
-        made = {name: wires.encode(tensor, self.wire) for name, tensor in tensors.items()}
-        if self.changed_at(key) > 0:
-            self._arrays[key] = made
-        return made
+        return {name: wires.encode(tensor, self.wire) for name, tensor in tensors.items()}
 
     def record(self, keys: Iterable[ExpertKey]) -> dict[str, Array]:
         """Some experts as they travel, by the names of their arrays."""
@@ -282,7 +275,7 @@ class ExpertStore:
 
     def changed(self) -> list[ExpertKey]:
         """Experts that are no longer the base's."""
-        return [key for key in self.keys if self.changed_at(key) > 0]
+        return [key for key in self.keys if self.last(key)[0] > 0]
 
     def _remember_base(self, keys: Iterable[ExpertKey]) -> None:
         if self._keeps_base:
@@ -294,6 +287,6 @@ class ExpertStore:
         self._deltas.clear()
         for key in keys:
             self._arrays.pop(key, None)
-            self.history[key].append((self.version, b""))  # from now on what is made of it is kept
-            self.history[key][-1] = self.version, wires.digest(self.arrays(key))
-        self.digest_of_version.append(model_digest({key: self._last(key)[1] for key in self.keys}))
+            self._arrays[key] = self.arrays(key)
+            self.history[key].append((self.version, wires.digest(self._arrays[key])))
+        self.digest_of_version.append(model_digest({key: self.last(key)[1] for key in self.keys}))

@@ -76,7 +76,9 @@ def bits_per_weight(wire: Form) -> float:
 def encode(tensor: Tensor, wire: Form = "float32") -> Array:
     """A Flower array with its own copy of ``tensor``'s values, rounded to ``wire``."""
     if wire == "int8":
-        values = _codes(tensor)
+        packed = Packed(tensor.detach().to("cpu", torch.float32)[None], _CODE_BITS)
+        parts = (packed.codes, packed.scale_bits, packed.unit_bits)
+        values = torch.cat([part.flatten().view(torch.uint8) for part in parts]).numpy()
     elif wire == "bfloat16":
         values = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
     else:
@@ -91,9 +93,16 @@ def decode(array: Array, wire: Form = "float32", shape: Sequence[int] = ()) -> T
     WireError: another type than ``wire``, or bytes that do not fit the stated shape.
     """
     values = read_array(array, _NUMPY_NAME[wire])
-    if wire == "int8":
-        return _read_codes(values, tuple(shape))
-    return values.view(torch.bfloat16) if wire == "bfloat16" else values
+    if wire != "int8":
+        return values.view(torch.bfloat16) if wire == "bfloat16" else values
+    blocks = -(-math.prod(shape) // BLOCK)
+    sizes = [blocks * BLOCK * _CODE_BITS // 8, 2 * blocks, 4]
+    if values.dim() != 1 or len(values) != sum(sizes):
+        raise WireError(f"{values.numel()} bytes, allowed are {sum(sizes)} for int8 values of shape {tuple(shape)}")
+    codes, scales, unit = (part.clone()[None] for part in values.split(sizes))
+    packed = Packed(torch.empty(0, *shape), _CODE_BITS)
+    packed.codes, packed.scale_bits, packed.unit_bits = codes, scales.view(torch.int16), unit.view(torch.int32)[0]
+    return packed.read(0)
 
 
 def read_array(array: Array, *allowed: str) -> Tensor:
@@ -183,33 +192,14 @@ def record_bytes(record: Mapping[str, Array]) -> int:
 
 def digest(tensors: Mapping[str, Array]) -> bytes:
     """SHA-256 over an expert's tensors as they travel, in order of their names; 32 bytes."""
-    parts = (name.encode() + b"\0" + array_digest(array) for name, array in sorted(tensors.items()))
-    return hashlib.sha256(b"".join(parts)).digest()
-
-
-def array_digest(array: Array) -> bytes:
-    """SHA-256 of an array's bytes, kept on it as long as they are the same: in process it reaches every participant."""
-    known = vars(array).get("_sha256")
-    if known is None or known[0] is not array.data:
-        known = vars(array)["_sha256"] = (array.data, hashlib.sha256(array.data).digest())
-    return known[1]  # type: ignore[no-any-return]
-
-
-def _codes(tensor: Tensor) -> np.ndarray:
-    packed = Packed(tensor.detach().to("cpu", torch.float32)[None], _CODE_BITS)
-    parts = (packed.codes, packed.scale_bits, packed.unit_bits)
-    return torch.cat([part.flatten().view(torch.uint8) for part in parts]).numpy()
-
-
-def _read_codes(data: Tensor, shape: tuple[int, ...]) -> Tensor:
-    blocks = -(-math.prod(shape) // BLOCK)
-    sizes = [blocks * BLOCK * _CODE_BITS // 8, 2 * blocks, 4]
-    if data.dim() != 1 or len(data) != sum(sizes):
-        raise WireError(f"{data.numel()} bytes, allowed are {sum(sizes)} for int8 values of shape {shape}")
-    codes, scales, unit = (part.clone()[None] for part in data.split(sizes))
-    packed = Packed(torch.empty(0, *shape), _CODE_BITS)
-    packed.codes, packed.scale_bits, packed.unit_bits = codes, scales.view(torch.int16), unit.view(torch.int32)[0]
-    return packed.read(0)
+    total = hashlib.sha256()
+    for name, array in sorted(tensors.items()):
+        # Each array's is kept on it as long as its bytes are the same: in process it reaches every participant.
+        known = vars(array).get("_sha256")
+        if known is None or known[0] is not array.data:
+            known = vars(array)["_sha256"] = (array.data, hashlib.sha256(array.data).digest())
+        total.update(name.encode() + b"\0" + known[1])
+    return total.digest()
 
 
 @lru_cache(maxsize=4096)

@@ -6,8 +6,8 @@ import datetime
 import logging
 import math
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from flwr.serverapp import Grid
@@ -19,7 +19,7 @@ from fluxlib.devices import catalogue
 from fluxlib.federation.checks import check, make_budgets
 from fluxlib.federation.client.local_data import load_task
 from fluxlib.federation.protocol.sync import ExpertStore
-from fluxlib.federation.results import Output, Row, RunFailed, RunResult, experts_path
+from fluxlib.federation.results import Output, RoundResult, Row, RunFailed, RunResult, experts_path
 from fluxlib.federation.server.join import join
 from fluxlib.federation.server.strategy import FluxStrategy
 from fluxlib.federation.store import lock
@@ -29,9 +29,8 @@ from fluxlib.federation.store.tensor_file import write_tensors
 from fluxlib.io import ConfigError
 from fluxlib.models.loading import torch_device
 from fluxlib.moe.adapter import Adapter
-from fluxlib.tasks.base import Example
 from fluxlib.tasks.batches import encode
-from fluxlib.tasks.evaluate import Score, evaluate
+from fluxlib.tasks.evaluate import evaluate
 from fluxlib.tasks.partition import histogram
 
 log = logging.getLogger(__name__)
@@ -56,31 +55,29 @@ class _Run:
         except (ValueError, OSError, SafetensorError) as error:
             raise ConfigError(f"model is {config.model!r}, it cannot be loaded: {error}") from None
         self.task, self.parts = load_task(config)
-        self._check_lengths()
+        examples = sorted((*self.task.train, *self.task.test), key=lambda example: len(example.response))
+        try:
+            for example in examples[-20:]:  # the longest responses must fit into max_tokens
+                encode(example, self.tokenizer, config.training.max_tokens)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         store = ExpertStore(self.model, config.wire.downlink, Adapter.of(config))
         self.strategy = FluxStrategy(grid, config, store)
         self.tables = Tables(config, self.model, self.task.metric, len(store.keys))
         self.about: dict[str, object] = {}
         self.checkpoint = Checkpoint(output.out, config) if output.out else None
 
-    def _check_lengths(self) -> None:
-        """Refuse a ``max_tokens`` that the task's longest responses do not fit into."""
-        examples = sorted((*self.task.train, *self.task.test), key=lambda example: len(example.response))
-        try:
-            for example in examples[-20:]:
-                encode(example, self.tokenizer, self.config.training.max_tokens)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
     def go(self) -> RunResult:
         """All rounds; tables are written however the run ends, the checkpoint stays unless it is complete."""
         done = self.checkpoint.resume(self.strategy, self.tables) if self.checkpoint else 0
-        self.strategy.members = join(self.strategy.grid, self.config, self.strategy.store)
+        members = self.strategy.members = join(self.strategy.grid, self.config, self.strategy.store)
         self._notice_lost_states(done)
-        self._use_devices()
+        # A participant may have said what its device is; the others stand for the run's fleet.
+        fleet = [catalogue.DEVICES.get(members[one].device, device) for one, device in enumerate(self.tables.fleet)]
+        self.tables.fleet, self.strategy.budgets = fleet, make_budgets(self.config, *self.strategy.store.shape, fleet)
         stopped = False
         if done == 0:
-            self.tables.add_base(self._evaluate())
+            self.tables.add_round(RoundResult(0, math.nan, (), (), 0), self._evaluate(), 0.0)
             stopped = self._tell()
         while not (stopped or self._is_last(done)):
             done += 1
@@ -91,12 +88,6 @@ class _Run:
         if self.checkpoint and self._is_last(done):
             self.checkpoint.remove()
         return RunResult(self.config.run_id, **self.tables.frames(), path=self.output.out, model=self.model)
-
-    def _use_devices(self) -> None:
-        """A participant may have said what its device is; the others stand for the run's fleet."""
-        members, store = self.strategy.members, self.strategy.store
-        fleet = [catalogue.DEVICES.get(members[one].device, device) for one, device in enumerate(self.tables.fleet)]
-        self.tables.fleet, self.strategy.budgets = fleet, make_budgets(self.config, *store.shape, fleet)
 
     def _is_last(self, number: int, more_s: float = 0.0) -> bool:
         """Whether the run ends with round ``number``, if that takes it ``more_s`` further on the device clock."""
@@ -140,17 +131,14 @@ class _Run:
 
     def _evaluate(self) -> Row:
         """Score the full global model on the test split, and on a quarter as many samples of its other groups."""
-        start, samples = time.perf_counter(), self.config.evaluation.samples
-        score, quarter = self._score(self.task.test[:samples]), samples and max(1, samples // 4)
+        start, samples, most = time.perf_counter(), self.config.evaluation.samples, self.config.training.max_tokens
+        scored = partial(evaluate, self.model, self.tokenizer, self.task.metric, max_tokens=most)
+        score, quarter = scored(self.task.test[:samples]), samples and max(1, samples // 4)
         recall, untaught = (
-            self._score(group[:quarter]).metric if group else math.nan
-            for group in (self.task.recall, self.task.untaught)
+            scored(group[:quarter]).metric if group else math.nan for group in (self.task.recall, self.task.untaught)
         )
         found = {"metric": score.metric, "loss": score.loss, "recall": recall, "untaught": untaught}
         return found | {"evaluate_wall_s": time.perf_counter() - start}
-
-    def _score(self, examples: Sequence[Example]) -> Score:
-        return evaluate(self.model, self.tokenizer, self.task.metric, examples, self.config.training.max_tokens)
 
     def _tell(self) -> bool:
         """Show the newest row to who asked for it; whether the run is to stop."""

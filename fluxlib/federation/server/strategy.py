@@ -26,18 +26,21 @@ from fluxlib.federation.engines.grid import send_and_receive
 from fluxlib.federation.protocol import messages
 from fluxlib.federation.protocol.messages import Instruction, ProfileReport
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
-from fluxlib.federation.protocol.wire import WireError, moved, whole
+from fluxlib.federation.protocol.wire import moved, whole
 from fluxlib.federation.results import Participation, RoundResult
 from fluxlib.federation.server.aggregation import ExpertMean, RobustAggregate, clip
 from fluxlib.federation.server.join import Member
 from fluxlib.federation.server.validation import Expected, Rejected, check_work, most_counts, read_reply
-from fluxlib.io import brief, reading
+from fluxlib.io import brief
 from fluxlib.methods.base import ExpertKey
 
 log = logging.getLogger(__name__)
 
 NOBODY = -1
 """Number of a node that is no participant of this round."""
+
+ROLES = ("measured", "first", "measured_round")
+"""Fields of the role state that have a row for each participant."""
 
 
 class FluxStrategy:
@@ -114,12 +117,7 @@ class FluxStrategy:
     def assign(self, number: int, participants: Sequence[int]) -> None:
         """Who tunes and who explores which experts."""
         state, rows = self.role_state, torch.as_tensor(participants)
-        sampled = replace(
-            state,
-            measured=state.measured[rows],
-            first=state.first[rows],
-            measured_round=state.measured_round[rows],
-        )
+        sampled = replace(state, **{name: getattr(state, name)[rows] for name in ROLES})
         budgets = [self.budgets[one] for one in participants]
         chance = seeding.generator(self.config.seed, "assign", number)
         assigned = self.method.assign(sampled, budgets, self.epsilon(number), chance, self.config)
@@ -134,7 +132,7 @@ class FluxStrategy:
 
     def aggregate(self, number: int, replies: Iterable[Message]) -> RoundResult:
         """Take replies in, refuse bad ones by name, apply each expert's combined change to the global model."""
-        how, asked_again = self.config.aggregation, set[int]()
+        how = self.config.aggregation
         mean: ExpertMean | RobustAggregate
         mean = ExpertMean() if how.rule == "mean" else RobustAggregate(how.rule, how.trim_frac)
         utilities = torch.full_like(self.role_state.measured, math.nan)
@@ -142,8 +140,7 @@ class FluxStrategy:
         for reply in replies:
             sender = self.sender(reply)
             everything = sender != NOBODY and reply.has_content() and messages.asks_for_resync(reply.content)
-            if everything and sender not in asked_again:
-                asked_again.add(sender)
+            if everything and sender not in self._again:
                 self.members[sender].held = ModelVersion()
                 self._again.append(sender)
             elif reason := self._accept(number, reply, sender, mean, utilities):
@@ -193,7 +190,8 @@ class FluxStrategy:
             report = read_reply(reply, expected)
         except Rejected as error:
             part.rejected, part.detail = error.reason, error.detail
-            part.uplink_bytes += _payload(reply)
+            with suppress(Exception):  # as far as it can be read
+                part.uplink_bytes += sum(len(array.data) for array in reply.content["arrays"].values())
             if error.reason == "stale":
                 self.members[sender].held = ModelVersion()
             log.warning("round %d: reply of participant %d refused: %s", number, sender, error)
@@ -213,8 +211,7 @@ class FluxStrategy:
         for part in result.accepted:
             tuned[part.participant], explored[part.participant] = part.roles.exploit, part.roles.explore
             if self.method.explores and self.method.utilities:
-                count = int(part.roles.explore.sum())
-                due[part.participant] = roles.num_probed(self.config.roles, count)
+                due[part.participant] = roles.num_probed(self.config.roles, int(part.roles.explore.sum()))
         asked = tuned if self.method.utilities else torch.zeros_like(tuned)
         self.role_state = roles.update(self.role_state, utilities, asked, tuned | explored, due)
         for part in result.accepted:
@@ -222,10 +219,3 @@ class FluxStrategy:
             part.utility_faults = ", ".join(f"{fault.count} {fault.kind}" for fault in mine)
             if mine:
                 log.warning("participant %d: %s utilities", part.participant, part.utility_faults)
-
-
-def _payload(reply: Message) -> int:
-    """Bytes of a refused reply, as far as it can be read."""
-    with suppress(WireError), reading("arrays", WireError):
-        return sum(len(array.data) for array in reply.content["arrays"].values())
-    return 0

@@ -26,7 +26,7 @@ from fluxlib.federation.client.node_state import from_tensors, to_tensors
 from fluxlib.federation.engines.grid import LocalGrid
 from fluxlib.federation.protocol import wire as wires
 from fluxlib.federation.protocol.sync import ExpertStore, ModelVersion
-from fluxlib.federation.server.strategy import FluxStrategy
+from fluxlib.federation.server.strategy import ROLES, FluxStrategy
 from fluxlib.federation.store.tables import Tables
 from fluxlib.federation.store.tensor_file import read_tensors, write_tensors
 from fluxlib.io import checked, reading
@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = 5
 """Raised when a checkpoint means something else; older ones are then not resumed from."""
-
-ROLES = ("measured", "first", "measured_round")
 
 
 class CheckpointError(RuntimeError):
@@ -105,8 +103,8 @@ class Checkpoint:
             found, known = saved["roles"][name], getattr(strategy.role_state, name)
             if (found.dtype, found.shape) != (known.dtype, known.shape):
                 raise ValueError(f"{name} is {found.dtype} {[*found.shape]}, allowed is {known.dtype} {[*known.shape]}")
-        measured, first, measured_round = (saved["roles"][name] for name in ROLES)
         number = checked("roles_round", about["roles_round"], int)
+        measured, first, measured_round = (saved["roles"][name] for name in ROLES)
         strategy.role_state = RoleState(measured, first, measured_round, number)
         strategy.profiled = {checked("profiled", one, int) for one in about["profiled"]}
         tables.wall_s, tables.device_s = (
@@ -120,7 +118,7 @@ class Checkpoint:
             if "held" in state:
                 version = ModelVersion.read(state["held"])
                 # Experts that changed after the version they are held in come with the next delta, or are copies.
-                arrays = store.record([key for key in store.changed() if store.changed_at(key) <= version.of(key)])
+                arrays = store.record([key for key in store.changed() if store.last(key)[0] <= version.of(key)])
                 arrays |= {name: copies[copy] for name, copy in _names_of_copies(store, version) if copy in copies}
                 LocalCopy(version, wires.make_record(arrays)).save(state)
             assert isinstance(strategy.grid, LocalGrid)
@@ -135,8 +133,8 @@ def changed_tensors(store: ExpertStore) -> dict[str, Tensor]:
 def _names_of_copies(store: ExpertStore, held: ModelVersion) -> Iterator[tuple[str, str]]:
     """Names of the arrays of all experts that have changed since, and of their copies: with the version of a change."""
     for key in store.changed():
-        at = store.changed_at(key, held.of(key))
-        if 0 < at < store.changed_at(key):
+        at = store.last(key, held.of(key))[0]
+        if 0 < at < store.last(key)[0]:
             for name in map(partial(wires.key_name, key), store.shapes[key]):
                 yield name, f"{name}@{at}"
 

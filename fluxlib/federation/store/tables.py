@@ -58,10 +58,6 @@ class Tables:
         for table, frame in self.frames().items():
             records.write(table, frame, table_path(out, table, self.config.run_id), about)
 
-    def add_base(self, scores: Row) -> None:
-        """Round 0: the base model."""
-        self.rows["rounds"].append(self._round_row(RoundResult(0, math.nan, (), (), 0), scores))
-
     def round_seconds(self, result: RoundResult) -> tuple[float, float]:
         """What a round takes on the device clock, and the server's part of it."""
         works = [one.work for one in result.accepted if one.work is not None]
@@ -69,22 +65,14 @@ class Tables:
         return clock.round_seconds([self._seconds(one) for one in result.accepted], server_s), server_s
 
     def add_round(self, result: RoundResult, scores: Row, wall_s: float) -> None:
-        """A round that took ``wall_s`` here, evaluation left out."""
-        device_s, server_s = self.round_seconds(result)
+        """A round that took ``wall_s`` here, evaluation left out; round 0 is the base model, with nobody at work."""
+        device_s, server_s = self.round_seconds(result) if result.round else (0.0, 0.0)
         self.wall_s += wall_s
         self.device_s += device_s
-        self.rows["rounds"].append(self._round_row(result, scores, wall_s, device_s, server_s))
-        self.add_participants(result)
-
-    def add_participants(self, result: RoundResult) -> None:
-        """One row per participant that was asked, refused ones with the reason."""
-        self.rows["participants"] += [self._participant_row(result.round, one) for one in result.participants]
-
-    def _round_row(
-        self, result: RoundResult, scores: Row, wall_s: float = 0.0, device_s: float = 0.0, server_s: float = 0.0
-    ) -> Row:
-        config = self.config
-        return {
+        config, tokens = self.config, self.config.clock.tokens_per_sample
+        works = [(one.work, self.fleet[one.participant]) for one in result.accepted if one.work is not None]
+        memory = [clock.device_bytes(work, self.shapes, device, tokens) for work, device in works]
+        row: Row = {
             "run_id": config.run_id,
             **{name: getattr(config, name) for name in ("method", "model", "task", "seed", "variant", "engine")},
             "round": result.round,
@@ -102,50 +90,49 @@ class Tables:
             "uplink_bytes": sum(one.uplink_bytes for one in result.participants),
             "downlink_bytes": sum(one.downlink_bytes for one in result.participants),
             "peak_memory_bytes": peak_memory_bytes(),
-            "device_memory_bytes": self._device_bytes(result),
+            "device_memory_bytes": max(memory, default=None),
             "num_participants": len(result.participants),
             "num_rejected": result.num_rejected,
             "num_tuned": result.num_tuned,
             "num_experts": self.num_experts,
         }
+        self.rows["rounds"].append(row)
+        self.add_participants(result)
 
-    def _participant_row(self, number: int, one: Participation) -> Row:
-        work = one.work or Work(num_experts=self.num_experts)
-        num_explored = int(one.roles.explore.sum())
-        device = dict.fromkeys(PHASES, math.nan) if one.rejected else self._seconds(one).all()
-        return {
-            "run_id": self.config.run_id,
-            "round": number,
-            "participant": one.participant,
-            "device": self.fleet[one.participant].name,
-            "num_samples": one.num_samples,
-            "num_train_tokens": work.train_tokens,
-            "num_tuned": int(one.roles.exploit.sum()),
-            "num_explored": num_explored,
-            "num_merged": max(0, work.num_frozen - num_explored) if one.work else one.budget.num_merged,
-            "loss": one.loss,
-            "uplink_bytes": one.uplink_bytes,
-            "downlink_bytes": one.downlink_bytes,
-            "rejected": one.rejected,
-            "utility_faults": one.utility_faults,
-            "exploited": write_experts(one.roles.exploit),
-            "explored": write_experts(one.roles.explore),
-            "work": None if one.rejected else write_work(one),
-            **{f"{phase}_device_s": device[phase] for phase in PHASES},
-            **{f"{phase}_wall_s": one.phases_s.get(phase, math.nan) for phase in PHASES},
-        }
+    def add_participants(self, result: RoundResult) -> None:
+        """One row per participant that was asked, refused ones with the reason."""
+        for one in result.participants:
+            work = one.work or Work(num_experts=self.num_experts)
+            num_explored = int(one.roles.explore.sum())
+            device = dict.fromkeys(PHASES, math.nan) if one.rejected else self._seconds(one).all()
+            row: Row = {
+                "run_id": self.config.run_id,
+                "round": result.round,
+                "participant": one.participant,
+                "device": self.fleet[one.participant].name,
+                "num_samples": one.num_samples,
+                "num_train_tokens": work.train_tokens,
+                "num_tuned": int(one.roles.exploit.sum()),
+                "num_explored": num_explored,
+                "num_merged": max(0, work.num_frozen - num_explored) if one.work else one.budget.num_merged,
+                "loss": one.loss,
+                "uplink_bytes": one.uplink_bytes,
+                "downlink_bytes": one.downlink_bytes,
+                "rejected": one.rejected,
+                "utility_faults": one.utility_faults,
+                "exploited": write_experts(one.roles.exploit),
+                "explored": write_experts(one.roles.explore),
+                "work": None if one.rejected else write_work(one),
+                **{f"{phase}_device_s": device[phase] for phase in PHASES},
+                **{f"{phase}_wall_s": one.phases_s.get(phase, math.nan) for phase in PHASES},
+            }
+            self.rows["participants"].append(row)
 
     def _seconds(self, one: Participation) -> clock.ParticipantSeconds:
         device, how = self.fleet[one.participant], self.config.clock
         return clock.participant_seconds(
             charged(one), one.profile_work, self.shapes, device, self.link, how.tokens_per_sample, how.offloading
         )
-
-    def _device_bytes(self, result: RoundResult) -> int | None:
-        """Predicted memory of the most loaded participant, at the clock model's shapes."""
-        tokens = self.config.clock.tokens_per_sample
-        works = [(one.work, self.fleet[one.participant]) for one in result.accepted if one.work is not None]
-        return max((clock.device_bytes(work, self.shapes, device, tokens) for work, device in works), default=None)
 
 
 def charged(one: Participation) -> Work:

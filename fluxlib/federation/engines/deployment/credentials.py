@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +19,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fluxlib.io import ConfigError, check_writable, reading, shown
-
-DAYS = 365
-"""How long certificates are valid."""
 
 CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
 SERVER_CERTIFICATE, SERVER_KEY = "server.crt", "server.key"
@@ -57,7 +53,7 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> None:
     ):
         builder = x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
         builder = builder.not_valid_before(now - datetime.timedelta(hours=1))  # clocks differ
-        builder = builder.not_valid_after(now + datetime.timedelta(days=DAYS))
+        builder = builder.not_valid_after(now + datetime.timedelta(days=365))
         for extension, critical in extensions:
             builder = builder.add_extension(extension, critical)
         (folder / name).write_bytes(builder.sign(authority, hashes.SHA256()).public_bytes(Encoding.PEM))
@@ -90,6 +86,5 @@ def _host(name: str) -> x509.GeneralName:
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey, form: PrivateFormat) -> None:
     """Readable by its owner alone, from the first byte on."""
-    data = key.private_bytes(Encoding.PEM, form, NoEncryption())
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(data)
+    path.touch(0o600)
+    path.write_bytes(key.private_bytes(Encoding.PEM, form, NoEncryption()))

@@ -14,7 +14,7 @@ import yaml
 from fluxlib.config import RunConfig, make_config
 from fluxlib.devices import catalogue
 from fluxlib.federation.client.local_data import load_task, write_examples
-from fluxlib.io import ConfigError, check_writable
+from fluxlib.io import check_writable, reading
 
 SETTINGS, SAMPLES, STATE = "participant.yaml", "train.jsonl", "state"
 
@@ -36,19 +36,16 @@ class Participant:
 
 def read_participant(folder: Path) -> Participant:
     """What the folder's settings say; ConfigError: no such file, or a wrong entry in it, with what is allowed."""
-    path = folder / SETTINGS
-    try:
+    path, devices = folder / SETTINGS, ", ".join(catalogue.DEVICES)
+    with reading(
+        f"{path} must say participant (a number) and device (one of {devices}), and may say torch_device and "
+        "background_profile"
+    ):
         found = Participant(**yaml.safe_load(path.read_text()))
         if type(found.participant) is not int or found.device not in catalogue.DEVICES:
             raise ValueError(f"it says {found.participant!r} and {found.device!r}")
         make_config({"torch_device": found.torch_device})
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        devices = ", ".join(catalogue.DEVICES)
-        raise ConfigError(
-            f"{path} must say participant (a number) and device (one of {devices}), and may say torch_device and "
-            f"background_profile: {error}"
-        ) from None
-    return found
+        return found
 
 
 def node_config(folder: Path) -> dict[str, str | int | bool]:

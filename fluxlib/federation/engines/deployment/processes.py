@@ -69,20 +69,6 @@ def stop(process: subprocess.Popen[bytes], patience_s: float = 5.0) -> None:
             process.wait()
 
 
-def superlink_command(folder: Path, host: str, port: int) -> list[str]:
-    """A SuperLink that speaks TLS only and lets in registered nodes only."""
-    return [
-        "flower-superlink",
-        "--host", host, "--port", str(port),
-        "--ssl-ca-certfile", str(folder / credentials.CA_CERTIFICATE),
-        "--ssl-certfile", str(folder / credentials.SERVER_CERTIFICATE),
-        "--ssl-keyfile", str(folder / credentials.SERVER_KEY),
-        "--enable-supernode-auth",
-        "--database", str(folder / "superlink.db"),
-        "--disable-runtime-dependency-installation",
-    ]  # fmt: skip
-
-
 def supernode_command(folder: Path, superlink: str, port: int) -> list[str]:
     """A SuperNode for the participant of ``folder``; ``port`` is between it and the process of each message."""
     settings = " ".join(f"{name}={json.dumps(value)}" for name, value in folders.node_config(folder).items())
@@ -125,9 +111,7 @@ def reach(home: Path | None, superlink: str) -> None:
 def free_ports(count: int) -> list[int]:
     """Ports that nothing listens on at this moment."""
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for found in sockets:
-            found.bind((HOST, 0))
+        sockets = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
         return [int(found.getsockname()[1]) for found in sockets]
 
 
@@ -149,37 +133,33 @@ class LocalFederation:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> LocalFederation:
-        try:
-            self._start()
-        except BaseException:
-            self.stop()
-            raise
+        with ExitStack() as stack:
+            stack.callback(self.stop)
+            server = self.folder / "server"
+            authority = server / credentials.CA_CERTIFICATE
+            if not (server / credentials.CA_KEY).exists():
+                credentials.make_certificates(server, [HOST, "localhost"])
+            for path in server.glob("superlink.db*"):
+                path.unlink()  # what a SuperLink that was killed still wants to do
+            self.node_folders = folders.make_folders(self.folder, self.config, self.background_profile)
+            self.home.mkdir(parents=True, exist_ok=True)
+            (self.home / "config.toml").write_text(
+                f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self.address}"\n'
+                f'root-certificates = "{authority}"\n'
+            )
+            self.start_superlink()
+            for folder, door, port in zip(self.node_folders, self.doors(), self.node_ports, strict=True):
+                credentials.make_node_key(folder)
+                (folder / credentials.CA_CERTIFICATE).write_bytes(authority.read_bytes())
+                done = flwr(self.home, "supernode", "register", str(folder / credentials.NODE_PUBLIC_KEY), CONNECTION)
+                if done.returncode and "already" not in done.stdout + done.stderr:
+                    raise RunFailed(f"the SuperLink did not register {folder.name}: {done.stdout}{done.stderr}")
+                self.spawn(folder.name, supernode_command(folder, door, port))
+            stack.pop_all()  # what runs is left running: stopped by who leaves the federation
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stop()
-
-    def _start(self) -> None:
-        server = self.folder / "server"
-        authority = server / credentials.CA_CERTIFICATE
-        if not (server / credentials.CA_KEY).exists():
-            credentials.make_certificates(server, [HOST, "localhost"])
-        for path in server.glob("superlink.db*"):
-            path.unlink()  # what a SuperLink that was killed still wants to do
-        self.node_folders = folders.make_folders(self.folder, self.config, self.background_profile)
-        self.home.mkdir(parents=True, exist_ok=True)
-        (self.home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self.address}"\n'
-            f'root-certificates = "{authority}"\n'
-        )
-        self.start_superlink()
-        for folder, door, port in zip(self.node_folders, self.doors(), self.node_ports, strict=True):
-            credentials.make_node_key(folder)
-            (folder / credentials.CA_CERTIFICATE).write_bytes(authority.read_bytes())
-            done = flwr(self.home, "supernode", "register", str(folder / credentials.NODE_PUBLIC_KEY), CONNECTION)
-            if done.returncode and "already" not in done.stdout + done.stderr:
-                raise RunFailed(f"the SuperLink did not register {folder.name}: {done.stdout}{done.stderr}")
-            self.spawn(folder.name, supernode_command(folder, door, port))
 
     def doors(self) -> list[str]:
         """Where each node finds the SuperLink."""
@@ -203,7 +183,16 @@ class LocalFederation:
     def start_superlink(self) -> None:
         """Start the SuperLink, or start it again on the database that it had; RunFailed: it does not answer."""
         server = self.folder / "server"
-        self.spawn("superlink", superlink_command(server, HOST, self.port))
+        self.spawn("superlink", [  # speaks TLS only, and lets in registered nodes only
+            "flower-superlink",
+            "--host", HOST, "--port", str(self.port),
+            "--ssl-ca-certfile", str(server / credentials.CA_CERTIFICATE),
+            "--ssl-certfile", str(server / credentials.SERVER_CERTIFICATE),
+            "--ssl-keyfile", str(server / credentials.SERVER_KEY),
+            "--enable-supernode-auth",
+            "--database", str(server / "superlink.db"),
+            "--disable-runtime-dependency-installation",
+        ])  # fmt: skip
         context = ssl.create_default_context(cafile=str(server / credentials.CA_CERTIFICATE))
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self.processes["superlink"].poll() is None:
