@@ -88,8 +88,10 @@ def _fitting(config: RunConfig, device: catalogue.Device, num_layers: int, total
             f"budget.by is 'device', allowed for method {config.method!r} is 'shares': memory is planned for "
             f"{', '.join(PLANNED)}"
         )
-    with reading(f"budget.by is 'device', {config.method} does not fit on {device.name}"):
+    try:
         tuned_share, merged_share = share_that_fits(config, int(device.memory_bytes))
+    except ValueError as error:
+        raise ConfigError(f"budget.by is 'device', {config.method} does not fit on {device.name}: {error}") from None
     if config.method in ("fmd", "fmq"):  # they tune everything; what does not fit waits in host memory
         return Budget(total, 0)
     tuned = max(1, int(tuned_share * total))

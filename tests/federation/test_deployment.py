@@ -21,11 +21,10 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message
 
 from fluxlib import federation
 from fluxlib.config import RunConfig, make_config
-from fluxlib.federation.client.client_app import TimeLimitExceeded
 from fluxlib.federation.engines.deployment import credentials, engine, processes
 from fluxlib.federation.engines.deployment.processes import CONNECTION, LocalFederation
 from fluxlib.federation.engines.grid import SERVER_NODE_ID, LocalGrid
@@ -70,15 +69,15 @@ def comparable(frame: pd.DataFrame) -> pd.DataFrame:
 
 def struck_in_process(monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> federation.RunResult:
     """The same run in this process, where participants 1 and 2 never answer in round 3."""
-    work = LocalGrid._work
+    deliver = LocalGrid._deliver
 
-    def silent(grid: LocalGrid, message: Message, stored: Context) -> tuple[Message, RecordDict]:
+    def silent(grid: LocalGrid, message: Message) -> Message | None:
         about = message.metadata
         if (about.message_type, about.group_id) == (messages.TRAIN, "3") and about.dst_node_id > SERVER_NODE_ID + 1:
-            raise TimeLimitExceeded("it is struck")
-        return work(grid, message, stored)
+            return None
+        return deliver(grid, message)
 
-    monkeypatch.setattr(LocalGrid, "_work", silent)
+    monkeypatch.setattr(LocalGrid, "_deliver", silent)
     return federation.run(config.updated({"engine": "local", "federation.round_timeout_s": 10.0}))
 
 
