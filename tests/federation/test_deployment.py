@@ -90,7 +90,7 @@ def test_a_superlink_that_dies_costs_nothing_and_nodes_that_do_cost_their_replie
     after the last complete round: participants kept their state on disk, the server its checkpoint. In the last round
     the third participant's reply is all that is left. Tables and model are those of the same run in process.
     """
-    monkeypatch.setattr(engine, "STATUS_EVERY_S", 2.0)
+    monkeypatch.setattr(engine, "STATUS_EVERY_S", 8.0)
     monkeypatch.setattr(engine, "SILENCE_S", 5.0)
     rows: list[dict[str, Any]] = []
     servers: list[psutil.Process] = []

@@ -34,8 +34,8 @@ from fluxlib.moe.adapter import Adapter
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
-STATUS_EVERY_S = 15.0
-"""Seconds between two questions to the SuperLink: each is a process of its own."""
+STATUS_EVERY_S = 30.0
+"""Seconds without a row, or an answer, after which the SuperLink is asked: each question is a process of its own."""
 
 SILENCE_S = 60.0
 """Seconds without a word from the SuperLink after which a run is given up."""
@@ -102,6 +102,7 @@ def _follow(progress: Progress, number: str, output: Output, home: Path | None, 
     ended = ""
     while True:
         for row in progress.new():
+            asked = heard = time.monotonic()
             if "over" in row:
                 return str(row["over"])
             if output.on_round and output.on_round(row):
