@@ -19,6 +19,9 @@ from .conftest import ARTIFACTS, PATIENCE_S
 TIMEOUT_S = 60
 """For one step; on a machine that does nothing else all of them together take hardly more."""
 
+POLLING_MS = 250
+"""From one look at the page to the next; Playwright's own are sixty in a second, and cost what the kernel could use."""
+
 ROUNDS = 40
 """More than are done before a page is closed and opened again: no test waits for the last one."""
 
@@ -75,7 +78,7 @@ class Page:
         self.page.evaluate(READY)
         self.command("notebook:run-all-cells")
         # A kernel starts and imports torch: seconds, or minutes where much else runs.
-        self.page.wait_for_function(NUMBERED, timeout=1000 * PATIENCE_S)
+        self.page.wait_for_function(NUMBERED, polling=POLLING_MS, timeout=1000 * PATIENCE_S)
 
     def told(self) -> str:
         """What the page says, and which buttons can be pressed; a picture of it lies in ``ARTIFACTS``."""
@@ -95,7 +98,7 @@ class Page:
         return str(self.page.locator("img.widget-image").first.get_attribute("src"))
 
     def wait_image(self, other_than: str) -> str:
-        self.page.wait_for_function(PICTURE, arg=other_than)
+        self.page.wait_for_function(PICTURE, arg=other_than, polling=POLLING_MS)
         return self.image()
 
     def slider(self, label: str):
@@ -112,7 +115,7 @@ class Page:
     def wait_round(self, number: int) -> None:
         """Until the run that is shown has finished so many rounds, a minute for each."""
         for each in range(1, number + 1):
-            self.page.wait_for_function(REACHED, arg=each)
+            self.page.wait_for_function(REACHED, arg=each, polling=POLLING_MS)
 
     def wait_text(self, text: str) -> None:
         self.page.wait_for_selector(f"text={text}")

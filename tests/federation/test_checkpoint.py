@@ -92,6 +92,15 @@ def test_flux_goes_on_with_the_profiles_it_had(make_config: Make, tmp_path: Path
     as_uninterrupted(federation.run(config, out=tmp_path), config)
 
 
+def test_copies_that_are_older_than_the_servers_come_back(make_config: Make, tmp_path: Path) -> None:
+    config = make_config({"method": "flux_plus", "training.local_steps": 2, "federation.rounds": 5})
+    with pytest.raises(Killed):
+        federation.run(config, on_round=kill_after(3), out=tmp_path)
+    tensors, _ = tensor_file.read_tensors(path_of(config, tmp_path))
+    assert any(name.startswith("copies/") for name in tensors), "nobody holds one: nothing is tested"
+    as_uninterrupted(federation.run(config, out=tmp_path), config)
+
+
 class Elsewhere:
     """A grid whose nodes' states no checkpoint can keep."""
 
