@@ -1,7 +1,7 @@
 """Five methods as real SuperNodes over links of a given rate: seconds by the wall clock, and what the clock said.
 
-    python benchmarks/race.py              three rates, about 52 minutes; an interrupted one goes on
-    python benchmarks/race.py --rates 2    the first two, 36 minutes
+    python benchmarks/race.py              three rates, about 42 minutes; an interrupted one goes on
+    python benchmarks/race.py --rates 2    the first two, half an hour
 
 Each participant's SuperNode reaches the SuperLink through a relay that lets bytes through at the link's rate. The rate
 is chosen so that sending takes as many times as long as training as it does for FMD with the shapes of LLaMA-MoE-3.5B
