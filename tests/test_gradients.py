@@ -139,7 +139,7 @@ def test_probes_of_a_customised_model_are_unbiased() -> None:
     assert_unbiased(estimates, truth)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "llama4"])
 def test_a_probe_is_the_derivative_along_its_direction(kind: str) -> None:
     """Against autograd: the gradient times the very direction the probe drew, at every depth."""
     from fluxlib import seeding
