@@ -44,7 +44,8 @@ TESTS = {
     "gradients": ["test_gradients.py", "test_gradient_quality.py"],
     "gradients/local.py": ["test_gradients.py", "moe/test_adapter.py", "methods/test_methods.py"],
     "federation/server/aggregation.py": [f"federation/test_{n}.py" for n in ("aggregation", "robust", "strategy")],
-    "federation/protocol/sync.py": [f"federation/test_{n}.py" for n in ("sync", "strategy", "wire_options")],
+    "federation/protocol/sync.py": [f"federation/test_{n}.py"
+                                    for n in ("sync", "strategy", "wire_options", "adapters")],
     "federation/store/checkpoint.py": ["federation/test_checkpoint.py"],
 }  # fmt: skip
 """What is mutated, and which tests concern it; a file's own, ``test_<name>.py``, come first."""
