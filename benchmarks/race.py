@@ -52,7 +52,9 @@ CHUNK = 1 << 19
 again: two of its 5 MB would never be through a link this slow."""
 
 
-def over_relays(config: RunConfig, on_round: Callable[[Any], bool], nodes: Callable[[], ShapedFederation]) -> Any:
+def over_relays(
+    config: RunConfig, on_round: Callable[[Any], bool], nodes: Callable[[], ShapedFederation]
+) -> federation.RunResult:
     """A run on ``nodes``, which have its link for real; they are started with the first run that needs them."""
     os.environ["FLWR_HOME"] = str(nodes().home)
     return federation.run(config, on_round, superlink=CONNECTION)

@@ -79,8 +79,7 @@ def train(instruction: Instruction, context: Context) -> RecordDict:
     if method.afterwards and config.profiling.stale:
         wanted = str(context.node_config.get(background_profile.BACKGROUND, "")).lower() in ("true", "1")
         if wanted and state_folder(context) is not None:
-            samples = str(context.node_config.get(DATA, ""))
-            background_profile.note(context.state, instruction, _torch_device(config, context), samples)
+            background_profile.note(context.state, instruction, _torch_device(config, context), _samples(context))
         else:
             start = time.perf_counter()
             state = ParticipantState(make_profile(space.model, data, config), number)
@@ -128,9 +127,13 @@ def _catch_up(instruction: Instruction, context: Context) -> tuple[Workspace, Mo
     held = before.updated(instruction.delta, space.base)
     held.save(state)
     space.load(held)
-    samples = str(context.node_config.get(DATA, ""))
+    samples = _samples(context)
     data = local_data(instruction.config, space.tokenizer, instruction.participant, instruction.round, samples)
     return space, held.version, data
+
+
+def _samples(context: Context) -> str:
+    return str(context.node_config.get(DATA, ""))
 
 
 def _workspace(config: RunConfig, context: Context) -> Workspace:
