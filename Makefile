@@ -74,7 +74,7 @@ mutants: $(STAMP)  ## What the tests miss: the code is changed in one place at a
 	$(BIN)/python tests/mutants.py $(if $(SAMPLE),--sample $(SAMPLE))
 
 .PHONY: race
-race: $(STAMP)  ## Five methods over real links of three rates, by the wall clock: about 42 minutes, with nothing beside it
+race: $(STAMP)  ## Five methods over real links of three rates, by the wall clock: 37 minutes, with nothing beside it
 	$(BIN)/python benchmarks/race.py
 
 .PHONY: deploy-demo

@@ -130,9 +130,11 @@ async def _arrive(on_the_way: asyncio.Queue[tuple[float, bytes]], writer: Stream
 
 
 class ShapedFederation(LocalFederation):
-    """A federation of this machine whose nodes really have the link of their run, and profile after their reply."""
+    """A federation of this machine whose nodes really have the link of their run.
 
-    background_profile = True  # while what it sent travels
+    They profile before they train. A profile after the reply is a process of its own, and on cores that are all taken
+    its start costs more than it hides.
+    """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         super().__init__(folder, config)

@@ -1,7 +1,7 @@
 """Five methods as real SuperNodes over links of a given rate: seconds by the wall clock, and what the clock said.
 
-    python benchmarks/race.py              three rates, about 42 minutes; an interrupted one goes on
-    python benchmarks/race.py --rates 2    the first two, half an hour
+    python benchmarks/race.py              three rates, 37 minutes; an interrupted one goes on
+    python benchmarks/race.py --rates 2    the first two
 
 Each participant's SuperNode reaches the SuperLink through a relay that lets bytes through at the link's rate. The rate
 is chosen so that sending takes as many times as long as training as it does for FMD with the shapes of LLaMA-MoE-3.5B
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from fluxlib.federation.engines.deployment.processes import CONNECTION
 
 MODEL, TASK, REAL, TOKENS = "mini-llama-moe", "mini-mmlu", "llama-moe-3.5b", 128
 COMMON = {
-    "engine": "deployment", "model": MODEL, "task": TASK, "federation.participants": 2, "federation.rounds": 60,
+    "engine": "deployment", "model": MODEL, "task": TASK, "federation.participants": 2,
     "training.batch_size": 16, "training.local_steps": 4, "training.learning_rate": 3e-3, "evaluation.samples": 250,
     "wire.uplink": "bfloat16", "wire.downlink": "bfloat16",
 }  # fmt: skip
@@ -45,11 +46,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "fmq": {"training.learning_rate": 1e-2, "wire.uplink": "int8", "wire.downlink": "int8"},
 }  # fmt: skip
 RATES = {"as 1 Gb/s": 1.0, "as 2 Gb/s": 2.0, "as 500 Mb/s": 0.5}
-UNSHAPED, CALIBRATION_ROUNDS = "none", 3
+UNSHAPED, CALIBRATION_ROUNDS, MAX_ROUNDS = "none", 3, 60
 
 CHUNK = 1 << 19
 """Bytes that Flower sends in one request; two requests are under way. It waits 30 seconds for each, and then sends it
 again: two of its 5 MB would never be through a link this slow."""
+
+
+Found = tuple[str, race_clock.Place, pd.DataFrame, pd.DataFrame]
+"""A method, what the clock is told, and the tables of rounds and of participants."""
 
 
 def over_relays(
@@ -61,7 +66,7 @@ def over_relays(
 
 
 def measured(
-    config: RunConfig, limit_s: float, out: Path, run: Callable[..., federation.RunResult] = federation.run
+    config: RunConfig, limit_s: float, out: Path, run: Callable[..., federation.RunResult]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables of a run that ends with the first round after ``limit_s``; those of ``out`` where it is over.
 
@@ -80,7 +85,7 @@ def measured(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=int, default=len(RATES), help="how many of the rates, from the first")
-    parser.add_argument("--seconds", type=float, default=60.0, help="a run ends with the first round after these")
+    parser.add_argument("--seconds", type=float, default=50.0, help="a run ends with the first round after these")
     parser.add_argument("--out", type=Path, default=REPO_ROOT / "data" / "results" / "full" / "measurements")
     parser.add_argument("--runs", type=Path, default=REPO_ROOT / "build" / "race", help="where single runs are kept")
     given = parser.parse_args()
@@ -93,12 +98,20 @@ def main() -> None:
     def place(config: RunConfig, link: str) -> race_clock.Place:
         return race_clock.Place(shapes, device, catalogue.link(link), config.wire.uplink)
 
+    def runs(link: str, variant: str, seconds: float, rounds: int) -> Iterator[Found]:
+        """The tables of each method over that link; nodes are started once."""
+        shaped = {"variant": variant, "clock.link": link, "federation.rounds": rounds}
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flux-race-")))
+            nodes = partial(stack.enter_context, ShapedFederation(folder, make_config({**COMMON, **shaped})))
+            run = partial(over_relays, nodes=cache(nodes))
+            for name in METHODS:
+                config = make_config({**COMMON, **METHODS[name], "method": name, **shaped})
+                yield name, place(config, link), *measured(config, seconds, given.runs, run)
+
     speeds, per_s = {}, 0.0
-    for name in METHODS:
-        unshaped = {"variant": "unshaped", "clock.link": UNSHAPED, "federation.rounds": CALIBRATION_ROUNDS}
-        config = make_config({**COMMON, **METHODS[name], "method": name, **unshaped})
-        rounds, participants = measured(config, 1e9, given.runs)
-        speeds[name] = race_clock.calibrated(rounds, participants, place(config, UNSHAPED))
+    for name, there, rounds, participants in runs(UNSHAPED, "unshaped", math.inf, CALIBRATION_ROUNDS):
+        speeds[name] = race_clock.calibrated(rounds, participants, there)
         print(f"{name} here: {speeds[name]}", flush=True)
         if name == "fmd":
             real = race_clock.Place(clock.shapes(REAL), catalogue.DEVICES["l20"], catalogue.link("1gbps"), "bfloat16")
@@ -106,18 +119,11 @@ def main() -> None:
             print(f"sending to training as there: {8 * per_s / 1e6:.2f} Mb/s", flush=True)
     rows: list[Row] = []
     for label, times in rates.items():
-        link = f"{8 * per_s * times / 1e3:.0f}kbps"
-        shaped = {"variant": label.lower().replace(" ", "-").replace("/", ""), "clock.link": link}
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flux-race-")))
-            nodes = partial(stack.enter_context, ShapedFederation(folder, make_config({**COMMON, **shaped})))
-            run = partial(over_relays, nodes=cache(nodes))
-            for name in METHODS:
-                config = make_config({**COMMON, **METHODS[name], "method": name, **shaped})
-                rounds, participants = measured(config, given.seconds, given.runs, run)
-                said = race_clock.predicted(participants, place(config, link), speeds[name])
-                rows += race_clock.rows(rounds, said, f"{name}, {label}")
-                print(f"{name} {label}: {len(rounds) - 1} rounds, score {rounds['metric'].iloc[-1]:.3f}", flush=True)
+        link, variant = f"{8 * per_s * times / 1e3:.0f}kbps", label.lower().replace(" ", "-").replace("/", "")
+        for name, there, rounds, participants in runs(link, variant, given.seconds, MAX_ROUNDS):
+            said = race_clock.predicted(participants, there, speeds[name])
+            rows += race_clock.rows(rounds, said, f"{name}, {label}")
+            print(f"{name} {label}: {len(rounds) - 1} rounds, score {rounds['metric'].iloc[-1]:.3f}", flush=True)
     frame = measurements(rows, f"race-{MODEL}")
     parameters = {"link_mbps": 8 * per_s / 1e6, "seconds": given.seconds, "machine": machine(torch.device("cpu")),
                   "besides_s": {name: speed.besides_s for name, speed in speeds.items()},
