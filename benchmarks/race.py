@@ -120,7 +120,7 @@ def main() -> None:
             real = race_clock.Place(clock.shapes(REAL), catalogue.DEVICES["l20"], catalogue.link("1gbps"), "bfloat16")
             per_s = race_clock.rate(participants, real, TOKENS)
             print(f"sending to training as there: {8 * per_s / 1e6:.2f} Mb/s", flush=True)
-    # Flower's nodes ask every three seconds. How a run falls into step with that is chance, and lasts for all its rounds.
+    # A node asks every three seconds: how a run falls into step with that is chance, and lasts for all its rounds.
     besides_s = float(np.mean([speeds[name].besides_s for name in METHODS if METHODS[name] is SMALL]))
     speeds |= {name: replace(speeds[name], besides_s=besides_s) for name in METHODS if METHODS[name] is SMALL}
     rows: list[Row] = []
