@@ -61,14 +61,13 @@ def node_config(folder: Path) -> dict[str, str | int | bool]:
     }
 
 
-def make_folders(root: Path, config: RunConfig, background_profile: bool = False) -> list[Path]:
+def make_folders(root: Path, config: RunConfig) -> list[Path]:
     """A folder per participant of ``config``, with the samples that its partition deals to it in process too."""
     task, parts = load_task(config)
     folders = []
     for number, device in enumerate(catalogue.fleet(config.clock.fleet, config.federation.participants)):
         folder = check_writable(root / f"node-{number}")
         write_examples(folder / SAMPLES, [task.train[index] for index in parts[number]])
-        about = Participant(number, device.name, background_profile=background_profile)
-        (folder / SETTINGS).write_text(yaml.safe_dump(asdict(about), sort_keys=False))
+        (folder / SETTINGS).write_text(yaml.safe_dump(asdict(Participant(number, device.name)), sort_keys=False))
         folders.append(folder)
     return folders

@@ -121,9 +121,6 @@ class LocalFederation:
     ``folder`` holds certificates, keys, participants' folders and logs; made if it is not there.
     """
 
-    background_profile = False
-    """Whether nodes profile after their reply."""
-
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config = folder.resolve(), config
         self.home = self.folder / "flwr"
@@ -141,7 +138,7 @@ class LocalFederation:
                 credentials.make_certificates(server, [HOST, "localhost"])
             for path in server.glob("superlink.db*"):
                 path.unlink()  # what a SuperLink that was killed still wants to do
-            self.node_folders = folders.make_folders(self.folder, self.config, self.background_profile)
+            self.node_folders = folders.make_folders(self.folder, self.config)
             self.home.mkdir(parents=True, exist_ok=True)
             (self.home / "config.toml").write_text(
                 f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self.address}"\n'
