@@ -22,6 +22,8 @@ import argparse
 import gc
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,6 +99,8 @@ class Trial:
         self.adapter = Adapter(options.rank, 2.0 * options.rank, seed=0) if options.rank else None
         form: Offloading = "on_demand" if method == "fmd_on_demand" else "overlapped"
         self.device_set = DeviceSet(max(2, round(total * options.resident)), form)
+        make: dict[str, Callable[..., Any]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        self.make_optimizer, self.worker = partial(make[options.optimizer], lr=1e-5), ThreadPoolExecutor(1)
         self.experts: list[Any] = []
         for layer in found:
             for name, stack in list(layer.experts.named_parameters()):
@@ -105,8 +109,12 @@ class Trial:
         if options.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainable = [p for p in model.parameters() if p.requires_grad]
-        makers: dict[str, Callable[..., Any]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-        self.optimizer = makers[options.optimizer](trainable, lr=1e-5) if trainable else None
+        self.optimizer = self.make_optimizer(trainable) if trainable and not self._updates_itself else None
+
+    @property
+    def _updates_itself(self) -> bool:
+        """FMD's better form steps layer by layer, behind the backward pass."""
+        return self.method == "fmd" and self.adapter is None
 
     def _hold(self, layer: MoELayer) -> Any:
         """Turn a layer's experts into what the method holds."""
@@ -114,7 +122,8 @@ class Trial:
             self.model.set_experts_implementation("grouped_mm")
             return layer.experts
         if self.method.startswith("fmd"):
-            held: Any = OffloadedExperts(layer.experts, self.device_set, layer.index, adapter=self.adapter)
+            how = (self.make_optimizer, self.worker) if self._updates_itself else (None, None)
+            held: Any = OffloadedExperts(layer.experts, self.device_set, layer.index, *how, adapter=self.adapter)
         elif self.method == "fmq":
             held = QuantizedExperts(layer.experts, 4, self.adapter, layer.index)
             held.collects_gradients = self.adapter is None

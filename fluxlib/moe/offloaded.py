@@ -24,7 +24,7 @@ from fluxlib.config import Offloading
 
 from .adapter import Adapter
 from .dispatch import SlotExperts
-from .find import ExpertKey, MoELayer, check_expert
+from .find import ExpertKey, check_expert
 from .replace import replace_all
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -187,6 +187,7 @@ class OffloadedExperts(SlotExperts):
     ) -> None:
         super().__init__(original, adapter, layer)
         self.device_set = device_set
+        device_set.layers[layer] = self
         stacks = {name: getattr(original, name) for name in self.layout.names}
         for stack in stacks.values():
             stack.data = stack.data.cpu().pin_memory() if torch.cuda.is_available() else stack.data.cpu()
@@ -308,13 +309,9 @@ def offload(
     """
     device_set = DeviceSet(capacity, offloading)
     worker = ThreadPoolExecutor(1) if optimizer and device_set.overlaps else None
-
-    def make(layer: MoELayer) -> OffloadedExperts:
-        made = OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker, adapter)
-        device_set.layers[layer.index] = made
-        return made
-
-    replace_all(model, make)
+    replace_all(
+        model, lambda layer: OffloadedExperts(layer.experts, device_set, layer.index, optimizer, worker, adapter)
+    )
     return device_set
 
 
