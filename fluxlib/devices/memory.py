@@ -351,12 +351,13 @@ class _Planner:
 
 
 def _spread(count: int, most: list[int]) -> list[int]:
-    """``count`` over the layers, at most ``most`` of each; the first ones get more."""
+    """``count`` over the layers, as evenly as ``most`` of each allows; the first ones get one more."""
     given = [0] * len(most)
     while count:
         wanting = [i for i, limit in enumerate(most) if given[i] < limit]
-        for i in wanting[:count]:
-            added = min(max(1, count // len(wanting)), most[i] - given[i], count)
+        share, more = divmod(count, len(wanting))
+        for place, i in enumerate(wanting):
+            added = min(share + (place < more), most[i] - given[i])
             given[i] += added
             count -= added
     return given
