@@ -1,7 +1,7 @@
 """What each way of sending experts, and each protection, costs: bytes, device time and score of the same run.
 
     python benchmarks/wire.py                                       FLUX and FMD, all wire options, 12 rounds
-    python benchmarks/wire.py --methods flux --options protection   robust rules, random roles
+    python benchmarks/wire.py --methods flux --options exact protection   robust rules, random roles
     python benchmarks/wire.py --methods flux --options exact stale --rounds 30
 
 One JSON line per run: bytes per participant and round, device seconds per round at the shapes of ``--clock-model``
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    wanted = list(PROTECTION) if given.options == ["protection"] else given.options
+    wanted = [name for option in given.options for name in (PROTECTION if option == "protection" else [option])]
     for method in given.methods:
         for option in wanted:
             print(json.dumps(measure(method, option, given)), flush=True)
