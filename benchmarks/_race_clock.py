@@ -55,7 +55,7 @@ def calibrated(rounds: pd.DataFrame, participants: pd.DataFrame, place: Place) -
     ratios: dict[str, list[float]] = {block: [] for block in BLOCKS}
     for replied in replies(participants).values():
         for reply, work, _ in replied:
-            said = clock.phase_seconds(_here(work, place.wire), place.shapes, place.device, place.link)
+            said = clock.phase_seconds(_as_raced(work, place.wire), place.shapes, place.device, place.link)
             for block, phases in BLOCKS.items():
                 took = np.nansum([getattr(reply, f"{phase}_wall_s") for phase in phases])
                 if took and (expected := sum(said[phase] for phase in phases)):
@@ -95,7 +95,7 @@ def rows(rounds: pd.DataFrame, predicted_s: Mapping[int, float], setting: str) -
 
 def _seconds(work: Work, first: Work | None, place: Place, speed: Speed) -> clock.ParticipantSeconds:
     said = clock.participant_seconds(
-        _here(work, place.wire), first, place.shapes, place.device, place.link, tokens_per_sample=None
+        _as_raced(work, place.wire), first, place.shapes, place.device, place.link, tokens_per_sample=None
     )
     factors = {phase: speed.factors.get(block, 1.0) for block, phases in BLOCKS.items() for phase in phases}
 
@@ -106,6 +106,6 @@ def _seconds(work: Work, first: Work | None, place: Place, speed: Speed) -> cloc
     return replace(said, main=here(said.main), first=said.first and here(said.first))
 
 
-def _here(work: Work, wire: Form) -> Work:
+def _as_raced(work: Work, wire: Form) -> Work:
     bits = bits_per_weight(wire)
     return replace(work, download_bits=bits, upload_bits=bits, hidden_profile=False)  # nodes profile before they train

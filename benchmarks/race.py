@@ -121,8 +121,9 @@ def main() -> None:
             per_s = race_clock.rate(participants, real, TOKENS)
             print(f"sending to training as there: {8 * per_s / 1e6:.2f} Mb/s", flush=True)
     # A node asks every three seconds: how a run falls into step with that is chance, and lasts for all its rounds.
-    besides_s = float(np.mean([speeds[name].besides_s for name in METHODS if METHODS[name] is SMALL]))
-    speeds |= {name: replace(speeds[name], besides_s=besides_s) for name in METHODS if METHODS[name] is SMALL}
+    alike = [name for name, own in METHODS.items() if own is SMALL]
+    besides_s = float(np.mean([speeds[name].besides_s for name in alike]))
+    speeds |= {name: replace(speeds[name], besides_s=besides_s) for name in alike}
     rows: list[Row] = []
     for label, times in rates.items():
         link, variant = f"{8 * per_s * times / 1e3:.0f}kbps", label.lower().replace(" ", "-").replace("/", "")
